@@ -1,0 +1,133 @@
+"""Write a trained model as a checkpoint folder that transformers 4.57 and later load.
+
+`python -m export.demo.finalize --state DIR/state.pt --tokenizer DIR/tokenizer --out DIR/checkpoint` does it from the
+state of a run that has not ended, with its averaged weights.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    GenerationConfig,
+)
+
+from .architecture import GRID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_model
+
+NUM_IMAGE_TOKENS = GRID * GRID + 1
+QUAD_PATTERN = r"(.+?)" + r"<loc_(\d+)>" * 8
+# Phrases that grounding drops: the whole list of Florence-2's own post-processing.
+BANNED_PHRASES = (
+    *"it I me mine you your yours he him his she her hers they them their theirs one oneself we us our ours its".split(),
+    *"myself yourself himself herself itself ourselves yourselves themselves this that these those who whom".split(),
+    *"whose which what all another any anybody anyone anything each everybody everyone everything few many".split(),
+    *"nobody none several some somebody someone something".split(),
+    *("each other", "one another", "the image", "image", "images", "the", "a", "an"),
+    *("a group", "other objects", "lots", "a set"),
+)
+
+
+def make_processor(tokenizer_directory: Path) -> Florence2Processor:
+    """The processor of the demo model: 128 px, 65 image tokens, Florence-2's post-processing."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessor(
+        size=size,
+        crop_size=size,
+        do_center_crop=False,
+        resample=3,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+        do_convert_rgb=True,
+    )
+    image_processor.image_seq_length = NUM_IMAGE_TOKENS
+    return Florence2Processor(
+        image_processor=image_processor,
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),
+        post_processor_config=post_processor_config(),
+    )
+
+
+def post_processor_config() -> dict[str, dict[str, object]]:
+    """Parsing rules in the form that `Florence2PostProcessor` reads."""
+    plain = (
+        "pure_text",
+        "description_with_bboxes",
+        "description_with_polygons",
+        "polygons",
+        "bboxes",
+        "description_with_bboxes_or_polygons",
+    )
+    return {
+        **{rule: {} for rule in plain},
+        "ocr": {"pattern": QUAD_PATTERN, "area_threshold": 0.0},
+        "phrase_grounding": {"banned_grounding_tokens": list(BANNED_PHRASES)},
+    }
+
+
+def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_directory: Path, directory: Path) -> None:
+    """Write float16 weights, configurations and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).half()
+    model.generation_config = GenerationConfig(
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_bos_token_id=0,
+        forced_eos_token_id=2,
+        num_beams=3,
+        no_repeat_ngram_size=3,
+        early_stopping=True,
+    )
+    model.save_pretrained(directory)
+    make_processor(tokenizer_directory).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer_directory / name, directory / name)
+    _write_json(directory / "preprocessor_config.json", _preprocessor_config())
+
+
+def _preprocessor_config() -> dict[str, object]:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "Florence2Processor",
+        "image_seq_length": NUM_IMAGE_TOKENS,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": 3,
+        "do_center_crop": False,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line: write a checkpoint from a state file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    model = build_model()
+    model.load_state_dict({**model.state_dict(), **torch.load(arguments.state)["average"]})
+    save_checkpoint(model, arguments.tokenizer, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

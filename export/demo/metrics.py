@@ -1,0 +1,224 @@
+"""Metrics of parsed answers on drawn scenes, with numpy and Pillow only.
+
+A prediction is parsed as transformers' `post_process_generation` does it, in pixels of the scene:
+`{"bboxes": …, "labels": …}`, `{"quad_boxes": …, "labels": …}`, `{"polygons": …, "labels": …}` or a string.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .answers import TASK_TOKENS, Question, ask
+from .scenes import Box, Scene, draw_mask, make_scene
+
+Predict = Callable[[Image.Image, str, str], Any]  # (image, task token, text input) -> parsed answer
+LabelledBox = tuple[str, Sequence[float]]
+QUESTION_SEED = 5
+MIN_IOU = 0.5
+
+BOX_TASKS = (
+    "<OD>",
+    "<DENSE_REGION_CAPTION>",
+    "<REGION_PROPOSAL>",
+    "<CAPTION_TO_PHRASE_GROUNDING>",
+    "<OPEN_VOCABULARY_DETECTION>",
+)
+MASK_TASKS = ("<REFERRING_EXPRESSION_SEGMENTATION>", "<REGION_TO_SEGMENTATION>")
+LABEL_TASKS = ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Boxes found in one scene."""
+
+    num_correct: int  # IoU >= 0.5 and the same label
+    num_predicted: int
+    num_true: int
+    sum_iou: float  # over the true boxes; 0 for one without a partner
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two `(x0, y0, x1, y1)` boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(0.0, width) * max(0.0, height)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return intersection / (areas - intersection) if areas > intersection else 0.0
+
+
+def match_boxes(predicted: Sequence[LabelledBox], true: Sequence[LabelledBox]) -> Match:
+    """Pair boxes of equal labels one to one, best overlap first."""
+    pairs = sorted(
+        (
+            (box_iou(p_box, t_box), i, j)
+            for i, (p_label, p_box) in enumerate(predicted)
+            for j, (t_label, t_box) in enumerate(true)
+            if p_label == t_label
+        ),
+        reverse=True,
+    )
+    used_predicted: set[int] = set()
+    used_true: set[int] = set()
+    overlaps: list[float] = []
+    for overlap, i, j in pairs:
+        if i not in used_predicted and j not in used_true:
+            used_predicted.add(i)
+            used_true.add(j)
+            overlaps.append(overlap)
+    num_correct = sum(overlap >= MIN_IOU for overlap in overlaps)
+    return Match(num_correct, len(predicted), len(true), sum(overlaps))
+
+
+def draw_polygons(polygons: Iterable[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+    """Union of flat polygons `[x, y, x, y, …]` as a bool array (H, W); `size` is (width, height)."""
+    mask = Image.new("1", size)
+    pen = ImageDraw.Draw(mask)
+    for polygon in polygons:
+        points = list(zip(polygon[0::2], polygon[1::2], strict=False))
+        if len(points) >= 3:
+            pen.polygon(points, fill=1)
+    return np.asarray(mask)
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two bool arrays (H, W)."""
+    union = np.logical_or(a, b).sum()
+    return float(np.logical_and(a, b).sum() / union) if union else 0.0
+
+
+def quad_to_box(quad: Sequence[float]) -> tuple[float, float, float, float]:
+    """Smallest `(x0, y0, x1, y1)` box around a quad box `[x, y] * 4`."""
+    xs, ys = quad[0::2], quad[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def to_pixels(box: Box, size: tuple[int, int]) -> Box:
+    """A normalised box in pixels of a (width, height) picture."""
+    width, height = size
+    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+
+
+def strip_locations(text: str) -> str:
+    """The text before the first location token: `"circle<loc_1>…"` -> `"circle"`."""
+    return text.split("<loc_")[0].strip()
+
+
+def score_answers(
+    task: str, scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]
+) -> dict[str, float]:
+    """Figures of one task over some scenes.
+
+    Args:
+        task: the task token.
+        scenes: the scenes that were asked about.
+        questions: one question a scene.
+        parsed: one parsed answer a question.
+
+    Returns:
+        `n` and the figures of the task's kind, all but counts between 0 and 1.
+    """
+    if task in BOX_TASKS:
+        return _score_boxes(scenes, questions, parsed)
+    if task in MASK_TASKS:
+        return _score_masks(scenes, questions, parsed)
+    if task == "<OCR_WITH_REGION>":
+        return _score_words(scenes, questions, parsed)
+    if task in LABEL_TASKS:
+        parsed = [strip_locations(answer) for answer in parsed]
+    return _score_texts(task, scenes, questions, parsed)
+
+
+def collect_questions(scenes: Sequence[Scene], task: str) -> list[tuple[Scene, Question]]:
+    """One question of a task for every scene that it fits; the same for the same scenes."""
+    rng = random.Random(QUESTION_SEED)
+    asked = ((scene, ask(scene, task, rng)) for scene in scenes)
+    return [(scene, question) for scene, question in asked if question]
+
+
+def make_scenes(seed: int, num_scenes: int, size: int = 256) -> list[Scene]:
+    """The scenes of an evaluation seed."""
+    rng = random.Random(seed)
+    return [make_scene(rng, size) for _ in range(num_scenes)]
+
+
+def evaluate(
+    predict: Predict, scenes: Sequence[Scene], tasks: Sequence[str] = TASK_TOKENS
+) -> dict[str, dict[str, float]]:
+    """Figures by task of any callable `predict(image, task, text_input) -> parsed answer`."""
+    report = {}
+    for task in tasks:
+        asked = collect_questions(scenes, task)
+        parsed = [predict(scene.image, task, question.text_input) for scene, question in asked]
+        report[task] = score_answers(task, [s for s, _ in asked], [q for _, q in asked], parsed)
+    return report
+
+
+def _score_boxes(scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]) -> dict[str, float]:
+    matches = []
+    for scene, question, answer in zip(scenes, questions, parsed, strict=True):
+        labels = answer["bboxes_labels"] if "bboxes_labels" in answer else answer["labels"]
+        true = [(label, to_pixels(box, scene.size)) for label, box in question.truth.boxes]
+        matches.append(match_boxes(list(zip(labels, answer["bboxes"], strict=True)), true))
+    correct, predicted, number = (
+        sum(getattr(match, name) for match in matches) for name in ("num_correct", "num_predicted", "num_true")
+    )
+    return {
+        "n": len(matches),
+        "precision": correct / max(1, predicted),
+        "recall": correct / max(1, number),
+        "mean_iou": sum(match.sum_iou for match in matches) / max(1, number),
+    }
+
+
+def _score_masks(scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]) -> dict[str, float]:
+    overlaps = []
+    for scene, question, answer in zip(scenes, questions, parsed, strict=True):
+        assert question.truth.shape is not None
+        polygons = [polygon for instance in answer["polygons"] for polygon in instance]
+        overlaps.append(mask_iou(draw_polygons(polygons, scene.size), draw_mask(question.truth.shape, scene.size)))
+    return {
+        "n": len(overlaps),
+        "mean_iou": float(np.mean(overlaps)),
+        "over_half": float(np.mean([overlap >= MIN_IOU for overlap in overlaps])),
+    }
+
+
+def _score_words(scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]) -> dict[str, float]:
+    texts, overlaps, invented = [], [], 0
+    for scene, question, answer in zip(scenes, questions, parsed, strict=True):
+        if not question.truth.boxes:
+            invented += len(answer["labels"])
+            continue
+        ((text, box),) = question.truth.boxes
+        is_single = len(answer["labels"]) == 1
+        texts.append(is_single and answer["labels"][0] == text)
+        overlaps.append(box_iou(quad_to_box(answer["quad_boxes"][0]), to_pixels(box, scene.size)) if is_single else 0.0)
+    both = [text and overlap >= MIN_IOU for text, overlap in zip(texts, overlaps, strict=True)]
+    return {
+        "n": len(texts),
+        "exact": float(np.mean(texts)),
+        "exact_and_placed": float(np.mean(both)),
+        "mean_iou": float(np.mean(overlaps)),
+        "invented_words": invented,
+    }
+
+
+def _score_texts(
+    task: str, scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]
+) -> dict[str, float]:
+    """Exact text; reading counts scenes with a word, and the words invented in the others apart."""
+    right = [question.truth.text == answer for question, answer in zip(questions, parsed, strict=True)]
+    with_word = [scene.word is not None for scene in scenes]
+    if task == "<OCR>":
+        hits = [hit for hit, has_word in zip(right, with_word, strict=True) if has_word]
+        return {"n": len(hits), "exact": float(np.mean(hits)), "invented_words": right.count(False) - hits.count(False)}
+    figures = {"n": len(right), "exact": float(np.mean(right))}
+    if task == "<CAPTION>":
+        repeated = [len({shape.kind for shape in scene.shapes}) < len(scene.shapes) for scene in scenes]
+        hits = [hit for hit, is_repeated in zip(right, repeated, strict=True) if is_repeated]
+        figures |= {"n_repeated": len(hits), "exact_repeated": float(np.mean(hits)) if hits else 1.0}
+    return figures

@@ -1,0 +1,102 @@
+"""Reading, tidying and writing `.onnx` files: no weight twice, nothing of the exporting machine inside."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+_MIN_SHARED_BYTES = 1024
+"""Smaller tensors are left alone: equal scalars and shapes are not weights, and sharing them saves nothing."""
+
+_MAX_PROTOBUF_BYTES = 2**31 - 2**24
+"""protobuf's limit of 2 GB, less room for the nodes."""
+
+
+def tidy(path: Path) -> None:
+    """Store every weight once and drop doc strings and metadata, in place."""
+    model = onnx.load(str(path))
+    share_weights(model)
+    strip(model)
+    save(model, path)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, with `<path>_data` beside it only when protobuf cannot hold the weights."""
+    data = path.with_name(path.name + "_data")
+    data.unlink(missing_ok=True)
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < _MAX_PROTOBUF_BYTES:
+        onnx.save(model, str(path))
+    else:
+        onnx.save(model, str(path), save_as_external_data=True, location=data.name)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about itself: torch writes source paths and stack traces of this machine."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    for graph in graphs(model.graph):
+        graph.doc_string = ""
+        for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            item.doc_string = ""
+            del item.metadata_props[:]
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all graphs inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
+
+
+def share_weights(model: onnx.ModelProto) -> None:
+    """Replace equal initializers by one, and those that are the transpose of another by a `Transpose` of it.
+
+    The copy that a `Gather` reads is the one kept, since a transposed embedding cannot be quantized. ONNX Runtime folds the
+    `Transpose` at load time, so it costs nothing per run.
+    """
+    names: dict[str, str] = {}
+    transposed: dict[str, str] = {}
+    kept: dict[tuple[Any, ...], str] = {}
+    gathered = {node.input[0] for graph in graphs(model.graph) for node in graph.node if node.op_type == "Gather"}
+    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name not in gathered):
+        array = numpy_helper.to_array(tensor)
+        if array.nbytes < _MIN_SHARED_BYTES:
+            continue
+        if (same := kept.get(_fingerprint(array))) is not None:
+            names[tensor.name] = same
+        elif array.ndim == 2 and (other := kept.get(_fingerprint(array.T))) is not None:
+            transposed[tensor.name] = other
+        else:
+            kept[_fingerprint(array)] = tensor.name
+    _rename_inputs(model, names)
+    _insert_transposes(model, transposed)
+    remaining = [item for item in model.graph.initializer if item.name not in names and item.name not in transposed]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(remaining)
+
+
+def _fingerprint(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+    return str(array.dtype), array.shape, digest
+
+
+def _rename_inputs(model: onnx.ModelProto, names: dict[str, str]) -> None:
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            for index, name in enumerate(node.input):
+                node.input[index] = names.get(name, name)
+
+
+def _insert_transposes(model: onnx.ModelProto, sources: dict[str, str]) -> None:
+    """The node takes over the removed initializer's name, so its readers need no change."""
+    for target, source in sources.items():
+        node = onnx.helper.make_node("Transpose", [source], [target], name=f"transpose_{target}", perm=[1, 0])
+        model.graph.node.insert(0, node)

@@ -1,0 +1,143 @@
+"""Whether an exported bundle answers as its checkpoint does: graph by graph, then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from florence_onnx import image, tasks
+from florence_onnx.bundle import Bundle
+from florence_onnx.engine import OnnxEngine
+from florence_onnx.errors import VerificationError
+from florence_onnx.generation import GenerationOptions
+from florence_onnx.image import ImageInput
+from florence_onnx.model import Florence2
+
+from . import reference
+from .checkpoint import Checkpoint
+from .onnx_export import OutputError
+from .onnx_graphs import GraphPlan
+
+PHOTOGRAPH = Path(__file__).parent / "photograph.jpg"
+"""Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image; made smaller."""
+
+MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 5e-2}
+"""Largest error of a graph's output, as a share of that output's largest magnitude, by precision."""
+
+EXACT = ("fp32",)
+"""Precisions whose tokens must equal the checkpoint's."""
+
+SEARCHES = {
+    "greedy": GenerationOptions(num_beams=1, max_new_tokens=48),
+    "beam-3": GenerationOptions(num_beams=3, max_new_tokens=48),
+}
+TASKS = (tasks.OBJECT_DETECTION, tasks.DETAILED_CAPTION)
+
+
+@dataclass(frozen=True)
+class TokenAgreement:
+    """How many of the checkpoint's tokens a bundle reproduces, in place."""
+
+    equal: int
+    total: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answers are the same."""
+        return self.equal == self.total
+
+
+def compare_graph(plan: GraphPlan, path: Path) -> dict[str, OutputError]:
+    """Runs a converted graph and its torch module on the same inputs.
+
+    Args:
+        plan: What the graph was exported from.
+        path: The file, in any precision.
+
+    Returns:
+        The errors by output.
+    """
+    engine = OnnxEngine(path, device="cpu")
+    worst: dict[str, OutputError] = {}
+    for inputs in (plan.inputs, *plan.check_inputs):
+        found = engine.run({name: tensor.numpy() for name, tensor in inputs.items() if name in engine.inputs})
+        with torch.inference_mode():
+            expected = plan.module(*inputs.values())
+        tensors = [expected] if isinstance(expected, torch.Tensor) else expected
+        for name, tensor in zip(plan.outputs, tensors, strict=True):
+            error = _error(tensor.numpy(), found[name].astype(np.float32))
+            if name not in worst or error.max_rel > worst[name].max_rel:
+                worst[name] = error
+    return worst
+
+
+def _error(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> OutputError:
+    largest = float(np.abs(expected - found).max())
+    if not np.isfinite(largest):  # a comparison with NaN would pass every bound
+        largest = float("inf")
+    return OutputError(largest, largest / max(float(np.abs(expected).max()), 1e-30))
+
+
+def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) -> dict[str, Any]:
+    """Summarises the errors of one graph.
+
+    Raises:
+        VerificationError: One is beyond the precision's bound.
+    """
+    worst_name, worst = max(errors.items(), key=lambda item: item[1].max_rel)
+    if not worst.max_rel <= MAX_RELATIVE_ERROR[precision]:
+        raise VerificationError(
+            f"{name} does not reproduce the checkpoint in {precision}: output {worst_name} is off by {worst.max_abs:.3g}, "
+            f"{worst.max_rel:.3g} of its largest value; allowed is {MAX_RELATIVE_ERROR[precision]:g}"
+        )
+    return {"max_abs": max(error.max_abs for error in errors.values()), "max_rel": worst.max_rel}
+
+
+def check_tokens(
+    checkpoint: Checkpoint, bundle: Bundle, pictures: Sequence[ImageInput] = (PHOTOGRAPH,)
+) -> dict[str, Any]:
+    """Compares whole answers of a bundle with transformers'.
+
+    Args:
+        checkpoint: The original.
+        bundle: Its export.
+        pictures: What to ask about.
+
+    Returns:
+        Per search, how many tokens agree.
+
+    Raises:
+        VerificationError: They differ although the precision is exact.
+    """
+    model = Florence2.from_bundle(bundle, device="cpu")
+    found = {}
+    for name, options in SEARCHES.items():
+        agreement = _token_agreement(checkpoint, bundle, model, pictures, options)
+        if bundle.precision in EXACT and not agreement.is_exact:
+            raise VerificationError(
+                f"{name} decoding of {bundle.path} gives other tokens than transformers: "
+                f"{agreement.equal} of {agreement.total} agree"
+            )
+        found[name] = asdict(agreement)
+    return found
+
+
+def _token_agreement(
+    checkpoint: Checkpoint, bundle: Bundle, model: Florence2, pictures: Sequence[ImageInput], options: GenerationOptions
+) -> TokenAgreement:
+    sizes = bundle.sizes
+    equal = total = 0
+    for picture in map(image.load, pictures):
+        pixels = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+        for task in TASKS:
+            expected = reference.generate(checkpoint, pixels, [task.format_prompt()], options)[0]
+            answer = model.run(task, picture, options=options).token_ids
+            equal += sum(a == b for a, b in zip(expected, answer, strict=False))
+            total += max(len(expected), len(answer))
+    return TokenAgreement(equal, total)

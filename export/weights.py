@@ -1,0 +1,54 @@
+"""The weights of all graphs of a bundle in one file, each stored once.
+
+The token embedding is read by the text encoder and by the decoder, whose language model head it is as well. ONNX lets
+several graphs point into one external data file, and ONNX Runtime maps it into memory instead of copying it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+MIN_BYTES = 1024
+"""Smaller tensors stay inside the graph, where shape inference can see them."""
+ALIGNMENT = 4096
+"""Of every tensor's offset: a page, so that the mapping needs no copy."""
+SMALL_ALIGNMENT = 64
+
+
+def share_weights(paths: Sequence[Path], weights: Path) -> None:
+    """Moves the large tensors of some graphs, in one directory, to one file.
+
+    Args:
+        paths: The `.onnx` files, rewritten in place.
+        weights: The file to write, in the same directory.
+    """
+    places: dict[bytes, tuple[int, int]] = {}
+    with weights.open("wb") as file:
+        for path in paths:
+            model = onnx.load(str(path))
+            for tensor in model.graph.initializer:
+                _move(tensor, file, weights.name, places)
+            onnx.save(model, str(path))
+            path.with_name(path.name + "_data").unlink(missing_ok=True)
+
+
+def _move(tensor: TensorProto, file: BinaryIO, location: str, places: dict[bytes, tuple[int, int]]) -> None:
+    data = numpy_helper.to_array(tensor).tobytes()
+    if len(data) < MIN_BYTES:
+        return
+    key = hashlib.sha256(data).digest()
+    if key not in places:
+        alignment = ALIGNMENT if len(data) >= ALIGNMENT else SMALL_ALIGNMENT
+        file.write(bytes(-file.tell() % alignment))
+        places[key] = (file.tell(), len(data))
+        file.write(data)
+    tensor.raw_data = data  # the helper below accepts raw tensors only
+    set_external_data(tensor, location, *places[key])
+    tensor.ClearField("raw_data")

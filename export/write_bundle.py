@@ -1,0 +1,179 @@
+"""From a checkpoint to a verified bundle directory, all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import transformers
+
+import florence_onnx
+from florence_onnx import bundle as bundles
+from florence_onnx.bundle import Bundle, ModelSizes
+from florence_onnx.errors import CheckpointError
+from florence_onnx.image import ImageInput
+
+from . import verify
+from .checkpoint import Checkpoint
+from .onnx_graphs import OPSET, export_graphs, plans
+from .optimize import PRECISIONS
+from .weights import share_weights
+
+Progress = Callable[[str], None]
+
+
+def _silent(step: str) -> None:
+    """No progress."""
+
+
+@contextmanager
+def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory that appears under its name only when its content is complete.
+
+    Args:
+        output: The final place.
+        force: Whether an existing `output` may be replaced; it is, at the very end.
+
+    Yields:
+        A temporary directory beside `output`; it is removed when the block fails.
+
+    Raises:
+        CheckpointError: `output` exists and `force` was not given.
+    """
+    output = output.resolve()
+    if output.exists() and not force:
+        raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if not target.exists():
+        source.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+    target.rename(old / target.name)
+    source.rename(target)
+    shutil.rmtree(old)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Bundle:
+    """Exports, verifies and writes a bundle.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned.
+        output: The directory to create.
+        precision: A key of `PRECISIONS`.
+        pictures: What the verification asks about.
+        force: Whether to replace an existing directory.
+        progress: Called with what is done next.
+
+    Returns:
+        The bundle as it lies on disk.
+
+    Raises:
+        CheckpointError: The precision is unknown or the directory exists.
+        VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
+    """
+    if precision not in PRECISIONS:
+        raise CheckpointError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    with new_directory(Path(output), force=force) as directory:
+        graphs = _write_graphs(checkpoint, directory, precision, progress)
+        checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
+        _write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
+        bundle = _unverified(checkpoint, directory, precision)
+        progress("comparing answers with transformers")
+        tokens = verify.check_tokens(checkpoint, bundle, pictures)
+        description = bundles.describe(
+            precision=precision,
+            sizes=bundle.sizes,
+            source=checkpoint.source,
+            verification={"graphs": graphs, "tokens": tokens, "versions": _versions()},
+            files=_files(directory),
+        )
+        # Written last: without it the directory is no bundle, whatever happened before.
+        _write_json(directory / bundles.DESCRIPTION, description)
+    return bundles.read(Path(output))
+
+
+def _write_graphs(checkpoint: Checkpoint, directory: Path, precision: str, progress: Progress) -> dict[str, Any]:
+    found = {}
+    for report in export_graphs(checkpoint, directory, progress=lambda name: progress(f"exporting {name}")):
+        found[report.path.name] = verify.check_graph(report.path.name, report.outputs, "fp32")
+    for plan in plans(checkpoint) if precision != "fp32" else ():
+        progress(f"converting {plan.name} to {precision}")
+        PRECISIONS[precision](directory / plan.name)
+        found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
+    progress("sharing weights")
+    share_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
+    return found
+
+
+def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:
+    text = checkpoint.model.config.text_config
+    pixels = checkpoint.preprocessing
+    sizes = ModelSizes(
+        image_size=pixels.image_size,
+        image_mean=pixels.image_mean,
+        image_std=pixels.image_std,
+        decoder_layers=text.decoder_layers,
+        decoder_heads=text.decoder_attention_heads,
+        head_dim=text.d_model // text.decoder_attention_heads,
+        max_positions=text.max_position_embeddings,
+        vocab_size=checkpoint.model.lm_head.weight.shape[0],
+        pad_token_id=text.pad_token_id,
+    )
+    generation = bundles.generation_defaults(checkpoint.generation, sizes.max_positions, directory)
+    return Bundle(directory, "florence_onnx", precision, sizes, generation, checkpoint.source)
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "florence_onnx": florence_onnx.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "opset": OPSET,
+    }
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(directory.iterdir()):
+        found[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,170 @@
+"""Running one graph: the `Engine` protocol and ONNX Runtime behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from florence_onnx import providers as provider_presets
+from florence_onnx.errors import BundleFileMissingError, CorruptGraphError, InputError, MissingExtraError, ProviderError
+from florence_onnx.providers import Provider
+
+Array = npt.NDArray[Any]
+SessionOptions = Mapping[str, Any]
+"""Attributes of `onnxruntime.SessionOptions` by name; a key with a dot is a session config entry."""
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+_LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NotImplemented", "RuntimeException")
+
+
+def onnxruntime() -> ModuleType:
+    """The installed ONNX Runtime, whichever package brought it.
+
+    Raises:
+        MissingExtraError: There is none.
+    """
+    try:
+        import onnxruntime as ort  # noqa: PLC0415 - heavy, and optional: GPU machines bring their own build
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    module: ModuleType = ort
+    return module
+
+
+class Binding(Protocol):
+    """Buffers tied to a graph's inputs and outputs, for repeated runs without allocation."""
+
+    def bind_input(self, name: str, array: Array) -> None:
+        """The graph reads `array` (C-contiguous, of the input's dtype) at every run."""
+
+    def bind_output(self, name: str, array: Array) -> None:
+        """The graph writes to `array`; an output may share its buffer with an input to be updated in place."""
+
+    def run(self) -> None:
+        """Runs the graph once on the present content of the buffers."""
+
+
+class Engine(Protocol):
+    """One graph, ready to run; safe to use from several threads."""
+
+    inputs: Mapping[str, np.dtype[Any]]
+    """Name and dtype of every input."""
+    outputs: Sequence[str]
+    """Names of the outputs."""
+    num_runs: int
+    """How often the graph ran."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the graph; feeds are cast to the graph's dtypes where they differ."""
+
+    def bind(self) -> Binding:
+        """A fresh set of buffers, for use by one thread."""
+
+
+class OnnxEngine:
+    """A graph in an ONNX Runtime session."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        providers: Sequence[Provider] | None = None,
+        session_options: SessionOptions | None = None,
+    ) -> None:
+        """Loads a graph.
+
+        Args:
+            path: An ONNX file; external data lies beside it.
+            device: See `florence_onnx.providers.Device`.
+            providers: Explicit execution providers, instead of `device`.
+            session_options: Overrides of `onnxruntime.SessionOptions`.
+
+        Raises:
+            BundleFileMissingError: There is no such file.
+            CorruptGraphError: The file, or its external data, is not a graph that ONNX Runtime accepts.
+            ProviderError: The execution provider did not start.
+        """
+        ort = onnxruntime()
+        if not path.is_file():
+            raise BundleFileMissingError(f"graph file {path} is missing; export or download the bundle again")
+        chosen = provider_presets.resolve(device, providers, ort.get_available_providers())
+        self._ort = ort
+        self._session = _create_session(ort, path, chosen, _session_options(ort, session_options))
+        self.provider: str = _check_provider(self._session.get_providers(), chosen)
+        self.inputs = {node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()}
+        self.outputs = [node.name for node in self._session.get_outputs()]
+        self.num_runs = 0
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        typed = {name: np.ascontiguousarray(value, dtype=self.inputs[name]) for name, value in feeds.items()}
+        self.num_runs += 1
+        return dict(zip(self.outputs, self._session.run(None, typed), strict=True))
+
+    def bind(self) -> Binding:
+        return _OnnxBinding(self, self._session)
+
+
+class _OnnxBinding:
+    def __init__(self, engine: OnnxEngine, session: Any) -> None:
+        self._engine = engine
+        self._session = session
+        self._binding = session.io_binding()
+        self._arrays: dict[str, Array] = {}  # the session holds bare addresses: the arrays must live as long
+
+    def bind_input(self, name: str, array: Array) -> None:
+        self._arrays[f"input {name}"] = array
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def bind_output(self, name: str, array: Array) -> None:
+        self._arrays[f"output {name}"] = array
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        self._engine.num_runs += 1
+        self._session.run_with_iobinding(self._binding)
+
+
+def _session_options(ort: ModuleType, overrides: SessionOptions | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in (overrides or {}).items():
+        if "." in name:
+            options.add_session_config_entry(name, str(value))
+        elif hasattr(options, name):
+            setattr(options, name, value)
+        else:
+            raise InputError(f"onnxruntime.SessionOptions has no attribute {name!r}")
+    return options
+
+
+def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.ProviderList, options: Any) -> Any:
+    state = ort.capi.onnxruntime_pybind11_state
+    errors = tuple(getattr(state, name) for name in _LOAD_ERRORS if hasattr(state, name))
+    try:
+        # enable_fallback=0: a provider that does not start must not become the CPU behind the caller's back
+        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+    except state.NoSuchFile as error:
+        raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
+    except errors as error:
+        raise CorruptGraphError(f"{path} does not load; export or download it again. ONNX Runtime says: {error}") from error
+
+
+def _check_provider(obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:
+    wanted = chosen[0][0]
+    if obtained[0] != wanted:
+        raise ProviderError(
+            f"{wanted} was asked for but did not start (ONNX Runtime fell back to {', '.join(obtained)}); usually the "
+            "driver or a CUDA, cuDNN or TensorRT library is missing or of another major version"
+        )
+    return wanted

@@ -1,0 +1,384 @@
+"""`Florence2`: the stages wired together."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as PILImage
+
+from florence_onnx import bundle as bundles
+from florence_onnx import draw, image, results, tasks
+from florence_onnx.bundle import Bundle
+from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
+from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
+from florence_onnx.errors import InputError, ProviderError, TextInputError
+from florence_onnx.generation import GeneratedSequence, GenerationOptions, generate
+from florence_onnx.image import ImageInput
+from florence_onnx.locations import Region
+from florence_onnx.postprocess import parse
+from florence_onnx.providers import Provider, candidates
+from florence_onnx.tasks import Task
+from florence_onnx.tokenizer import PromptTokenizer
+from florence_onnx.transformers_js import TransformersJsTextModel
+
+R = TypeVar("R")
+_log = logging.getLogger("florence_onnx")
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture after the vision encoder, to be asked any number of tasks."""
+
+    image_features: npt.NDArray[np.float32]
+    """`(N, D)`."""
+    picture: PILImage.Image = field(repr=False)
+    """The picture itself, RGB."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(width, height)` in pixels, the frame of all coordinates."""
+        return self.picture.size
+
+
+@dataclass(frozen=True)
+class Prediction(Generic[R]):
+    """One answer."""
+
+    results: R
+    """The answer in fal's shape; see `florence_onnx.results`."""
+    task: Task[R]
+    """The task that was asked."""
+    text: str
+    """What the model said, with special and location tokens."""
+    token_ids: tuple[int, ...]
+    """The same in tokens, from the decoder start token on."""
+    truncated: bool
+    """Whether the token limit cut the answer off; its last item may then be missing or incomplete."""
+    picture: PILImage.Image = field(repr=False, compare=False)
+    """The picture that was asked about, RGB."""
+
+    @property
+    def image(self) -> results.Image | None:
+        """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
+        if not self.task.has_image:
+            return None
+        buffer = io.BytesIO()
+        self.draw().save(buffer, format="PNG")
+        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return results.Image(
+            url=f"data:image/png;base64,{encoded}",
+            content_type="image/png",
+            file_name=f"{self.task.slug}.png",
+            file_size=buffer.tell(),
+            width=self.picture.width,
+            height=self.picture.height,
+        )
+
+    def draw(self) -> PILImage.Image:
+        """The picture with the answer drawn on it.
+
+        Raises:
+            InputError: The task's answer is text.
+        """
+        if isinstance(self.results, str):
+            raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
+        return draw.draw(self.picture, self.results)
+
+    def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:
+        """fal's JSON for this answer.
+
+        Args:
+            with_image: Whether `image` holds the annotated picture; otherwise it is None, as fal has it when unset.
+
+        Returns:
+            `{"results": …}`, and `"image"` for the tasks where fal has one.
+        """
+        answer: dict[str, Any] = {"results": results.to_dict(self.results)}
+        if self.task.has_image:
+            answer["image"] = results.to_dict(self.image) if with_image else None
+        return answer
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One checked question of a batch."""
+
+    task: Task[Any]
+    prompt: str
+    image: ImageInput | EncodedImage
+
+
+class Florence2:
+    """A Florence-2 model on ONNX Runtime. Safe to use from several threads."""
+
+    def __init__(self, bundle: Bundle, vision_encoder: Engine, text_model: TextBackend, provider: str) -> None:
+        """Wires loaded stages; use `from_pretrained`."""
+        self._bundle = bundle
+        self._vision_encoder = vision_encoder
+        self._text_model = text_model
+        self._provider = provider
+        self._tokenizer = PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = bundles.DEMO,
+        *,
+        device: str = "auto",
+        precision: str | None = None,
+        providers: Sequence[Provider] | None = None,
+        session_options: SessionOptions | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Florence2:
+        """Loads a model.
+
+        Args:
+            name: A bundle directory, a hub repository (`owner/name`; a bundle, or the layout of
+                `onnx-community/Florence-2-*`), or `"demo"`, the built-in model for drawn shapes.
+            device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
+            precision: Which files to take (`"fp32"`, `"fp16"`, …); None takes what the bundle has, or fp32.
+            providers: Explicit ONNX Runtime execution providers (names, or names with options) instead of `device`.
+            session_options: Attributes of `onnxruntime.SessionOptions` to set, e.g. `{"intra_op_num_threads": 2}`.
+            revision: Branch, tag or commit of a hub repository.
+            cache_dir: Where downloads are kept.
+
+        Raises:
+            BundleError: The model is missing, damaged or of a newer format.
+            ProviderError: The execution provider cannot run here.
+            MissingExtraError: No ONNX Runtime is installed.
+        """
+        bundle = bundles.resolve(name, precision=precision, revision=revision, cache_dir=cache_dir)
+        return cls.from_bundle(bundle, device=device, providers=providers, session_options=session_options)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        providers: Sequence[Provider] | None = None,
+        session_options: SessionOptions | None = None,
+    ) -> Florence2:
+        """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
+        if device == "auto" and providers is None:
+            return cls._load_best(bundle, session_options)
+        engines = [
+            OnnxEngine(path, device=device, providers=providers, session_options=session_options)
+            for path in bundle.graphs
+        ]
+        vision_encoder, *text = engines
+        return cls(bundle, vision_encoder, _text_backend(bundle, text), vision_encoder.provider)
+
+    @classmethod
+    def _load_best(cls, bundle: Bundle, session_options: SessionOptions | None) -> Florence2:
+        """Takes the first device that starts, and says which."""
+        *accelerators, last = candidates(onnxruntime().get_available_providers())
+        for device in accelerators:
+            try:
+                model = cls.from_bundle(bundle, device=device, session_options=session_options)
+            except ProviderError as error:
+                _log.warning("device auto: %s is installed but cannot run: %s", device, error)
+            else:
+                _log.info("device auto: %s", device)
+                return model
+        _log.info("device auto: %s", last)
+        return cls.from_bundle(bundle, device=last, session_options=session_options)
+
+    # ------------------------------------------------------------------------------------------------------- asking
+
+    def encode(self, picture: ImageInput, *, apply_exif: bool = True) -> EncodedImage:
+        """Runs the vision encoder once, for any number of tasks.
+
+        Args:
+            picture: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
+            apply_exif: Whether to turn the picture as its EXIF orientation says; the reference does not.
+
+        Raises:
+            ImageError: The picture cannot be read.
+        """
+        return self._encode_pictures([image.load(picture, apply_exif=apply_exif)])[0]
+
+    @overload
+    def run(
+        self,
+        task: Task[R],
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Prediction[R]: ...
+
+    @overload
+    def run(
+        self,
+        task: str,
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Prediction[Any]: ...
+
+    def run(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Prediction[Any]:
+        """Asks one task about one picture.
+
+        Args:
+            task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`).
+            image: What `encode` takes, or what it returned.
+            text_input: Text, for the tasks that need one.
+            region: Region in bins, for the tasks that need one; see `Region.from_pixels`.
+            options: Decoding options over the checkpoint's own.
+
+        Raises:
+            InputError: The task, picture, text, region or an option is wrong.
+        """
+        return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
+
+    def run_batch(
+        self,
+        tasks: Task[Any] | str | Sequence[Task[Any] | str],
+        images: Sequence[ImageInput | EncodedImage],
+        *,
+        text_inputs: Sequence[str | None] | None = None,
+        regions: Sequence[Region | None] | None = None,
+        options: GenerationOptions | None = None,
+    ) -> list[Prediction[Any]]:
+        """Asks several questions in one batch; each answer is what `run` gives.
+
+        A picture that occurs several times, as the same object, is encoded once.
+
+        Args:
+            tasks: One task for all, or one per picture.
+            images: The pictures, loaded or encoded, repeated where several tasks are asked of one.
+            text_inputs: One entry per picture, None where the task takes no text.
+            regions: One entry per picture, None where the task takes no region.
+            options: Decoding options for all.
+
+        Returns:
+            One prediction per picture, in order.
+
+        Raises:
+            InputError: As for `run`, or the sequences differ in length.
+        """
+        requests = _requests(tasks, images, text_inputs, regions)
+        if not requests:
+            return []
+        config = self._bundle.generation.resolve(options)
+        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
+        encoded = self._encode_all([request.image for request in requests])
+        image_features = np.stack([each.image_features for each in encoded])
+        self._check_length(requests, attention_mask, image_features.shape[1])
+        session = self._text_model.start(input_ids, attention_mask, image_features)
+        sequences = generate(session, len(requests), config)
+        return [
+            self._prediction(request.task, each, sequence)
+            for request, each, sequence in zip(requests, encoded, sequences, strict=True)
+        ]
+
+    def warm_up(self) -> None:
+        """Runs every stage once on a blank picture, so that the first real call is not the slow one."""
+        width, height = self._bundle.sizes.image_size
+        blank = PILImage.new("RGB", (width, height))
+        self.run(tasks.CAPTION, blank, options=GenerationOptions(max_new_tokens=4))
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded and where it runs, ready for JSON."""
+        bundle, sizes = self._bundle, self._bundle.sizes
+        return {
+            "path": str(bundle.path),
+            "layout": bundle.layout,
+            "precision": bundle.precision,
+            "provider": self._provider,
+            "model": dict(vars(sizes)),
+            "generation": vars(bundle.generation.resolve(None)),
+            "source": dict(bundle.source),
+            "verification": dict(bundle.verification),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- stages
+
+    def _encode_pictures(self, pictures: Sequence[PILImage.Image]) -> list[EncodedImage]:
+        # One picture a call: on a CPU a batch is no faster, and what a picture gives must not depend on its neighbours.
+        return [EncodedImage(self._features(picture), picture) for picture in pictures]
+
+    def _features(self, picture: PILImage.Image) -> npt.NDArray[np.float32]:
+        sizes = self._bundle.sizes
+        pixel_values = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+        features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
+        return features[0].astype(np.float32, copy=False)
+
+    def _encode_all(self, pictures: Sequence[ImageInput | EncodedImage]) -> list[EncodedImage]:
+        encoded: dict[int, EncodedImage] = {}
+        for picture in pictures:
+            if id(picture) not in encoded:
+                encoded[id(picture)] = picture if isinstance(picture, EncodedImage) else self.encode(picture)
+        return [encoded[id(picture)] for picture in pictures]
+
+    def _check_length(
+        self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64], num_image_tokens: int
+    ) -> None:
+        room = self._bundle.sizes.max_positions - num_image_tokens
+        for request, length in zip(requests, attention_mask.sum(axis=1), strict=True):
+            if length > room:
+                raise TextInputError(
+                    f"the prompt of {request.task.slug} has {length} tokens; this model has room for {room} "
+                    f"beside {num_image_tokens} image tokens: shorten text_input"
+                )
+
+    def _prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
+        text = self._tokenizer.decode(sequence.token_ids)
+        answer = parse(task, text, encoded.size)
+        return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.picture)
+
+
+def _text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
+    sizes = bundle.sizes
+    shape = DecoderShape(
+        sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
+    )
+    if bundle.layout == "transformers.js":
+        embed_tokens, encoder, decoder = engines
+        return TransformersJsTextModel(embed_tokens, encoder, decoder, shape)
+    text_encoder, decoder = engines
+    return TextModel(text_encoder, decoder, shape)
+
+
+def _requests(
+    task_or_tasks: Task[Any] | str | Sequence[Task[Any] | str],
+    images: Sequence[ImageInput | EncodedImage],
+    text_inputs: Sequence[str | None] | None,
+    regions: Sequence[Region | None] | None,
+) -> list[_Request]:
+    count = len(images)
+    one = isinstance(task_or_tasks, (str, Task))
+    columns: Mapping[str, Sequence[Any]] = {
+        "tasks": [task_or_tasks] * count if one else task_or_tasks,
+        "text_inputs": [None] * count if text_inputs is None else text_inputs,
+        "regions": [None] * count if regions is None else regions,
+    }
+    for name, column in columns.items():
+        if len(column) != count:
+            raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
+    found = []
+    for task_name, picture, text, region in zip(columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True):
+        task = tasks.get(task_name)
+        found.append(_Request(task, task.format_prompt(text_input=text, region=region), picture))
+    return found

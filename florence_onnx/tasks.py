@@ -1,0 +1,306 @@
+"""What Florence-2 can be asked: one constant per task, by name, fal slug and token.
+
+```python
+tasks.OBJECT_DETECTION              # Task[BoundingBoxes]
+tasks.get("object-detection")       # the same, by fal's endpoint name
+tasks.get("<OD>")                   # the same, by Microsoft's token
+```
+
+A fine-tuned checkpoint brings a task of its own; its token is usually the prompt itself:
+
+```python
+VQA = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure_text, has_image=False)
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+from florence_onnx import postprocess
+from florence_onnx.errors import InputError, RegionError, TextInputError, UnknownTaskError
+from florence_onnx.locations import Region, Size
+from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
+
+R = TypeVar("R")
+
+Needs: TypeAlias = Literal["nothing", "text", "region"]
+"""What a task takes besides the image."""
+
+_PLACEHOLDER = "{input}"
+
+
+@dataclass(frozen=True)
+class Task(Generic[R]):
+    """A question that the model was trained on, and how to read its answer.
+
+    Raises:
+        InputError: `needs` is unknown, or `prompt` has no place for the input or one too many.
+    """
+
+    slug: str
+    """Name in addresses and on the command line: fal's endpoint name, such as "object-detection"."""
+    token: str
+    """Microsoft's name, such as "<OD>". It is no token of the vocabulary."""
+    prompt: str
+    """What the model reads; `{input}` stands for the text or the region's location tokens."""
+    needs: Needs
+    """What the task takes besides the image: "nothing", "text" or "region"."""
+    parser: Callable[[str, Size], R]
+    """Turns generated text and the image's (width, height) into results."""
+    has_image: bool
+    """Whether fal's answer has an `image` (the annotated picture) beside `results`."""
+
+    def __post_init__(self) -> None:
+        if self.needs not in ("nothing", "text", "region"):
+            raise InputError(f'Task needs "nothing", "text" or "region", got {self.needs!r}')
+        if self.prompt.count(_PLACEHOLDER) != (self.needs != "nothing"):
+            raise InputError(
+                f"prompt {self.prompt!r} of task {self.slug!r} must contain {_PLACEHOLDER} once if the task needs text "
+                f"or a region, and not at all otherwise (it needs {self.needs})"
+            )
+
+    def format_prompt(self, text_input: str | None = None, region: Region | None = None) -> str:
+        """Writes the prompt.
+
+        Args:
+            text_input: For a task that needs text; surrounding white space is removed.
+            region: For a task that needs a region.
+
+        Returns:
+            The prompt, ready for the tokenizer.
+
+        Raises:
+            TextInputError: The text is missing, blank, not a string, or not wanted by this task.
+            RegionError: The region is missing, not a Region, or not wanted by this task.
+        """
+        self._check_text(text_input)
+        self._check_region(region)
+        if text_input is not None:
+            return self.prompt.replace(_PLACEHOLDER, text_input.strip())
+        if region is not None:
+            return self.prompt.replace(_PLACEHOLDER, region.location_tokens)
+        return self.prompt
+
+    def _check_text(self, text_input: str | None) -> None:
+        if self.needs != "text":
+            if text_input is not None:
+                raise TextInputError(f"task {self.slug!r} takes no text_input, got {text_input!r}; leave it out")
+            return
+        if text_input is None:
+            raise TextInputError(f'task {self.slug!r} needs text: pass text_input="…"')
+        if not isinstance(text_input, str):
+            raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
+        if not text_input.strip():
+            raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
+
+    def _check_region(self, region: Region | None) -> None:
+        how = "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, or region=Region.from_pixels(x1, y1, x2, y2, size)"
+        if self.needs != "region":
+            if region is not None:
+                raise RegionError(f"task {self.slug!r} takes no region, got {region!r}; leave it out")
+            return
+        if region is None:
+            raise RegionError(f"task {self.slug!r} needs a region: {how}")
+        if not isinstance(region, Region):
+            raise RegionError(f"region must be a Region, got {region!r}; {how}")
+
+
+CAPTION: Task[str] = Task(
+    "caption", "<CAPTION>", "What does the image describe?", "nothing", postprocess.pure_text, has_image=False
+)
+"""One sentence about the image."""
+
+DETAILED_CAPTION: Task[str] = Task(
+    "detailed-caption",
+    "<DETAILED_CAPTION>",
+    "Describe in detail what is shown in the image.",
+    "nothing",
+    postprocess.pure_text,
+    has_image=False,
+)
+"""A few sentences about the image."""
+
+MORE_DETAILED_CAPTION: Task[str] = Task(
+    "more-detailed-caption",
+    "<MORE_DETAILED_CAPTION>",
+    "Describe with a paragraph what is shown in the image.",
+    "nothing",
+    postprocess.pure_text,
+    has_image=False,
+)
+"""A paragraph about the image."""
+
+OCR: Task[str] = Task(
+    "ocr", "<OCR>", "What is the text in the image?", "nothing", postprocess.pure_text, has_image=False
+)
+"""The text in the image, as one string."""
+
+OCR_WITH_REGION: Task[OCRBoundingBox] = Task(
+    "ocr-with-region",
+    "<OCR_WITH_REGION>",
+    "What is the text in the image, with regions?",
+    "nothing",
+    postprocess.ocr,
+    has_image=True,
+)
+"""Each line of text in the image with its quadrilateral."""
+
+OBJECT_DETECTION: Task[BoundingBoxes] = Task(
+    "object-detection",
+    "<OD>",
+    "Locate the objects with category name in the image.",
+    "nothing",
+    postprocess.description_with_bboxes,
+    has_image=True,
+)
+"""Boxes of the objects, labelled with their category."""
+
+DENSE_REGION_CAPTION: Task[BoundingBoxes] = Task(
+    "dense-region-caption",
+    "<DENSE_REGION_CAPTION>",
+    "Locate the objects in the image, with their descriptions.",
+    "nothing",
+    postprocess.description_with_bboxes,
+    has_image=True,
+)
+"""Boxes of the objects, labelled with a short description."""
+
+REGION_PROPOSAL: Task[BoundingBoxes] = Task(
+    "region-proposal",
+    "<REGION_PROPOSAL>",
+    "Locate the region proposals in the image.",
+    "nothing",
+    postprocess.bboxes,
+    has_image=True,
+)
+"""Boxes of whatever stands out, without labels."""
+
+CAPTION_TO_PHRASE_GROUNDING: Task[BoundingBoxes] = Task(
+    "caption-to-phrase-grounding",
+    "<CAPTION_TO_PHRASE_GROUNDING>",
+    "Locate the phrases in the caption: {input}",
+    "text",
+    postprocess.phrase_grounding,
+    has_image=True,
+)
+"""Boxes of the things that a caption mentions; the text is the caption."""
+
+REFERRING_EXPRESSION_SEGMENTATION: Task[PolygonOutput] = Task(
+    "referring-expression-segmentation",
+    "<REFERRING_EXPRESSION_SEGMENTATION>",
+    "Locate {input} in the image with mask",
+    "text",
+    postprocess.polygons,
+    has_image=True,
+)
+"""Outlines of what the text refers to."""
+
+REGION_TO_SEGMENTATION: Task[PolygonOutput] = Task(
+    "region-to-segmentation",
+    "<REGION_TO_SEGMENTATION>",
+    "What is the polygon mask of region {input}",
+    "region",
+    postprocess.polygons,
+    has_image=True,
+)
+"""Outlines of the object in a region."""
+
+OPEN_VOCABULARY_DETECTION: Task[BoundingBoxes] = Task(
+    "open-vocabulary-detection",
+    "<OPEN_VOCABULARY_DETECTION>",
+    "Locate {input} in the image.",
+    "text",
+    postprocess.description_with_bboxes_or_polygons,
+    has_image=True,
+)
+"""Boxes (or, rarely, outlines) of what the text names."""
+
+REGION_TO_CATEGORY: Task[str] = Task(
+    "region-to-category",
+    "<REGION_TO_CATEGORY>",
+    "What is the region {input}?",
+    "region",
+    postprocess.pure_text,
+    has_image=False,
+)
+"""The category of the object in a region, followed by the region's location tokens."""
+
+REGION_TO_DESCRIPTION: Task[str] = Task(
+    "region-to-description",
+    "<REGION_TO_DESCRIPTION>",
+    "What does the region {input} describe?",
+    "region",
+    postprocess.pure_text,
+    has_image=False,
+)
+"""A description of the object in a region, followed by the region's location tokens."""
+
+REGION_TO_OCR: Task[str] = Task(
+    "region-to-ocr",
+    "<REGION_TO_OCR>",
+    "What text is in the region {input}?",
+    "region",
+    postprocess.pure_text,
+    has_image=False,
+)
+"""The text in a region, followed by the region's location tokens."""
+
+TASKS: dict[str, Task[Any]] = {
+    task.slug: task
+    for task in (
+        OBJECT_DETECTION,
+        DENSE_REGION_CAPTION,
+        REGION_PROPOSAL,
+        OPEN_VOCABULARY_DETECTION,
+        CAPTION_TO_PHRASE_GROUNDING,
+        OCR_WITH_REGION,
+        REFERRING_EXPRESSION_SEGMENTATION,
+        REGION_TO_SEGMENTATION,
+        CAPTION,
+        DETAILED_CAPTION,
+        MORE_DETAILED_CAPTION,
+        OCR,
+        REGION_TO_CATEGORY,
+        REGION_TO_DESCRIPTION,
+        REGION_TO_OCR,
+    )
+}
+"""All tasks by slug: fal's fourteen in the order of its catalogue, then region-to-ocr."""
+
+_BY_NAME: dict[str, Task[Any]] = {**TASKS, **{task.token: task for task in TASKS.values()}}
+
+
+def get(task: Task[Any] | str) -> Task[Any]:
+    """Finds a task.
+
+    Args:
+        task: A task (returned as it is, also one of your own), a slug ("object-detection") or a token ("<OD>").
+
+    Returns:
+        The task.
+
+    Raises:
+        UnknownTaskError: There is no such task; the message lists those that exist.
+    """
+    if isinstance(task, Task):
+        return task
+    found = _BY_NAME.get(task) if isinstance(task, str) else None
+    if found is None:
+        known = ", ".join(f"{each.slug} ({each.token})" for each in TASKS.values())
+        raise UnknownTaskError(f"unknown task {task!r}{_suggestion(task)}; the tasks are: {known}")
+    return found
+
+
+def _suggestion(task: object) -> str:
+    """`; did you mean "object-detection"?`, or nothing where no name is near."""
+    by_plain_name = {_plain(name): name for name in _BY_NAME}
+    near = difflib.get_close_matches(_plain(str(task)[:100]), by_plain_name, n=1)
+    return f'; did you mean "{by_plain_name[near[0]]}"?' if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.strip(" <>").lower().replace("_", "-").replace(" ", "-")

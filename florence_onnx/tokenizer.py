@@ -1,0 +1,59 @@
+"""Prompts to token ids and back, with Florence-2's location tokens kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from florence_onnx.errors import BundleFileMissingError, BundleFormatError
+
+Ids = npt.NDArray[np.int64]
+
+
+class PromptTokenizer:
+    """Florence-2's byte-level BPE tokenizer."""
+
+    def __init__(self, path: Path, *, pad_token_id: int) -> None:
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            BundleFileMissingError: There is no such file.
+            BundleFormatError: It is not a tokenizer.
+        """
+        if not path.is_file():
+            raise BundleFileMissingError(f"tokenizer file {path} is missing; export or download the bundle again")
+        from tokenizers import Tokenizer  # noqa: PLC0415 - keeps `import florence_onnx` light
+
+        try:
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises bare Exception for every kind of malformed file
+            raise BundleFormatError(f"{path} is not a tokenizer file: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._pad_token_id = pad_token_id
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.
+
+        Returns:
+            `input_ids` and `attention_mask` (1 for tokens, 0 for padding), both `(B, T)`.
+        """
+        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(list(prompts))]
+        length = max(map(len, encoded))
+        input_ids = np.full((len(encoded), length), self._pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(encoded), length), dtype=np.int64)
+        for row, ids in enumerate(encoded):
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+        return input_ids, attention_mask
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a whole answer, special and location tokens included.
+
+        Ids beyond the vocabulary (rows that pad the embedding to a round size) stand for no text.
+        """
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
