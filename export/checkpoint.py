@@ -7,7 +7,6 @@ accounted for: transformers' own `from_pretrained` warns about missing and unkno
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,7 @@ from . import microsoft
 from .checkpoint_files import find_folder, read_json, read_weights
 from .checkpoint_settings import Preprocessing, count_image_tokens, read_generation, read_preprocessing
 from .tokenizer import load_tokenizer
-
-_SHARED = "model.language_model.shared.weight"
-_EMBEDDINGS = (
-    _SHARED,
-    "model.language_model.encoder.embed_tokens.weight",
-    "model.language_model.decoder.embed_tokens.weight",
-)
-_HEAD = "lm_head.weight"
-
-Weights = dict[str, torch.Tensor]
+from .weights import NATIVE, Layout, Weights, native_weights
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     generation = read_generation(folder, config_json, is_microsoft=is_microsoft)
     tokenizer = load_tokenizer(folder, config.text_config.vocab_size, generation)
     stored = read_weights(folder)
-    model = _build_model(config, stored, is_microsoft)
+    model = _build_model(config, stored, microsoft.LAYOUT if is_microsoft else NATIVE)
     model.generation_config = GenerationConfig(**generation)
     is_local = Path(source).is_dir()
     origin = CheckpointSource(
@@ -146,23 +136,18 @@ def _build_config(config: dict[str, Any], is_microsoft: bool) -> Florence2Config
     return built
 
 
-def _build_model(config: Florence2Config, stored: Weights, is_microsoft: bool) -> Florence2ForConditionalGeneration:
+def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Florence2ForConditionalGeneration:
     try:
         # Without memory, so that nothing is drawn at random only to be thrown away.
         with torch.device("meta"):
             model = Florence2ForConditionalGeneration(config)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
         raise CheckpointError(f"config.json describes no possible model: {type(error).__name__}: {error}") from error
-    rename = microsoft.stored_name if is_microsoft else str
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = _native_weights(stored, expected, rename, is_tied=_is_tied(config))
-    model.load_state_dict(weights, assign=True)
-    _tie(model, is_tied=_HEAD not in stored and rename(_HEAD) not in stored or weights[_HEAD] is weights[_SHARED])
+    is_tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(native_weights(stored, shapes, layout, is_tied=is_tied), assign=True)
+    _tie(model, is_tied=is_tied)
     return model.eval().requires_grad_(False)
-
-
-def _is_tied(config: Florence2Config) -> bool:
-    return bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
 
 
 def _tie(model: Florence2ForConditionalGeneration, *, is_tied: bool) -> None:
@@ -172,85 +157,6 @@ def _tie(model: Florence2ForConditionalGeneration, *, is_tied: bool) -> None:
     bart.decoder.embed_tokens.weight = bart.shared.weight
     if is_tied:
         model.lm_head.weight = bart.shared.weight
-
-
-def _native_weights(
-    stored: Weights, expected: dict[str, torch.Size], rename: Callable[[str], str], *, is_tied: bool
-) -> Weights:
-    """All weights of the native class in float32.
-
-    Args:
-        stored: Tensors by stored name.
-        expected: Shapes by native name.
-        rename: From native to stored names.
-        is_tied: Whether the config ties the output layer to the embedding.
-    """
-    _check_logits_bias(stored)
-    shared = (*_EMBEDDINGS, _HEAD)
-    names = {native: rename(native) for native in expected}
-    required = {names[native]: native for native in expected if native not in shared}
-    known = {*names.values(), microsoft.LOGITS_BIAS}
-    _refuse("lacks weights", sorted(required.keys() - stored.keys()))
-    _refuse("has unknown weights", sorted(stored.keys() - known))
-    _refuse("has weights of the wrong shape or type", _misfits(stored, expected, names))
-    weights = {native: _to_native(stored[name], native) for name, native in required.items()}
-    weights.update(_embeddings(stored, names, is_tied=is_tied))
-    return weights
-
-
-def _refuse(fault: str, names: Sequence[str]) -> None:
-    if names:
-        rest = "" if len(names) <= 10 else f" … ({len(names)} in all)"
-        raise CheckpointError(f"the checkpoint {fault} ({len(names)}): {', '.join(names[:10])}{rest}")
-
-
-def _misfits(stored: Weights, expected: dict[str, torch.Size], names: dict[str, str]) -> list[str]:
-    misfits = []
-    for native, shape in expected.items():
-        tensor = stored.get(names[native])
-        wanted = shape[::-1] if names[native] != native and native in microsoft.TRANSPOSED else shape
-        if tensor is not None and tensor.shape != wanted:
-            misfits.append(f"{names[native]} {list(tensor.shape)}, not {list(wanted)}")
-        elif tensor is not None and not tensor.is_floating_point():
-            misfits.append(f"{names[native]} {str(tensor.dtype).removeprefix('torch.')}, not a float type")
-    return misfits
-
-
-def _to_native(tensor: torch.Tensor, native: str, *, is_renamed: bool = False) -> torch.Tensor:
-    value = tensor.T if is_renamed and native in microsoft.TRANSPOSED else tensor
-    return value.to(torch.float32).contiguous()
-
-
-def _check_logits_bias(stored: Weights) -> None:
-    bias = stored.get(microsoft.LOGITS_BIAS)
-    if bias is not None and bool(bias.count_nonzero()):
-        raise CheckpointError(
-            f"{microsoft.LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias "
-            "to the logits, so this checkpoint cannot be reproduced"
-        )
-
-
-def _embeddings(stored: Weights, names: dict[str, str], *, is_tied: bool) -> Weights:
-    """The one embedding under its three names, and the output layer, whichever of the four the file holds."""
-    inputs = [names[native] for native in _EMBEDDINGS if names[native] in stored]
-    head = names[_HEAD]
-    if not inputs and head not in stored:
-        raise CheckpointError(f"the checkpoint lacks weights (1): {names[_SHARED]}")
-    if not is_tied and (head not in stored or not inputs):
-        lacking = head if head not in stored else names[_SHARED]
-        raise CheckpointError(f"the checkpoint lacks weights (1): {lacking} (config.json: tie_word_embeddings is false)")
-    first = inputs[0] if inputs else head
-    different = [name for name in inputs if not torch.equal(stored[name], stored[first])]
-    if different:
-        raise CheckpointError(f"{first} and {', '.join(different)} differ; Florence-2 has one embedding for both sides")
-    embedding = _to_native(stored[first], _SHARED)
-    if is_tied and head in stored and not torch.equal(stored[head], stored[first]):
-        raise CheckpointError(
-            f"{head} differs from {first}, but config.json ties them; if the output layer is meant to be separate, set "
-            '"tie_word_embeddings": false in config.json and its text_config'
-        )
-    output = embedding if is_tied else _to_native(stored[head], _HEAD)
-    return {**dict.fromkeys(_EMBEDDINGS, embedding), _HEAD: output}
 
 
 def _common_dtype(stored: Weights) -> str:

@@ -57,8 +57,12 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _download_advice(repo_id: str, revision: str | None, error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name = repo_id + (f" at revision {revision}" if revision else "")
     if isinstance(error, GatedRepoError):

@@ -127,7 +127,9 @@ def _square(name: str, values: dict[str, Any]) -> int:
         return size
     if isinstance(size, dict) and isinstance(size.get("height"), int) and size.get("height") == size.get("width"):
         return int(size["height"])
-    raise CheckpointError(f"{name}: size is {size}; Florence-2 takes square pictures, e.g. {{'height': 768, 'width': 768}}")
+    raise CheckpointError(
+        f"{name}: size is {size}; Florence-2 takes square pictures, e.g. {{'height': 768, 'width': 768}}"
+    )
 
 
 def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float, float]:

@@ -11,11 +11,7 @@ from typing import Any
 
 from florence_onnx.errors import CheckpointError
 
-TRANSPOSED = frozenset({"model.multi_modal_projector.image_projection.weight"})
-"""Native names whose original is the transpose: Microsoft multiplies `features @ image_projection`."""
-
-LOGITS_BIAS = "language_model.final_logits_bias"
-"""A buffer of zeros that BART's class carries and the native class does not have."""
+from .weights import Layout
 
 _BLOCK = r"^(model\.vision_tower\.blocks\.\d+\.\d+)\.(spatial|channel)_block\."
 _ATTENTION = {"spatial": "window_attn", "channel": "channel_attn"}
@@ -29,6 +25,9 @@ _RENAMED = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+
+_TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+"""The defaults of Microsoft's text config."""
 
 _VISION_KEPT = (
     "depths",
@@ -126,12 +125,8 @@ def native_config(config: dict[str, Any]) -> dict[str, Any]:
         "text_config": {**kept_text, "model_type": "bart", "tie_word_embeddings": tied},
         "tie_word_embeddings": tied,
         "image_token_id": text["vocab_size"],
-        **{key: text.get(key, default) for key, default in TOKEN_IDS.items()},
+        **{key: text.get(key, default) for key, default in _TOKEN_IDS.items()},
     }
-
-
-TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-"""The defaults of Microsoft's text config."""
 
 
 def _native_vision(vision: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -163,3 +158,7 @@ def _require(section: str, values: dict[str, Any], names: tuple[str, ...]) -> No
     missing = [name for name in names if values.get(name) is None]
     if missing:
         raise CheckpointError(f"config.json: {section} lacks {', '.join(missing)}")
+
+
+LAYOUT = Layout(stored_name, frozenset({"model.multi_modal_projector.image_projection.weight"}))
+"""Microsoft multiplies `features @ image_projection`; torch's `Linear` holds the transpose."""

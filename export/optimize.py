@@ -19,6 +19,9 @@ FP32_IO = ("pixel_values", "image_features", "logits")
 FP32_OPS = ("LayerNormalization",)
 """Left in fp32 by fp16: sums over channels lose beams otherwise (seen by users of other ports)."""
 
+FP16_MAX = 65504.0
+"""Largest finite half-precision number (IEEE 754)."""
+
 
 def keep_fp32(path: Path) -> None:
     """The exported graph as it is."""
@@ -36,8 +39,8 @@ def to_fp16(path: Path) -> None:
         model,
         keep_io_types=sorted(names & set(FP32_IO)),
         op_block_list=list(FP32_OPS),
-        # -inf, the mask of the attention, must stay -inf and not become the converter's usual -10000
-        max_finite_val=float("inf"),
+        # the converter clips what fp16 cannot hold: -inf, the mask of the attention, becomes its lowest number
+        max_finite_val=FP16_MAX,
     )
     save(converted, path)
     tidy(path)

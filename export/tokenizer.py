@@ -110,7 +110,9 @@ def _add_listed(tokenizer: Tokenizer, folder: Path) -> None:
     for token, wanted in sorted(listed.items(), key=lambda item: int(item[1])):
         tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         if tokenizer.token_to_id(token) != wanted:
-            raise CheckpointError(f"{folder}/added_tokens.json wants {token} at {wanted}, which leaves a gap in the ids")
+            raise CheckpointError(
+                f"{folder}/added_tokens.json wants {token} at {wanted}, which leaves a gap in the ids"
+            )
 
 
 def _add_missing(tokenizer: Tokenizer, folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import colorsys
+import contextlib
 import math
 import os
 import textwrap
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,27 +31,22 @@ _Corners: TypeAlias = tuple[tuple[float, float], ...]
 _Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom lie outside."""
 
-# Told apart from each other and from most photographs; dark and bright hues alternate.
-_PALETTE: tuple[Colour, ...] = (
-    (230, 57, 70),
-    (29, 120, 216),
-    (46, 160, 67),
-    (255, 159, 28),
-    (142, 68, 173),
-    (0, 188, 212),
-    (233, 30, 140),
-    (154, 205, 50),
-    (121, 85, 72),
-    (255, 214, 10),
-    (63, 81, 181),
-    (0, 150, 136),
-    (255, 112, 67),
-    (94, 53, 177),
-    (186, 104, 200),
-    (3, 105, 100),
-)
+_NUM_HUES = 24
+_LIGHTNESSES = (0.46, 0.62)
+_GOLDEN_ANGLE = 0.381966
 _FILL_OPACITY = 0.38
 _MAX_LINES = 3
+# Tried in this order for labels beyond ASCII, which Pillow's own font lacks; fonts of many scripts come first.
+_SYSTEM_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "PingFang.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "NotoSans-Regular.ttf",
+    "DejaVuSans.ttf",
+    "arial.ttf",
+)
 # Pillow draws slanted edges without smoothing: shapes are drawn this much larger and reduced.
 _SUPERSAMPLING = 3
 _SUPERSAMPLING_ABOVE_MEGAPIXEL = 2
@@ -77,7 +75,7 @@ class _Shape:
 
 def draw(
     image: Image.Image,
-    results: BoundingBoxes | OCRBoundingBox | PolygonOutput,
+    results: object,
     *,
     line_width: int | None = None,
     font_size: int | None = None,
@@ -85,15 +83,16 @@ def draw(
 ) -> Image.Image:
     """Draws a result on a copy of its picture.
 
-    A label has the same colour in every picture. Shapes without labels get the palette's colours in turn.
+    A label has the same colour in every picture. Shapes without labels get colours in turn.
 
     Args:
         image: The picture that was asked about, in the orientation in which it was.
-        results: What a task with geometry answered, in pixels of `image`.
+        results: What a task with geometry answered (BoundingBoxes, OCRBoundingBox or PolygonOutput), in pixels of `image`.
         line_width: Pixels; by default a 250th of the shorter side, at least 2.
         font_size: Pixels; by default a 32nd of the shorter side, at least 11.
-        font: A TrueType or OpenType file for the labels. The default font is Pillow's own, which has Latin letters
-            only: for Chinese, Japanese, Arabic and so on pass a font that has them, or empty boxes are drawn instead.
+        font: A TrueType or OpenType file for the labels. By default Pillow's own font, which has ASCII only; for labels
+            beyond that a common font of the system. Where there is none, accents are dropped and letters of other
+            scripts show as empty boxes: pass a font that has them.
 
     Returns:
         A new RGB image of the same size.
@@ -109,16 +108,29 @@ def draw(
     shapes = [_clip(shape, canvas.size, margin=4 * width) for shape in _make_shapes(results)]
     for shape in sorted(shapes, key=_area, reverse=True):
         _draw_shape(canvas, shape, width)
-    _Tags(canvas, _load_font(font, font_size or max(11, round(side / 32))), width).draw(shapes)
+    labels = "".join(shape.label for shape in shapes)
+    letters, is_ascii_only = _load_font(font, font_size or max(11, round(side / 32)), labels)
+    _Tags(canvas, letters, width, is_ascii_only).draw(shapes)
     return canvas
 
 
 def colour_of(label: str) -> Colour:
     """The (red, green, blue) of a label, the same in every process."""
-    return _PALETTE[zlib.crc32(label.encode()) % len(_PALETTE)]
+    number = zlib.crc32(label.encode("utf-8", "replace"))
+    return _to_rgb(number % _NUM_HUES / _NUM_HUES, _LIGHTNESSES[number // _NUM_HUES % len(_LIGHTNESSES)])
 
 
-def _make_shapes(results: BoundingBoxes | OCRBoundingBox | PolygonOutput) -> list[_Shape]:
+def _colour_of_index(index: int) -> Colour:
+    """Neighbours in order are far apart in hue."""
+    return _to_rgb(index * _GOLDEN_ANGLE % 1, _LIGHTNESSES[0])
+
+
+def _to_rgb(hue: float, lightness: float) -> Colour:
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _make_shapes(results: object) -> list[_Shape]:
     if isinstance(results, BoundingBoxes):
         outlines = [(_box_corners(box), box.label, False) for box in results.bboxes]
         outlines += [(_corners(polygon.points), polygon.label, True) for polygon in results.polygons]
@@ -129,7 +141,7 @@ def _make_shapes(results: BoundingBoxes | OCRBoundingBox | PolygonOutput) -> lis
     else:
         raise InputError(f"{type(results).__name__} has nothing to draw: only boxes, quad boxes and polygons have")
     return [
-        _Shape(corners, label, colour_of(label) if label else _PALETTE[index % len(_PALETTE)], is_filled)
+        _Shape(corners, label, colour_of(label) if label else _colour_of_index(index), is_filled)
         for index, (corners, label, is_filled) in enumerate(outlines)
         if corners
     ]
@@ -160,8 +172,7 @@ def _area(shape: _Shape) -> float:
 
 def _draw_shape(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
     if shape.is_upright:
-        left, top, right, bottom = (round(edge) for edge in shape.bounds)
-        ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=shape.colour, width=line_width)
+        _draw_box(canvas, shape, line_width)
         return
     area = _bounds_on_canvas(shape, canvas.size, line_width)
     if area[0] >= area[2] or area[1] >= area[3]:
@@ -170,6 +181,16 @@ def _draw_shape(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
         fill = _mask(shape, area, outline_width=0).point(lambda level: round(level * _FILL_OPACITY))
         canvas.paste(shape.colour, area, fill)
     canvas.paste(shape.colour, area, _mask(shape, area, outline_width=line_width))
+
+
+def _draw_box(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
+    left, top, right, bottom = (round(edge) for edge in shape.bounds)
+    if left >= canvas.width or top >= canvas.height or right < 0 or bottom < 0:
+        return
+    # an edge on the border of the picture stays visible
+    left, top = max(left, 0), max(top, 0)
+    right, bottom = max(left, min(right, canvas.width) - 1), max(top, min(bottom, canvas.height) - 1)
+    ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=shape.colour, width=line_width)
 
 
 def _bounds_on_canvas(shape: _Shape, size: tuple[int, int], line_width: int) -> _Box:
@@ -205,28 +226,38 @@ def _draw_dot(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: int
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
 
 
-def _load_font(font: str | os.PathLike[str] | None, size: int) -> _Font:
-    if font is None:
-        return ImageFont.load_default(size)
-    try:
-        return ImageFont.truetype(os.fspath(font), size)
-    except OSError as error:
-        raise ImageNotFoundError(f"cannot open the font {os.fspath(font)}: {error}") from None
+def _load_font(font: str | os.PathLike[str] | None, size: int, labels: str) -> tuple[_Font, bool]:
+    """The font, and whether it has no letters beyond ASCII."""
+    if font is not None:
+        try:
+            return ImageFont.truetype(os.fspath(font), size), False
+        except OSError as error:
+            raise ImageNotFoundError(f"cannot open the font {os.fspath(font)}: {error}") from None
+    for name in () if labels.isascii() else _SYSTEM_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size), False
+    return ImageFont.load_default(size), True
+
+
+def _drop_accents(text: str) -> str:
+    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
 
 
 class _Tags:
     """Puts the labels on a picture, each beside its shape and as far as possible not on another."""
 
-    def __init__(self, canvas: Image.Image, font: _Font, line_width: int) -> None:
+    def __init__(self, canvas: Image.Image, font: _Font, line_width: int, is_ascii_only: bool) -> None:
         self._canvas = canvas
         self._pen = ImageDraw.Draw(canvas)
         self._font = font
         self._line_width = line_width
+        self._is_ascii_only = is_ascii_only
         _, _, self._letter_width, bottom = self._pen.textbbox((0, 0), "x", font=font)
         self._padding = max(2, round(bottom / 4))
         self._taken: list[_Box] = []
 
     def draw(self, shapes: Sequence[_Shape]) -> None:
+        """Draws the tag of every shape that has a label."""
         for shape in sorted(shapes, key=_area):  # small shapes have the fewest places for a tag
             if shape.label:
                 self._draw_tag(shape)
@@ -243,7 +274,8 @@ class _Tags:
 
     def _wrap(self, label: str) -> str:
         """At most three lines, together at most 60 % of the picture's width; control characters become spaces."""
-        printable = "".join(letter if letter.isprintable() else " " for letter in label)
+        spelled = _drop_accents(label) if self._is_ascii_only else label
+        printable = "".join(letter if letter.isprintable() else " " for letter in spelled)
         num_letters = max(8, int(self._canvas.width * 0.6 / max(1, self._letter_width)))
         return "\n".join(textwrap.wrap(printable, num_letters, max_lines=_MAX_LINES, placeholder="…")) or " "
 
@@ -276,4 +308,4 @@ def _overlap(first: _Box, second: _Box) -> bool:
 def _text_colour(background: Colour) -> Colour:
     """Black or white, whichever stands out more."""
     red, green, blue = background
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else (255, 255, 255)
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else (255, 255, 255)

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from florence_onnx import url
 from florence_onnx.errors import (
@@ -236,7 +236,7 @@ def _explain_undecodable(stream: BinaryIO, name: str, error: BaseException) -> s
     beginning = stream.read(16)
     if not beginning:
         return f"{name} is empty (0 bytes)"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         hint = "; for HEIC, install pillow-heif and call pillow_heif.register_heif_opener()"
         return f"{name} is not an image that Pillow can read{hint if beginning[4:8] == b'ftyp' else ''}"
     return f"{name} is a damaged image: {error}"

@@ -53,7 +53,8 @@ def quantize(coordinates: npt.ArrayLike, size: Size) -> npt.NDArray[np.int64]:
         bins = np.floor(pixels / _pixels_per_bin(size, pixels.shape))
     if np.isnan(bins).any():
         raise RegionError(f"coordinates must be numbers of pixels, got NaN in {coordinates!r}")
-    return np.clip(bins, 0, NUM_BINS - 1).astype(np.int64)
+    clipped: npt.NDArray[np.int64] = np.clip(bins, 0, NUM_BINS - 1).astype(np.int64)
+    return clipped
 
 
 def dequantize(bins: npt.ArrayLike, size: Size) -> npt.NDArray[np.float32]:
@@ -70,7 +71,7 @@ def dequantize(bins: npt.ArrayLike, size: Size) -> npt.NDArray[np.float32]:
         RegionError: The last axis is not even.
         InputError: `size` is not two positive integers.
     """
-    numbers = np.asarray(bins, dtype=np.int64).astype(np.float32)
+    numbers: npt.NDArray[np.float32] = np.asarray(bins, dtype=np.int64).astype(np.float32)
     return (numbers + np.float32(0.5)) * _pixels_per_bin(size, numbers.shape)
 
 

@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-BANNED_PHRASES = frozenset(
-    (
-        "it|I|me|mine|you|your|yours|he|him|his|she|her|hers|they|them|their|theirs|one|oneself|we|us|our|ours|its|myself|"
-        "yourself|himself|herself|itself|ourselves|yourselves|themselves|this|that|these|those|who|whom|whose|which|what|"
-        "all|another|any|anybody|anyone|anything|each|everybody|everyone|everything|few|many|nobody|none|several|some|"
-        "somebody|someone|something|each other|one another|the image|image|images|the|a|an|a group|other objects|lots|a set"
-    ).split("|")
-)
+# fmt: off
+BANNED_PHRASES = frozenset({
+    "it", "I", "me", "mine", "you", "your", "yours", "he", "him", "his", "she", "her", "hers", "they", "them", "their",
+    "theirs", "one", "oneself", "we", "us", "our", "ours", "its", "myself", "yourself", "himself", "herself", "itself",
+    "ourselves", "yourselves", "themselves", "this", "that", "these", "those", "who", "whom", "whose", "which", "what",
+    "all", "another", "any", "anybody", "anyone", "anything", "each", "everybody", "everyone", "everything", "few",
+    "many", "nobody", "none", "several", "some", "somebody", "someone", "something", "each other", "one another",
+    "the image", "image", "images", "the", "a", "an", "a group", "other objects", "lots", "a set",
+})
+# fmt: on
 """Phrases that grounding leaves out because they name nothing; compared exactly, upper and lower case apart."""
 
 _TEXT = re.compile(r"[^<]+")

@@ -225,7 +225,7 @@ def _parse_arguments() -> argparse.Namespace:
         default=TrainingSettings.joint_steps,
         help="may be changed on --resume: the rate then follows the schedule of the new length from there on",
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="2 are faster only on an idle machine, 4 times slower else")
     return parser.parse_args()
 
 
