@@ -21,27 +21,8 @@ from florence_onnx.errors import CheckpointError
 from . import microsoft
 from .checkpoint_files import find_folder, read_json, read_weights
 from .checkpoint_settings import Preprocessing, count_image_tokens, read_generation, read_preprocessing
+from .checkpoint_weights import NATIVE, Layout, Weights, native_weights
 from .tokenizer import load_tokenizer
-from .weights import NATIVE, Layout, Weights, native_weights
-
-
-@dataclass(frozen=True)
-class CheckpointSource:
-    """Where a checkpoint came from.
-
-    Example: `CheckpointSource("microsoft/Florence-2-base", "microsoft", "float16", "5ca5edf5…", "4.57.6")`
-    """
-
-    name: str
-    """Hub id, or the folder's own name: never a path of this machine."""
-    layout: str
-    """`transformers` or `microsoft`."""
-    dtype: str
-    """In which most weights are stored."""
-    revision: str | None
-    """The commit on the hub; None for a folder."""
-    transformers_version: str
-    """Of the library that the graphs are verified against."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +33,17 @@ class Checkpoint:
     """
 
     model: Florence2ForConditionalGeneration
-    """float32, on the CPU, in eval mode; `model.generation_config` is made of `generation`."""
+    """float32, on the CPU, in eval mode; `model.generation_config` is made of `generation`. With `pixel_values`, `input_ids` must hold
+    `config.image_token_id` once per image token, as transformers' processor writes them."""
     tokenizer: Tokenizer
     """With Florence-2's 1024 tokens and those of the fine-tune."""
     generation: dict[str, Any]
     """The checkpoint's effective defaults, see `checkpoint_settings.read_generation`."""
     preprocessing: Preprocessing
-    source: CheckpointSource
+    source: dict[str, Any]
+    """`name` (hub id, or the folder's own name: never a path of this machine), `layout` (`transformers` or `microsoft`), `dtype`
+    in which most weights are stored, `revision` (commit on the hub; None for a folder), `transformers_version` (the library that
+    the graphs are verified against)."""
 
     @property
     def config(self) -> Florence2Config:
@@ -95,16 +80,24 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     tokenizer = load_tokenizer(folder, config.text_config.vocab_size, generation)
     stored = read_weights(folder)
     model = _build_model(config, stored, microsoft.LAYOUT if is_microsoft else NATIVE)
-    model.generation_config = GenerationConfig(**generation)
-    is_local = Path(source).is_dir()
-    origin = CheckpointSource(
-        name=folder.resolve().name if is_local else os.fspath(source),
-        layout="microsoft" if is_microsoft else "transformers",
-        dtype=_common_dtype(stored),
-        revision=None if is_local else folder.name,
-        transformers_version=transformers.__version__,
-    )
+    # The originals' tables have no row for `<image>`. The row of the placeholder is never used, only its place; byte-level BPE never
+    # gives <unk>.
+    model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
+    model.generation_config = GenerationConfig(**generation)  # type: ignore[no-untyped-call]
+    origin = {
+        **_origin(source, folder),
+        "layout": "microsoft" if is_microsoft else "transformers",
+        "dtype": _common_dtype(stored),
+        "transformers_version": transformers.__version__,
+    }
     return Checkpoint(model, tokenizer, generation, preprocessing, origin)
+
+
+def _origin(source: str | os.PathLike[str], folder: Path) -> dict[str, str | None]:
+    if Path(source).is_dir():
+        return {"name": folder.resolve().name, "revision": None}
+    # huggingface_hub names a snapshot's folder after its commit.
+    return {"name": os.fspath(source), "revision": folder.name}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -147,7 +140,8 @@ def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Fl
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(native_weights(stored, shapes, layout, is_tied=is_tied), assign=True)
     _tie(model, is_tied=is_tied)
-    return model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
+    return model
 
 
 def _tie(model: Florence2ForConditionalGeneration, *, is_tied: bool) -> None:

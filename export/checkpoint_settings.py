@@ -44,11 +44,11 @@ _GENERATION_EXTRAS: dict[str, Any] = {
 class Preprocessing:
     """How a picture becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
 
-    Example: `Preprocessing(768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
+    Example: `Preprocessing((768, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
     """
 
-    image_size: int
-    """Width and height in pixels."""
+    image_size: tuple[int, int]
+    """Width and height in pixels, which are equal."""
     image_mean: tuple[float, float, float]
     """Per channel, of values 0 to 1."""
     image_std: tuple[float, float, float]
@@ -104,8 +104,9 @@ def read_preprocessing(folder: Path) -> Preprocessing:
             "copy it from the base model, e.g. microsoft/Florence-2-base"
         )
     _check_steps(name, values)
+    side = _side(name, values)
     return Preprocessing(
-        _square(name, values),
+        (side, side),
         _channels(name, values, "image_mean"),
         _channels(name, values, "image_std"),
         int(values.get("resample", _BICUBIC)),
@@ -121,7 +122,7 @@ def _check_steps(name: str, values: dict[str, Any]) -> None:
         raise CheckpointError(f"{name}: do_center_crop with a crop_size other than size is not supported")
 
 
-def _square(name: str, values: dict[str, Any]) -> int:
+def _side(name: str, values: dict[str, Any]) -> int:
     size = values.get("size")
     if isinstance(size, int):
         return size
@@ -134,25 +135,25 @@ def _square(name: str, values: dict[str, Any]) -> int:
 
 def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float, float]:
     numbers = values.get(key)
-    if not isinstance(numbers, list) or len(numbers) != 3:
+    if not isinstance(numbers, list | tuple) or len(numbers) != 3:
         raise CheckpointError(f"{name}: {key} is {numbers}; expected three numbers")
     red, green, blue = (float(number) for number in numbers)
     return red, green, blue
 
 
-def count_image_tokens(config: Florence2Config, image_size: int) -> int:
+def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
     """Image tokens of a square picture: the cells of the last stage and one for their mean.
 
     Raises:
         CheckpointError: More cells than the position embedding has rows, or none.
     """
     vision = config.vision_config
-    side = image_size
+    side = image_size[0]
     for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         side = (side + 2 * padding - kernel) // stride + 1
     if not 0 < side <= vision.max_position_embeddings:
         raise CheckpointError(
-            f"pictures of {image_size} pixels give {side} cells a side; the checkpoint has positions for 1 to "
+            f"pictures of {image_size[0]} pixels give {side} cells a side; the checkpoint has positions for 1 to "
             f"{vision.max_position_embeddings}: check `size` in preprocessor_config.json"
         )
     return side * side + 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from florence_onnx.errors import CheckpointError
 
-from .weights import Layout
+from .checkpoint_weights import Layout
 
 _BLOCK = r"^(model\.vision_tower\.blocks\.\d+\.\d+)\.(spatial|channel)_block\."
 _ATTENTION = {"spatial": "window_attn", "channel": "channel_attn"}
@@ -104,8 +104,7 @@ def _block_name(kind: str, name: str) -> str:
 def native_config(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Florence2Config` for an original config.json.
 
-    `<image>` has no row in the original vocabulary: `image_token_id` points one past it, so features are to be passed in front of
-    the embedded text (`inputs_embeds`), as Microsoft's own code does, not through `<image>` placeholders.
+    `<image>` is no token of the original layout; `load_checkpoint` sets another `image_token_id`.
 
     Raises:
         CheckpointError: A part is missing, or asks for what the native class cannot do.
@@ -124,7 +123,6 @@ def native_config(config: dict[str, Any]) -> dict[str, Any]:
         "vision_config": _native_vision(vision, config),
         "text_config": {**kept_text, "model_type": "bart", "tie_word_embeddings": tied},
         "tie_word_embeddings": tied,
-        "image_token_id": text["vocab_size"],
         **{key: text.get(key, default) for key, default in _TOKEN_IDS.items()},
     }
 

@@ -38,12 +38,12 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 def strip(model: onnx.ModelProto) -> None:
     """Remove what the exporter notes about itself: torch writes source paths and stack traces of this machine."""
-    model.doc_string = ""
+    model.ClearField("doc_string")
     del model.metadata_props[:]
     for graph in graphs(model.graph):
-        graph.doc_string = ""
+        graph.ClearField("doc_string")
         for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-            item.doc_string = ""
+            item.ClearField("doc_string")
             del item.metadata_props[:]
 
 

@@ -1,120 +1,54 @@
-"""The weights of transformers' native class out of whatever names a file stores them under; every one accounted for."""
+"""The weights of all graphs of a bundle in one file, each stored once.
+
+The token embedding is read by the text encoder and by the decoder, whose language model head it is as well. ONNX lets
+several graphs point into one external data file, and ONNX Runtime maps it into memory instead of copying it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
 
-import torch
+import onnx
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import set_external_data
 
-from florence_onnx.errors import CheckpointError
-
-Weights = dict[str, torch.Tensor]
-
-LOGITS_BIAS = "language_model.final_logits_bias"
-"""A buffer of zeros that BART's class carries and the native class does not have."""
-
-_EMBEDDINGS = (
-    "model.language_model.shared.weight",
-    "model.language_model.encoder.embed_tokens.weight",
-    "model.language_model.decoder.embed_tokens.weight",
-)
-_HEAD = "lm_head.weight"
+MIN_BYTES = 1024
+"""Smaller tensors stay inside the graph, where shape inference can see them."""
+ALIGNMENT = 4096
+"""Of every tensor's offset: a page, so that the mapping needs no copy."""
+SMALL_ALIGNMENT = 64
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a file names the weights.
-
-    Example: `Layout(stored_name=str)` stores them under their native names.
-    """
-
-    stored_name: Callable[[str], str]
-    """From a native name to the stored one."""
-    transposed: frozenset[str] = frozenset()
-    """Native names of those stored transposed."""
-
-
-NATIVE = Layout(stored_name=str)
-"""transformers' own."""
-
-
-def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: Layout, *, is_tied: bool) -> Weights:
-    """All weights of the native class.
+def share_weights(paths: Sequence[Path], weights: Path) -> None:
+    """Moves the large tensors of some graphs, in one directory, to one file.
 
     Args:
-        stored: Tensors by stored name.
-        shapes: What the class expects, by native name.
-        layout: Of the file.
-        is_tied: Whether the config ties the output layer to the embedding.
-
-    Returns:
-        float32 tensors by native name; the embedding is one tensor under all its names.
-
-    Raises:
-        CheckpointError: Weights are missing, unknown, wrongly shaped, or contradict each other; it names them.
+        paths: The `.onnx` files, rewritten in place.
+        weights: The file to write, in the same directory.
     """
-    _check_logits_bias(stored)
-    names = {native: layout.stored_name(native) for native in shapes}
-    required = {native: name for native, name in names.items() if native not in (*_EMBEDDINGS, _HEAD)}
-    _refuse("lacks weights", sorted(set(required.values()) - stored.keys()))
-    _refuse("has unknown weights", sorted(stored.keys() - {*names.values(), LOGITS_BIAS}))
-    _refuse("has weights of the wrong shape or type", _misfits(stored, shapes, names, layout.transposed))
-    weights = {}
-    for native, name in required.items():
-        weights[native] = _float32(stored[name].T if native in layout.transposed else stored[name])
-    return {**weights, **_embeddings(stored, names, is_tied=is_tied)}
+    places: dict[bytes, tuple[int, int]] = {}
+    with weights.open("wb") as file:
+        for path in paths:
+            model = onnx.load(str(path))
+            for tensor in model.graph.initializer:
+                _move(tensor, file, weights.name, places)
+            onnx.save(model, str(path))
+            path.with_name(path.name + "_data").unlink(missing_ok=True)
 
 
-def _refuse(fault: str, names: Sequence[str]) -> None:
-    if names:
-        rest = " …" if len(names) > 10 else ""
-        raise CheckpointError(f"the checkpoint {fault} ({len(names)}): {', '.join(names[:10])}{rest}")
-
-
-def _misfits(
-    stored: Weights, shapes: Mapping[str, torch.Size], names: Mapping[str, str], transposed: frozenset[str]
-) -> list[str]:
-    misfits = []
-    for native, shape in shapes.items():
-        tensor = stored.get(names[native])
-        wanted = shape[::-1] if native in transposed else shape
-        if tensor is not None and tensor.shape != wanted:
-            misfits.append(f"{names[native]} {list(tensor.shape)} instead of {list(wanted)}")
-        elif tensor is not None and not tensor.is_floating_point():
-            misfits.append(f"{names[native]} {tensor.dtype} instead of a float type")
-    return misfits
-
-
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
-def _check_logits_bias(stored: Weights) -> None:
-    bias = stored.get(LOGITS_BIAS)
-    if bias is not None and bool(bias.count_nonzero()):
-        raise CheckpointError(
-            f"{LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias to "
-            "the logits, so this checkpoint cannot be reproduced"
-        )
-
-
-def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> Weights:
-    """The one embedding under its three names, and the output layer, whichever of the four the file holds."""
-    inputs = [names[native] for native in _EMBEDDINGS if names[native] in stored]
-    head = names[_HEAD]
-    if not inputs and (not is_tied or head not in stored):
-        _refuse("lacks weights", [names[_EMBEDDINGS[0]]])
-    if not is_tied and head not in stored:
-        _refuse("lacks weights", [f"{head} (tie_word_embeddings is false in config.json)"])
-    first = inputs[0] if inputs else head
-    different = [name for name in inputs if not torch.equal(stored[name], stored[first])]
-    if different:
-        raise CheckpointError(f"{first} and {', '.join(different)} differ; Florence-2 has one embedding for both sides")
-    embedding = _float32(stored[first])
-    if is_tied and head in stored and not torch.equal(stored[head], stored[first]):
-        raise CheckpointError(
-            f"{head} differs from {first}, but config.json ties them; if the output layer is meant to be separate, set "
-            '"tie_word_embeddings": false in config.json and in its text_config'
-        )
-    return {**dict.fromkeys(_EMBEDDINGS, embedding), _HEAD: embedding if is_tied else _float32(stored[head])}
+def _move(tensor: TensorProto, file: BinaryIO, location: str, places: dict[bytes, tuple[int, int]]) -> None:
+    data = numpy_helper.to_array(tensor).tobytes()
+    if len(data) < MIN_BYTES:
+        return
+    key = hashlib.sha256(data).digest()
+    if key not in places:
+        alignment = ALIGNMENT if len(data) >= ALIGNMENT else SMALL_ALIGNMENT
+        file.write(bytes(-file.tell() % alignment))
+        places[key] = (file.tell(), len(data))
+        file.write(data)
+    tensor.raw_data = data  # the helper below accepts raw tensors only
+    set_external_data(tensor, location, *places[key])
+    tensor.ClearField("raw_data")

@@ -110,7 +110,7 @@ def export_bundle(
         description = bundles.describe(
             precision=precision,
             sizes=bundle.sizes,
-            source=checkpoint.source,
+            source=bundle.source,
             verification={"graphs": graphs, "tokens": tokens, "versions": _versions()},
             files=_files(directory),
         )

@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float32]
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What Microsoft's samples pass; transformers itself would stop after 20 tokens when nothing is given."""
 MAX_BEAMS = 64
+MAX_NGRAM = 1024
 _UNREACHABLE = np.float32(-1.0e9)
 
 
@@ -118,7 +119,7 @@ def _check_range(name: str, value: object, low: int, high: int) -> None:
 
 def _check_config(config: SearchConfig, max_new: int) -> None:
     _check_range("num_beams", config.num_beams, 1, MAX_BEAMS)
-    _check_range("no_repeat_ngram_size", config.no_repeat_ngram_size, 0, config.max_length)
+    _check_range("no_repeat_ngram_size", config.no_repeat_ngram_size, 0, MAX_NGRAM)
     _check_range("min_new_tokens", config.min_new_tokens, 0, max_new)
     if config.early_stopping not in (True, False, "never"):
         raise OptionsError(f'early_stopping must be True, False or "never", got {config.early_stopping!r}')

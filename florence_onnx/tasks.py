@@ -297,7 +297,7 @@ def get(task: Task[Any] | str) -> Task[Any]:
 
 def _suggestion(task: object) -> str:
     """`; did you mean "object-detection"?`, or nothing where no name is near."""
-    by_plain_name = {_plain(name): name for name in _BY_NAME}
+    by_plain_name = {_plain(name): name for name in reversed(_BY_NAME)}  # where both are near, the slug wins
     near = difflib.get_close_matches(_plain(str(task)[:100]), by_plain_name, n=1)
     return f'; did you mean "{by_plain_name[near[0]]}"?' if near else ""
 

@@ -1,4 +1,7 @@
-"""The tiny Florence-2: its configuration and a smooth initialisation. 3,256,192 parameters, 128 px input, 65 image tokens."""
+"""The tiny Florence-2: its configuration and a smooth initialisation.
+
+3.26 M parameters, 128 px input, 65 image tokens.
+"""
 
 import math
 
@@ -19,7 +22,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 def make_config() -> Florence2Config:
     """Configuration of the demo model."""
-    vision = Florence2VisionConfig(
+    vision = Florence2VisionConfig(  # type: ignore[no-untyped-call]
         depths=(1, 1, 2, 1),
         patch_size=(7, 3, 3, 3),
         patch_stride=(4, 2, 2, 1),
@@ -36,7 +39,7 @@ def make_config() -> Florence2Config:
         max_position_embeddings=50,
     )
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-    text = BartConfig(
+    text = BartConfig(  # type: ignore[no-untyped-call]
         vocab_size=VOCABULARY,
         d_model=WIDTH,
         encoder_layers=2,
@@ -53,14 +56,18 @@ def make_config() -> Florence2Config:
         scale_embedding=False,
         **special,
     )
-    return Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, **special)
+    return Florence2Config(  # type: ignore[no-untyped-call]
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, **special
+    )
 
 
 def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
     """A new model. Attention is eager: on a CPU the backward pass of sdpa takes about twice as long."""
     torch.manual_seed(seed)
-    model = Florence2ForConditionalGeneration._from_config(make_config(), attn_implementation="eager")
-    model.tie_weights()
+    model: Florence2ForConditionalGeneration = Florence2ForConditionalGeneration._from_config(
+        make_config(), attn_implementation="eager"
+    )
+    model.tie_weights()  # type: ignore[no-untyped-call]
     initialise_smoothly(model, seed)
     return model
 
@@ -105,5 +112,5 @@ def _waves(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _rotation(generator: torch.Generator) -> torch.Tensor:
-    q, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
-    return q
+    rotation: torch.Tensor = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
+    return rotation

@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,43 +20,25 @@ from transformers import (
     GenerationConfig,
 )
 
+from florence_onnx.postprocess import BANNED_PHRASES
+
 from .architecture import GRID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_model
 
 NUM_IMAGE_TOKENS = GRID * GRID + 1
 QUAD_PATTERN = r"(.+?)" + r"<loc_(\d+)>" * 8
-# Phrases that grounding drops: the whole list of Florence-2's own post-processing.
-BANNED_PHRASES = (
-    *"it I me mine you your yours he him his she her hers they them their theirs one oneself we us our ours its".split(),
-    *"myself yourself himself herself itself ourselves yourselves themselves this that these those who whom".split(),
-    *"whose which what all another any anybody anyone anything each everybody everyone everything few many".split(),
-    *"nobody none several some somebody someone something".split(),
-    *("each other", "one another", "the image", "image", "images", "the", "a", "an"),
-    *("a group", "other objects", "lots", "a set"),
-)
 
 
 def make_processor(tokenizer_directory: Path) -> Florence2Processor:
     """The processor of the demo model: 128 px, 65 image tokens, Florence-2's post-processing."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = CLIPImageProcessor(
-        size=size,
-        crop_size=size,
-        do_center_crop=False,
-        resample=3,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-        do_convert_rgb=True,
-    )
-    image_processor.image_seq_length = NUM_IMAGE_TOKENS
     return Florence2Processor(
-        image_processor=image_processor,
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),
+        image_processor=CLIPImageProcessor(**_preprocessor_config()),
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),  # type: ignore[no-untyped-call]
         post_processor_config=post_processor_config(),
     )
 
 
 def post_processor_config() -> dict[str, dict[str, object]]:
-    """Parsing rules in the form that `Florence2PostProcessor` reads."""
+    """Parsing rules, in the form that `Florence2PostProcessor` reads."""
     plain = (
         "pure_text",
         "description_with_bboxes",
@@ -67,15 +50,15 @@ def post_processor_config() -> dict[str, dict[str, object]]:
     return {
         **{rule: {} for rule in plain},
         "ocr": {"pattern": QUAD_PATTERN, "area_threshold": 0.0},
-        "phrase_grounding": {"banned_grounding_tokens": list(BANNED_PHRASES)},
+        "phrase_grounding": {"banned_grounding_tokens": sorted(BANNED_PHRASES)},
     }
 
 
 def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_directory: Path, directory: Path) -> None:
     """Write float16 weights, configurations and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = copy.deepcopy(model).half()
-    model.generation_config = GenerationConfig(
+    model = copy.deepcopy(model).half()  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,
@@ -87,13 +70,14 @@ def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_director
         early_stopping=True,
     )
     model.save_pretrained(directory)
-    make_processor(tokenizer_directory).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_directory / name, directory / name)
     _write_json(directory / "preprocessor_config.json", _preprocessor_config())
+    _write_json(directory / "processor_config.json", _processor_config())
+    (directory / "model.safetensors").chmod(0o644)
 
 
-def _preprocessor_config() -> dict[str, object]:
+def _preprocessor_config() -> dict[str, Any]:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -110,6 +94,16 @@ def _preprocessor_config() -> dict[str, object]:
         "do_normalize": True,
         "image_mean": list(IMAGE_MEAN),
         "image_std": list(IMAGE_STD),
+    }
+
+
+def _processor_config() -> dict[str, object]:
+    """Read by transformers 4.57 (which takes the image part from preprocessor_config.json) and by 5.x."""
+    return {
+        "processor_class": "Florence2Processor",
+        "image_processor": _preprocessor_config(),
+        "num_additional_image_tokens": 0,
+        "post_processor_config": post_processor_config(),
     }
 
 

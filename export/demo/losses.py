@@ -1,4 +1,4 @@
-"""Losses: soft location targets, weighted text, and the auxiliary heads on the image tokens (thrown away at the end)."""
+"""Losses: soft location targets, weighted text, and auxiliary heads on the image tokens, thrown away at the end."""
 
 from dataclasses import fields
 

@@ -16,7 +16,8 @@ NEWTON_SCHULZ = (
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters for Muon (matrices, dense convolutions) and for AdamW (all others), tied ones once."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_embedding = any(part in name for part in ("embed", "shared", "lm_head"))
         is_matrix = parameter.ndim == 2 and not is_embedding
@@ -66,7 +67,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if is_tall else x).float()
+    result: Tensor = (x.mT if is_tall else x).float()
+    return result
 
 
 class MovingAverage:

@@ -124,7 +124,7 @@ class Trainer:
             with torch.autocast("cpu", torch.bfloat16):
                 logits, labels = _answer_logits(self.model, leaf, group)
             loss, sums = answer_loss(logits, labels, sigma, self.text_weights, self.settings.location_weight)
-            (loss / num_tokens).backward()
+            (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
         return {
             "location_loss": totals["location"] / max(1.0, totals["num_locations"]),
@@ -157,8 +157,9 @@ class Trainer:
         """Figures of the averaged weights on a few scenes, for the curves."""
         averaged = build_model(self.settings.seed)
         averaged.load_state_dict({**averaged.state_dict(), **self.average.state})
+        averaged.train(False)
         report = evaluate_model(
-            averaged.eval(),
+            averaged,
             make_processor(self.out / "tokenizer"),
             seed=self.settings.evaluation_seed,
             num_scenes=self.settings.evaluation_scenes,
@@ -210,7 +211,9 @@ def _prepare_tokenizer(directory: Path) -> Tokenizer:
     ids = (tokenizer.token_to_id("<loc_0>"), tokenizer.token_to_id("<image>"), tokenizer.get_vocab_size())
     expected = (FIRST_LOCATION_ID, IMAGE_TOKEN_ID, VOCABULARY)
     if ids != expected:
-        raise ValueError(f"tokenizer in {directory} has <loc_0>, <image>, size = {ids}; architecture.py says {expected}")
+        raise ValueError(
+            f"tokenizer in {directory} has <loc_0>, <image>, size = {ids}; architecture.py says {expected}"
+        )
     return tokenizer
 
 
@@ -225,7 +228,9 @@ def _parse_arguments() -> argparse.Namespace:
         default=TrainingSettings.joint_steps,
         help="may be changed on --resume: the rate then follows the schedule of the new length from there on",
     )
-    parser.add_argument("--threads", type=int, default=1, help="2 are faster only on an idle machine, 4 times slower else")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="2 are faster only on an idle machine, 4 times slower else"
+    )
     return parser.parse_args()
 
 

@@ -1,0 +1,98 @@
+"""`python -m export CHECKPOINT OUT`, installed as `florence-onnx-export`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from florence_onnx.bundle import Bundle
+from florence_onnx.errors import FlorenceError
+
+from . import verify
+from .checkpoint import load_checkpoint
+from .transformers_js import export_transformers_js
+from .write_bundle import export_bundle
+
+_console = Console(stderr=True)
+
+
+class Layout(str, Enum):
+    """Directory layouts that can be written."""
+
+    BUNDLE = "florence_onnx"
+    TRANSFORMERS_JS = "transformers.js"
+
+
+class Precision(str, Enum):
+    """Precisions that can be written; the keys of `optimize.PRECISIONS`."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a Florence-2 checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Directory to create.")],
+    precision: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.FP32,
+    layout: Annotated[
+        Layout, typer.Option(help="This project's three graphs, or the four of onnx-community/Florence-2-*.")
+    ] = Layout.BUNDLE,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Picture to verify on; may be repeated. Default: a photograph that comes along."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
+) -> None:
+    """Turns a Florence-2 checkpoint into ONNX, and proves that it answers as before.
+
+    Exits with 1, leaving nothing behind, when the graphs do not reproduce the checkpoint.
+    """
+    try:
+        with _console.status(f"loading {checkpoint}") as status:
+            loaded = load_checkpoint(checkpoint, revision=revision)
+
+            def progress(step: str) -> None:
+                _console.log(step)
+                status.update(step)
+
+            if layout is Layout.TRANSFORMERS_JS:
+                export_transformers_js(loaded, output, precision=precision.value, force=force, progress=progress)
+                bundle = None
+            else:
+                pictures = image or [verify.PHOTOGRAPH]
+                bundle = export_bundle(
+                    loaded, output, precision=precision.value, pictures=pictures, force=force, progress=progress
+                )
+    except FlorenceError as error:
+        _console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    if bundle is not None:
+        _console.print(_report(bundle))
+    typer.echo(output)
+
+
+def _report(bundle: Bundle) -> Table:
+    table = Table(title=f"{bundle.path.name}, {bundle.precision}: verified against transformers")
+    for column in ("what", "max abs error", "max relative error", "tokens equal"):
+        table.add_column(column)
+    for name, error in bundle.verification["graphs"].items():
+        table.add_row(name, f"{error['max_abs']:.2e}", f"{error['max_rel']:.2e}", "")
+    for name, tokens in bundle.verification["tokens"].items():
+        table.add_row(name, "", "", f"{tokens['equal']} of {tokens['total']}")
+    return table
+
+
+def main() -> None:
+    """Runs the command line."""
+    typer.run(export)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

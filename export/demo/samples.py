@@ -1,0 +1,100 @@
+"""Write the sample scenes that ship with the demo model: `python -m export.demo.samples`.
+
+Eight pictures of seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
+with what is in them, in pixels.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .answers import caption, detailed_caption, full_name, short_name
+from .metrics import to_pixels
+from .scenes import Box, Scene, Shape, make_scene
+
+DEFAULT_DIRECTORY = Path(__file__).parents[2] / "florence_onnx" / "demo" / "samples"
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How one sample is drawn."""
+
+    seed: int
+    size: int  # 320, longer side in pixels
+    num_shapes: int
+    has_word: bool
+
+
+SPECS = (
+    SampleSpec(seed=900_100, size=384, num_shapes=3, has_word=True),
+    SampleSpec(seed=900_213, size=320, num_shapes=2, has_word=True),
+    SampleSpec(seed=900_310, size=320, num_shapes=4, has_word=False),
+    SampleSpec(seed=900_409, size=384, num_shapes=1, has_word=True),
+    SampleSpec(seed=900_510, size=320, num_shapes=3, has_word=False),
+    SampleSpec(seed=900_613, size=384, num_shapes=3, has_word=True),
+    SampleSpec(seed=900_712, size=256, num_shapes=2, has_word=False),
+    SampleSpec(seed=900_801, size=320, num_shapes=2, has_word=True),
+)
+
+
+def draw_sample(spec: SampleSpec) -> Scene:
+    """The scene of a specification."""
+    return make_scene(
+        random.Random(spec.seed), spec.size, word_probability=float(spec.has_word), num_shapes=spec.num_shapes
+    )
+
+
+def describe(scene: Scene, file_name: str) -> dict[str, Any]:
+    """What is in a scene, ready for JSON; boxes are `[x0, y0, x1, y1]` and polygons `[x, y, x, y, …]` in pixels."""
+    word = scene.word
+    return {
+        "file": file_name,
+        "size": list(scene.size),
+        "background": scene.background,
+        "caption": caption(scene),
+        "detailed_caption": detailed_caption(scene),
+        "objects": [_describe_shape(shape, scene.size) for shape in scene.shapes],
+        "word": {"text": word.text, "ink": word.ink, "box": _pixels(word.box, scene.size)} if word else None,
+    }
+
+
+def write_samples(directory: Path) -> None:
+    """Write the pictures and `samples.json`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    truths = []
+    for number, spec in enumerate(SPECS, start=1):
+        scene = draw_sample(spec)
+        name = f"scene-{number}.png"
+        scene.image.save(directory / name, optimize=True)
+        truths.append({**describe(scene, name), "seed": spec.seed})
+    lines = ",\n".join(json.dumps(truth) for truth in truths)
+    (directory / "samples.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def _describe_shape(shape: Shape, size: tuple[int, int]) -> dict[str, Any]:
+    width, height = size
+    return {
+        "label": short_name(shape),
+        "description": full_name(shape),
+        "category": shape.kind,
+        "box": _pixels(shape.box, size),
+        "polygon": [round(v, 1) for x, y in shape.outline() for v in (x * width, y * height)],
+    }
+
+
+def _pixels(box: Box, size: tuple[int, int]) -> list[float]:
+    return [round(value, 1) for value in to_pixels(box, size)]
+
+
+def main() -> None:
+    """Command line: write the samples."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=DEFAULT_DIRECTORY)
+    write_samples(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Bundles exported once per test run from random-weight checkpoints, and real photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+NO_TORCH = "needs torch and transformers: pip install -e '.[export]'"
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Photographs of other sizes and aspects, from scikit-image's wheel."""
+    data = pytest.importorskip("skimage.data", reason="the photographs come with scikit-image")
+    return [Image.fromarray(np.asarray(picture)) for picture in (data.astronaut(), data.chelsea(), data.coffee())]
+
+
+class Exported:
+    """A random-weight checkpoint and its export."""
+
+    def __init__(self, checkpoint: Checkpoint, bundle: Path) -> None:
+        self.checkpoint = checkpoint
+        self.bundle = bundle
+
+
+def _export(directory: Path, config_name: str, precision: str = "fp32") -> Exported:
+    pytest.importorskip("torch", reason=NO_TORCH)
+    pytest.importorskip("optimum.exporters", reason=NO_TORCH)
+    from export.checkpoint import load_checkpoint
+    from export.write_bundle import export_bundle
+    from tests import checkpoints
+
+    source = directory / "checkpoint"
+    if not source.exists():
+        checkpoints.build_checkpoint(source, getattr(checkpoints, config_name)())
+    checkpoint = load_checkpoint(source)
+    output = directory / f"bundle-{precision}"
+    export_bundle(checkpoint, output, precision=precision)
+    return Exported(checkpoint, output)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The smallest regular model, in fp32."""
+    return _export(tmp_path_factory.mktemp("tiny"), "tiny_config")
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Every size unusual, in fp32."""
+    return _export(tmp_path_factory.mktemp("odd"), "odd_config")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The smallest regular model, in fp16."""
+    return _export(tmp_path_factory.mktemp("tiny16"), "tiny_config", "fp16")
