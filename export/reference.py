@@ -25,7 +25,7 @@ def generate(
     checkpoint: Checkpoint,
     pixel_values: npt.NDArray[np.float32],
     prompts: Sequence[str],
-    options: GenerationOptions = GenerationOptions(),
+    options: GenerationOptions | None = None,
 ) -> list[tuple[int, ...]]:
     """Token ids that `Florence2ForConditionalGeneration.generate` gives.
 
@@ -51,7 +51,7 @@ def generate(
             attention_mask=torch.tensor(mask),
             pixel_values=torch.from_numpy(pixel_values),
             do_sample=False,
-            **_arguments(checkpoint, options),
+            **_arguments(checkpoint, options or GenerationOptions()),
         )
     end = model.generation_config.eos_token_id
     return [_until_end(row, end) for row in tokens.tolist()]

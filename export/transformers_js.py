@@ -23,6 +23,7 @@ from typing import Any, Literal
 import onnx
 import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from optimum.onnx import merge_decoders
 from torch import Tensor, nn
 
@@ -225,6 +226,8 @@ def _to_fp16(path: Path) -> None:
     converted = convert_float_to_float16(
         onnx.load(str(path)), keep_io_types=True, op_block_list=list(FP32_OPS), max_finite_val=FP16_MAX
     )
+    # The converter appends its casts; `If` branches must be in order.
+    OnnxModel.graph_topological_sort(converted.graph)
     save(converted, path)
     tidy(path)
 

@@ -1,6 +1,7 @@
 """Florence-2 on ONNX Runtime: all 15 tasks, the reference's exact answers, fal's result shapes, no PyTorch."""
 
 from florence_onnx import tasks
+from florence_onnx._version import __version__
 from florence_onnx.errors import (
     BundleError,
     BundleFileMissingError,
@@ -36,8 +37,6 @@ from florence_onnx.results import (
     Polygon,
     PolygonOutput,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BoundingBox",

@@ -151,8 +151,8 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         )
     _check_files(path, described.get("files", {}))
     try:
-        sizes = described["model"]
-        model = ModelSizes(**{name: tuple(v) if isinstance(v, list) else v for name, v in sizes.items()})
+        values: dict[str, Any] = described["model"]
+        model = ModelSizes(**{name: _untyped(value) for name, value in values.items()})
         found = str(described["precision"])
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleFormatError(f"{path / DESCRIPTION} is incomplete ({error}); export the bundle again") from error
@@ -167,6 +167,10 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         described.get("source", {}),
         described.get("verification", {}),
     )
+
+
+def _untyped(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -285,8 +289,8 @@ def _from_hub(
     repository: str, precision: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> Bundle:
     """Looks in the local cache first and goes online only for what is not there."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - heavy, and needed for hub names only
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     suffix = JS_SUFFIXES.get(precision or "fp32", "")
     patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
@@ -304,7 +308,7 @@ def _from_hub(
 
 
 def _download(repository: str, fetch: Callable[[], Path]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         return fetch()

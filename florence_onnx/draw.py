@@ -63,7 +63,7 @@ class _Shape:
     @property
     def bounds(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom."""
-        xs, ys = zip(*self.corners)
+        xs, ys = zip(*self.corners, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
 
     @property
@@ -87,7 +87,7 @@ def draw(
 
     Args:
         image: The picture that was asked about, in the orientation in which it was.
-        results: What a task with geometry answered (BoundingBoxes, OCRBoundingBox or PolygonOutput), in pixels of `image`.
+        results: BoundingBoxes, OCRBoundingBox or PolygonOutput, in pixels of `image`.
         line_width: Pixels; by default a 250th of the shorter side, at least 2.
         font_size: Pixels; by default a 32nd of the shorter side, at least 11.
         font: A TrueType or OpenType file for the labels. By default Pillow's own font, which has ASCII only; for labels

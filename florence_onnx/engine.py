@@ -34,7 +34,7 @@ def onnxruntime() -> ModuleType:
         MissingExtraError: There is none.
     """
     try:
-        import onnxruntime as ort  # noqa: PLC0415 - heavy, and optional: GPU machines bring their own build
+        import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
     module: ModuleType = ort
@@ -57,12 +57,13 @@ class Binding(Protocol):
 class Engine(Protocol):
     """One graph, ready to run; safe to use from several threads."""
 
-    inputs: Mapping[str, np.dtype[Any]]
-    """Name and dtype of every input."""
-    outputs: Sequence[str]
-    """Names of the outputs."""
-    num_runs: int
-    """How often the graph ran."""
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        """Name and dtype of every input."""
+
+    @property
+    def num_runs(self) -> int:
+        """How often the graph ran."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Runs the graph; feeds are cast to the graph's dtypes where they differ."""
@@ -102,8 +103,10 @@ class OnnxEngine:
         self._ort = ort
         self._session = _create_session(ort, path, chosen, _session_options(ort, session_options))
         self.provider: str = _check_provider(self._session.get_providers(), chosen)
-        self.inputs = {node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()}
-        self.outputs = [node.name for node in self._session.get_outputs()]
+        self.inputs: dict[str, np.dtype[Any]] = {
+            node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()
+        }
+        self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
         self.num_runs = 0
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -315,7 +315,7 @@ class GreedySearch:
         self._results: dict[int, GeneratedSequence] = {}
 
     def start(self) -> Ids:
-        return self._sequences.ids.copy()
+        return np.array(self._sequences.ids)
 
     def advance(self, logits: Floats) -> Continuation | None:
         config, sequences = self._config, self._sequences
@@ -359,7 +359,7 @@ def top_k(values: Floats, k: int) -> Ids:
     else:
         candidates = np.arange(len(values))
     order = np.argsort(-values[candidates], kind="stable")
-    return candidates[order].astype(np.int64)
+    return np.asarray(candidates[order], dtype=np.int64)
 
 
 @dataclass(frozen=True)

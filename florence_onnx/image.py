@@ -12,6 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO, TypeAlias, Union
 
 import numpy as np
@@ -28,7 +29,7 @@ from florence_onnx.errors import (
 )
 
 ImageInput: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, npt.NDArray[np.uint8]]
-"""A path, an `http(s)` URL or `data:` URI, encoded bytes, a binary file object, a PIL image, or an (H,W,3) uint8 array."""
+"""Path, `http(s)` URL or `data:` URI, encoded bytes, binary file object, PIL image, or (H,W,3) uint8 array."""
 
 MAX_PIXELS = 178_956_970
 """Default limit: where Pillow itself refuses (from half of it on Pillow warns). Every phone camera stays below."""
@@ -80,12 +81,13 @@ def load(
 ) -> Image.Image:
     """Reads a picture.
 
-    Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Only where that would clip (16 and
-    32 bits, float) the values are scaled: 16 bits by 1/257; wider integers and floats as described at `_to_grey`.
+    Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Only where that would clip
+    (grey of 16 and 32 bits, floats) values are scaled: 16 bits by 1/257; 32 bits and floats stay if they lie within
+    0..255, are scaled if they lie within 0..65535 or (floats) 0..1, and else stretched from smallest to largest.
 
     Args:
-        image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from where it stands), a
-            PIL image, or an (H,W,3) uint8 array in RGB order.
+        image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from where it stands),
+            a PIL image, or an (H,W,3) uint8 array in RGB order.
         apply_exif: Turn the picture as its EXIF orientation says. The reference does not: pass False to match it.
         max_pixels: Largest width times height to accept; looked at before any pixel is decoded.
         max_bytes: Most bytes of a download or a `data:` URI.
@@ -137,7 +139,7 @@ def preprocess(
     The aspect ratio is not kept.
 
     Args:
-        image: A PIL image (other modes are converted to RGB as in `load`; EXIF is left alone) or an (H,W,3) uint8 array.
+        image: A PIL image (converted to RGB as in `load`, EXIF left alone) or an (H,W,3) uint8 array.
         size: (width, height) that the model reads.
         mean: Mean of red, green and blue, on the scale of 0 to 1.
         std: Standard deviation of red, green and blue, on the scale of 0 to 1.
@@ -156,7 +158,7 @@ def preprocess(
     width, height = size
     pixels = np.empty((3, height, width), dtype=np.float32) if out is None else _check_out(out, (3, height, width))
     bands = _to_rgb(image).resize((width, height), Image.Resampling.BICUBIC).split()
-    for plane, band, band_mean, band_std in zip(pixels, bands, mean, std):
+    for plane, band, band_mean, band_std in zip(pixels, bands, mean, std, strict=True):
         # Per level this gives the same float32 as the reference's float64 product with 1/255 (a test compares all 256),
         # and it is twice as fast as a table of 256 floats.
         np.divide(np.asarray(band), np.float32(255), out=plane, dtype=np.float32)
@@ -185,16 +187,18 @@ def _load_url(address: str, apply_exif: bool, max_pixels: int, max_bytes: int, t
 def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) -> Image.Image:
     name = url.shorten(os.fspath(path))
     try:
-        with open(path, "rb") as stream:
+        with Path(path).open("rb") as stream:
             return _decode(stream, name, apply_exif, max_pixels)
     except ImageError:  # some of these are an OSError or ValueError as well
         raise
     except FileNotFoundError:
-        raise ImageNotFoundError(f"no such image file: {name} (working directory {os.getcwd()})") from None
+        raise ImageNotFoundError(f"no such image file: {name} (working directory {Path.cwd()})") from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a directory; pass the images in it one by one") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ImageError(f"cannot open {name}: {error}") from None
+    except OSError as error:
+        raise ImageError(f"cannot open {name}: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the name
+        raise ImageError(f"cannot open {name!r}: {error}") from None
 
 
 def _read_stream(stream: BinaryIO) -> bytes:
@@ -274,7 +278,7 @@ def _get_orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself if it is RGB, else what `convert("RGB")` gives, with wide grey values scaled instead of clipped."""
+    """The picture itself if it is RGB, else what `convert("RGB")` gives, with wide grey scaled instead of clipped."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -284,19 +288,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:  # has no influence on RGB, and Pillow would warn about it
         image = image.copy()
         del image.info["transparency"]
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ImageError(f"images of mode {image.mode} cannot be converted to RGB: {error}") from None
+    return image.convert("RGB")
 
 
 def _to_grey(values: npt.NDArray[np.generic]) -> Image.Image:
     """Scales grey values of more than 8 bits to 8 bits.
 
     Args:
-        values: (H,W) uint16 (divided by 257), or int32 or float32: floats within 0..1 are times 255, values within 0..255
-            stay, values within 0..65535 are divided by 257, all others are stretched from smallest to largest.
-            NaN is black; infinite values are the smallest and largest.
+        values: (H,W) uint16, int32 or float32, scaled as `load` says; NaN is black, infinite values are the extremes.
 
     Returns:
         The picture in mode L.
@@ -304,7 +303,7 @@ def _to_grey(values: npt.NDArray[np.generic]) -> Image.Image:
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if values.dtype == np.uint16:
+    if values.dtype.kind == "u":
         low, high = 0.0, 65535.0
     elif low >= 0 and high <= 65535:
         low, high = 0.0, 1.0 if high <= 1 and values.dtype == np.float32 else 255.0 if high <= 255 else 65535.0

@@ -1,8 +1,8 @@
 """Pixels to Florence-2's 1000 location bins and back, and the `<loc_n>` tokens that spell the bins.
 
-Each axis of the image is cut into 1000 bins of equal width. A coordinate is written as the bin it falls in and read back
-as the middle of that bin. All arithmetic is float32: in float64 a coordinate on a bin's edge lands in the next bin, and
-truncated pixels differ for some image sizes.
+Each axis of the image is cut into 1000 bins of equal width. A coordinate is written as the bin it falls in and read
+back as the middle of that bin. All arithmetic is float32: in float64 a coordinate on a bin's edge can land in the next
+bin, and truncated pixels differ for some image sizes.
 
 Flat coordinate lists alternate x and y (`x1, y1, x2, y2, …`), origin top left; `size` is always `(width, height)`.
 """
@@ -72,7 +72,8 @@ def dequantize(bins: npt.ArrayLike, size: Size) -> npt.NDArray[np.float32]:
         InputError: `size` is not two positive integers.
     """
     numbers: npt.NDArray[np.float32] = np.asarray(bins, dtype=np.int64).astype(np.float32)
-    return (numbers + np.float32(0.5)) * _pixels_per_bin(size, numbers.shape)
+    pixels: npt.NDArray[np.float32] = (numbers + np.float32(0.5)) * _pixels_per_bin(size, numbers.shape)
+    return pixels
 
 
 def _pixels_per_bin(size: Size, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -196,7 +197,9 @@ class Region:
             InputError: `size` is not two positive integers.
         """
         width, height = check_size(size)
-        box = [_check_pixel(name, value) for name, value in zip(("x1", "y1", "x2", "y2"), (x1, y1, x2, y2))]
+        box = [
+            _check_pixel(name, value) for name, value in zip(("x1", "y1", "x2", "y2"), (x1, y1, x2, y2), strict=True)
+        ]
         _check_order(*box)
         if box[0] > width or box[1] > height or box[2] < 0 or box[3] < 0:
             raise RegionError(f"box {(x1, y1, x2, y2)} lies outside the image of {width} x {height} pixels")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from florence_onnx import bundle as bundles
-from florence_onnx import draw, image, results, tasks
+from florence_onnx import draw, image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
@@ -25,6 +25,7 @@ from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
 from florence_onnx.postprocess import parse
 from florence_onnx.providers import Provider, candidates
+from florence_onnx.results import Image, to_dict
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
@@ -66,14 +67,14 @@ class Prediction(Generic[R]):
     """The picture that was asked about, RGB."""
 
     @property
-    def image(self) -> results.Image | None:
+    def image(self) -> Image | None:
         """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
         if not self.task.has_image:
             return None
         buffer = io.BytesIO()
         self.draw().save(buffer, format="PNG")
         encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-        return results.Image(
+        return Image(
             url=f"data:image/png;base64,{encoded}",
             content_type="image/png",
             file_name=f"{self.task.slug}.png",
@@ -101,9 +102,9 @@ class Prediction(Generic[R]):
         Returns:
             `{"results": …}`, and `"image"` for the tasks where fal has one.
         """
-        answer: dict[str, Any] = {"results": results.to_dict(self.results)}
+        answer: dict[str, Any] = {"results": to_dict(self.results)}
         if self.task.has_image:
-            answer["image"] = results.to_dict(self.image) if with_image else None
+            answer["image"] = to_dict(self.image) if with_image else None
         return answer
 
 
@@ -323,7 +324,7 @@ class Florence2:
         sizes = self._bundle.sizes
         pixel_values = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
         features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
-        return features[0].astype(np.float32, copy=False)
+        return np.asarray(features[0], dtype=np.float32)
 
     def _encode_all(self, pictures: Sequence[ImageInput | EncodedImage]) -> list[EncodedImage]:
         encoded: dict[int, EncodedImage] = {}
@@ -368,9 +369,8 @@ def _requests(
     regions: Sequence[Region | None] | None,
 ) -> list[_Request]:
     count = len(images)
-    one = isinstance(task_or_tasks, (str, Task))
     columns: Mapping[str, Sequence[Any]] = {
-        "tasks": [task_or_tasks] * count if one else task_or_tasks,
+        "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, (str, Task)) else task_or_tasks,
         "text_inputs": [None] * count if text_inputs is None else text_inputs,
         "regions": [None] * count if regions is None else regions,
     }

@@ -7,8 +7,8 @@ transformers truncates them to integers), apart from three differences:
 2. Labels are stripped of surrounding white space.
 3. Labels keep characters beyond ASCII.
 
-Generated text can be hostile (a fine-tuned model, a prompt injection in a picture), so the grammars are walked from left
-to right in linear time where the obvious regular expression would be quadratic.
+Generated text can be anything (an odd checkpoint, words in a picture that someone planted), so the grammars are walked
+from left to right in linear time where the obvious regular expression would be quadratic.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def _remove_special_tokens(text: str) -> str:
 def _phrases(text: str, run_pattern: re.Pattern[str]) -> Iterator[tuple[str, str]]:
     """Yields each piece of text that a run follows directly, with that run.
 
-    A piece starts after the last `<` before it, so the tail of an unread tag stays in front of the label (`<od>car` gives
-    `od>car`), as in the reference. If no run follows a piece then none follows any part of it: hence one step per piece.
+    A piece starts after the last `<` before it, so the tail of an unread tag stays in front of the label (`<od>car`
+    gives `od>car`), as in the reference. If no run follows a piece, then none follows a part of it: one step per piece.
     """
     position = 0
     while head := _TEXT.search(text, position):

@@ -25,11 +25,11 @@ class PromptTokenizer:
         """
         if not path.is_file():
             raise BundleFileMissingError(f"tokenizer file {path} is missing; export or download the bundle again")
-        from tokenizers import Tokenizer  # noqa: PLC0415 - keeps `import florence_onnx` light
+        from tokenizers import Tokenizer
 
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare Exception for every kind of malformed file
+        except Exception as error:
             raise BundleFormatError(f"{path} is not a tokenizer file: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

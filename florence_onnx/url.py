@@ -38,8 +38,8 @@ def shorten(address: str) -> str:
 def download(url: str, *, max_bytes: int, timeout: float) -> bytes:
     """Fetches a URL.
 
-    Only http and https are followed, also in redirects. Addresses inside your own network are not kept out: a server that
-    takes URLs from strangers must check them first.
+    Only http and https are followed, also in redirects. Addresses inside your own network are not kept out: a server
+    that takes URLs from strangers must check them first.
 
     Args:
         url: An `http(s)` URL.
@@ -55,6 +55,8 @@ def download(url: str, *, max_bytes: int, timeout: float) -> bytes:
     """
     try:
         return _fetch(url, max_bytes, time.monotonic() + timeout, timeout)
+    except ImageTooLargeError:  # a ValueError as well, and no failure of the download
+        raise
     except urllib.error.HTTPError as error:
         reason = f"the server answered {error.code} {error.reason}"
         error.close()
@@ -83,7 +85,7 @@ def _fetch(url: str, max_bytes: int, deadline: float, timeout: float) -> bytes:
 
 def _read(response: http.client.HTTPResponse, max_bytes: int, deadline: float, url: str) -> bytes:
     content = bytearray()
-    # read1 returns what has arrived, so a server that sends a byte now and then cannot hold the call beyond the deadline
+    # read1 returns what has arrived, so a server that sends a byte now and then cannot hold the call past the deadline
     while chunk := response.read1(_CHUNK_BYTES):
         content += chunk
         _check_length(len(content), max_bytes, url)
@@ -145,5 +147,6 @@ def _decode_base64(encoded: bytes, head: str) -> bytes:
 def _check_length(num_bytes: int, max_bytes: int, address: str) -> None:
     if num_bytes > max_bytes:
         raise ImageTooLargeError(
-            f"{shorten(address)} has at least {num_bytes:,} bytes, allowed are {max_bytes:,}; raise max_bytes to accept it"
+            f"{shorten(address)} has at least {num_bytes:,} bytes, allowed are {max_bytes:,}; "
+            "raise max_bytes to accept it"
         )

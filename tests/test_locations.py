@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shared_data import rows
 
 from florence_onnx.errors import InputError, RegionError
 from florence_onnx.locations import (
@@ -21,6 +20,7 @@ from florence_onnx.locations import (
     to_points,
     to_tokens,
 )
+from tests.shared_data import rows
 
 sizes = st.tuples(st.integers(1, 8192), st.integers(1, 8192))
 bins = st.integers(0, 999)

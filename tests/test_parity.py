@@ -18,7 +18,7 @@ from tests.conftest import NO_TORCH, Exported
 
 pytest.importorskip("torch", reason=NO_TORCH)
 pytest.importorskip("transformers", reason=NO_TORCH)
-from export import reference  # noqa: E402
+from export import reference
 
 SHORT = GenerationOptions(max_new_tokens=24)
 REGION = Region(52, 332, 932, 774)

@@ -8,12 +8,12 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shared_data import rows
 
 from florence_onnx import postprocess, tasks
 from florence_onnx.errors import InputError, RegionError, TextInputError, UnknownTaskError
 from florence_onnx.locations import Region
 from florence_onnx.tasks import TASKS, Task
+from tests.shared_data import rows
 
 REGION = Region(52, 332, 932, 774)
 INPUTS = list(itertools.product([None, "", " \n", 7, "cat"], [None, (1, 2, 3, 4), REGION]))

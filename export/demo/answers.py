@@ -223,10 +223,8 @@ def _ask_region(scene: Scene, task: str, rng: random.Random, jitter: int) -> Que
     """Name the thing in a region; as in Florence-2, the answer repeats the region."""
     thing = rng.choice(scene.things())
     region = _region(thing.box, rng, jitter)
-    if task == "<REGION_TO_DESCRIPTION>":
-        name = _phrase(thing)
-    else:
-        name = thing.kind if isinstance(thing, Shape) else "word"
+    category = thing.kind if isinstance(thing, Shape) else "word"
+    name = category if task == "<REGION_TO_CATEGORY>" else _phrase(thing)
     return Question(task, region, name + region, Truth(name))
 
 

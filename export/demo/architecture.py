@@ -22,7 +22,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 def make_config() -> Florence2Config:
     """Configuration of the demo model."""
-    vision = Florence2VisionConfig(  # type: ignore[no-untyped-call]
+    vision = Florence2VisionConfig(
         depths=(1, 1, 2, 1),
         patch_size=(7, 3, 3, 3),
         patch_stride=(4, 2, 2, 1),
@@ -39,7 +39,7 @@ def make_config() -> Florence2Config:
         max_position_embeddings=50,
     )
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
-    text = BartConfig(  # type: ignore[no-untyped-call]
+    text = BartConfig(
         vocab_size=VOCABULARY,
         d_model=WIDTH,
         encoder_layers=2,
@@ -56,9 +56,7 @@ def make_config() -> Florence2Config:
         scale_embedding=False,
         **special,
     )
-    return Florence2Config(  # type: ignore[no-untyped-call]
-        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, **special
-    )
+    return Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, **special)
 
 
 def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
@@ -67,7 +65,7 @@ def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
     model: Florence2ForConditionalGeneration = Florence2ForConditionalGeneration._from_config(
         make_config(), attn_implementation="eager"
     )
-    model.tie_weights()  # type: ignore[no-untyped-call]
+    model.tie_weights()
     initialise_smoothly(model, seed)
     return model
 

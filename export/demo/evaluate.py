@@ -83,7 +83,7 @@ def generate_answers(
             return_tensors="pt",
         )
         ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
-        texts += processor.batch_decode(ids, skip_special_tokens=False)  # type: ignore[no-untyped-call]
+        texts += processor.batch_decode(ids, skip_special_tokens=False)
     return texts
 
 

@@ -32,7 +32,7 @@ def make_processor(tokenizer_directory: Path) -> Florence2Processor:
     """The processor of the demo model: 128 px, 65 image tokens, Florence-2's post-processing."""
     return Florence2Processor(
         image_processor=CLIPImageProcessor(**_preprocessor_config()),
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),  # type: ignore[no-untyped-call]
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),
         post_processor_config=post_processor_config(),
     )
 
@@ -57,8 +57,8 @@ def post_processor_config() -> dict[str, dict[str, object]]:
 def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_directory: Path, directory: Path) -> None:
     """Write float16 weights, configurations and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = copy.deepcopy(model).half()  # type: ignore[no-untyped-call]
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model = copy.deepcopy(model).half()
+    model.generation_config = GenerationConfig(
         bos_token_id=0,
         pad_token_id=1,
         eos_token_id=2,

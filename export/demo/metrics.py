@@ -2,6 +2,8 @@
 
 A prediction is parsed as transformers' `post_process_generation` does it, in pixels of the scene:
 `{"bboxes": …, "labels": …}`, `{"quad_boxes": …, "labels": …}`, `{"polygons": …, "labels": …}` or a string.
+`from_results` brings the results of `florence_onnx` into this form, so that the exported model can be measured as well:
+`evaluate(lambda image, task, text: from_results(ask_the_runtime(image, task, text)), make_scenes(seed, 100))`.
 """
 
 import random
@@ -12,10 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
+
 from .answers import TASK_TOKENS, Question, ask
 from .scenes import Box, Scene, draw_mask, make_scene
 
 Predict = Callable[[Image.Image, str, str], Any]  # (image, task token, text input) -> parsed answer
+Results = BoundingBoxes | OCRBoundingBox | PolygonOutput | str
 LabelledBox = tuple[str, Sequence[float]]
 QUESTION_SEED = 5
 MIN_IOU = 0.5
@@ -102,9 +107,23 @@ def to_pixels(box: Box, size: tuple[int, int]) -> Box:
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
+def from_results(results: Results) -> Any:
+    """Results of `florence_onnx` in the form that is measured here."""
+    if isinstance(results, str):
+        return results.strip()
+    if isinstance(results, BoundingBoxes):
+        boxes = [(box.x, box.y, box.x + box.w, box.y + box.h) for box in results.bboxes]
+        return {"bboxes": boxes, "labels": [box.label for box in results.bboxes]}
+    if isinstance(results, OCRBoundingBox):
+        quads = [[value for point in box.quad for value in (point.x, point.y)] for box in results.quad_boxes]
+        return {"quad_boxes": quads, "labels": [box.label for box in results.quad_boxes]}
+    polygons = [[[value for point in polygon.points for value in (point.x, point.y)]] for polygon in results.polygons]
+    return {"polygons": polygons, "labels": [polygon.label for polygon in results.polygons]}
+
+
 def strip_locations(text: str) -> str:
     """The text before the first location token: `"circle<loc_1>…"` -> `"circle"`."""
-    return text.split("<loc_")[0].strip()
+    return text.partition("<loc_")[0].strip()
 
 
 def score_answers(

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import florence_onnx
+
 from .answers import caption, detailed_caption, full_name, short_name
 from .metrics import to_pixels
 from .scenes import Box, Scene, Shape, make_scene
 
-DEFAULT_DIRECTORY = Path(__file__).parents[2] / "florence_onnx" / "demo" / "samples"
+DEFAULT_DIRECTORY = Path(florence_onnx.__file__).parent / "demo" / "samples"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class TrainingSettings:
 
     seed: int = 20261122  # step k draws its scenes from (seed, k); evaluation uses other seeds
     vision_steps: int = 350  # steps of the vision tower alone, on the auxiliary heads
-    joint_steps: int = 3500  # steps of the whole model after them
+    joint_steps: int = 4500  # steps of the whole model after them
     images_per_step: int = 16  # twice as many in a vision step
     questions_per_image: int = 6
     task_weights: dict[str, float] = field(default_factory=_task_weights)  # how often each task is asked

@@ -1,0 +1,29 @@
+"""Entry point of `florence-onnx` and `python -m florence_onnx`."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from florence_onnx.errors import MissingExtraError
+
+_CLI_PACKAGES = ("typer", "rich")
+
+
+def main() -> None:
+    """Runs the command line; without the packages of the `cli` extra it says how to install them and exits with 2."""
+    try:
+        from florence_onnx import cli
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _CLI_PACKAGES:
+            raise
+        sys.stderr.write(f"{MissingExtraError(package, 'cli')}\n")
+        raise SystemExit(2) from None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # labels are in any script, whatever the terminal's code page
+    cli.app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The built-in demo model: a bundle, sample pictures with their truth, and a model card."""

@@ -1,0 +1,137 @@
+"""Reading bundles: what is refused, with which words, and how names are resolved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from florence_onnx import (
+    BundleFileMissingError,
+    BundleFormatError,
+    BundleNotFoundError,
+    CorruptGraphError,
+    Florence2,
+    InputError,
+    ProviderError,
+    bundle,
+    providers,
+)
+
+DEMO = bundle.DEMO_DIRECTORY
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
+
+
+def change_description(path: Path, **changes: object) -> None:
+    described = json.loads((path / bundle.DESCRIPTION).read_text())
+    (path / bundle.DESCRIPTION).write_text(json.dumps({**described, **changes}))
+
+
+@pytest.mark.parametrize("name", [*bundle.GRAPHS, bundle.WEIGHTS, bundle.TOKENIZER, bundle.GENERATION_CONFIG])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(BundleFileMissingError, match=name) as caught:
+        Florence2.from_pretrained(copy)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", [*bundle.GRAPHS, bundle.WEIGHTS])
+def test_a_shortened_file_is_named(copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptGraphError, match=rf"{name} has \d+ bytes instead of {len(content)}"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", bundle.GRAPHS)
+def test_a_graph_of_the_right_length_with_wrong_content_is_named(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[:4000] = bytes(4000)
+    (copy / name).write_bytes(content)
+    with pytest.raises(CorruptGraphError, match=rf"{name} does not load") as caught:
+        Florence2.from_pretrained(copy)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
+    change_description(copy, format_version=bundle.FORMAT_VERSION + 1)
+    with pytest.raises(BundleFormatError, match="pip install --upgrade florence-onnx"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}x"])
+def test_an_unreadable_description_is_refused(copy: Path, text: str) -> None:
+    (copy / bundle.DESCRIPTION).write_text(text)
+    with pytest.raises(BundleFormatError, match=bundle.DESCRIPTION):
+        bundle.read(copy)
+
+
+@pytest.mark.parametrize("model", [None, {}, {"image_size": [768, 768]}, {"unknown": 1}])
+def test_an_incomplete_description_is_refused(copy: Path, model: object) -> None:
+    change_description(copy, model=model)
+    with pytest.raises(BundleFormatError, match="incomplete"):
+        bundle.read(copy)
+
+
+def test_a_broken_tokenizer_is_named(copy: Path) -> None:
+    described = json.loads((copy / bundle.DESCRIPTION).read_text())
+    size = described["files"][bundle.TOKENIZER]["size"]
+    (copy / bundle.TOKENIZER).write_text("{}".ljust(size))
+    with pytest.raises(BundleFormatError, match="tokenizer"):
+        Florence2.from_pretrained(copy)
+
+
+def test_another_precision_than_the_bundle_has_is_refused(copy: Path) -> None:
+    with pytest.raises(BundleFormatError, match="--precision int8"):
+        Florence2.from_pretrained(copy, precision="int8")
+
+
+@pytest.mark.parametrize("name", ["no/such/place", "nowhere", "./owner/name", ""])
+def test_a_name_that_is_nothing_says_what_names_there_are(name: str) -> None:
+    with pytest.raises(BundleNotFoundError, match="directory"):
+        bundle.resolve(name)
+
+
+def test_a_checkpoint_is_recognised_and_the_export_command_given(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(BundleNotFoundError, match="florence-onnx-export"):
+        bundle.resolve(tmp_path)
+
+
+def test_an_unavailable_provider_is_an_error_that_says_what_brings_it() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider compiled in")
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .* pip install 'florence-onnx\[gpu\]'"):
+        Florence2.from_pretrained("demo", device="cuda")
+    with pytest.raises(ProviderError, match="NoSuchProvider"):
+        Florence2.from_pretrained("demo", providers=["NoSuchProvider"])
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        Florence2.from_pretrained("demo", device="gpu")
+
+
+def test_session_options_reach_onnxruntime() -> None:
+    model = Florence2.from_pretrained("demo", device="cpu", session_options={"intra_op_num_threads": 1})
+    assert model._vision_encoder._session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="no attribute 'threads'"):
+        Florence2.from_pretrained("demo", session_options={"threads": 1})
+
+
+def test_device_auto_prefers_accelerators_and_ends_at_the_cpu() -> None:
+    available = ["OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert providers.candidates(available) == ["cuda", "openvino", "cpu"]
+    assert providers.candidates(["CPUExecutionProvider"]) == ["cpu"]
+
+
+def test_provider_options_are_kept() -> None:
+    given = [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
+    resolved = providers.resolve("auto", given, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert resolved == [("CUDAExecutionProvider", {"device_id": 1}), ("CPUExecutionProvider", {})]
