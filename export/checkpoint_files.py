@@ -47,7 +47,16 @@ def _download(repo_id: str, revision: str | None) -> Path:
     def fetch(*patterns: str) -> Path:
         # Sub-folders hold other formats (onnx/), never what is read here.
         chosen = [*_TEXT_FILES, *patterns]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=chosen, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=chosen,
+                ignore_patterns=["*/*"],
+                # huggingface_hub reads the variable once, when it is imported, which may be before it is set.
+                endpoint=os.environ.get("HF_ENDPOINT"),
+            )
+        )
 
     try:
         folder = fetch(f"{Path(_SAFETENSORS).stem}*.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
@@ -92,7 +91,3 @@ def _report(bundle: Bundle) -> Table:
 def main() -> None:
     """Runs the command line."""
     typer.run(export)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,8 @@ E = N + T encoder positions, S new tokens, C cache capacity, H heads, d head siz
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,7 +34,7 @@ def _merge_heads(states: Tensor) -> Tensor:
 class _ConvEmbed(nn.Module):
     """Patches of a stage: tokens `(B, H·W, C)` to the next resolution's."""
 
-    def __init__(self, source: nn.Module, size: tuple[int, int] | None) -> None:
+    def __init__(self, source: Any, size: tuple[int, int] | None) -> None:
         super().__init__()
         self.conv: nn.Conv2d = source.conv
         self.norm: nn.LayerNorm = source.norm
@@ -50,7 +52,7 @@ class _ConvEmbed(nn.Module):
 class _WindowAttention(nn.Module):
     """Attention within windows of w x w tokens; windows beyond the edge are filled with zeros, which are attended."""
 
-    def __init__(self, source: nn.Module, size: tuple[int, int]) -> None:
+    def __init__(self, source: Any, size: tuple[int, int]) -> None:
         super().__init__()
         self.qkv: nn.Linear = source.qkv
         self.proj: nn.Linear = source.proj
@@ -81,7 +83,7 @@ class _WindowAttention(nn.Module):
 class _ChannelAttention(nn.Module):
     """Attention of channels to channels within groups, over all tokens."""
 
-    def __init__(self, source: nn.Module, num_tokens: int) -> None:
+    def __init__(self, source: Any, num_tokens: int) -> None:
         super().__init__()
         self.qkv: nn.Linear = source.qkv
         self.proj: nn.Linear = source.proj
@@ -98,12 +100,14 @@ class _ChannelAttention(nn.Module):
 class _Block(nn.Module):
     """x + conv(x); x + attention(norm(x)); x + conv(x); x + mlp(norm(x))."""
 
-    def __init__(self, source: nn.Module, attention: nn.Module, size: tuple[int, int]) -> None:
+    def __init__(self, source: Any, attention: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
-        self.conv1, self.conv2 = source.conv1, source.conv2
-        self.norm1, self.norm2 = source.norm1, source.norm2
+        self.conv1: nn.Conv2d = source.conv1
+        self.conv2: nn.Conv2d = source.conv2
+        self.norm1: nn.LayerNorm = source.norm1
+        self.norm2: nn.LayerNorm = source.norm2
         self.attention = attention
-        self.ffn = source.ffn
+        self.ffn: nn.Module = source.ffn
         self.size = size
 
     def forward(self, states: Tensor) -> Tensor:
@@ -126,7 +130,8 @@ class VisionEncoder(nn.Module):
         image_size: `(width, height)` in pixels.
         """
         super().__init__()
-        tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+        tower: Any = model.model.vision_tower
+        projector: Any = model.model.multi_modal_projector
         size = (image_size[1], image_size[0])
         layers: list[nn.Module] = []
         for stage, (conv, blocks) in enumerate(zip(tower.convs, tower.blocks, strict=True)):
@@ -149,15 +154,15 @@ class VisionEncoder(nn.Module):
         return features
 
 
-def _convolved(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
+def _convolved(conv: Any, size: tuple[int, int]) -> tuple[int, int]:
     height, width = (
-        (length + 2 * int(padding) - kernel) // stride + 1
+        (length + 2 * padding - kernel) // stride + 1
         for length, padding, kernel, stride in zip(size, conv.padding, conv.kernel_size, conv.stride, strict=True)
     )
     return height, width
 
 
-def _position_table(projector: nn.Module, size: tuple[int, int]) -> Tensor:
+def _position_table(projector: Any, size: tuple[int, int]) -> Tensor:
     """Learned column and row embeddings side by side, plus the embedding of the first (only) frame: `(H·W, C)`."""
     height, width = size
     embed = projector.image_position_embed
@@ -190,7 +195,7 @@ class TextEncoder(nn.Module):
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
         super().__init__()
         bart = model.model.language_model
-        self.encoder = bart.encoder
+        self.encoder: Any = bart.encoder
         self.cross = nn.ModuleList(layer.encoder_attn for layer in bart.decoder.layers)
         self.embed_scale = float(getattr(bart.encoder.embed_tokens, "embed_scale", 1.0))
 
@@ -208,14 +213,14 @@ class TextEncoder(nn.Module):
         return tuple(part for attention in self.cross for part in self._keys_values(attention, states))
 
     @staticmethod
-    def _attention(attention: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
+    def _attention(attention: Any, states: Tensor, bias: Tensor) -> Tensor:
         query = _split_heads(attention.q_proj(states) * attention.scaling, attention.num_heads)
         key, value = TextEncoder._keys_values(attention, states)
         attended: Tensor = attention.out_proj(_attend(query, key, value, bias))
         return attended
 
     @staticmethod
-    def _keys_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         heads = attention.num_heads
         key = _split_heads(attention.k_proj(states), heads).transpose(2, 3)
         return key, _split_heads(attention.v_proj(states), heads)
@@ -233,11 +238,13 @@ class Decoder(nn.Module):
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
         super().__init__()
-        self.decoder = model.model.language_model.decoder
+        self.decoder: Any = model.model.language_model.decoder
         self.lm_head: nn.Linear = model.lm_head
         self.embed_scale = float(getattr(self.decoder.embed_tokens, "embed_scale", 1.0))
 
-    def forward(self, input_ids: Tensor, past_lengths: Tensor, encoder_attention_mask: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, past_lengths: Tensor, encoder_attention_mask: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
         decoder, num_layers = self.decoder, len(self.decoder.layers)
         cross, past = caches[: 2 * num_layers], caches[2 * num_layers :]
         positions = past_lengths[:, None] + torch.arange(input_ids.shape[1])
@@ -249,17 +256,20 @@ class Decoder(nn.Module):
         cross_bias = _masking_bias(encoder_attention_mask[:, None, None, :] != 0)
         present: list[Tensor] = []
         for index, layer in enumerate(decoder.layers):
-            own = slice(2 * index, 2 * index + 2)
-            key, value = self._extend(layer.self_attn, states, positions, *past[own])
+            cross_key, cross_value = cross[2 * index], cross[2 * index + 1]
+            key, value = past[2 * index], past[2 * index + 1]
+            key, value = self._extend(layer.self_attn, states, positions, key, value)
             present += [key, value]
-            states = layer.self_attn_layer_norm(states + self._self_attention(layer.self_attn, states, key, value, bias))
-            attended = self._cross_attention(layer.encoder_attn, states, *cross[own], cross_bias)
+            states = layer.self_attn_layer_norm(
+                states + self._self_attention(layer.self_attn, states, key, value, bias)
+            )
+            attended = self._cross_attention(layer.encoder_attn, states, cross_key, cross_value, cross_bias)
             states = layer.encoder_attn_layer_norm(states + attended)
             states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
         return functional.linear(states[:, -1], self.lm_head.weight), *present
 
     @staticmethod
-    def _extend(attention: nn.Module, states: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _extend(attention: Any, states: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of the new tokens at their positions."""
         new_key = _split_heads(attention.k_proj(states), attention.num_heads).transpose(2, 3)
         new_value = _split_heads(attention.v_proj(states), attention.num_heads)
@@ -268,13 +278,13 @@ class Decoder(nn.Module):
         return key, value
 
     @staticmethod
-    def _self_attention(attention: nn.Module, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def _self_attention(attention: Any, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         query = _split_heads(attention.q_proj(states) * attention.scaling, attention.num_heads)
         attended: Tensor = attention.out_proj(_attend(query, key, value, bias))
         return attended
 
     @staticmethod
-    def _cross_attention(attention: nn.Module, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def _cross_attention(attention: Any, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         query = attention.q_proj(states) * attention.scaling
         folded = query.reshape(key.shape[0], -1, query.shape[-1])
         attended = _attend(_split_heads(folded, attention.num_heads), key, value, bias)

@@ -112,7 +112,11 @@ def _decoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:
         "encoder_attention_mask": {0: "prompts", 1: "encoder_length"},
         "logits": {0: "rows"},
     }
-    for names, rows, last in ((cross, "prompts", "encoder_length"), (past, "rows", "capacity"), (present, "rows", "capacity")):
+    for names, rows, last in (
+        (cross, "prompts", "encoder_length"),
+        (past, "rows", "capacity"),
+        (present, "rows", "capacity"),
+    ):
         axes |= {name: {0: rows, (3 if name.endswith(".key") else 2): last} for name in names}
     return GraphPlan(
         bundle.DECODER,

@@ -37,7 +37,15 @@ DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo" / "bundle"
 
 JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
-JS_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "uint8": "_uint8", "q4": "_q4", "q4f16": "_q4f16", "bnb4": "_bnb4"}
+JS_SUFFIXES = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "uint8": "_uint8",
+    "q4": "_q4",
+    "q4f16": "_q4f16",
+    "bnb4": "_bnb4",
+}
 """File name suffix of each precision in the layout of transformers.js."""
 
 Layout = Literal["florence_onnx", "transformers.js"]
@@ -114,7 +122,9 @@ def read(path: Path, precision: str | None = None) -> Bundle:
         return _read_own(path, precision)
     if (path / "onnx").is_dir() and (path / "config.json").is_file():
         return _read_transformers_js(path, precision or "fp32")
-    raise BundleNotFoundError(f"{path} is not a bundle: it has neither {DESCRIPTION} nor onnx/. {_checkpoint_hint(path)}")
+    raise BundleNotFoundError(
+        f"{path} is not a bundle: it has neither {DESCRIPTION} nor onnx/. {_checkpoint_hint(path)}"
+    )
 
 
 def _checkpoint_hint(path: Path) -> str:
@@ -157,7 +167,9 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleFormatError(f"{path / DESCRIPTION} is incomplete ({error}); export the bundle again") from error
     if precision not in (None, found):
-        raise BundleFormatError(f"{path} has precision {found}, not {precision}; export it with --precision {precision}")
+        raise BundleFormatError(
+            f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
+        )
     return Bundle(
         path,
         "florence_onnx",
@@ -190,17 +202,23 @@ _OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
 def generation_defaults(config: Mapping[str, Any], max_positions: int, path: Path) -> GenerationDefaults:
     """The decoding defaults that a `generation_config.json` of a bundle in `path` states."""
     # max_new_tokens is not inherited: the checkpoints that carry one mean a sample, not a limit
-    options = {name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"}
+    options = {
+        name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
+    }
     start = config.get("decoder_start_token_id", 2)
     eos = config.get("eos_token_id", 2)
     if not isinstance(start, int) or not isinstance(eos, int):
-        raise BundleFormatError(f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids")
+        raise BundleFormatError(
+            f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids"
+        )
     return GenerationDefaults(start, eos, max_positions, GenerationOptions(**options))
 
 
 def _read_transformers_js(path: Path, precision: str) -> Bundle:
     if precision not in JS_SUFFIXES:
-        raise BundleFormatError(f"unknown precision {precision!r}; the layout of transformers.js has {', '.join(JS_SUFFIXES)}")
+        raise BundleFormatError(
+            f"unknown precision {precision!r}; the layout of transformers.js has {', '.join(JS_SUFFIXES)}"
+        )
     config = read_json(path / "config.json")
     text = config.get("text_config", {})
     images = read_json(path / "preprocessor_config.json")
@@ -233,7 +251,12 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
 
 
 def describe(
-    *, precision: str, sizes: ModelSizes, source: Mapping[str, Any], verification: Mapping[str, Any], files: Mapping[str, Any]
+    *,
+    precision: str,
+    sizes: ModelSizes,
+    source: Mapping[str, Any],
+    verification: Mapping[str, Any],
+    files: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `florence_onnx.json`, in the form that `read` takes."""
     return {
@@ -281,7 +304,9 @@ def resolve(
     if text == DEMO:
         return read(DEMO_DIRECTORY, precision)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/")):
-        raise BundleNotFoundError(f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"')
+        raise BundleNotFoundError(
+            f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"'
+        )
     return _from_hub(text, precision, revision, cache_dir)
 
 
@@ -313,7 +338,9 @@ def _download(repository: str, fetch: Callable[[], Path]) -> Path:
     try:
         return fetch()
     except RepositoryNotFoundError as error:
-        raise BundleNotFoundError(f"no hub repository {repository!r}; if it is private, log in with: hf auth login") from error
+        raise BundleNotFoundError(
+            f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BundleNotFoundError(
             f"{repository!r} is not in the local cache and the hub could not be reached ({error}); "

@@ -24,7 +24,15 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
-_LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NotImplemented", "RuntimeException")
+_LOAD_ERRORS = (
+    "Fail",
+    "InvalidArgument",
+    "InvalidGraph",
+    "InvalidProtobuf",
+    "NoModel",
+    "NotImplemented",
+    "RuntimeException",
+)
 
 
 def onnxruntime() -> ModuleType:
@@ -160,7 +168,9 @@ def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.Provid
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
-        raise CorruptGraphError(f"{path} does not load; export or download it again. ONNX Runtime says: {error}") from error
+        raise CorruptGraphError(
+            f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
+        ) from error
 
 
 def _check_provider(obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:

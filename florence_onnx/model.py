@@ -378,7 +378,9 @@ def _requests(
         if len(column) != count:
             raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
     found = []
-    for task_name, picture, text, region in zip(columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True):
+    for task_name, picture, text, region in zip(
+        columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
+    ):
         task = tasks.get(task_name)
         found.append(_Request(task, task.format_prompt(text_input=text, region=region), picture))
     return found

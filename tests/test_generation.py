@@ -68,22 +68,26 @@ def transformers_generate(table: np.ndarray, config: SearchConfig) -> tuple[int,
             length = input_ids.shape[1]
             return CausalLMOutput(logits=self.table[length % PERIOD, input_ids[:, -1:]])
 
-    output = TableModel().generate(
-        torch.tensor([[START]]),
-        attention_mask=torch.ones(1, 1, dtype=torch.long),
-        do_sample=False,
-        use_cache=False,
-        max_new_tokens=config.max_length - 1,
-        min_new_tokens=config.min_new_tokens or None,
-        num_beams=config.num_beams,
-        length_penalty=config.length_penalty,
-        early_stopping=config.early_stopping,
-        no_repeat_ngram_size=config.no_repeat_ngram_size,
-        forced_bos_token_id=config.forced_bos_token_id,
-        forced_eos_token_id=config.forced_eos_token_id,
-        eos_token_id=EOS,
-        pad_token_id=1,
-    )[0].tolist()
+    output = (
+        TableModel()
+        .generate(
+            torch.tensor([[START]]),
+            attention_mask=torch.ones(1, 1, dtype=torch.long),
+            do_sample=False,
+            use_cache=False,
+            max_new_tokens=config.max_length - 1,
+            min_new_tokens=config.min_new_tokens or None,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+            forced_bos_token_id=config.forced_bos_token_id,
+            forced_eos_token_id=config.forced_eos_token_id,
+            eos_token_id=EOS,
+            pad_token_id=1,
+        )[0]
+        .tolist()
+    )
     end = output.index(EOS, 1) + 1 if EOS in output[1:] else len(output)
     return tuple(output[:end])
 

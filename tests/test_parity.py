@@ -47,7 +47,11 @@ def pixel_values(model: Florence2, pictures: Sequence[Image.Image]) -> np.ndarra
 
 
 def reference_tokens(
-    exported: Exported, model: Florence2, pictures: Sequence[Image.Image], prompts: Sequence[str], options: GenerationOptions
+    exported: Exported,
+    model: Florence2,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    options: GenerationOptions,
 ) -> list[tuple[int, ...]]:
     return reference.generate(exported.checkpoint, pixel_values(model, pictures), prompts, options)
 
@@ -67,7 +71,9 @@ SEARCHES = {
     "greedy without n-gram rule": GenerationOptions(num_beams=1, no_repeat_ngram_size=0, max_new_tokens=30),
     "two beams": GenerationOptions(num_beams=2, max_new_tokens=24),
     "four beams, not early": GenerationOptions(num_beams=4, early_stopping=False, max_new_tokens=24),
-    "five beams, never early": GenerationOptions(num_beams=5, early_stopping="never", length_penalty=2.0, max_new_tokens=20),
+    "five beams, never early": GenerationOptions(
+        num_beams=5, early_stopping="never", length_penalty=2.0, max_new_tokens=20
+    ),
     "negative length penalty": GenerationOptions(length_penalty=-1.0, early_stopping=False, max_new_tokens=24),
     "bigrams": GenerationOptions(no_repeat_ngram_size=2, max_new_tokens=24),
     "no forced tokens": GenerationOptions(forced_bos_token_id=-1, forced_eos_token_id=-1, max_new_tokens=24),
@@ -128,7 +134,9 @@ def test_a_picture_is_encoded_once_for_many_tasks(model: Florence2, photographs:
     encoded = model.encode(photographs[2])
     answers = [model.run(task, encoded, options=SHORT) for task in (tasks.CAPTION, tasks.OCR, tasks.OBJECT_DETECTION)]
     assert vision.num_runs == before + 1
-    direct = [model.run(task, photographs[2], options=SHORT) for task in (tasks.CAPTION, tasks.OCR, tasks.OBJECT_DETECTION)]
+    direct = [
+        model.run(task, photographs[2], options=SHORT) for task in (tasks.CAPTION, tasks.OCR, tasks.OBJECT_DETECTION)
+    ]
     assert vision.num_runs == before + 4
     assert [a.token_ids for a in answers] == [d.token_ids for d in direct]
     model.run_batch(["<OD>", "<OCR>", "<OD>"], [photographs[0], photographs[0], encoded], options=SHORT)
@@ -136,7 +144,9 @@ def test_a_picture_is_encoded_once_for_many_tasks(model: Florence2, photographs:
 
 
 def test_eight_threads_get_the_answers_of_one(model: Florence2, photographs: list[Image.Image]) -> None:
-    questions = [(task, picture) for task in (tasks.OCR, tasks.CAPTION, tasks.OBJECT_DETECTION) for picture in photographs]
+    questions = [
+        (task, picture) for task in (tasks.OCR, tasks.CAPTION, tasks.OBJECT_DETECTION) for picture in photographs
+    ]
     expected = [model.run(task, picture, options=SHORT).token_ids for task, picture in questions]
 
     def ask_all(shift: int) -> list[tuple[int, ...]]:

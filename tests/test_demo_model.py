@@ -1,0 +1,91 @@
+"""The built-in demo model finds the right shapes and reads the right words, on scenes that it was never trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from florence_onnx import Florence2, GenerationOptions, Region, bundle, tasks
+
+pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
+from export.demo import metrics  # noqa: E402
+
+UNSEEN_SEED = 20250817
+"""Neither training's nor that of any published figure."""
+NUM_SCENES = 120
+GREEDY = GenerationOptions(num_beams=1)
+SAMPLES = bundle.DEMO_DIRECTORY.parent / "samples"
+
+FLOORS = {
+    "<OD>": {"recall": 0.95, "mean_iou": 0.88},
+    "<OCR>": {"exact": 0.90},
+    "<OCR_WITH_REGION>": {"exact_and_placed": 0.88},
+    "<REFERRING_EXPRESSION_SEGMENTATION>": {"mean_iou": 0.85},
+    "<REGION_TO_SEGMENTATION>": {"mean_iou": 0.85},
+    "<REGION_TO_CATEGORY>": {"exact": 0.97},
+    "<DETAILED_CAPTION>": {"exact": 0.85},
+    "<DENSE_REGION_CAPTION>": {"recall": 0.90},
+    "<REGION_PROPOSAL>": {"recall": 0.90},
+    "<CAPTION_TO_PHRASE_GROUNDING>": {"recall": 0.90},
+    "<OPEN_VOCABULARY_DETECTION>": {"recall": 0.88},
+    "<REGION_TO_DESCRIPTION>": {"exact": 0.90},
+    "<REGION_TO_OCR>": {"exact": 0.88},
+    "<CAPTION>": {"exact": 0.65},
+    "<MORE_DETAILED_CAPTION>": {"exact": 0.80},
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Florence2:
+    return Florence2.from_pretrained("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Any]:
+    return metrics.make_scenes(UNSEEN_SEED, NUM_SCENES)
+
+
+def ask(model: Florence2, picture: Image.Image, token: str, given: str, options: GenerationOptions | None) -> Any:
+    task = tasks.get(token)
+    arguments: dict[str, Any] = {}
+    if task.needs == "region":
+        arguments["region"] = Region(*map(int, re.findall(r"\d+", given)))
+    elif task.needs == "text":
+        arguments["text_input"] = given
+    return metrics.from_results(model.run(task, picture, **arguments, options=options).results)
+
+
+@pytest.mark.parametrize("token", list(FLOORS))
+def test_floors_on_unseen_scenes(token: str, demo: Florence2, scenes: list[Any]) -> None:
+    def predict(picture: Image.Image, task: str, given: str) -> Any:
+        return ask(demo, picture, task, given, GREEDY)
+
+    figures = metrics.evaluate(predict, scenes, [token])[token]
+    print(token, figures)
+    missed = {name: figures[name] for name, floor in FLOORS[token].items() if not figures[name] >= floor}
+    assert not missed, f"{token}: {figures}"
+    assert figures.get("invented_words", 0) == 0
+
+
+TRUTHS = json.loads((SAMPLES / "samples.json").read_text())
+
+
+@pytest.mark.parametrize("truth", TRUTHS, ids=[truth["file"] for truth in TRUTHS])
+def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], demo: Florence2) -> None:
+    """With the checkpoint's own three beams, from the file, as in the README."""
+    picture = demo.encode(SAMPLES / truth["file"])
+    found = demo.run(tasks.OBJECT_DETECTION, picture).results.bboxes
+    assert sorted(box.label for box in found) == sorted(shape["label"] for shape in truth["objects"])
+    for shape in truth["objects"]:
+        box = next(box for box in found if box.label == shape["label"])
+        assert metrics.box_iou((box.x, box.y, box.x + box.w, box.y + box.h), shape["box"]) > 0.7
+    word = truth["word"]["text"] if truth["word"] else ""
+    text = demo.run(tasks.OCR, picture).results
+    assert text == word
+    assert [box.label for box in demo.run(tasks.OCR_WITH_REGION, picture).results.quad_boxes] == (
+        [word] if word else []
+    )

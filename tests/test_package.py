@@ -1,0 +1,135 @@
+"""What the package promises as a whole: public names, who imports whom, and that PyTorch is never needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import florence_onnx
+
+PACKAGE = Path(florence_onnx.__file__).parent
+
+PUBLIC = [
+    "BoundingBox",
+    "BoundingBoxes",
+    "BundleError",
+    "BundleFileMissingError",
+    "BundleFormatError",
+    "BundleNotFoundError",
+    "CheckpointError",
+    "CorruptGraphError",
+    "EncodedImage",
+    "Florence2",
+    "FlorenceError",
+    "GenerationOptions",
+    "Image",
+    "ImageDecodeError",
+    "ImageDownloadError",
+    "ImageError",
+    "ImageNotFoundError",
+    "ImageTooLargeError",
+    "InputError",
+    "MissingExtraError",
+    "OCRBoundingBox",
+    "OCRBoundingBoxSingle",
+    "OptionsError",
+    "Point",
+    "Polygon",
+    "PolygonOutput",
+    "Prediction",
+    "ProviderError",
+    "Region",
+    "RegionError",
+    "TextInputError",
+    "UnknownTaskError",
+    "VerificationError",
+    "__version__",
+    "tasks",
+]
+
+MAY_IMPORT = {
+    "_version": set(),
+    "errors": set(),
+    "results": set(),
+    "url": {"errors"},
+    "locations": {"errors", "results", "numpy"},
+    "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
+    "tasks": {"errors", "locations", "postprocess", "results"},
+    "image": {"errors", "url", "numpy", "PIL"},
+    "draw": {"errors", "results", "PIL"},
+    "tokenizer": {"errors", "numpy", "tokenizers"},
+    "generation": {"errors", "numpy"},
+    "providers": {"errors"},
+    "engine": {"errors", "providers", "numpy", "onnxruntime"},
+    "decoder": {"engine", "generation", "numpy"},
+    "transformers_js": {"decoder", "engine", "generation", "numpy"},
+    "bundle": {"errors", "generation", "huggingface_hub"},
+}
+"""Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""
+
+
+def imports(path: Path) -> set[str]:
+    """What a module imports: its siblings by their own names, everything else by the top-level package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: absolute imports only"
+            names = [alias.name for alias in node.names] if node.module == "florence_onnx" else [""]
+            found |= {f"{node.module}.{name}".rstrip(".") for name in names}
+    own = {name.split(".")[1] for name in found if name.startswith("florence_onnx.")}
+    others = {name.split(".")[0] for name in found if not name.startswith("florence_onnx")}
+    return own | {name for name in others if name not in sys.stdlib_module_names}
+
+
+def test_public_names_are_exact() -> None:
+    assert sorted(florence_onnx.__all__) == sorted(PUBLIC)
+    assert all(hasattr(florence_onnx, name) for name in PUBLIC)
+
+
+def test_every_error_is_public_and_documented() -> None:
+    from florence_onnx import errors
+
+    names = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert names <= set(PUBLIC)
+    assert all(name in (errors.__doc__ or "") for name in names)
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_modules_import_only_what_lies_below_them(name: str) -> None:
+    assert imports(PACKAGE / f"{name}.py") <= MAY_IMPORT[name]
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == set(MAY_IMPORT) | {"__init__", "__main__", "model", "cli"}
+
+
+def test_the_runtime_never_imports_the_export() -> None:
+    for path in PACKAGE.glob("*.py"):
+        assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
+
+
+def test_import_is_light() -> None:
+    """numpy and Pillow only: sessions, tokenizers and the hub client are loaded when they are needed."""
+    code = (
+        "import sys, florence_onnx; "
+        "print(sorted({'torch', 'transformers', 'onnxruntime', 'tokenizers', 'huggingface_hub', 'typer', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_demo_answers_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from florence_onnx import Florence2\nfrom PIL import Image\n"
+        "print(Florence2.from_pretrained('demo', device='cpu').run('<CAPTION>', Image.new('RGB', (64, 64))).text)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("</s><s>")

@@ -1,0 +1,90 @@
+"""The built wheel in fresh environments without torch: newest dependencies, and the oldest that it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 reads pyproject.toml with tomli")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OLDEST_PYTHON = "3.10"
+EXTRAS = ("cpu", "cli")
+
+
+def run(*command: str | Path) -> str:
+    """Runs a command outside the checkout, so that nothing is imported from it."""
+    done = subprocess.run([*map(str, command)], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves a build folder behind."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "*.egg-info", "build", "__pycache__", ".*_cache")
+    shutil.copytree(REPOSITORY, copy, ignore=ignored)
+    output = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", output, copy)
+    (found,) = output.glob("*.whl")
+    return found
+
+
+def oldest_requirements() -> list[str]:
+    """Each lower bound of pyproject.toml as an exact version."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(item for extra in EXTRAS for item in project["optional-dependencies"][extra])]
+    return [re.sub(r">=\s*", "==", item) for item in wanted]
+
+
+def oldest_interpreter() -> str:
+    """The oldest supported Python on this machine, else the running one."""
+    candidates = [
+        shutil.which(f"python{OLDEST_PYTHON}"),
+        *Path("~/.pyenv/versions").expanduser().glob("3.10*/bin/python"),
+    ]
+    return next((str(path) for path in candidates if path), sys.executable)
+
+
+def try_out(python: Path, directory: Path) -> str:
+    """Runs the demo as a user would and checks what it says; returns the versions in use."""
+    answer = json.loads(run(python, "-m", "florence_onnx", "demo", "--output", directory / "annotated.png"))
+    assert answer["results"]["bboxes"] and set(answer["results"]["bboxes"][0]) == {"x", "y", "w", "h", "label"}
+    assert (directory / "annotated.png").stat().st_size > 1000
+    code = (
+        "import importlib.util, sys, florence_onnx, numpy, PIL, onnxruntime, tokenizers\n"
+        "assert not any(importlib.util.find_spec(name) for name in ('torch', 'transformers', 'optimum'))\n"
+        "assert 'site-packages' in florence_onnx.__file__\n"
+        "print(sys.version_info[:2], numpy.__version__, PIL.__version__, onnxruntime.__version__, tokenizers.__version__)"
+    )
+    return run(python, "-c", code)
+
+
+def test_newest_dependencies(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", f"{wheel}[{','.join(EXTRAS)}]")
+    print(try_out(python, tmp_path))
+    assert "florence-onnx-export" in run(python, "-m", "pip", "show", "-f", "florence-onnx")
+
+
+def test_oldest_dependencies(wheel: Path, tmp_path: Path) -> None:
+    run(oldest_interpreter(), "-m", "venv", tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", f"{wheel}[{','.join(EXTRAS)}]", *oldest_requirements())
+    versions = try_out(python, tmp_path)
+    print(versions)
+    assert all(
+        requirement.split("==")[1] in versions for requirement in oldest_requirements()[:4] if "==" in requirement
+    )
