@@ -83,7 +83,7 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     # The originals' tables have no row for `<image>`. The row of the placeholder is never used, only its place; byte-level BPE never
     # gives <unk>.
     model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
-    model.generation_config = GenerationConfig(**generation)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**generation)
     origin = {
         **_origin(source, folder),
         "layout": "microsoft" if is_microsoft else "transformers",

@@ -75,9 +75,10 @@ def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool)
     Returns:
         All keys of `GENERATION_DEFAULTS`, and of the rest those that depart from transformers' defaults.
     """
-    own = {} if is_microsoft else read_json(folder, "generation_config.json") or {}
-    implied = {"forced_eos_token_id": 2} if is_microsoft else {}
-    sources = [own, config.get("text_config") or {}, {} if is_microsoft else config, implied]
+    own = None if is_microsoft else read_json(folder, "generation_config.json")
+    # Both classes of text config default to it; only a generation_config.json can leave it out.
+    implied = {"forced_eos_token_id": 2} if own is None else {}
+    sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
     known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}
     extras = {key: _first(key, sources, default) for key, default in _GENERATION_EXTRAS.items()}
     return {**known, **{key: value for key, value in extras.items() if value != _GENERATION_EXTRAS[key]}}

@@ -5,7 +5,7 @@
 | `vision_encoder` | `pixel_values` | `image_features` |
 | `embed_tokens` | `input_ids` | `inputs_embeds` |
 | `encoder_model` | `attention_mask`, `inputs_embeds` | `last_hidden_state` |
-| `decoder_model_merged` | `encoder_attention_mask`, `encoder_hidden_states`, `inputs_embeds`, `past_key_values.*`, `use_cache_branch` | `logits`, `present.*` |
+| `decoder_model_merged` | encoder mask and states, `inputs_embeds`, `past_key_values.*`, `use_cache_branch` | `logits`, `present.*` |
 
 The merged decoder is an `If` of two graphs that share their weights, made by optimum. With a cache, its `present.*.encoder.*` are empty:
 the caller keeps those of the first step. The batch axis of `past_key_values.*` is called `batch_size`, because transformers.js looks
@@ -118,8 +118,9 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: Precision, pr
             found[path.name] = summary
     progress(f"merging {_MERGED}")
     merged = folder / f"{_MERGED}{suffix}.onnx"
-    _merge(*(folder / f"{plan.name}{suffix}.onnx" for plan in decoders), merged)
-    found[merged.name] = verify.check_graph(merged.name, _merged_errors(merged, *decoders), precision)
+    first, following = decoders
+    _merge(folder / f"{_FIRST}{suffix}.onnx", folder / f"{_NEXT}{suffix}.onnx", merged)
+    found[merged.name] = verify.check_graph(merged.name, _merged_errors(merged, first, following), precision)
     return found
 
 

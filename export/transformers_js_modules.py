@@ -5,6 +5,8 @@ Shapes use B rows, S new tokens, P past tokens, E encoder positions, H heads, d 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -96,7 +98,7 @@ class NextDecoder(nn.Module):
 
 
 def _decoder_layer(
-    layer: nn.Module,
+    layer: Any,
     states: Tensor,
     own: tuple[Tensor, Tensor],
     bias: Tensor,
@@ -108,7 +110,7 @@ def _decoder_layer(
     return _feed_forward(layer, layer.encoder_attn_layer_norm(states + attended))
 
 
-def _positioned(side: nn.Module, embeds: Tensor, start: int | Tensor) -> Tensor:
+def _positioned(side: Any, embeds: Tensor, start: int) -> Tensor:
     """Token embeddings with positions from `start` on, normalised: `(B, S, D)`."""
     positions = torch.arange(embeds.shape[1]) + start + POSITION_OFFSET
     states: Tensor = side.layernorm_embedding(embeds + functional.embedding(positions, side.embed_positions.weight))
@@ -120,28 +122,28 @@ def _bias(visible: Tensor) -> Tensor:
     return torch.where(visible, 0.0, float("-inf"))
 
 
-def _causal_bias(length: int | Tensor, past_length: int | Tensor) -> Tensor:
+def _causal_bias(length: int, past_length: int) -> Tensor:
     """A new token sees all past ones, and the new ones up to itself: `(S, P + S)`."""
     rows = torch.arange(length)[:, None] + past_length
     return _bias(torch.arange(length + past_length)[None, :] <= rows)
 
 
-def _keys_values(attention: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
     """Key and value, each `(B, H, length, d)`."""
     return _split_heads(attention, attention.k_proj(states)), _split_heads(attention, attention.v_proj(states))
 
 
-def _split_heads(attention: nn.Module, states: Tensor) -> Tensor:
+def _split_heads(attention: Any, states: Tensor) -> Tensor:
     return states.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _attention(attention: nn.Module, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+def _attention(attention: Any, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     query = _split_heads(attention, attention.q_proj(states) * attention.scaling)
     weights = (query @ key.transpose(2, 3) + bias).softmax(-1)
     attended: Tensor = attention.out_proj((weights @ value).transpose(1, 2).flatten(2))
     return attended
 
 
-def _feed_forward(layer: nn.Module, states: Tensor) -> Tensor:
+def _feed_forward(layer: Any, states: Tensor) -> Tensor:
     mixed: Tensor = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
     return mixed

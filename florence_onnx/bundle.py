@@ -37,6 +37,17 @@ DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo" / "bundle"
 
 JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
+KEY_INPUTS: dict[str, tuple[str, ...]] = {
+    VISION_ENCODER: ("pixel_values",),
+    TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
+    DECODER: ("input_ids", "past_lengths", "encoder_attention_mask", "past_key_values.0.key"),
+    "vision_encoder": ("pixel_values",),
+    "embed_tokens": ("input_ids",),
+    "encoder_model": ("attention_mask", "inputs_embeds"),
+    "decoder_model_merged": ("inputs_embeds", "encoder_hidden_states", "use_cache_branch"),
+}
+"""Inputs that tell whether a file is the graph that its name says."""
+
 JS_SUFFIXES = {
     "fp32": "",
     "fp16": "_fp16",
@@ -93,9 +104,9 @@ class Bundle:
         return self.path / "onnx" / f"{name}{JS_SUFFIXES[self.precision]}.onnx"
 
     @property
-    def graphs(self) -> list[Path]:
-        """Paths of all graphs."""
-        return [self.graph(name) for name in (GRAPHS if self.layout == "florence_onnx" else JS_GRAPHS)]
+    def graphs(self) -> dict[str, Path]:
+        """Names and paths of all graphs: first the vision encoder, then the text graphs."""
+        return {name: self.graph(name) for name in (GRAPHS if self.layout == "florence_onnx" else JS_GRAPHS)}
 
     @property
     def tokenizer(self) -> Path:
@@ -241,7 +252,7 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
     # The text model's configuration is what the original `generate` reads; generation_config.json overrides it.
     merged = {**text, **{name: value for name, value in generation.items() if value is not None}}
     bundle = Bundle(path, "transformers.js", precision, model, generation_defaults(merged, model.max_positions, path))
-    for graph in bundle.graphs:
+    for graph in bundle.graphs.values():
         if not graph.is_file():
             raise BundleFileMissingError(f"{graph} is missing; this repository may lack precision {precision}")
     return bundle
@@ -288,7 +299,7 @@ def resolve(
     """Finds a bundle by name.
 
     Args:
-        name: `"demo"` (the built-in model), a directory, or a hub repository (`owner/name`).
+        name: `"demo"` (the built-in model, even where a directory has that name), a directory, or a hub repository (`owner/name`).
         precision: See `read`.
         revision: Branch, tag or commit of a hub repository.
         cache_dir: Where downloads are kept, instead of the hub client's default.
@@ -297,12 +308,12 @@ def resolve(
         BundleNotFoundError: Nothing of that name exists, here or on the hub.
         BundleError: It exists and cannot be used; see `read`.
     """
-    path = Path(name)
-    if path.is_dir():
-        return read(path, precision)
     text = os.fspath(name)
     if text == DEMO:
         return read(DEMO_DIRECTORY, precision)
+    path = Path(name)
+    if text and path.is_dir():
+        return read(path, precision)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/")):
         raise BundleNotFoundError(
             f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"'
@@ -315,7 +326,7 @@ def _from_hub(
 ) -> Bundle:
     """Looks in the local cache first and goes online only for what is not there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     suffix = JS_SUFFIXES.get(precision or "fp32", "")
     patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
@@ -327,6 +338,8 @@ def _from_hub(
 
     try:
         return read(fetch(local_files_only=True), precision)
+    except HFValidationError as error:
+        raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
     return read(_download(repository, fetch), precision)

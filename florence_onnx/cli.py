@@ -153,9 +153,13 @@ def _answer_all(
 
 def _with_progress(pictures: Sequence[str]) -> Iterator[str]:
     console = Console(stderr=True)
+    if len(pictures) < 2 or not console.is_terminal:
+        yield from pictures
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_hidden = len(pictures) < 2 or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
+    # rich sends redirected output to the bar's stream: right where both are the same terminal, lost where a file waits
+    is_shared = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as progress:
         yield from progress.track(pictures, description="pictures")
 
 

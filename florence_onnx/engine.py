@@ -22,6 +22,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
 _LOAD_ERRORS = (
@@ -90,6 +91,7 @@ class OnnxEngine:
         device: str = "auto",
         providers: Sequence[Provider] | None = None,
         session_options: SessionOptions | None = None,
+        expected_inputs: Sequence[str] = (),
     ) -> None:
         """Loads a graph.
 
@@ -98,10 +100,12 @@ class OnnxEngine:
             device: See `florence_onnx.providers.Device`.
             providers: Explicit execution providers, instead of `device`.
             session_options: Overrides of `onnxruntime.SessionOptions`.
+            expected_inputs: Names that must be among the graph's inputs.
 
         Raises:
             BundleFileMissingError: There is no such file.
-            CorruptGraphError: The file, or its external data, is not a graph that ONNX Runtime accepts.
+            CorruptGraphError: The file, or its external data, is not a graph that ONNX Runtime accepts, or it is another
+                graph than expected.
             ProviderError: The execution provider did not start.
         """
         ort = onnxruntime()
@@ -111,9 +115,9 @@ class OnnxEngine:
         self._ort = ort
         self._session = _create_session(ort, path, chosen, _session_options(ort, session_options))
         self.provider: str = _check_provider(self._session.get_providers(), chosen)
-        self.inputs: dict[str, np.dtype[Any]] = {
-            node.name: np.dtype(_DTYPES[node.type]) for node in self._session.get_inputs()
-        }
+        nodes = self._session.get_inputs()
+        _check_interface(path, {node.name: node.type for node in nodes}, expected_inputs)
+        self.inputs: dict[str, np.dtype[Any]] = {node.name: np.dtype(_DTYPES[node.type]) for node in nodes}
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
         self.num_runs = 0
 
@@ -168,9 +172,21 @@ def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.Provid
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
+        if chosen[0][0] != "CPUExecutionProvider":
+            raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}") from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
+
+
+def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[str]) -> None:
+    wrong = [name for name in expected if name not in types] or [n for n, kind in types.items() if kind not in _DTYPES]
+    if wrong:
+        found = ", ".join(f"{name} {kind}" for name, kind in types.items())
+        raise CorruptGraphError(
+            f"{path} is not the graph it should be: input {wrong[0]} is missing or of another type (it takes {found}); "
+            "export or download it again"
+        )
 
 
 def _check_provider(obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:

@@ -34,7 +34,7 @@ R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
     """A picture after the vision encoder, to be asked any number of tasks."""
 
@@ -173,8 +173,14 @@ class Florence2:
         if device == "auto" and providers is None:
             return cls._load_best(bundle, session_options)
         engines = [
-            OnnxEngine(path, device=device, providers=providers, session_options=session_options)
-            for path in bundle.graphs
+            OnnxEngine(
+                path,
+                device=device,
+                providers=providers,
+                session_options=session_options,
+                expected_inputs=bundles.KEY_INPUTS[graph],
+            )
+            for graph, path in bundle.graphs.items()
         ]
         vision_encoder, *text = engines
         return cls(bundle, vision_encoder, _text_backend(bundle, text), vision_encoder.provider)
@@ -264,7 +270,7 @@ class Florence2:
     ) -> list[Prediction[Any]]:
         """Asks several questions in one batch; each answer is what `run` gives.
 
-        A picture that occurs several times, as the same object, is encoded once.
+        A picture that occurs several times, as the same object or the same name, is encoded once.
 
         Args:
             tasks: One task for all, or one per picture.
@@ -327,11 +333,12 @@ class Florence2:
         return np.asarray(features[0], dtype=np.float32)
 
     def _encode_all(self, pictures: Sequence[ImageInput | EncodedImage]) -> list[EncodedImage]:
-        encoded: dict[int, EncodedImage] = {}
-        for picture in pictures:
-            if id(picture) not in encoded:
-                encoded[id(picture)] = picture if isinstance(picture, EncodedImage) else self.encode(picture)
-        return [encoded[id(picture)] for picture in pictures]
+        keys = [picture if isinstance(picture, str) else id(picture) for picture in pictures]
+        encoded: dict[str | int, EncodedImage] = {}
+        for key, picture in zip(keys, pictures, strict=True):
+            if key not in encoded:
+                encoded[key] = picture if isinstance(picture, EncodedImage) else self.encode(picture)
+        return [encoded[key] for key in keys]
 
     def _check_length(
         self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64], num_image_tokens: int
@@ -368,6 +375,8 @@ def _requests(
     text_inputs: Sequence[str | None] | None,
     regions: Sequence[Region | None] | None,
 ) -> list[_Request]:
+    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
+        raise InputError("images must be a list of pictures; for a single one call run")
     count = len(images)
     columns: Mapping[str, Sequence[Any]] = {
         "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, (str, Task)) else task_or_tasks,

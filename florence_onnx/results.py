@@ -1,8 +1,8 @@
 """What tasks answer: frozen dataclasses with the field names and order of `fal-ai/florence-2-large`.
 
-Coordinates are pixels of the image that was given (origin top left, x right, y down). x and y are float32 values; w and h
-are the exact differences of two, so that x + w is again the right edge that the model meant. What fal's JSON does not have is kept in fields marked as extra: readable on the object,
-never in `to_dict`.
+Coordinates are pixels of the image that was given (origin top left, x right, y down). x and y are float32 values; w and
+h are the exact differences of two, so that x + w is again the right edge that the model meant. What fal's JSON does not
+have is kept in fields marked as extra: readable on the object, never in `to_dict`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class PromptTokenizer:
         Returns:
             `input_ids` and `attention_mask` (1 for tokens, 0 for padding), both `(B, T)`.
         """
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(list(prompts))]
+        # one by one: encode_batch starts a pool of threads, which costs more than a few prompts do
+        encoded = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         length = max(map(len, encoded))
         input_ids = np.full((len(encoded), length), self._pad_token_id, dtype=np.int64)
         attention_mask = np.zeros((len(encoded), length), dtype=np.int64)

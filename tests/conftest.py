@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,13 @@ def photographs() -> list[Image.Image]:
     """Photographs of other sizes and aspects, from scikit-image's wheel."""
     data = pytest.importorskip("skimage.data", reason="the photographs come with scikit-image")
     return [Image.fromarray(np.asarray(picture)) for picture in (data.astronaut(), data.chelsea(), data.coffee())]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_for_small_models() -> None:
+    """Two thread pools that wait for each other actively make tiny models many times slower on a shared machine."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 class Exported:

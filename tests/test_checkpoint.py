@@ -325,7 +325,10 @@ def test_native_generation_fills_gaps_from_text_config(folder: Path) -> None:
     assert generation["num_beams"] == 5
     assert generation["early_stopping"] is False
     assert generation["no_repeat_ngram_size"] == 4
-    assert generation["forced_eos_token_id"] == 2
+    assert generation["forced_eos_token_id"] is None
+    (folder / "generation_config.json").unlink()
+    generation = load_checkpoint(folder).generation
+    assert (generation["num_beams"], generation["forced_eos_token_id"]) == (2, 2)
 
 
 def test_generation_keeps_what_departs_from_the_defaults(microsoft: Path) -> None:
@@ -420,7 +423,7 @@ def test_tokens_without_a_row(folder: Path) -> None:
     tokenizer = checkpoints.build_tokenizer()
     tokenizer.add_special_tokens(["<mine>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="1 tokens .* no row .*<mine>"):
+    with pytest.raises(CheckpointError, match=r"1 tokens .* no row .*<mine>"):
         load_checkpoint(folder)
 
 
@@ -459,7 +462,7 @@ def test_real_tokenizer_from_plain_files(real_plain: Path, form: str) -> None:
     assert ids == {"<od>": 50265, "<loc_0>": 50269, "<loc_999>": 51268, "<poly>": 51286, "<and>": 51288}
     texts = ["region <loc_52><loc_3>?", " Größe 中文 <mask> </s>x", "a\n b", "<and> <poly>", ""]
     for line in (TOKENIZER / "prompt_ids.jsonl").read_text().splitlines():
-        texts += [value for value in json.loads(line).values() if isinstance(value, str)]
+        texts += [value for value in json.loads(line) if isinstance(value, str)]
     for text in texts:
         assert tokenizer.encode(text).ids == expected.encode(text).ids, text
     decoded = tokenizer.decode([2, 0, 50269, 100, 200, 51286, 2], skip_special_tokens=False)
@@ -473,7 +476,7 @@ def test_real_tokenizer_that_cannot_fit(real_plain: Path) -> None:
     content = json.loads((real_plain / "tokenizer.json").read_text())
     content["model"]["vocab"]["surplus"] = 50265
     (real_plain / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="<od> at 50266.* has it at 50265"):
+    with pytest.raises(CheckpointError, match=r"<od> at 50266.* has it at 50265"):
         load_tokenizer(real_plain, 51328, TOKEN_IDS)
 
 
@@ -516,7 +519,7 @@ class _Hub(BaseHTTPRequestHandler):
         if self.path.startswith("/api/models/owner/gated/"):
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if self.path.startswith("/owner/model/resolve/"):
-            name = self.path.rpartition("/")[2]
+            name = self.path.partition(f"/{COMMIT}/")[2]
             self.requested.append(name)
             headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
             return self._send(200, (self.folder / name).read_bytes(), headers)
@@ -560,6 +563,7 @@ def test_hub_id(hub: type[_Hub], native_folders: dict[str, Path]) -> None:
     assert loaded.source["revision"] == COMMIT
     assert "model.safetensors" in hub.requested
     assert "pytorch_model.bin" not in hub.requested
+    assert not any("/" in name for name in hub.requested)
 
 
 def test_hub_id_with_pickled_weights(hub: type[_Hub], native_folders: dict[str, Path]) -> None:
@@ -582,9 +586,7 @@ def test_hub_refusals(hub: type[_Hub], repo_id: str, revision: str | None, messa
         load_checkpoint(repo_id, revision=revision)
 
 
-def test_hub_offline(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_hub_out_of_reach(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match="cannot be reached and nothing is cached"):
         load_checkpoint("owner/model")

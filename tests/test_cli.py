@@ -92,6 +92,23 @@ def test_a_bad_image_is_reported_and_does_not_stop_the_rest(tmp_path: Path) -> N
 
 
 @needs_demo
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are a POSIX thing")
+def test_answers_go_to_the_file_while_the_bar_goes_to_the_terminal() -> None:
+    import pty
+
+    terminal, error_stream = pty.openpty()
+    command = [sys.executable, "-m", "florence_onnx", "run", "caption", *SCENES, "--json", "--beams", "1"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=error_stream, check=True
+    )
+    os.close(error_stream)
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == SCENES
+    assert b"pictures" in os.read(terminal, 65536)
+    os.close(terminal)
+
+
+@needs_demo
 def test_run_draws_every_picture_into_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     result = _run("run", "object-detection", *SCENES, SCENES[0], "--draw", folder)

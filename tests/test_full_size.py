@@ -6,6 +6,7 @@ Run with `pytest -m slow`; base takes minutes and 4 GB, large three times that (
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def build(path: Path, size: str) -> Path:
         eos_token_id=2,
         decoder_start_token_id=2,
     )
-    torch.set_grad_enabled(False)
+    torch.set_num_threads(os.cpu_count() or 1)
     model = checkpoints.build_model(config)
     model.save_pretrained(path)
     preprocessing = {
