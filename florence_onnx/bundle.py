@@ -332,9 +332,15 @@ def _from_hub(
     patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
 
     def fetch(**options: Any) -> Path:
-        return Path(
-            snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, **options)
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=patterns,
+            endpoint=os.environ.get("HF_ENDPOINT"),  # the client reads it once, when it is imported
+            **options,
         )
+        return Path(folder)
 
     try:
         return read(fetch(local_files_only=True), precision)

@@ -50,11 +50,17 @@ def oldest_requirements() -> list[str]:
 
 def oldest_interpreter() -> str:
     """The oldest supported Python on this machine, else the running one."""
-    candidates = [
-        shutil.which(f"python{OLDEST_PYTHON}"),
-        *Path("~/.pyenv/versions").expanduser().glob("3.10*/bin/python"),
-    ]
-    return next((str(path) for path in candidates if path), sys.executable)
+    installed = sorted(Path("~/.pyenv/versions").expanduser().glob(f"{OLDEST_PYTHON}*/bin/python"))
+    candidates = [str(path) for path in installed] + [f"python{OLDEST_PYTHON}"]
+    return next((python for python in candidates if is_oldest(python)), sys.executable)
+
+
+def is_oldest(python: str) -> bool:
+    """Whether an interpreter exists and runs: pyenv's shims exist for versions that are not active."""
+    if shutil.which(python) is None:
+        return False
+    done = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
+    return f"Python {OLDEST_PYTHON}." in done.stdout
 
 
 def try_out(python: Path, directory: Path) -> str:
