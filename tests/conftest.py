@@ -13,8 +13,6 @@ from PIL import Image
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 NO_TORCH = "needs torch and transformers: pip install -e '.[export]'"
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions, Region, image
 from florence_onnx.tasks import TASKS
-from tests.conftest import NO_TORCH, SHARED_DATA
+from tests.conftest import NO_TORCH
+from tests.shared_data import FOLDER
 
 pytest.importorskip("torch", reason=NO_TORCH)
 pytest.importorskip("transformers", reason=NO_TORCH)
@@ -77,11 +78,11 @@ def build(path: Path, size: str) -> Path:
     }
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (path / name).write_bytes((SHARED_DATA / "tokenizer" / name).read_bytes())
+        (path / name).write_bytes((FOLDER / "tokenizer" / name).read_bytes())
     return path
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="Florence-2's tokenizer is not beside this checkout")
+@pytest.mark.skipif(not FOLDER.exists(), reason="Florence-2's tokenizer is not beside this checkout")
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, photographs: list[Image.Image]) -> None:
     from export import reference
