@@ -42,7 +42,9 @@ def generate(
     ids = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(list(prompts))]
     pad = model.config.text_config.pad_token_id
     longest = max(map(len, ids))
-    rows = [[model.config.image_token_id] * checkpoint.num_image_tokens + row + [pad] * (longest - len(row)) for row in ids]
+    rows = [
+        [model.config.image_token_id] * checkpoint.num_image_tokens + row + [pad] * (longest - len(row)) for row in ids
+    ]
     mask = [[1] * (checkpoint.num_image_tokens + len(row)) + [0] * (longest - len(row)) for row in ids]
     with torch.inference_mode():
         tokens = model.generate(

@@ -12,7 +12,7 @@ from PIL import Image
 from florence_onnx import Florence2, GenerationOptions, Region, bundle, tasks
 
 pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
-from export.demo import metrics  # noqa: E402
+from export.demo import metrics
 
 UNSEEN_SEED = 20250817
 """Neither training's nor that of any published figure."""

@@ -60,7 +60,7 @@ def build(path: Path, size: str) -> Path:
             **{f"{side}_layers": layers for side in ("encoder", "decoder")},
             **{f"{side}_attention_heads": text["heads"] for side in ("encoder", "decoder")},
             **{f"{side}_ffn_dim": 4 * width for side in ("encoder", "decoder")},
-            **{name: 0.0 for name in ("dropout", "attention_dropout", "activation_dropout")},
+            **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
         },
         image_token_id=51289,
         bos_token_id=0,

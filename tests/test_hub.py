@@ -43,7 +43,9 @@ def test_an_unknown_repository_and_an_unreachable_hub_say_what_to_do(hub: LocalH
     with pytest.raises(BundleNotFoundError, match="neither a directory nor a hub repository"):
         Florence2.from_pretrained("owner/--bad..name")
     hub.stop()
-    with pytest.raises(BundleNotFoundError, match=r"'owner/model' is not in the local cache and the hub could not be reached"):
+    with pytest.raises(
+        BundleNotFoundError, match=r"'owner/model' is not in the local cache and the hub could not be reached"
+    ):
         Florence2.from_pretrained("owner/model")
 
 

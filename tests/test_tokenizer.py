@@ -82,5 +82,5 @@ def test_ids_beyond_the_vocabulary_stand_for_no_text(tokenizer: PromptTokenizer)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleFileMissingError, match="tokenizer.json"):
+    with pytest.raises(BundleFileMissingError, match=r"tokenizer\.json"):
         PromptTokenizer(tmp_path / "tokenizer.json", pad_token_id=1)

@@ -78,7 +78,7 @@ def test_fp16_files_run_on_the_cpu(directory: Path, own: Florence2, photographs:
 
 
 def test_what_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleFileMissingError, match="decoder_model_merged_int8|vision_encoder_int8"):
+    with pytest.raises(BundleFileMissingError, match=r"decoder_model_merged_int8|vision_encoder_int8"):
         Florence2.from_pretrained(directory, precision="int8")
     with pytest.raises(BundleFormatError, match="unknown precision 'int3'"):
         Florence2.from_pretrained(directory, precision="int3")
@@ -94,7 +94,12 @@ def test_without_a_generation_config_the_text_configuration_counts(directory: Pa
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
     (copy / "generation_config.json").unlink()
     config = json.loads((copy / "config.json").read_text())
-    config["text_config"] |= {"num_beams": 3, "no_repeat_ngram_size": 3, "forced_bos_token_id": 0, "early_stopping": True}
+    config["text_config"] |= {
+        "num_beams": 3,
+        "no_repeat_ngram_size": 3,
+        "forced_bos_token_id": 0,
+        "early_stopping": True,
+    }
     (copy / "config.json").write_text(json.dumps(config))
     options = bundle.read(copy).generation.options
     assert (options.num_beams, options.no_repeat_ngram_size, options.forced_bos_token_id) == (3, 3, 0)

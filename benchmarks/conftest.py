@@ -1,0 +1,25 @@
+"""Which bundle and picture are timed."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from florence_onnx import Florence2, image
+from florence_onnx.bundle import DEMO, DEMO_DIRECTORY
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bundle", default=DEMO, help="bundle directory, hub repository or demo")
+    parser.addoption("--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about")
+    parser.addoption("--device", default="cpu", help="device of the model")
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> Florence2:
+    return Florence2.from_pretrained(request.config.getoption("--bundle"), device=request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def picture(request: pytest.FixtureRequest) -> Image.Image:
+    return image.load(request.config.getoption("--picture"))
