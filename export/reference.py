@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from florence_onnx.generation import GenerationOptions
+from florence_onnx.options import GenerationOptions
 
 from .checkpoint import Checkpoint
 

@@ -15,9 +15,9 @@ from florence_onnx import image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.engine import OnnxEngine
 from florence_onnx.errors import VerificationError
-from florence_onnx.generation import GenerationOptions
 from florence_onnx.image import ImageInput
 from florence_onnx.model import Florence2
+from florence_onnx.options import GenerationOptions
 
 from . import reference
 from .checkpoint import Checkpoint

@@ -24,9 +24,9 @@ from florence_onnx.errors import (
     UnknownTaskError,
     VerificationError,
 )
-from florence_onnx.generation import GenerationOptions
 from florence_onnx.locations import Region
 from florence_onnx.model import EncodedImage, Florence2, Prediction
+from florence_onnx.options import GenerationOptions
 from florence_onnx.results import (
     BoundingBox,
     BoundingBoxes,

@@ -21,7 +21,7 @@ from florence_onnx.errors import (
     BundleNotFoundError,
     CorruptGraphError,
 )
-from florence_onnx.generation import GenerationDefaults, GenerationOptions
+from florence_onnx.options import GenerationDefaults, GenerationOptions
 
 FORMAT_VERSION = 1
 DESCRIPTION = "florence_onnx.json"

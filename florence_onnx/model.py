@@ -20,9 +20,10 @@ from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
 from florence_onnx.errors import InputError, ProviderError, TextInputError
-from florence_onnx.generation import GeneratedSequence, GenerationOptions, generate
+from florence_onnx.generation import GeneratedSequence, generate
 from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
+from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.providers import Provider, candidates
 from florence_onnx.results import Image, to_dict

@@ -156,9 +156,10 @@ def build_model(config: Florence2Config, seed: int = 0) -> Florence2ForCondition
     """A model with weights drawn from `seed`, float32, in eval mode, that generates as Florence-2 does."""
     model = Florence2ForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
+    is_full_size = config.text_config.d_model >= 512
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.copy_(_draw(name, parameter.shape, generator))
+            parameter.copy_(_draw(name, parameter.shape, generator, is_full_size=is_full_size))
     model.generation_config = GenerationConfig(**GENERATION)
     return model
 
@@ -230,7 +231,7 @@ def _config(vision: dict[str, Any], text: dict[str, Any], vocab_size: int) -> Fl
     )
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _draw(name: str, shape: torch.Size, generator: torch.Generator, *, is_full_size: bool) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
     if name.endswith("bias"):
         return 0.1 * noise
@@ -244,5 +245,5 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
     if ".conv1." in name or ".conv2." in name:
         return 0.3 / fan_in**0.5 * noise  # x + conv(x), 48 times in the full-size model: more overflows fp16
     # In wide, deep models large gains multiply the rounding of every layer until fp32 itself is not reproducible.
-    gain = 1.0 if fan_in >= 512 else 2.5 if "language_model" in name else 1.4
+    gain = 0.5 if is_full_size else 2.5 if "language_model" in name else 1.4
     return gain / fan_in**0.5 * noise

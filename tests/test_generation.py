@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from florence_onnx import GenerationOptions, OptionsError
 from florence_onnx.generation import (
-    GenerationDefaults,
     NoRepeatNGram,
-    SearchConfig,
     generate,
     log_softmax,
     top_k,
 )
+from florence_onnx.options import GenerationDefaults, SearchConfig
 
 START, BOS, EOS, VOCAB, PERIOD = 2, 0, 2, 30, 13
 

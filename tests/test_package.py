@@ -62,12 +62,13 @@ MAY_IMPORT = {
     "image": {"errors", "url", "numpy", "PIL"},
     "draw": {"errors", "results", "PIL"},
     "tokenizer": {"errors", "numpy", "tokenizers"},
-    "generation": {"errors", "numpy"},
+    "options": {"errors", "numpy"},
+    "generation": {"options", "numpy"},
     "providers": {"errors"},
     "engine": {"errors", "providers", "numpy", "onnxruntime"},
     "decoder": {"engine", "generation", "numpy"},
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
-    "bundle": {"errors", "generation", "huggingface_hub"},
+    "bundle": {"errors", "options", "huggingface_hub"},
 }
 """Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""
 

@@ -111,7 +111,7 @@ class Trainer:
             figures |= self._backward_answers(leaf, batch.groups, sigma)
             torch.autograd.backward([tokens, weighted], [leaf.grad.to(tokens.dtype), None])  # type: ignore[union-attr]
         else:
-            weighted.backward()  # type: ignore[no-untyped-call]
+            weighted.backward()
         self._apply_gradients(settings.rate_scale(step))
         for name, value in figures.items():
             self.smoothed[name] = SMOOTHING * self.smoothed.get(name, value) + (1 - SMOOTHING) * value
@@ -124,7 +124,7 @@ class Trainer:
             with torch.autocast("cpu", torch.bfloat16):
                 logits, labels = _answer_logits(self.model, leaf, group)
             loss, sums = answer_loss(logits, labels, sigma, self.text_weights, self.settings.location_weight)
-            (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
+            (loss / num_tokens).backward()
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
         return {
             "location_loss": totals["location"] / max(1.0, totals["num_locations"]),
