@@ -45,6 +45,11 @@ class LocalHub:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def files(self) -> dict[str, Path]:
+        """Names and paths of what the repository holds."""
+        found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
+
     def stop(self) -> None:
         """From now on connections are refused."""
         if self._is_running:
@@ -66,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/owner/model/revision/"):
             self._answer_revision(path.rpartition("/")[2])
+        elif path == f"/api/models/owner/model/tree/{COMMIT}":
+            self._answer_tree()
         elif path.startswith("/api/models/owner/gated/"):
             self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path.startswith("/owner/model/resolve/"):
@@ -77,11 +84,16 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", COMMIT):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
-        folder = self.hub.folder
-        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        siblings = [{"rfilename": name} for name in files]
-        info: dict[str, Any] = {"id": "owner/model", "sha": COMMIT, "siblings": siblings}
-        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        siblings = [{"rfilename": name} for name in self.hub.files()]
+        self._send_json({"id": "owner/model", "sha": COMMIT, "siblings": siblings})
+
+    def _answer_tree(self) -> None:
+        """What huggingface_hub 2 lists the files with."""
+        sizes = {name: path.stat().st_size for name, path in self.hub.files().items()}
+        self._send_json([{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()])
+
+    def _send_json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _answer_file(self, name: str) -> None:
         if self.command == "GET":
