@@ -11,7 +11,9 @@ from florence_onnx.bundle import DEMO, DEMO_DIRECTORY
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bundle", default=DEMO, help="bundle directory, hub repository or demo")
-    parser.addoption("--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about")
+    parser.addoption(
+        "--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about"
+    )
     parser.addoption("--device", default="cpu", help="device of the model")
 
 

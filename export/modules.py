@@ -57,6 +57,7 @@ class _WindowAttention(nn.Module):
         self.qkv: nn.Linear = source.qkv
         self.proj: nn.Linear = source.proj
         self.num_heads: int = source.num_heads
+        self.scale: float = source.scale
         self.window: int = source.window_size
         self.size = size
 
@@ -76,7 +77,7 @@ class _WindowAttention(nn.Module):
     def _attend(self, windows: Tensor) -> Tensor:
         qkv = self.qkv(windows).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+        scores = (query * self.scale) @ key.transpose(2, 3)
         return self.proj(_merge_heads(scores.softmax(-1) @ value))
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ import torch
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from optimum.onnx import merge_decoders
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_onnx import bundle as bundles
 from florence_onnx.errors import CheckpointError
@@ -36,7 +35,7 @@ from .checkpoint import Checkpoint
 from .modules import VisionEncoder
 from .onnx_export import OutputError, compare, export_graph, resized
 from .onnx_files import save, tidy
-from .onnx_graphs import OPSET
+from .onnx_graphs import OPSET, GraphPlan
 from .optimize import FP16_MAX, FP32_OPS
 from .transformers_js_files import write_files
 from .transformers_js_modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
@@ -48,17 +47,6 @@ Progress = Callable[[str], None]
 _MERGED = "decoder_model_merged"
 _FIRST = "decoder_model"
 _NEXT = "decoder_with_past_model"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What one graph is exported from."""
-
-    name: str
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    outputs: list[str]
-    axes: dict[str, dict[int, str]]
 
 
 def export_transformers_js(
@@ -100,17 +88,17 @@ def export_transformers_js(
 def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: Precision, progress: Progress) -> dict[str, Any]:
     suffix = bundles.JS_SUFFIXES[precision]
     found: dict[str, Any] = {}
-    decoders: list[_Plan] = []
+    decoders: list[GraphPlan] = []
     for plan in _plans(checkpoint):
         progress(f"exporting {plan.name}")
         path = folder / f"{plan.name}{suffix}.onnx"
         report = export_graph(
-            plan.module, path, inputs=plan.inputs, outputs=plan.outputs, dynamic_axes=plan.axes, opset=OPSET
+            plan.module, path, inputs=plan.inputs, outputs=plan.outputs, dynamic_axes=plan.dynamic_axes, opset=OPSET
         )
         errors = report.outputs
         if precision == "fp16":
             _to_fp16(path)
-            errors = compare(plan.module, path, resized(plan.inputs, plan.axes), plan.outputs)
+            errors = compare(plan.module, path, resized(plan.inputs, plan.dynamic_axes), plan.outputs)
         summary = verify.check_graph(path.name, errors, precision)
         if plan.name in (_FIRST, _NEXT):
             decoders.append(plan)
@@ -124,7 +112,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: Precision, pr
     return found
 
 
-def _plans(checkpoint: Checkpoint) -> Iterator[_Plan]:
+def _plans(checkpoint: Checkpoint) -> Iterator[GraphPlan]:
     model = checkpoint.model
     text = model.config.text_config
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +122,7 @@ def _plans(checkpoint: Checkpoint) -> Iterator[_Plan]:
 
     width, height = checkpoint.preprocessing.image_size
     batch = {0: "batch_size"}
-    yield _Plan(
+    yield GraphPlan(
         "vision_encoder",
         VisionEncoder(model, checkpoint.preprocessing.image_size),
         {"pixel_values": noise(2, 3, height, width)},
@@ -144,12 +132,12 @@ def _plans(checkpoint: Checkpoint) -> Iterator[_Plan]:
     ids = torch.randint(text.vocab_size, (2, 5), generator=generator)
     tokens = {0: "batch_size", 1: "sequence_length"}
     axes = {"input_ids": tokens, "inputs_embeds": tokens}
-    yield _Plan("embed_tokens", EmbedTokens(model), {"input_ids": ids}, ["inputs_embeds"], axes)
+    yield GraphPlan("embed_tokens", EmbedTokens(model), {"input_ids": ids}, ["inputs_embeds"], axes)
     length = checkpoint.num_image_tokens + 4
     mask = torch.ones(2, length, dtype=torch.long)
     mask[1, -2:] = 0
     encoded = {0: "batch_size", 1: "encoder_sequence_length"}
-    yield _Plan(
+    yield GraphPlan(
         "encoder_model",
         Encoder(model),
         {"attention_mask": mask, "inputs_embeds": noise(2, length, text.d_model)},
@@ -170,12 +158,12 @@ def _cache_axes(names: Sequence[str], decoder_length: str) -> dict[str, dict[int
     return {name: {0: "batch_size", 2: lengths[".decoder." in name]} for name in names}
 
 
-def _first_plan(checkpoint: Checkpoint, mask: Tensor, noise: Callable[..., Tensor]) -> _Plan:
+def _first_plan(checkpoint: Checkpoint, mask: Tensor, noise: Callable[..., Tensor]) -> GraphPlan:
     text = checkpoint.config.text_config
     present = _cache_names("present", text.decoder_layers)
     new = {0: "batch_size", 1: "decoder_sequence_length"}
     encoded = {0: "batch_size", 1: "encoder_sequence_length"}
-    return _Plan(
+    return GraphPlan(
         _FIRST,
         FirstDecoder(checkpoint.model),
         {
@@ -192,14 +180,14 @@ def _first_plan(checkpoint: Checkpoint, mask: Tensor, noise: Callable[..., Tenso
     )
 
 
-def _next_plan(checkpoint: Checkpoint, mask: Tensor, noise: Callable[..., Tensor]) -> _Plan:
+def _next_plan(checkpoint: Checkpoint, mask: Tensor, noise: Callable[..., Tensor]) -> GraphPlan:
     text = checkpoint.config.text_config
     heads = text.decoder_attention_heads
     past = _cache_names("past_key_values", text.decoder_layers)
     present = _cache_names("present", text.decoder_layers, ("decoder",))
     lengths = {True: 6, False: mask.shape[1]}
     new = {0: "batch_size", 1: "decoder_sequence_length"}
-    return _Plan(
+    return GraphPlan(
         _NEXT,
         NextDecoder(checkpoint.model),
         {
@@ -241,17 +229,19 @@ def _merge(first: Path, following: Path, merged: Path) -> None:
         path.with_name(path.name + "_data").unlink(missing_ok=True)
 
 
-def _merged_errors(path: Path, first: _Plan, following: _Plan) -> dict[str, OutputError]:
+def _merged_errors(path: Path, first: GraphPlan, following: GraphPlan) -> dict[str, OutputError]:
     """The errors of both branches; what a branch does not read is fed as a caller would: an empty cache, the encoder's states."""
     branches = []
     for plan, other, flag in ((first, following, False), (following, first, True)):
-        inputs = resized(plan.inputs, plan.axes)
-        unread = {name: tensor for name, tensor in resized(other.inputs, other.axes).items() if name not in inputs}
+        inputs = resized(plan.inputs, plan.dynamic_axes)
+        unread = {
+            name: tensor for name, tensor in resized(other.inputs, other.dynamic_axes).items() if name not in inputs
+        }
         if not flag:
             unread = {name: tensor[:, :, :0] for name, tensor in unread.items()}
         feeds = {**inputs, **unread, "use_cache_branch": torch.tensor([flag])}
 
-        def reference(*tensors: Tensor, plan: _Plan = plan, count: int = len(inputs)) -> Any:
+        def reference(*tensors: Tensor, plan: GraphPlan = plan, count: int = len(inputs)) -> Any:
             return plan.module(*tensors[:count])
 
         branches.append(compare(reference, path, feeds, plan.outputs))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from export.checkpoint_settings import count_image_tokens  # noqa: E402
 from export.tokenizer import ADDED_TOKENS, load_tokenizer  # noqa: E402
 from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests import checkpoints  # noqa: E402
+from tests.local_hub import COMMIT, LocalHub  # noqa: E402
 from tests.microsoft_layout import write_microsoft  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer"
@@ -493,69 +492,17 @@ def test_added_tokens_file(real_plain: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- the hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the hub's API as a snapshot download asks for."""
-
-    folder: Path
-    requested: list[str]
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        if self.path.startswith("/api/models/owner/model/revision/"):
-            revision = self.path.split("?")[0].rpartition("/")[2]
-            if revision not in ("main", COMMIT):
-                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            files = [*sorted(path.name for path in self.folder.iterdir()), "onnx/config.json"]
-            info = {"id": "owner/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-            return self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        if self.path.startswith("/api/models/owner/gated/"):
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if self.path.startswith("/owner/model/resolve/"):
-            name = self.path.partition(f"/{COMMIT}/")[2]
-            self.requested.append(name)
-            headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
-            return self._send(200, (self.folder / name).read_bytes(), headers)
-        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
-
 
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
-    """A hub on the loopback interface that holds `folder` as owner/model, and an empty cache."""
-    from huggingface_hub import constants
-
-    handler = type("Hub", (_Hub,), {"folder": folder, "requested": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield handler
-    server.shutdown()
-    server.server_close()
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub that holds `folder`, and a folder with other formats in it."""
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    with LocalHub(folder, tmp_path / "cache", monkeypatch) as found:
+        yield found
 
 
-def test_hub_id(hub: type[_Hub], native_folders: dict[str, Path]) -> None:
+def test_hub_id(hub: LocalHub, native_folders: dict[str, Path]) -> None:
     (hub.folder / "pytorch_model.bin").write_bytes(b"never fetched")
     loaded = load_checkpoint("owner/model")
     assert_same_weights(loaded, load_checkpoint(native_folders["tiny"]))
@@ -566,7 +513,7 @@ def test_hub_id(hub: type[_Hub], native_folders: dict[str, Path]) -> None:
     assert not any("/" in name for name in hub.requested)
 
 
-def test_hub_id_with_pickled_weights(hub: type[_Hub], native_folders: dict[str, Path]) -> None:
+def test_hub_id_with_pickled_weights(hub: LocalHub, native_folders: dict[str, Path]) -> None:
     torch.save(load_file(hub.folder / "model.safetensors"), hub.folder / "pytorch_model.bin")
     (hub.folder / "model.safetensors").unlink()
     assert_same_weights(load_checkpoint("owner/model", revision=COMMIT), load_checkpoint(native_folders["tiny"]))
@@ -581,12 +528,12 @@ def test_hub_id_with_pickled_weights(hub: type[_Hub], native_folders: dict[str, 
         ("owner/--bad--", None, "the download failed"),
     ],
 )
-def test_hub_refusals(hub: type[_Hub], repo_id: str, revision: str | None, message: str) -> None:
+def test_hub_refusals(hub: LocalHub, repo_id: str, revision: str | None, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(repo_id, revision=revision)
 
 
-def test_hub_out_of_reach(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_out_of_reach(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match="cannot be reached and nothing is cached"):
         load_checkpoint("owner/model")
