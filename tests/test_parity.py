@@ -100,6 +100,29 @@ def test_features_equal_transformers(exported: Exported, model: Florence2, photo
         np.testing.assert_allclose(model.encode(picture).image_features, row, atol=2e-4 * np.abs(row).max())
 
 
+def test_logits_equal_transformers(exported: Exported, model: Florence2, photographs: list[Image.Image]) -> None:
+    """From pixels to logits, several tokens at once and then one, for a padded batch."""
+    import torch
+
+    prompts = [tasks.OCR.format_prompt(), tasks.MORE_DETAILED_CAPTION.format_prompt()]
+    input_ids, mask = model._tokenizer.encode(prompts)
+    features = np.stack([model.encode(picture).image_features for picture in photographs[:2]])
+    session = model._text_model.start(input_ids, mask, features)
+    tokens = np.array([[2, 0, 7, 9, 300], [2, 0, 300, 11, 8]])
+    found = [session.step(tokens[:, :4]).copy(), session.step(tokens[:, 4:]).copy()]
+
+    image_ids = np.full(features.shape[:2], exported.checkpoint.model.config.image_token_id)
+    with torch.inference_mode():
+        expected = exported.checkpoint.model(
+            input_ids=torch.from_numpy(np.concatenate([image_ids, input_ids], axis=1)),
+            attention_mask=torch.from_numpy(np.concatenate([np.ones_like(image_ids), mask], axis=1)),
+            pixel_values=torch.from_numpy(pixel_values(model, photographs[:2])),
+            decoder_input_ids=torch.from_numpy(tokens),
+        ).logits.numpy()
+    for logits, position in zip(found, (3, 4), strict=True):
+        np.testing.assert_allclose(logits, expected[:, position], atol=1e-4 * np.abs(expected).max())
+
+
 def test_answers_depend_on_picture_and_prompt(model: Florence2, photographs: list[Image.Image]) -> None:
     """Otherwise the equalities above would prove little."""
     answers = {model.run(task, p, options=SHORT).token_ids for task in ("<OD>", "<OCR>") for p in photographs}
