@@ -30,6 +30,9 @@ SAMPLES = Path(__file__).parent / "demo" / "samples"
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _ModelOption = Annotated[str, typer.Option(help="Bundle directory, hub repository (owner/name), or demo.")]
+_PrecisionOption = Annotated[
+    str | None, typer.Option(help="Which files to take where a model has several: fp32, fp16, …")
+]
 _DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
@@ -76,6 +79,7 @@ def run(
         ),
     ] = None,
     model: _ModelOption = DEMO,
+    precision: _PrecisionOption = None,
     device: _DeviceOption = "auto",
     beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: as the model says.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
@@ -87,7 +91,7 @@ def run(
         question = _Question(tasks.get(task), text, _parse_region(region), GenerationOptions(beams, max_new_tokens))
         question.task.format_prompt(text_input=question.text, region=question.region)
         gallery = _open_gallery(draw, question.task)
-        florence = Florence2.from_pretrained(model, device=device)
+        florence = Florence2.from_pretrained(model, device=device, precision=precision)
         num_failed = _answer_all(florence, question, images, _JsonReport() if as_json else _TextReport(), gallery)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} pictures could not be read", err=True)
@@ -108,11 +112,13 @@ def list_tasks() -> None:
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="Bundle directory, hub repository (owner/name), or demo.")] = DEMO,
+    precision: _PrecisionOption = None,
     device: _DeviceOption = "auto",
 ) -> None:
     """Show a model's sizes, precision, origin and what its verification measured, as JSON."""
     with _exit_on_error():
-        typer.echo(json.dumps(Florence2.from_pretrained(model, device=device).info(), indent=2, ensure_ascii=False))
+        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))
 
 
 # --- one question, many pictures -----------------------------------------------------------------------------------

@@ -186,6 +186,12 @@ def test_info_is_json() -> None:
     assert json.loads(result.stdout)["path"] == str(DEMO_DIRECTORY)
 
 
+def test_a_precision_that_the_model_lacks_is_refused() -> None:
+    assert json.loads(_run("info", "demo", "--precision", "fp16").stdout)["precision"] == "fp16"
+    refused = _run("info", "demo", "--precision", "int8")
+    assert refused.exit_code == 2 and "--precision int8" in refused.stderr
+
+
 def test_version() -> None:
     assert _run("--version").stdout.strip() == __version__
 
