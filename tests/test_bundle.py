@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from florence_onnx import (
     CorruptGraphError,
     Florence2,
     InputError,
+    MissingExtraError,
     ProviderError,
     bundle,
     providers,
@@ -135,3 +137,27 @@ def test_provider_options_are_kept() -> None:
     given = [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
     resolved = providers.resolve("auto", given, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     assert resolved == [("CUDAExecutionProvider", {"device_id": 1}), ("CPUExecutionProvider", {})]
+
+
+def test_without_onnxruntime_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(
+        MissingExtraError, match=r"onnxruntime is not installed; run: pip install 'florence-onnx\[cpu\]'"
+    ) as caught:
+        Florence2.from_pretrained("demo", device="cpu")
+    assert isinstance(caught.value, ImportError)
+
+
+def test_without_torch_the_export_gives_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import export.__main__ as entry
+
+    for name in [name for name in sys.modules if name.startswith("export.") and name != "export.__main__"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("export.cli", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == 2
+    assert "pip install 'florence-onnx[export]'" in capsys.readouterr().err
