@@ -34,7 +34,7 @@ FLOORS = {
     "<OPEN_VOCABULARY_DETECTION>": {"recall": 0.88},
     "<REGION_TO_DESCRIPTION>": {"exact": 0.90},
     "<REGION_TO_OCR>": {"exact": 0.88},
-    "<CAPTION>": {"exact": 0.65},
+    "<CAPTION>": {"exact": 0.85},
     "<MORE_DETAILED_CAPTION>": {"exact": 0.80},
 }
 
