@@ -61,19 +61,13 @@ def export(
                 _console.log(step)
                 status.update(step)
 
-            if layout is Layout.TRANSFORMERS_JS:
-                export_transformers_js(loaded, output, precision=precision.value, force=force, progress=progress)
-                bundle = None
-            else:
-                pictures = image or [verify.PHOTOGRAPH]
-                bundle = export_bundle(
-                    loaded, output, precision=precision.value, pictures=pictures, force=force, progress=progress
-                )
-    except FlorenceError as error:
+            write = export_transformers_js if layout is Layout.TRANSFORMERS_JS else export_bundle
+            pictures = image or [verify.PHOTOGRAPH]
+            bundle = write(loaded, output, precision=precision.value, pictures=pictures, force=force, progress=progress)
+    except (FlorenceError, OSError) as error:
         _console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
-    if bundle is not None:
-        _console.print(_report(bundle))
+    _console.print(_report(bundle))
     typer.echo(output)
 
 

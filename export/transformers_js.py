@@ -27,6 +27,7 @@ from optimum.onnx import merge_decoders
 from torch import Tensor
 
 from florence_onnx import bundle as bundles
+from florence_onnx import image
 from florence_onnx.errors import CheckpointError
 from florence_onnx.image import ImageInput
 
@@ -39,7 +40,7 @@ from .onnx_graphs import OPSET, GraphPlan
 from .optimize import FP16_MAX, FP32_OPS
 from .transformers_js_files import write_files
 from .transformers_js_modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
-from .write_bundle import new_directory
+from .write_bundle import new_directory, versions, write_json
 
 Precision = Literal["fp32", "fp16"]
 Progress = Callable[[str], None]
@@ -57,7 +58,7 @@ def export_transformers_js(
     pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = lambda step: None,
-) -> dict[str, Any]:
+) -> bundles.Bundle:
     """Export, verify and write the layout of transformers.js.
 
     Args:
@@ -69,7 +70,7 @@ def export_transformers_js(
         progress: Called with what is done next.
 
     Returns:
-        What was measured: `graphs`, errors by file name, and `tokens`, agreement with transformers by search.
+        What lies on disk now; its `verification` has the errors by file and the tokens that agree by search.
 
     Raises:
         CheckpointError: The precision is unknown, or the directory exists.
@@ -77,12 +78,16 @@ def export_transformers_js(
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
+    loaded = [image.load(picture) for picture in pictures]
     with new_directory(Path(output), force=force) as directory:
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)
         progress("comparing answers with transformers")
-        tokens = verify.check_tokens(checkpoint, bundles.read(directory, precision), pictures)
-    return {"graphs": graphs, "tokens": tokens}
+        tokens = verify.check_tokens(checkpoint, bundles.read(directory, precision), loaded)
+        verification = {"graphs": graphs, "tokens": tokens, "versions": versions()}
+        measured = {"source": checkpoint.source, "verification": verification}
+        write_json(directory / bundles.JS_VERIFICATION, measured)
+    return bundles.read(Path(output), precision)
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: Precision, progress: Progress) -> dict[str, Any]:

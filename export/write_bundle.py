@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import transformers
 
 import florence_onnx
 from florence_onnx import bundle as bundles
+from florence_onnx import image
 from florence_onnx.bundle import Bundle, ModelSizes
 from florence_onnx.errors import CheckpointError
 from florence_onnx.image import ImageInput
@@ -41,17 +41,20 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         output: The final place.
-        force: Whether an existing `output` may be replaced; it is, at the very end.
+        force: Whether an existing export in `output` may be replaced; it is, at the very end. A process that is killed
+            between the last two renames leaves it beside, as `.NAME.old-*`.
 
     Yields:
         A temporary directory beside `output`; it is removed when the block fails.
 
     Raises:
-        CheckpointError: `output` exists and `force` was not given.
+        CheckpointError: `output` exists and `force` was not given, or it is something else than an export.
     """
     output = output.resolve()
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
+    if output.exists() and not _is_replaceable(output):
+        raise CheckpointError(f"{output} is not an exported model: --force replaces nothing else; remove it yourself")
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
     try:
@@ -62,13 +65,28 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_replaceable(path: Path) -> bool:
+    """Whether a directory is empty or an export, and not a checkpoint or anything that merely has its name."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    is_checkpoint = any(name.endswith((".safetensors", ".bin")) for name in names)
+    is_export = bundles.DESCRIPTION in names or {"onnx", "config.json"} <= names
+    return not names or (is_export and not is_checkpoint)
+
+
 def _replace(source: Path, target: Path) -> None:
     if not target.exists():
         source.rename(target)
         return
     old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
     target.rename(old / target.name)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        old.rmdir()
+        raise
     shutil.rmtree(old)
 
 
@@ -82,6 +100,9 @@ def export_bundle(
     progress: Progress = _silent,
 ) -> Bundle:
     """Exports, verifies and writes a bundle.
+
+    The fp32 graphs must give the checkpoint's tokens; another precision is converted from them afterwards, must stay
+    within its bounds graph by graph, and how many tokens still agree is measured and noted.
 
     Args:
         checkpoint: What `load_checkpoint` returned.
@@ -100,35 +121,44 @@ def export_bundle(
     """
     if precision not in PRECISIONS:
         raise CheckpointError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    loaded = [image.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
     with new_directory(Path(output), force=force) as directory:
-        graphs = _write_graphs(checkpoint, directory, precision, progress)
         checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
-        _write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
-        bundle = _unverified(checkpoint, directory, precision)
+        write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
+        graphs = _write_graphs(checkpoint, directory, progress)
         progress("comparing answers with transformers")
-        tokens = verify.check_tokens(checkpoint, bundle, pictures)
+        tokens = verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), loaded)
+        if precision != "fp32":
+            graphs = _convert_graphs(checkpoint, directory, precision, progress)
+        progress("sharing weights")
+        share_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
+        bundle = _unverified(checkpoint, directory, precision)
+        if precision != "fp32":
+            progress(f"comparing answers in {precision}")
+            tokens = verify.check_tokens(checkpoint, bundle, loaded)
         description = bundles.describe(
             precision=precision,
             sizes=bundle.sizes,
             source=bundle.source,
-            verification={"graphs": graphs, "tokens": tokens, "versions": _versions()},
+            verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
             files=_files(directory),
         )
         # Written last: without it the directory is no bundle, whatever happened before.
-        _write_json(directory / bundles.DESCRIPTION, description)
+        write_json(directory / bundles.DESCRIPTION, description)
     return bundles.read(Path(output))
 
 
-def _write_graphs(checkpoint: Checkpoint, directory: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:
+    reports = export_graphs(checkpoint, directory, progress=lambda name: progress(f"exporting {name}"))
+    return {report.path.name: verify.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
+
+
+def _convert_graphs(checkpoint: Checkpoint, directory: Path, precision: str, progress: Progress) -> dict[str, Any]:
     found = {}
-    for report in export_graphs(checkpoint, directory, progress=lambda name: progress(f"exporting {name}")):
-        found[report.path.name] = verify.check_graph(report.path.name, report.outputs, "fp32")
-    for plan in plans(checkpoint) if precision != "fp32" else ():
+    for plan in plans(checkpoint):
         progress(f"converting {plan.name} to {precision}")
         PRECISIONS[precision](directory / plan.name)
         found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
-    progress("sharing weights")
-    share_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
     return found
 
 
@@ -144,13 +174,15 @@ def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bund
         head_dim=text.d_model // text.decoder_attention_heads,
         max_positions=text.max_position_embeddings,
         vocab_size=checkpoint.model.lm_head.weight.shape[0],
+        num_image_tokens=checkpoint.num_image_tokens,
         pad_token_id=text.pad_token_id,
     )
-    generation = bundles.generation_defaults(checkpoint.generation, sizes.max_positions, directory)
+    generation = bundles.generation_defaults(checkpoint.generation, sizes, directory)
     return Bundle(directory, "florence_onnx", precision, sizes, generation, checkpoint.source)
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """What an export was made with."""
     return {
         "florence_onnx": florence_onnx.__version__,
         "torch": torch.__version__,
@@ -163,17 +195,10 @@ def _versions() -> dict[str, Any]:
 def _files(directory: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(directory.iterdir()):
-        found[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        found[path.name] = {"size": path.stat().st_size, "sha256": bundles.sha256(path)}
     return found
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON for people and machines."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

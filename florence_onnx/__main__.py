@@ -21,7 +21,8 @@ def main() -> None:
         sys.stderr.write(f"{MissingExtraError(package, 'cli')}\n")
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # labels are in any script, whatever the terminal's code page
+        # labels are in any script whatever the terminal's code page is, and file names may be in none
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     cli.app()
 
 

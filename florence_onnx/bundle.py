@@ -1,4 +1,4 @@
-"""The model on disk: what a bundle consists of, and how a name is resolved to one.
+"""The model on disk: what a bundle consists of, how it is read, checked and described.
 
 A bundle is a directory with `florence_onnx.json`, three graphs, `tokenizer.json` and `generation_config.json`. The
 directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
@@ -6,20 +6,20 @@ directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as w
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import os
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from florence_onnx.errors import (
-    BundleError,
     BundleFileMissingError,
     BundleFormatError,
     BundleNotFoundError,
     CorruptGraphError,
+    OptionsError,
 )
 from florence_onnx.options import GenerationDefaults, GenerationOptions
 
@@ -37,6 +37,11 @@ DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo" / "bundle"
 
 JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
+MAX_HASHED_BYTES = 32 * 2**20
+"""Largest file whose content is checked at every load; hashing gigabytes would be felt."""
+JS_VERIFICATION = "verification.json"
+"""Where an export in the layout of transformers.js notes what it measured; that layout has no place for it."""
+
 KEY_INPUTS: dict[str, tuple[str, ...]] = {
     VISION_ENCODER: ("pixel_values",),
     TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
@@ -60,7 +65,6 @@ JS_SUFFIXES = {
 """File name suffix of each precision in the layout of transformers.js."""
 
 Layout = Literal["florence_onnx", "transformers.js"]
-_log = logging.getLogger("florence_onnx")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,27 @@ class ModelSizes:
     """Most tokens of the encoder (image and text) and of the decoder."""
     vocab_size: int
     """Rows of the language model head, padding rows included."""
+    num_image_tokens: int
+    """Rows of `image_features` per picture."""
     pad_token_id: int
+
+    @property
+    def width(self) -> int:
+        """Columns of `image_features`."""
+        return self.decoder_heads * self.head_dim
+
+    def __post_init__(self) -> None:
+        """Raises BundleFormatError for values of a wrong kind, which would otherwise fail far from here."""
+        for name, value in vars(self).items():
+            length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
+            numbers = (value,) if length is None else value
+            kinds = (int, float) if length == 3 else (int,)
+            if length not in (None, len(numbers) if isinstance(numbers, tuple) else -1) or not all(
+                isinstance(number, kinds) and not isinstance(number, bool) for number in numbers
+            ):
+                raise BundleFormatError(f"{name} cannot be {value!r}")
+            if length != 3 and name != "pad_token_id" and min(numbers) < 1:
+                raise BundleFormatError(f"{name} must be positive, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +151,7 @@ def read(path: Path, precision: str | None = None) -> Bundle:
         BundleNotFoundError: It is not a bundle.
         BundleFileMissingError: A file is missing.
         BundleFormatError: The description is unreadable, of a newer format, or of another precision.
-        CorruptGraphError: A file does not have its recorded size.
+        CorruptGraphError: A file does not have its recorded size, or (up to `MAX_HASHED_BYTES`) its recorded content.
     """
     if (path / DESCRIPTION).is_file():
         return _read_own(path, precision)
@@ -139,7 +163,7 @@ def read(path: Path, precision: str | None = None) -> Bundle:
 
 
 def _checkpoint_hint(path: Path) -> str:
-    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")) or (path / "config.json").is_file():
         return f"It looks like a PyTorch checkpoint; convert it with: florence-onnx-export {path} OUT"
     return "Export one with: florence-onnx-export CHECKPOINT OUT"
 
@@ -155,8 +179,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleFormatError(f"{path} is not valid JSON ({error}); export or download the bundle again") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleFormatError(
+            f"{path} cannot be read as JSON ({error}); export or download the bundle again"
+        ) from error
     if not isinstance(value, dict):
         raise BundleFormatError(f"{path} must hold a JSON object, it holds {type(value).__name__}")
     return value
@@ -165,18 +191,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_own(path: Path, precision: str | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     version = described.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise BundleFormatError(
             f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads up to {FORMAT_VERSION}; "
             "upgrade it with: pip install --upgrade florence-onnx"
         )
-    _check_files(path, described.get("files", {}))
     try:
+        check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
         values: dict[str, Any] = described["model"]
         model = ModelSizes(**{name: _untyped(value) for name, value in values.items()})
         found = str(described["precision"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BundleFormatError(f"{path / DESCRIPTION} is incomplete ({error}); export the bundle again") from error
+    except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
+        raise BundleFormatError(
+            f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
+        ) from error
     if precision not in (None, found):
         raise BundleFormatError(
             f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
@@ -186,7 +214,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         "florence_onnx",
         found,
         model,
-        generation_defaults(read_json(path / GENERATION_CONFIG), model.max_positions, path),
+        generation_defaults(read_json(path / GENERATION_CONFIG), model, path),
         described.get("source", {}),
         described.get("verification", {}),
     )
@@ -196,33 +224,78 @@ def _untyped(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashed_bytes: int | None = None) -> None:
+    """Compares the files of a bundle with what was recorded when they were written.
+
+    Args:
+        path: The bundle.
+        files: `size` in bytes and `sha256` by name.
+        max_hashed_bytes: Larger files are compared by size only; None compares the content of all.
+
+    Raises:
+        BundleFileMissingError: A file is missing.
+        CorruptGraphError: A file is not the one that was written.
+    """
     for name, facts in files.items():
         if not (path / name).is_file():
             raise BundleFileMissingError(f"{path / name} is missing; export or download the bundle again")
         size = (path / name).stat().st_size
-        if size != facts.get("size", size):
+        if size != facts["size"]:
             raise CorruptGraphError(
                 f"{path / name} has {size} bytes instead of {facts['size']}; export or download the bundle again"
             )
+        is_hashed = max_hashed_bytes is None or size <= max_hashed_bytes
+        if is_hashed and sha256(path / name) != facts["sha256"]:
+            raise CorruptGraphError(
+                f"{path / name} is damaged: its content is not what was written; export or download the bundle again"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 _OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
 
 
-def generation_defaults(config: Mapping[str, Any], max_positions: int, path: Path) -> GenerationDefaults:
-    """The decoding defaults that a `generation_config.json` of a bundle in `path` states."""
+def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
+    """The decoding defaults that a `generation_config.json` states.
+
+    Args:
+        config: Its content.
+        sizes: Of the model.
+        path: The bundle's directory, for messages.
+
+    Raises:
+        BundleFormatError: They make no sense.
+    """
     # max_new_tokens is not inherited: the checkpoints that carry one mean a sample, not a limit
     options = {
         name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
     }
-    start = config.get("decoder_start_token_id", 2)
-    eos = config.get("eos_token_id", 2)
+    options = {name: _single(value) for name, value in options.items()}
+    start = _single(config.get("decoder_start_token_id", 2))
+    eos = _single(config.get("eos_token_id", 2))
     if not isinstance(start, int) or not isinstance(eos, int):
         raise BundleFormatError(
             f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids"
         )
-    return GenerationDefaults(start, eos, max_positions, GenerationOptions(**options))
+    defaults = GenerationDefaults(start, eos, sizes.max_positions, sizes.vocab_size, GenerationOptions(**options))
+    try:
+        defaults.resolve(None)
+    except OptionsError as error:
+        raise BundleFormatError(f"{path / GENERATION_CONFIG}: {error}") from error
+    return defaults
+
+
+def _single(value: Any) -> Any:
+    """transformers allows a list of token ids; Florence-2 has one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _read_transformers_js(path: Path, precision: str) -> Bundle:
@@ -245,17 +318,47 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
             head_dim=int(text["d_model"]) // int(text["decoder_attention_heads"]),
             max_positions=int(text["max_position_embeddings"]),
             vocab_size=int(text.get("vocab_size", config.get("vocab_size", 0))),
+            num_image_tokens=_count_image_tokens(config, int(images["size"]["width"])),
             pad_token_id=int(text.get("pad_token_id", config.get("pad_token_id", 1))),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleFormatError(f"{path}: config.json or preprocessor_config.json lacks {error}") from error
-    # The text model's configuration is what the original `generate` reads; generation_config.json overrides it.
-    merged = {**text, **{name: value for name, value in generation.items() if value is not None}}
-    bundle = Bundle(path, "transformers.js", precision, model, generation_defaults(merged, model.max_positions, path))
+    except (KeyError, TypeError, ValueError, AttributeError, BundleFormatError) as error:
+        raise BundleFormatError(
+            f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
+        ) from error
+    measured = read_json(path / JS_VERIFICATION) if (path / JS_VERIFICATION).is_file() else {}
+    bundle = Bundle(
+        path,
+        "transformers.js",
+        precision,
+        model,
+        generation_defaults(_merge_generation(config, generation), model, path),
+        measured.get("source", {}),
+        measured.get("verification", {}),
+    )
     for graph in bundle.graphs.values():
         if not graph.is_file():
             raise BundleFileMissingError(f"{graph} is missing; this repository may lack precision {precision}")
     return bundle
+
+
+def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the original's `generate` follows.
+
+    In Microsoft's layout that is `text_config`, which its generation_config.json contradicts and completes; in
+    transformers' it is generation_config.json, which `text_config` completes. Both force the end token at the limit.
+    """
+    text = {name: value for name, value in config.get("text_config", {}).items() if value is not None}
+    own = {name: value for name, value in generation.items() if value is not None}
+    is_microsoft = "dim_embed" in config.get("vision_config", {})
+    merged = {**own, **text} if is_microsoft else {**text, **own}
+    is_stated = "forced_eos_token_id" in generation
+    return merged if is_stated else {"forced_eos_token_id": merged.get("eos_token_id", 2), **merged}
+
+
+def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:
+    """Cells of the last stage's grid, and one token for their mean."""
+    strides = config["vision_config"].get("patch_stride", (4, 2, 2, 2))
+    return int((side // math.prod(strides)) ** 2 + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -278,90 +381,3 @@ def describe(
         "verification": dict(verification),
         "files": dict(files),
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- resolving
-
-_HUB_FILES = (
-    "*.json",
-    *(f"{graph}*" for graph in GRAPHS),
-    WEIGHTS,
-)
-
-
-def resolve(
-    name: str | os.PathLike[str],
-    *,
-    precision: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Bundle:
-    """Finds a bundle by name.
-
-    Args:
-        name: `"demo"` (the built-in model, even where a directory has that name), a directory, or a hub repository (`owner/name`).
-        precision: See `read`.
-        revision: Branch, tag or commit of a hub repository.
-        cache_dir: Where downloads are kept, instead of the hub client's default.
-
-    Raises:
-        BundleNotFoundError: Nothing of that name exists, here or on the hub.
-        BundleError: It exists and cannot be used; see `read`.
-    """
-    text = os.fspath(name)
-    if text == DEMO:
-        return read(DEMO_DIRECTORY, precision)
-    path = Path(name)
-    if text and path.is_dir():
-        return read(path, precision)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/")):
-        raise BundleNotFoundError(
-            f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"'
-        )
-    return _from_hub(text, precision, revision, cache_dir)
-
-
-def _from_hub(
-    repository: str, precision: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None
-) -> Bundle:
-    """Looks in the local cache first and goes online only for what is not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    suffix = JS_SUFFIXES.get(precision or "fp32", "")
-    patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
-
-    def fetch(**options: Any) -> Path:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=patterns,
-            endpoint=os.environ.get("HF_ENDPOINT"),  # the client reads it once, when it is imported
-            **options,
-        )
-        return Path(folder)
-
-    try:
-        return read(fetch(local_files_only=True), precision)
-    except HFValidationError as error:
-        raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
-    except (LocalEntryNotFoundError, BundleError) as error:
-        _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
-    return read(_download(repository, fetch), precision)
-
-
-def _download(repository: str, fetch: Callable[[], Path]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return fetch()
-    except RepositoryNotFoundError as error:
-        raise BundleNotFoundError(
-            f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BundleNotFoundError(
-            f"{repository!r} is not in the local cache and the hub could not be reached ({error}); "
-            "download it on a machine with a network and pass its directory"
-        ) from error

@@ -25,6 +25,7 @@ from florence_onnx.bundle import DEMO
 from florence_onnx.errors import FlorenceError, ImageError, InputError
 from florence_onnx.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 
+_DEMO_NOTE = "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
 SAMPLES = Path(__file__).parent / "demo" / "samples"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,7 +65,7 @@ def demo(
         _save(prediction, output)
     typer.echo(json.dumps(prediction.to_dict(), indent=2, ensure_ascii=False))
     typer.echo(f"{sample.name}, annotated: {output}", err=True)
-    typer.echo("The demo model knows drawn shapes and words only; for photographs, pass --model to run.", err=True)
+    typer.echo(_DEMO_NOTE, err=True)
 
 
 @app.command()
@@ -92,6 +93,8 @@ def run(
         question.task.format_prompt(text_input=question.text, region=question.region)
         gallery = _open_gallery(draw, question.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        if model == DEMO:
+            typer.echo(_DEMO_NOTE, err=True)
         num_failed = _answer_all(florence, question, images, _JsonReport() if as_json else _TextReport(), gallery)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} pictures could not be read", err=True)

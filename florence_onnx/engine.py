@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+CPU = "CPUExecutionProvider"
 _LOAD_ERRORS = (
     "Fail",
     "InvalidArgument",
@@ -33,6 +35,9 @@ _LOAD_ERRORS = (
     "NoModel",
     "NotImplemented",
     "RuntimeException",
+    "EPFail",
+    "EngineError",
+    "NotFound",
 )
 
 
@@ -119,11 +124,21 @@ class OnnxEngine:
         _check_interface(path, {node.name: node.type for node in nodes}, expected_inputs)
         self.inputs: dict[str, np.dtype[Any]] = {node.name: np.dtype(_DTYPES[node.type]) for node in nodes}
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
-        self.num_runs = 0
+        self._num_runs = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_runs(self) -> int:
+        return self._num_runs
+
+    def count_run(self) -> None:
+        """Counts a run, whichever thread it is on."""
+        with self._lock:
+            self._num_runs += 1
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         typed = {name: np.ascontiguousarray(value, dtype=self.inputs[name]) for name, value in feeds.items()}
-        self.num_runs += 1
+        self.count_run()
         return dict(zip(self.outputs, self._session.run(None, typed), strict=True))
 
     def bind(self) -> Binding:
@@ -146,33 +161,40 @@ class _OnnxBinding:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def run(self) -> None:
-        self._engine.num_runs += 1
+        self._engine.count_run()
         self._session.run_with_iobinding(self._binding)
 
 
 def _session_options(ort: ModuleType, overrides: SessionOptions | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise InputError(f'session_options must be a dict such as {{"intra_op_num_threads": 2}}, got {overrides!r}')
     for name, value in (overrides or {}).items():
         if "." in name:
             options.add_session_config_entry(name, str(value))
-        elif hasattr(options, name):
-            setattr(options, name, value)
-        else:
+            continue
+        if not hasattr(options, name) or callable(getattr(options, name)):
             raise InputError(f"onnxruntime.SessionOptions has no attribute {name!r}")
+        try:
+            setattr(options, name, value)
+        except TypeError as error:
+            raise InputError(f"onnxruntime.SessionOptions.{name} cannot be {value!r}: {error}") from error
     return options
 
 
 def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.ProviderList, options: Any) -> Any:
     state = ort.capi.onnxruntime_pybind11_state
     errors = tuple(getattr(state, name) for name in _LOAD_ERRORS if hasattr(state, name))
+    if chosen[0][0] != CPU:  # what the start of a GPU provider raises is not always one of ONNX Runtime's own classes
+        errors += (RuntimeError, ValueError)
     try:
         # enable_fallback=0: a provider that does not start must not become the CPU behind the caller's back
         return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
-        if chosen[0][0] != "CPUExecutionProvider":
+        if chosen[0][0] != CPU:
             raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}") from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"

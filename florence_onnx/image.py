@@ -186,6 +186,8 @@ def _load_url(address: str, apply_exif: bool, max_pixels: int, max_bytes: int, t
 
 def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) -> Image.Image:
     name = url.shorten(os.fspath(path))
+    if not name:
+        raise ImageNotFoundError("the path of the image is empty")
     try:
         with Path(path).open("rb") as stream:
             return _decode(stream, name, apply_exif, max_pixels)

@@ -6,7 +6,7 @@ import base64
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
 
@@ -15,11 +15,11 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from florence_onnx import bundle as bundles
-from florence_onnx import draw, image, tasks
+from florence_onnx import draw, hub, image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
-from florence_onnx.errors import InputError, ProviderError, TextInputError
+from florence_onnx.errors import BundleFormatError, InputError, ProviderError, TextInputError
 from florence_onnx.generation import GeneratedSequence, generate
 from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
@@ -158,7 +158,7 @@ class Florence2:
             ProviderError: The execution provider cannot run here.
             MissingExtraError: No ONNX Runtime is installed.
         """
-        bundle = bundles.resolve(name, precision=precision, revision=revision, cache_dir=cache_dir)
+        bundle = hub.resolve(name, precision=precision, revision=revision, cache_dir=cache_dir)
         return cls.from_bundle(bundle, device=device, providers=providers, session_options=session_options)
 
     @classmethod
@@ -203,17 +203,30 @@ class Florence2:
 
     # ------------------------------------------------------------------------------------------------------- asking
 
-    def encode(self, picture: ImageInput, *, apply_exif: bool = True) -> EncodedImage:
+    def encode(
+        self,
+        picture: ImageInput,
+        *,
+        apply_exif: bool = True,
+        max_pixels: int = image.MAX_PIXELS,
+        max_bytes: int = image.MAX_BYTES,
+        timeout: float = image.TIMEOUT,
+    ) -> EncodedImage:
         """Runs the vision encoder once, for any number of tasks.
 
         Args:
             picture: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
             apply_exif: Whether to turn the picture as its EXIF orientation says; the reference does not.
+            max_pixels: Largest width times height to accept.
+            max_bytes: Most bytes of a download or a `data:` URI.
+            timeout: Seconds for a download.
 
         Raises:
             ImageError: The picture cannot be read.
         """
-        return self._encode_pictures([image.load(picture, apply_exif=apply_exif)])[0]
+        loaded = image.load(picture, apply_exif=apply_exif, max_pixels=max_pixels, max_bytes=max_bytes, timeout=timeout)
+        # a copy of a caller's own picture: what is drawn later must be what was seen
+        return EncodedImage(self._features(loaded), loaded.copy() if loaded is picture else loaded)
 
     @overload
     def run(
@@ -262,11 +275,11 @@ class Florence2:
 
     def run_batch(
         self,
-        tasks: Task[Any] | str | Sequence[Task[Any] | str],
-        images: Sequence[ImageInput | EncodedImage],
+        tasks: Task[Any] | str | Iterable[Task[Any] | str],
+        images: Iterable[ImageInput | EncodedImage],
         *,
-        text_inputs: Sequence[str | None] | None = None,
-        regions: Sequence[Region | None] | None = None,
+        text_inputs: Iterable[str | None] | None = None,
+        regions: Iterable[Region | None] | None = None,
         options: GenerationOptions | None = None,
     ) -> list[Prediction[Any]]:
         """Asks several questions in one batch; each answer is what `run` gives.
@@ -323,10 +336,6 @@ class Florence2:
 
     # ------------------------------------------------------------------------------------------------------- stages
 
-    def _encode_pictures(self, pictures: Sequence[PILImage.Image]) -> list[EncodedImage]:
-        # One picture a call: on a CPU a batch is no faster, and what a picture gives must not depend on its neighbours.
-        return [EncodedImage(self._features(picture), picture) for picture in pictures]
-
     def _features(self, picture: PILImage.Image) -> npt.NDArray[np.float32]:
         sizes = self._bundle.sizes
         pixel_values = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
@@ -334,12 +343,22 @@ class Florence2:
         return np.asarray(features[0], dtype=np.float32)
 
     def _encode_all(self, pictures: Sequence[ImageInput | EncodedImage]) -> list[EncodedImage]:
-        keys = [picture if isinstance(picture, str) else id(picture) for picture in pictures]
+        # One picture a call: on a CPU a batch is no faster, and what a picture gives must not depend on its neighbours.
+        keys = [os.fspath(picture) if isinstance(picture, str | os.PathLike) else id(picture) for picture in pictures]
         encoded: dict[str | int, EncodedImage] = {}
         for key, picture in zip(keys, pictures, strict=True):
             if key not in encoded:
-                encoded[key] = picture if isinstance(picture, EncodedImage) else self.encode(picture)
+                encoded[key] = self._accept(picture) if isinstance(picture, EncodedImage) else self.encode(picture)
         return [encoded[key] for key in keys]
+
+    def _accept(self, encoded: EncodedImage) -> EncodedImage:
+        sizes, shape = self._bundle.sizes, encoded.image_features.shape
+        if shape != (sizes.num_image_tokens, sizes.width):
+            raise InputError(
+                f"this picture was encoded by another model: its features are {shape}, here they are "
+                f"{(sizes.num_image_tokens, sizes.width)}; encode it again"
+            )
+        return encoded
 
     def _check_length(
         self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64], num_image_tokens: int
@@ -360,6 +379,13 @@ class Florence2:
 
 def _text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
     sizes = bundle.sizes
+    found = sum(name.startswith("past_key_values.") for name in engines[-1].inputs)
+    per_layer = 4 if bundle.layout == "transformers.js" else 2
+    if found != per_layer * sizes.decoder_layers:
+        raise BundleFormatError(
+            f"{bundle.path}: the decoder has {found // per_layer} layers, its description says {sizes.decoder_layers}; "
+            "export or download it again"
+        )
     shape = DecoderShape(
         sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
     )
@@ -371,18 +397,21 @@ def _text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
 
 
 def _requests(
-    task_or_tasks: Task[Any] | str | Sequence[Task[Any] | str],
-    images: Sequence[ImageInput | EncodedImage],
-    text_inputs: Sequence[str | None] | None,
-    regions: Sequence[Region | None] | None,
+    task_or_tasks: Task[Any] | str | Iterable[Task[Any] | str],
+    images: Iterable[ImageInput | EncodedImage],
+    text_inputs: Iterable[str | None] | None,
+    regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
         raise InputError("images must be a list of pictures; for a single one call run")
+    if isinstance(text_inputs, str):
+        raise InputError("text_inputs must be a list with one entry per picture, got a string")
+    images = list(images)
     count = len(images)
     columns: Mapping[str, Sequence[Any]] = {
-        "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, (str, Task)) else task_or_tasks,
-        "text_inputs": [None] * count if text_inputs is None else text_inputs,
-        "regions": [None] * count if regions is None else regions,
+        "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, str | Task) else list(task_or_tasks),
+        "text_inputs": [None] * count if text_inputs is None else list(text_inputs),
+        "regions": [None] * count if regions is None else list(regions),
     }
     for name, column in columns.items():
         if len(column) != count:

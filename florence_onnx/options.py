@@ -14,6 +14,8 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 """What Microsoft's samples pass; transformers itself would stop after 20 tokens when nothing is given."""
 MAX_BEAMS = 64
 MAX_NGRAM = 1024
+MAX_LENGTH_PENALTY = 10
+"""Beyond it, length ** penalty leaves the range of float32 for the longest answers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class GenerationDefaults:
     decoder_start_token_id: int
     eos_token_id: int
     max_positions: int
+    vocab_size: int
     options: GenerationOptions = GenerationOptions()
 
     def resolve(self, options: GenerationOptions | None) -> SearchConfig:
@@ -70,7 +73,11 @@ class GenerationDefaults:
         Raises:
             OptionsError: A value is out of range or contradicts another.
         """
+        if options is not None and not isinstance(options, GenerationOptions):
+            raise OptionsError(f"options must be a GenerationOptions, got {type(options).__name__}")
         merged = self.options if options is None else _merge(self.options, options)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            _check_range(name, _given(getattr(merged, name), -1), -1, self.vocab_size - 1)
         limit = self.max_positions
         max_new = merged.max_new_tokens if merged.max_new_tokens is not None else min(DEFAULT_MAX_NEW_TOKENS, limit)
         _check_range("max_new_tokens", max_new, 1, limit)
@@ -111,7 +118,12 @@ def _check_config(config: SearchConfig, max_new: int) -> None:
     _check_range("num_beams", config.num_beams, 1, MAX_BEAMS)
     _check_range("no_repeat_ngram_size", config.no_repeat_ngram_size, 0, MAX_NGRAM)
     _check_range("min_new_tokens", config.min_new_tokens, 0, max_new)
-    if config.early_stopping not in (True, False, "never"):
-        raise OptionsError(f'early_stopping must be True, False or "never", got {config.early_stopping!r}')
-    if not isinstance(config.length_penalty, (int, float)) or not np.isfinite(config.length_penalty):
-        raise OptionsError(f"length_penalty must be a finite number, got {config.length_penalty!r}")
+    stopping = config.early_stopping
+    if not isinstance(stopping, bool) and not (isinstance(stopping, str) and stopping == "never"):
+        raise OptionsError(f'early_stopping must be True, False or "never", got {stopping!r}')
+    penalty = config.length_penalty
+    is_number = isinstance(penalty, int | float | np.floating) and not isinstance(penalty, bool)
+    if not is_number or not abs(penalty) <= MAX_LENGTH_PENALTY:
+        raise OptionsError(
+            f"length_penalty must be a number from {-MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, got {penalty!r}"
+        )

@@ -67,14 +67,11 @@ def resolve(device: str, providers: Sequence[Provider] | None, available: Sequen
         available: The providers compiled into the installed onnxruntime.
 
     Raises:
-        InputError: The device name is unknown.
+        InputError: The device name is unknown, or `providers` is no list of names or pairs.
         ProviderError: The provider is not part of the installed onnxruntime.
     """
     if providers is not None:
-        pairs = [(entry, {}) if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
-        for name, _ in pairs:
-            _require(name, available)
-        return pairs
+        return _explicit(providers, available)
     if device not in get_args(Device):
         raise InputError(f"unknown device {device!r}; choose one of {', '.join(get_args(Device))}")
     if device == "auto":
@@ -83,6 +80,20 @@ def resolve(device: str, providers: Sequence[Provider] | None, available: Sequen
     _require(preset.provider, available)
     chain = [preset, *(PRESETS[name] for name in preset.companions)]
     return [(each.provider, dict(each.options)) for each in chain if each.provider in available]
+
+
+def _explicit(providers: Sequence[Provider], available: Sequence[str]) -> ProviderList:
+    if isinstance(providers, str) or not providers:
+        raise InputError(f'providers must be a list such as ["CPUExecutionProvider"], got {providers!r}')
+    pairs: ProviderList = []
+    for entry in providers:
+        try:
+            name, options = (entry, {}) if isinstance(entry, str) else entry
+            pairs.append((str(name), dict(options)))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a provider is a name, or a name and a dict of options; got {entry!r}") from error
+        _require(str(name), available)
+    return pairs
 
 
 def _require(provider: str, available: Sequence[str]) -> None:

@@ -96,6 +96,10 @@ class Task(Generic[R]):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
             raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
+        try:
+            text_input.encode()
+        except UnicodeEncodeError as error:
+            raise TextInputError(f"text_input={text_input!r} is not valid Unicode: {error}") from error
 
     def _check_region(self, region: Region | None) -> None:
         how = "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, or region=Region.from_pixels(x1, y1, x2, y2, size)"

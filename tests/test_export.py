@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from florence_onnx import BundleNotFoundError, CheckpointError, Florence2, VerificationError, bundle
+from florence_onnx import BundleNotFoundError, CheckpointError, Florence2, ImageNotFoundError, VerificationError, bundle
 from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
@@ -130,7 +130,7 @@ def test_a_failure_at_any_step_leaves_an_existing_bundle_alone(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "precious.txt").write_text("kept")
+    (output / bundle.DESCRIPTION).write_text("kept")
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -138,9 +138,47 @@ def test_a_failure_at_any_step_leaves_an_existing_bundle_alone(
     monkeypatch.setattr(write_bundle, "share_weights", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_bundle.export_bundle(tiny.checkpoint, output, force=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", bundle.DESCRIPTION]
     with pytest.raises(CheckpointError, match="exists"):
         write_bundle.export_bundle(tiny.checkpoint, output)
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", "model.safetensors"])
+def test_force_replaces_exports_only(tiny: Exported, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / content).touch()
+    (output / bundle.DESCRIPTION if content == "model.safetensors" else output / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match="is not an exported model"):
+        write_bundle.export_bundle(tiny.checkpoint, output, force=True)
+    assert (output / content).exists()
+
+
+def test_the_old_export_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / bundle.DESCRIPTION).write_text("old")
+    rename = Path.rename
+
+    def fail_for_new(source: Path, target: Path) -> Path:
+        if "incomplete" in source.name:
+            raise OSError("no permission")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="no permission"), write_bundle.new_directory(output, force=True) as directory:
+        (directory / bundle.DESCRIPTION).write_text("new")
+    assert (output / bundle.DESCRIPTION).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_bad_picture_is_refused_before_the_work(tiny: Exported, tmp_path: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(ImageNotFoundError):
+        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", pictures=["/nope.jpg"], progress=steps.append)
+    assert steps == []
 
 
 def test_a_killed_export_leaves_no_bundle_that_loads(source: Path, tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ DEFAULTS = GenerationDefaults(
     decoder_start_token_id=2,
     eos_token_id=2,
     max_positions=512,
+    vocab_size=1000,
     options=GenerationOptions(num_beams=3, no_repeat_ngram_size=3, forced_bos_token_id=0, early_stopping=True),
 )
 
@@ -196,7 +197,12 @@ def test_options_override_the_checkpoint_and_inherit_the_rest() -> None:
         (GenerationOptions(max_new_tokens=4, min_new_tokens=5), "min_new_tokens"),
         (GenerationOptions(no_repeat_ngram_size=-1), "no_repeat_ngram_size"),
         (GenerationOptions(early_stopping="always"), "early_stopping"),  # type: ignore[arg-type]
+        (GenerationOptions(early_stopping=1), "early_stopping"),  # type: ignore[arg-type]
         (GenerationOptions(length_penalty=float("nan")), "length_penalty"),
+        (GenerationOptions(length_penalty=1e6), "length_penalty must be a number from -10 to 10"),
+        (GenerationOptions(forced_bos_token_id=1000), "forced_bos_token_id must be a whole number from -1 to 999"),
+        (GenerationOptions(forced_eos_token_id="a"), "forced_eos_token_id"),  # type: ignore[arg-type]
+        ({"num_beams": 1}, "options must be a GenerationOptions, got dict"),
     ],
 )
 def test_wrong_options_are_named(options: GenerationOptions, said: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from florence_onnx import BundleFileMissingError, BundleNotFoundError, Florence2, bundle
+from florence_onnx import hub as hub_names
 from tests.local_hub import LocalHub
 
 
@@ -29,7 +30,7 @@ def test_a_bundle_comes_from_the_hub_once_and_then_from_the_cache(hub: LocalHub)
 
 
 def test_a_cache_that_lacks_a_file_is_completed(hub: LocalHub) -> None:
-    link = bundle.resolve("owner/model").path / bundle.DECODER
+    link = hub_names.resolve("owner/model").path / bundle.DECODER
     link.resolve().unlink()  # the content lies elsewhere in the cache
     link.unlink()
     hub.requested.clear()

@@ -68,7 +68,8 @@ MAY_IMPORT = {
     "engine": {"errors", "providers", "numpy", "onnxruntime"},
     "decoder": {"engine", "generation", "numpy"},
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
-    "bundle": {"errors", "options", "huggingface_hub"},
+    "bundle": {"errors", "options"},
+    "hub": {"bundle", "errors", "huggingface_hub"},
 }
 """Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, GenerationOptions, Region, TextInputError, image, tasks
+from florence_onnx import Florence2, GenerationOptions, InputError, Region, TextInputError, image, tasks
 from florence_onnx.bundle import ModelSizes
 from florence_onnx.tasks import TASKS, Task
 from tests.conftest import NO_TORCH, Exported
@@ -196,6 +196,31 @@ def test_fp16_stays_close_to_fp32(tiny: Exported, tiny_fp16: Exported, photograp
 def test_a_prompt_beyond_the_positions_is_refused(model: Florence2, photographs: list[Image.Image]) -> None:
     with pytest.raises(TextInputError, match=r"has room for \d+ beside \d+ image tokens"):
         model.run(tasks.CAPTION_TO_PHRASE_GROUNDING, photographs[0], text_input="car " * 2000)
+
+
+def test_a_picture_encoded_by_another_model_is_refused(model: Florence2, photographs: list[Image.Image]) -> None:
+    foreign = Florence2.from_pretrained("demo", device="cpu").encode(photographs[0])
+    with pytest.raises(InputError, match="encoded by another model"):
+        model.run(tasks.CAPTION, foreign)
+
+
+def test_batches_take_any_iterable_and_refuse_bare_values(model: Florence2, photographs: list[Image.Image]) -> None:
+    batch = model.run_batch((t for t in ("<OD>", "<OCR>")), (p for p in photographs[:2]), options=SHORT)
+    assert [each.task.token for each in batch] == ["<OD>", "<OCR>"]
+    assert model.run_batch("<OD>", []) == []
+    with pytest.raises(InputError, match="tasks has 1 entries for 2 images"):
+        model.run_batch(["<OD>"], photographs[:2])
+    with pytest.raises(InputError, match="for a single one call run"):
+        model.run_batch("<OD>", photographs[0])
+    with pytest.raises(InputError, match="text_inputs must be a list"):
+        model.run_batch("<CAPTION_TO_PHRASE_GROUNDING>", photographs[:1], text_inputs="a")
+
+
+def test_what_is_drawn_is_what_was_seen(model: Florence2) -> None:
+    picture = Image.new("RGB", (40, 30), "white")
+    encoded = model.encode(picture)
+    picture.paste("black", (0, 0, 40, 30))
+    assert encoded.picture.getpixel((5, 5)) == (255, 255, 255)
 
 
 def test_warm_up_and_info(model: Florence2, exported: Exported) -> None:

@@ -39,6 +39,11 @@ def _arguments(task: Task[object]) -> dict[str, object]:
     return {"text": {"text_input": "a red kite"}, "region": {"region": REGION}, "nothing": {}}[task.needs]
 
 
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(TextInputError, match="not valid Unicode"):
+        tasks.CAPTION_TO_PHRASE_GROUNDING.format_prompt(text_input="caf\udce9")
+
+
 def test_tasks_are_fals_endpoints_and_region_to_ocr() -> None:
     assert list(TASKS) == [*FAL_ENDPOINTS, "region-to-ocr"]
     assert all(task.slug == slug for slug, task in TASKS.items())
