@@ -60,12 +60,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def exported(
     request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[str, Any]]:
-    """Precision, directory, and the report of the export, which has verified itself."""
+    """Precision, directory, and what the export, which has verified itself, noted."""
     output = tmp_path_factory.mktemp("out") / request.param
     steps: list[str] = []
-    report = export_transformers_js(checkpoint, output, precision=request.param, progress=steps.append)
+    written = export_transformers_js(checkpoint, output, precision=request.param, progress=steps.append)
     assert any("decoder_model_merged" in step for step in steps)
-    return request.param, output, report
+    return request.param, output, dict(written.verification)
 
 
 def session(directory: Path, name: str, precision: str) -> onnxruntime.InferenceSession:
@@ -85,6 +85,7 @@ def test_files(exported: tuple[str, Path, dict[str, Any]]) -> None:
         "preprocessor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        bundle.JS_VERIFICATION,
     }
     assert report["graphs"].keys() == {f"{name}{suffix}.onnx" for name in INPUTS}
     if precision == "fp32":
