@@ -25,8 +25,9 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.locations import Region
-from florence_onnx.model import EncodedImage, Florence2, Prediction
+from florence_onnx.model import Florence2
 from florence_onnx.options import GenerationOptions
+from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.results import (
     BoundingBox,
     BoundingBoxes,

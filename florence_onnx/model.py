@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, overload
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
 from florence_onnx import bundle as bundles
-from florence_onnx import draw, hub, image, tasks
+from florence_onnx import hub, image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
@@ -25,88 +23,14 @@ from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
+from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.providers import Provider, candidates
-from florence_onnx.results import Image, to_dict
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """A picture after the vision encoder, to be asked any number of tasks."""
-
-    image_features: npt.NDArray[np.float32]
-    """`(N, D)`."""
-    picture: PILImage.Image = field(repr=False)
-    """The picture itself, RGB."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """`(width, height)` in pixels, the frame of all coordinates."""
-        return self.picture.size
-
-
-@dataclass(frozen=True)
-class Prediction(Generic[R]):
-    """One answer."""
-
-    results: R
-    """The answer in fal's shape; see `florence_onnx.results`."""
-    task: Task[R]
-    """The task that was asked."""
-    text: str
-    """What the model said, with special and location tokens."""
-    token_ids: tuple[int, ...]
-    """The same in tokens, from the decoder start token on."""
-    truncated: bool
-    """Whether the token limit cut the answer off; its last item may then be missing or incomplete."""
-    picture: PILImage.Image = field(repr=False, compare=False)
-    """The picture that was asked about, RGB."""
-
-    @property
-    def image(self) -> Image | None:
-        """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
-        if not self.task.has_image:
-            return None
-        buffer = io.BytesIO()
-        self.draw().save(buffer, format="PNG")
-        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-        return Image(
-            url=f"data:image/png;base64,{encoded}",
-            content_type="image/png",
-            file_name=f"{self.task.slug}.png",
-            file_size=buffer.tell(),
-            width=self.picture.width,
-            height=self.picture.height,
-        )
-
-    def draw(self) -> PILImage.Image:
-        """The picture with the answer drawn on it.
-
-        Raises:
-            InputError: The task's answer is text.
-        """
-        if isinstance(self.results, str):
-            raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
-        return draw.draw(self.picture, self.results)
-
-    def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:
-        """fal's JSON for this answer.
-
-        Args:
-            with_image: Whether `image` holds the annotated picture; otherwise it is None, as fal has it when unset.
-
-        Returns:
-            `{"results": …}`, and `"image"` for the tasks where fal has one.
-        """
-        answer: dict[str, Any] = {"results": to_dict(self.results)}
-        if self.task.has_image:
-            answer["image"] = to_dict(self.image) if with_image else None
-        return answer
 
 
 @dataclass(frozen=True)
@@ -304,9 +228,9 @@ class Florence2:
             return []
         config = self._bundle.generation.resolve(options)
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
+        self._check_length(requests, attention_mask)
         encoded = self._encode_all([request.image for request in requests])
         image_features = np.stack([each.image_features for each in encoded])
-        self._check_length(requests, attention_mask, image_features.shape[1])
         session = self._text_model.start(input_ids, attention_mask, image_features)
         sequences = generate(session, len(requests), config)
         return [
@@ -360,9 +284,8 @@ class Florence2:
             )
         return encoded
 
-    def _check_length(
-        self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64], num_image_tokens: int
-    ) -> None:
+    def _check_length(self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64]) -> None:
+        num_image_tokens = self._bundle.sizes.num_image_tokens
         room = self._bundle.sizes.max_positions - num_image_tokens
         for request, length in zip(requests, attention_mask.sum(axis=1), strict=True):
             if length > room:

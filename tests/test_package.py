@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "tasks": {"errors", "locations", "postprocess", "results"},
     "image": {"errors", "url", "numpy", "PIL"},
     "draw": {"errors", "results", "PIL"},
+    "prediction": {"draw", "errors", "results", "tasks", "numpy", "PIL"},
     "tokenizer": {"errors", "numpy", "tokenizers"},
     "options": {"errors", "numpy"},
     "generation": {"options", "numpy"},

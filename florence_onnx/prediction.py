@@ -1,0 +1,93 @@
+"""What a model hands back: an encoded picture, and an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as PILImage
+
+from florence_onnx import draw
+from florence_onnx.errors import InputError
+from florence_onnx.results import Image, to_dict
+from florence_onnx.tasks import Task
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture after the vision encoder, to be asked any number of tasks."""
+
+    image_features: npt.NDArray[np.float32]
+    """`(N, D)`."""
+    picture: PILImage.Image = field(repr=False)
+    """The picture itself, RGB."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(width, height)` in pixels, the frame of all coordinates."""
+        return self.picture.size
+
+
+@dataclass(frozen=True)
+class Prediction(Generic[R]):
+    """One answer."""
+
+    results: R
+    """The answer in fal's shape; see `florence_onnx.results`."""
+    task: Task[R]
+    """The task that was asked."""
+    text: str
+    """What the model said, with special and location tokens."""
+    token_ids: tuple[int, ...]
+    """The same in tokens, from the decoder start token on."""
+    truncated: bool
+    """Whether the token limit cut the answer off; its last item may then be missing or incomplete."""
+    picture: PILImage.Image = field(repr=False, compare=False)
+    """The picture that was asked about, RGB."""
+
+    @property
+    def image(self) -> Image | None:
+        """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
+        if not self.task.has_image:
+            return None
+        buffer = io.BytesIO()
+        self.draw().save(buffer, format="PNG")
+        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return Image(
+            url=f"data:image/png;base64,{encoded}",
+            content_type="image/png",
+            file_name=f"{self.task.slug}.png",
+            file_size=buffer.tell(),
+            width=self.picture.width,
+            height=self.picture.height,
+        )
+
+    def draw(self) -> PILImage.Image:
+        """The picture with the answer drawn on it.
+
+        Raises:
+            InputError: The task's answer is text.
+        """
+        if isinstance(self.results, str):
+            raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
+        return draw.draw(self.picture, self.results)
+
+    def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:
+        """fal's JSON for this answer.
+
+        Args:
+            with_image: Whether `image` holds the annotated picture; otherwise it is None, as fal has it when unset.
+
+        Returns:
+            `{"results": …}`, and `"image"` for the tasks where fal has one.
+        """
+        answer: dict[str, Any] = {"results": to_dict(self.results)}
+        if self.task.has_image:
+            answer["image"] = to_dict(self.image) if with_image else None
+        return answer
