@@ -58,6 +58,13 @@ class GrowingDecoder:
         return {name: np.zeros(size, dtype=self._decoder.inputs[name]) for name in names}
 
     def step(self, token_ids: Ids) -> Floats:
+        # One token at a time, as transformers.js does: nobody has shown that the graphs on the hub mask several tokens
+        # causally, and one that does not would answer wrongly without an error.
+        for column in range(token_ids.shape[1]):
+            logits = self._step_one(token_ids[:, column : column + 1])
+        return logits
+
+    def _step_one(self, token_ids: Ids) -> Floats:
         embeds = self._embed_tokens.run({"input_ids": token_ids})["inputs_embeds"]
         feeds: dict[str, Array] = {"inputs_embeds": embeds, **self._state, **self._past}
         feeds["use_cache_branch"] = np.array([self._has_past])

@@ -69,6 +69,14 @@ def test_the_layout_gives_the_tokens_of_our_own_graphs(
     assert answers(model, photographs, options) == answers(own, photographs, options)
 
 
+def test_tokens_are_fed_one_at_a_time(directory: Path, photographs: list[Image.Image]) -> None:
+    """As transformers.js does; other exports of this layout may not take several."""
+    model = Florence2.from_pretrained(directory, device="cpu")
+    answer = model.run(tasks.OCR, photographs[0], options=GenerationOptions(num_beams=1, max_new_tokens=12))
+    decoder = model._text_model._decoder  # type: ignore[attr-defined]
+    assert decoder.num_runs == len(answer.token_ids) - 1, "every token but the last is fed"
+
+
 def test_fp16_files_run_on_the_cpu(directory: Path, own: Florence2, photographs: list[Image.Image]) -> None:
     model = Florence2.from_pretrained(directory, device="cpu", precision="fp16")
     expected = own.encode(photographs[0]).image_features
