@@ -105,6 +105,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     return content
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write JSON for people and machines."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors by stored name, in their stored dtype: safetensors where there are any, else a pickled state dict.
 

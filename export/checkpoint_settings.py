@@ -14,6 +14,7 @@ from florence_onnx.errors import CheckpointError
 from .checkpoint_files import read_json
 
 _BICUBIC = 3
+_RESCALE_FACTOR = 1 / 255
 
 GENERATION_DEFAULTS: dict[str, Any] = {
     "num_beams": 1,
@@ -110,8 +111,8 @@ def read_preprocessing(folder: Path) -> Preprocessing:
         (side, side),
         _channels(name, values, "image_mean"),
         _channels(name, values, "image_std"),
-        int(values.get("resample", _BICUBIC)),
-        float(values.get("rescale_factor", 1 / 255)),
+        _BICUBIC,
+        _RESCALE_FACTOR,
     )
 
 
@@ -119,6 +120,10 @@ def _check_steps(name: str, values: dict[str, Any]) -> None:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not values.get(step, True):
             raise CheckpointError(f"{name}: {step} is false; Florence-2's preprocessing needs it")
+    if values.get("resample", _BICUBIC) != _BICUBIC:
+        raise CheckpointError(f"{name}: resample is {values['resample']}; Florence-2's is {_BICUBIC} (bicubic)")
+    if abs(values.get("rescale_factor", _RESCALE_FACTOR) - _RESCALE_FACTOR) > 1e-9:
+        raise CheckpointError(f"{name}: rescale_factor is {values['rescale_factor']}; Florence-2's is 1/255")
     if values.get("do_center_crop") and values.get("crop_size") != values.get("size"):
         raise CheckpointError(f"{name}: do_center_crop with a crop_size other than size is not supported")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from florence_onnx.errors import FlorenceError
 
 from . import verify
 from .checkpoint import load_checkpoint
+from .optimize import CONVERSIONS
 from .transformers_js import export_transformers_js
 from .write_bundle import export_bundle
 
@@ -28,23 +29,18 @@ class Layout(str, Enum):
     TRANSFORMERS_JS = "transformers.js"
 
 
-class Precision(str, Enum):
-    """Precisions that can be written; the keys of `optimize.PRECISIONS`."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-
-
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a Florence-2 checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to create.")],
-    precision: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.FP32,
+    precision: Annotated[
+        str, typer.Option(help=f"Of weights and activations: fp32, {', '.join(CONVERSIONS)}.")
+    ] = "fp32",
     layout: Annotated[
         Layout, typer.Option(help="This project's three graphs, or the four of onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,  # noqa: UP045
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     image: Annotated[
-        Optional[list[Path]],  # noqa: UP045
+        list[Path] | None,
         typer.Option(help="Picture to verify on; may be repeated. Default: a photograph that comes along."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
@@ -63,9 +59,9 @@ def export(
 
             write = export_transformers_js if layout is Layout.TRANSFORMERS_JS else export_bundle
             pictures = image or [verify.PHOTOGRAPH]
-            bundle = write(loaded, output, precision=precision.value, pictures=pictures, force=force, progress=progress)
+            bundle = write(loaded, output, precision=precision, pictures=pictures, force=force, progress=progress)
     except (FlorenceError, OSError) as error:
-        _console.print(f"[red]error:[/] {error}", highlight=False)
+        typer.echo(f"error: {error}", err=True)  # not through rich, which would take [cpu] for markup
         raise typer.Exit(1) from error
     _console.print(_report(bundle))
     typer.echo(output)

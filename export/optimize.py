@@ -1,6 +1,6 @@
 """Precisions: one function per name, from an fp32 graph to the same graph in another precision.
 
-A new precision (int8, int4, …) is one more entry of `PRECISIONS`, and a tolerance in `verify.py`.
+A new precision (int8, int4, …) is one more entry of `CONVERSIONS`, and a tolerance in `verify.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ FP16_MAX = 65504.0
 """Largest finite half-precision number (IEEE 754)."""
 
 
-def keep_fp32(path: Path) -> None:
-    """The exported graph as it is."""
-
-
 def to_fp16(path: Path) -> None:
     """Halves weights, activations and caches, in place.
 
@@ -46,5 +42,5 @@ def to_fp16(path: Path) -> None:
     tidy(path)
 
 
-PRECISIONS: dict[str, Callable[[Path], None]] = {"fp32": keep_fp32, "fp16": to_fp16}
-"""By the name that the command line, the bundle and `from_pretrained` use."""
+CONVERSIONS: dict[str, Callable[[Path], None]] = {"fp16": to_fp16}
+"""By the name that the command line, the bundle and `from_pretrained` use; fp32 is what is exported."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
@@ -33,6 +33,7 @@ from florence_onnx.image import ImageInput
 
 from . import verify
 from .checkpoint import Checkpoint
+from .checkpoint_files import write_json
 from .modules import VisionEncoder
 from .onnx_export import OutputError, compare, export_graph, resized
 from .onnx_files import save, tidy
@@ -40,9 +41,8 @@ from .onnx_graphs import OPSET, GraphPlan
 from .optimize import FP16_MAX, FP32_OPS
 from .transformers_js_files import write_files
 from .transformers_js_modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
-from .write_bundle import new_directory, versions, write_json
+from .write_bundle import new_directory, versions
 
-Precision = Literal["fp32", "fp16"]
 Progress = Callable[[str], None]
 
 _MERGED = "decoder_model_merged"
@@ -54,7 +54,7 @@ def export_transformers_js(
     checkpoint: Checkpoint,
     output: str | os.PathLike[str],
     *,
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = lambda step: None,
@@ -90,7 +90,7 @@ def export_transformers_js(
     return bundles.read(Path(output), precision)
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: Precision, progress: Progress) -> dict[str, Any]:
+def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
     suffix = bundles.JS_SUFFIXES[precision]
     found: dict[str, Any] = {}
     decoders: list[GraphPlan] = []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from florence_onnx import tasks
 
 from .checkpoint import Checkpoint
+from .checkpoint_files import write_json
 
 _ANSWER_TYPES = {
     "<OCR_WITH_REGION>": "ocr",
@@ -30,15 +30,11 @@ def write_files(checkpoint: Checkpoint, directory: Path) -> None:
         checkpoint: What is exported.
         directory: The root of the layout, beside `onnx/`.
     """
-    _write(directory / "config.json", _config(checkpoint))
-    _write(directory / "generation_config.json", checkpoint.generation)
-    _write(directory / "preprocessor_config.json", _preprocessor(checkpoint))
-    _write(directory / "tokenizer_config.json", _tokenizer_config(checkpoint))
+    write_json(directory / "config.json", _config(checkpoint))
+    write_json(directory / "generation_config.json", checkpoint.generation)
+    write_json(directory / "preprocessor_config.json", _preprocessor(checkpoint))
+    write_json(directory / "tokenizer_config.json", _tokenizer_config(checkpoint))
     checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -7,13 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from florence_onnx import image, tasks
 from florence_onnx.bundle import Bundle
-from florence_onnx.engine import OnnxEngine
 from florence_onnx.errors import VerificationError
 from florence_onnx.image import ImageInput
 from florence_onnx.model import Florence2
@@ -21,7 +16,7 @@ from florence_onnx.options import GenerationOptions
 
 from . import reference
 from .checkpoint import Checkpoint
-from .onnx_export import OutputError
+from .onnx_export import OutputError, compare, worst
 from .onnx_graphs import GraphPlan
 
 PHOTOGRAPH = Path(__file__).parent / "photograph.jpg"
@@ -63,25 +58,8 @@ def compare_graph(plan: GraphPlan, path: Path) -> dict[str, OutputError]:
     Returns:
         The errors by output.
     """
-    engine = OnnxEngine(path, device="cpu")
-    worst: dict[str, OutputError] = {}
-    for inputs in (plan.inputs, *plan.check_inputs):
-        found = engine.run({name: tensor.numpy() for name, tensor in inputs.items() if name in engine.inputs})
-        with torch.inference_mode():
-            expected = plan.module(*inputs.values())
-        tensors = [expected] if isinstance(expected, torch.Tensor) else expected
-        for name, tensor in zip(plan.outputs, tensors, strict=True):
-            error = _error(tensor.numpy(), found[name].astype(np.float32))
-            if name not in worst or error.max_rel > worst[name].max_rel:
-                worst[name] = error
-    return worst
-
-
-def _error(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> OutputError:
-    largest = float(np.abs(expected - found).max())
-    if not np.isfinite(largest):  # a comparison with NaN would pass every bound
-        largest = float("inf")
-    return OutputError(largest, largest / max(float(np.abs(expected).max()), 1e-30))
+    batches = (plan.inputs, *plan.check_inputs)
+    return worst(compare(plan.module, path, inputs, plan.outputs) for inputs in batches)
 
 
 def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) -> dict[str, Any]:
@@ -90,13 +68,13 @@ def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) ->
     Raises:
         VerificationError: One is beyond the precision's bound.
     """
-    worst_name, worst = max(errors.items(), key=lambda item: item[1].max_rel)
-    if not worst.max_rel <= MAX_RELATIVE_ERROR[precision]:
+    output, largest = max(errors.items(), key=lambda item: item[1].max_rel)
+    if not largest.max_rel <= MAX_RELATIVE_ERROR[precision]:
         raise VerificationError(
-            f"{name} does not reproduce the checkpoint in {precision}: output {worst_name} is off by {worst.max_abs:.3g}, "
-            f"{worst.max_rel:.3g} of its largest value; allowed is {MAX_RELATIVE_ERROR[precision]:g}"
+            f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by {largest.max_abs:.3g}, "
+            f"{largest.max_rel:.3g} of its largest value; allowed is {MAX_RELATIVE_ERROR[precision]:g}"
         )
-    return {"max_abs": max(error.max_abs for error in errors.values()), "max_rel": worst.max_rel}
+    return {"max_abs": max(error.max_abs for error in errors.values()), "max_rel": largest.max_rel}
 
 
 def check_tokens(

@@ -22,7 +22,7 @@ ALIGNMENT = 4096
 SMALL_ALIGNMENT = 64
 
 
-def share_weights(paths: Sequence[Path], weights: Path) -> None:
+def gather_weights(paths: Sequence[Path], weights: Path) -> None:
     """Moves the large tensors of some graphs, in one directory, to one file.
 
     Args:

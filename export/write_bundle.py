@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -24,9 +23,10 @@ from florence_onnx.image import ImageInput
 
 from . import verify
 from .checkpoint import Checkpoint
+from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
-from .optimize import PRECISIONS
-from .weights import share_weights
+from .optimize import CONVERSIONS
+from .weights import gather_weights
 
 Progress = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def export_bundle(
     Args:
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
-        precision: A key of `PRECISIONS`.
+        precision: `fp32` or a key of `CONVERSIONS`.
         pictures: What the verification asks about.
         force: Whether to replace an existing directory.
         progress: Called with what is done next.
@@ -119,8 +119,8 @@ def export_bundle(
         CheckpointError: The precision is unknown or the directory exists.
         VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
     """
-    if precision not in PRECISIONS:
-        raise CheckpointError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if precision != "fp32" and precision not in CONVERSIONS:
+        raise CheckpointError(f"unknown precision {precision!r}; choose one of fp32, {', '.join(CONVERSIONS)}")
     loaded = [image.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
     with new_directory(Path(output), force=force) as directory:
         checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
@@ -131,7 +131,7 @@ def export_bundle(
         if precision != "fp32":
             graphs = _convert_graphs(checkpoint, directory, precision, progress)
         progress("sharing weights")
-        share_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
+        gather_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
         bundle = _unverified(checkpoint, directory, precision)
         if precision != "fp32":
             progress(f"comparing answers in {precision}")
@@ -157,7 +157,7 @@ def _convert_graphs(checkpoint: Checkpoint, directory: Path, precision: str, pro
     found = {}
     for plan in plans(checkpoint):
         progress(f"converting {plan.name} to {precision}")
-        PRECISIONS[precision](directory / plan.name)
+        CONVERSIONS[precision](directory / plan.name)
         found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
     return found
 
@@ -197,8 +197,3 @@ def _files(directory: Path) -> dict[str, Any]:
     for path in sorted(directory.iterdir()):
         found[path.name] = {"size": path.stat().st_size, "sha256": bundles.sha256(path)}
     return found
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON for people and machines."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -356,6 +356,8 @@ def test_preprocessing_from_processor_config(folder: Path) -> None:
         (lambda values: values.update(size={"height": 3200, "width": 3200}), "positions for 1 to 50"),
         (lambda values: values.pop("image_std"), "image_std"),
         (lambda values: values.update(do_normalize=False), "do_normalize"),
+        (lambda values: values.update(resample=2), "resample is 2"),
+        (lambda values: values.update(rescale_factor=1.0), r"rescale_factor is 1\.0"),
         (lambda values: values.update(do_center_crop=True, crop_size=64), "crop_size"),
     ],
 )

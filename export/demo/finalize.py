@@ -6,7 +6,6 @@ state of a run that has not ended, with its averaged weights.
 
 import argparse
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import (
 
 from florence_onnx.postprocess import BANNED_PHRASES
 
+from ..checkpoint_files import write_json  # noqa: TID252 - the package has two names, in a checkout and installed
 from .architecture import GRID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_model
 
 NUM_IMAGE_TOKENS = GRID * GRID + 1
@@ -72,8 +72,8 @@ def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_director
     model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_directory / name, directory / name)
-    _write_json(directory / "preprocessor_config.json", _preprocessor_config())
-    _write_json(directory / "processor_config.json", _processor_config())
+    write_json(directory / "preprocessor_config.json", _preprocessor_config())
+    write_json(directory / "processor_config.json", _processor_config())
     (directory / "model.safetensors").chmod(0o644)
 
 
@@ -105,10 +105,6 @@ def _processor_config() -> dict[str, object]:
         "num_additional_image_tokens": 0,
         "post_processor_config": post_processor_config(),
     }
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
