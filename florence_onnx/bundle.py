@@ -199,7 +199,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
     try:
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
         values: dict[str, Any] = described["model"]
-        model = ModelSizes(**{name: _untyped(value) for name, value in values.items()})
+        model = ModelSizes(**{name: _as_tuple(value) for name, value in values.items()})
         found = str(described["precision"])
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
@@ -220,7 +220,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
     )
 
 
-def _untyped(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
