@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from florence_onnx import bundle
 
 from .checkpoint import Checkpoint
-from .modules import Decoder, TextEncoder, VisionEncoder
 from .onnx_export import DynamicAxes, GraphReport, export_graph
+from .text import Decoder, TextEncoder
+from .vision import VisionEncoder
 
 OPSET = 18
 """The oldest with everything needed (LayerNormalization is 17), so that TensorRT 10.3 and ONNX Runtime 1.18 can read it."""

@@ -34,13 +34,13 @@ from florence_onnx.image import ImageInput
 from . import verify
 from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
-from .modules import VisionEncoder
 from .onnx_export import OutputError, compare, export_graph, resized
 from .onnx_files import save, tidy
 from .onnx_graphs import OPSET, GraphPlan
 from .optimize import FP16_MAX, FP32_OPS
 from .transformers_js_files import write_files
 from .transformers_js_modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
+from .vision import VisionEncoder
 from .write_bundle import new_directory, versions
 
 Progress = Callable[[str], None]
