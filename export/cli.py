@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from florence_onnx.bundle import Bundle
-from florence_onnx.errors import FlorenceError
+from florence_onnx.errors import CheckpointError, FlorenceError
 
 from . import verify
 from .checkpoint import load_checkpoint
-from .optimize import CONVERSIONS
+from .optimize import PRECISIONS, VISION_PRECISIONS
 from .transformers_js import export_transformers_js
-from .write_bundle import export_bundle
+from .write_bundle import export_bundle, export_bundles
 
 _console = Console(stderr=True)
 
@@ -33,8 +33,16 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a Florence-2 checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to create.")],
     precision: Annotated[
-        str, typer.Option(help=f"Of weights and activations: fp32, {', '.join(CONVERSIONS)}.")
-    ] = "fp32",
+        list[str] | None,
+        typer.Option(
+            help=f"Of weights and activations: {', '.join(PRECISIONS)}. Default: fp32. "
+            "May be repeated: each then gets its directory in OUTPUT."
+        ),
+    ] = None,
+    vision_precision: Annotated[
+        str | None,
+        typer.Option(help=f"Another precision for the vision encoder: {', '.join(VISION_PRECISIONS)}."),
+    ] = None,
     layout: Annotated[
         Layout, typer.Option(help="This project's three graphs, or the four of onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
@@ -57,14 +65,30 @@ def export(
                 _console.log(step)
                 status.update(step)
 
-            write = export_transformers_js if layout is Layout.TRANSFORMERS_JS else export_bundle
             pictures = image or [verify.PHOTOGRAPH]
-            bundle = write(loaded, output, precision=precision, pictures=pictures, force=force, progress=progress)
+            precisions = precision or ["fp32"]
+            common: dict[str, Any] = {"pictures": pictures, "force": force, "progress": progress}
+            written: list[Bundle]
+            if layout is Layout.TRANSFORMERS_JS:
+                _check_single(precisions, vision_precision)
+                written = [export_transformers_js(loaded, output, precision=precisions[0], **common)]
+            elif len(precisions) == 1:
+                common["vision_precision"] = vision_precision
+                written = [export_bundle(loaded, output, precision=precisions[0], **common)]
+            else:
+                common["vision_precision"] = vision_precision
+                written = export_bundles(loaded, output, precisions=precisions, **common)
     except (FlorenceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)  # not through rich, which would take [cpu] for markup
         raise typer.Exit(1) from error
-    _console.print(_report(bundle))
+    for bundle in written:
+        _console.print(_report(bundle))
     typer.echo(output)
+
+
+def _check_single(precisions: list[str], vision_precision: str | None) -> None:
+    if len(precisions) > 1 or vision_precision is not None:
+        raise CheckpointError("the transformers.js layout is written in one precision, the same for every graph")
 
 
 def _report(bundle: Bundle) -> Table:

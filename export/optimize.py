@@ -1,17 +1,22 @@
-"""Precisions: one function per name, from an fp32 graph to the same graph in another precision.
+"""Precisions: one recipe per name, from fp32 graphs to the same graphs in another precision.
 
-A new precision (int8, int4, …) is one more entry of `CONVERSIONS`, and a tolerance in `verify.py`.
+A new precision is one more entry of `PRECISIONS`, and a tolerance in `verify.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from florence_onnx import bundle
+
 from .onnx_files import save, tidy
+from .quantize import to_blocks, to_dynamic_int8
 
 FP32_IO = ("pixel_values", "image_features", "logits")
 """Kept in fp32 at every precision: what the caller hands over, keeps and searches. Caches follow the precision."""
@@ -21,6 +26,9 @@ FP32_OPS = ("LayerNormalization",)
 
 FP16_MAX = 65504.0
 """Largest finite half-precision number (IEEE 754)."""
+
+Conversion = Callable[[Path], None]
+"""Rewrites a graph in place."""
 
 
 def to_fp16(path: Path) -> None:
@@ -42,5 +50,46 @@ def to_fp16(path: Path) -> None:
     tidy(path)
 
 
-CONVERSIONS: dict[str, Callable[[Path], None]] = {"fp16": to_fp16}
-"""By the name that the command line, the bundle and `from_pretrained` use; fp32 is what is exported."""
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of each graph; None leaves it in fp32."""
+
+    vision_encoder: Conversion | None = None
+    text_encoder: Conversion | None = None
+    decoder: Conversion | None = None
+
+    def conversion(self, graph: str) -> Conversion | None:
+        """The conversion of a graph, named as in `florence_onnx.bundle.GRAPHS`."""
+        by_name = {
+            bundle.VISION_ENCODER: self.vision_encoder,
+            bundle.TEXT_ENCODER: self.text_encoder,
+            bundle.DECODER: self.decoder,
+        }
+        return by_name[graph]
+
+
+_VISION_INT8 = partial(to_dynamic_int8, kinds=("Gemm",))
+
+PRECISIONS: dict[str, Recipe] = {
+    "fp32": Recipe(),
+    "fp16": Recipe(to_fp16, to_fp16, to_fp16),
+    "int8": Recipe(_VISION_INT8, to_dynamic_int8, partial(to_blocks, bits=8)),
+    "int4": Recipe(_VISION_INT8, to_dynamic_int8, partial(to_blocks, bits=4)),
+}
+"""By the name that the command line, the bundle and `from_pretrained` use."""
+
+VISION_PRECISIONS = tuple(PRECISIONS)[:3]
+"""What the vision encoder may have by itself; int4 would be its int8."""
+
+
+def recipe(precision: str, vision_precision: str | None = None) -> Recipe:
+    """The recipe of a precision.
+
+    Args:
+        precision: A key of `PRECISIONS`.
+        vision_precision: Another precision for the vision encoder, the part that users found to be the touchiest.
+    """
+    chosen = PRECISIONS[precision]
+    if vision_precision is None:
+        return chosen
+    return replace(chosen, vision_encoder=PRECISIONS[vision_precision].vision_encoder)

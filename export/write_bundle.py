@@ -25,7 +25,7 @@ from . import verify
 from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
-from .optimize import CONVERSIONS
+from .optimize import PRECISIONS, VISION_PRECISIONS, Recipe, recipe
 from .weights import gather_weights
 
 Progress = Callable[[str], None]
@@ -71,7 +71,9 @@ def _is_replaceable(path: Path) -> bool:
         return False
     names = {entry.name for entry in path.iterdir()}
     is_checkpoint = any(name.endswith((".safetensors", ".bin")) for name in names)
-    is_export = bundles.DESCRIPTION in names or {"onnx", "config.json"} <= names
+    is_single = bundles.DESCRIPTION in names or {"onnx", "config.json"} <= names
+    is_several = names <= set(PRECISIONS) and all((path / name / bundles.DESCRIPTION).is_file() for name in names)
+    is_export = is_single or is_several
     return not names or (is_export and not is_checkpoint)
 
 
@@ -95,57 +97,114 @@ def export_bundle(
     output: str | os.PathLike[str],
     *,
     precision: str = "fp32",
+    vision_precision: str | None = None,
     pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
-    """Exports, verifies and writes a bundle.
+    """Exports, verifies and writes a bundle; see `export_bundles`."""
+    _check_precisions([precision], vision_precision)
+    loaded = [image.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
+    with new_directory(Path(output), force=force) as directory:
+        graphs, tokens = _write_exact(checkpoint, directory, loaded, progress)
+        _finish(checkpoint, directory, precision, vision_precision, loaded, graphs, tokens, progress)
+    return bundles.read(Path(output))
 
-    The fp32 graphs must give the checkpoint's tokens; another precision is converted from them afterwards, must stay
-    within its bounds graph by graph, and how many tokens still agree is measured and noted.
+
+def export_bundles(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    precisions: Sequence[str],
+    vision_precision: str | None = None,
+    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    force: bool = False,
+    progress: Progress = _silent,
+) -> list[Bundle]:
+    """Exports once and writes a bundle for each precision, as `output/PRECISION`.
+
+    The fp32 graphs must give the checkpoint's tokens; other precisions are converted from them afterwards, must stay
+    within their bounds graph by graph, and how many tokens still agree is measured and noted.
 
     Args:
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
-        precision: `fp32` or a key of `CONVERSIONS`.
+        precisions: Keys of `PRECISIONS`.
+        vision_precision: Another precision for the vision encoder of those that are not fp32.
         pictures: What the verification asks about.
         force: Whether to replace an existing directory.
         progress: Called with what is done next.
 
     Returns:
-        The bundle as it lies on disk.
+        The bundles as they lie on disk.
 
     Raises:
-        CheckpointError: The precision is unknown or the directory exists.
+        CheckpointError: A precision is unknown or the directory exists.
         VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
     """
-    if precision != "fp32" and precision not in CONVERSIONS:
-        raise CheckpointError(f"unknown precision {precision!r}; choose one of fp32, {', '.join(CONVERSIONS)}")
-    loaded = [image.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
-    with new_directory(Path(output), force=force) as directory:
-        checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
-        write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
-        graphs = _write_graphs(checkpoint, directory, progress)
-        progress("comparing answers with transformers")
-        tokens = verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), loaded)
-        if precision != "fp32":
-            graphs = _convert_graphs(checkpoint, directory, precision, progress)
-        progress("sharing weights")
-        gather_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
-        bundle = _unverified(checkpoint, directory, precision)
-        if precision != "fp32":
-            progress(f"comparing answers in {precision}")
-            tokens = verify.check_tokens(checkpoint, bundle, loaded)
-        description = bundles.describe(
-            precision=precision,
-            sizes=bundle.sizes,
-            source=bundle.source,
-            verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
-            files=_files(directory),
+    _check_precisions(precisions, vision_precision)
+    loaded = [image.load(picture) for picture in pictures]
+    with new_directory(Path(output), force=force) as directory, tempfile.TemporaryDirectory() as scratch:
+        exact = Path(scratch)
+        graphs, tokens = _write_exact(checkpoint, exact, loaded, progress)
+        for precision in precisions:
+            target = Path(shutil.copytree(exact, directory / precision))
+            _finish(checkpoint, target, precision, vision_precision, loaded, graphs, tokens, progress)
+    return [bundles.read(Path(output), precision) for precision in precisions]
+
+
+def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -> None:
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise CheckpointError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if vision_precision is not None and vision_precision not in VISION_PRECISIONS:
+        raise CheckpointError(
+            f"unknown precision {vision_precision!r} of the vision encoder; choose one of {', '.join(VISION_PRECISIONS)}"
         )
-        # Written last: without it the directory is no bundle, whatever happened before.
-        write_json(directory / bundles.DESCRIPTION, description)
-    return bundles.read(Path(output))
+
+
+def _write_exact(
+    checkpoint: Checkpoint, directory: Path, pictures: Sequence[ImageInput], progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes and verifies the fp32 graphs; returns the errors of each and the token agreement."""
+    checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
+    write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
+    graphs = _write_graphs(checkpoint, directory, progress)
+    progress("comparing answers with transformers")
+    return graphs, verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), pictures)
+
+
+def _finish(
+    checkpoint: Checkpoint,
+    directory: Path,
+    precision: str,
+    vision_precision: str | None,
+    pictures: Sequence[ImageInput],
+    graphs: dict[str, Any],
+    tokens: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Turns a directory of verified fp32 graphs into a bundle of another precision."""
+    chosen = recipe(precision, vision_precision if precision != "fp32" else None)
+    name = precision if chosen == PRECISIONS[precision] else f"{precision}, vision {vision_precision}"
+    graphs = graphs | _convert_graphs(checkpoint, directory, precision, chosen, progress)
+    progress("sharing weights")
+    gather_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
+    bundle = _unverified(checkpoint, directory, precision)
+    if precision != "fp32":
+        progress(f"comparing answers in {name}")
+        tokens = verify.check_tokens(checkpoint, bundle, pictures)
+    description = bundles.describe(
+        precision=precision,
+        sizes=bundle.sizes,
+        source=bundle.source,
+        verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
+        files=_files(directory),
+    )
+    if name != precision:
+        description["vision_precision"] = vision_precision
+    # Written last: without it the directory is no bundle, whatever happened before.
+    write_json(directory / bundles.DESCRIPTION, description)
 
 
 def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -153,11 +212,16 @@ def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -
     return {report.path.name: verify.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
 
 
-def _convert_graphs(checkpoint: Checkpoint, directory: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def _convert_graphs(
+    checkpoint: Checkpoint, directory: Path, precision: str, chosen: Recipe, progress: Progress
+) -> dict[str, Any]:
     found = {}
     for plan in plans(checkpoint):
+        conversion = chosen.conversion(plan.name)
+        if conversion is None:
+            continue
         progress(f"converting {plan.name} to {precision}")
-        CONVERSIONS[precision](directory / plan.name)
+        conversion(directory / plan.name)
         found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,9 @@ JS_SUFFIXES = {
     "bnb4": "_bnb4",
 }
 """File name suffix of each precision in the layout of transformers.js."""
+
+PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
+"""Which bundle of several is taken on a CPU: first the fastest of those whose answers were found as good as fp32's."""
 
 Layout = Literal["florence_onnx", "transformers.js"]
 
@@ -140,12 +143,13 @@ class Bundle:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path, precision: str | None = None) -> Bundle:
-    """Reads a bundle directory of either layout.
+def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> Bundle:
+    """Reads a bundle directory of either layout, or one of several bundles that lie in it by their precision.
 
     Args:
         path: The directory.
         precision: Required precision; None takes what is there (fp32 in the transformers.js layout).
+        preferred: Which of several bundles to take when `precision` is None, best first.
 
     Raises:
         BundleNotFoundError: It is not a bundle.
@@ -157,9 +161,36 @@ def read(path: Path, precision: str | None = None) -> Bundle:
         return _read_own(path, precision)
     if (path / "onnx").is_dir() and (path / "config.json").is_file():
         return _read_transformers_js(path, precision or "fp32")
+    chosen = choose(path, precision, preferred)
+    if chosen is not None:
+        return _read_own(path / chosen, chosen)
     raise BundleNotFoundError(
         f"{path} is not a bundle: it has neither {DESCRIPTION} nor onnx/. {_checkpoint_hint(path)}"
     )
+
+
+def choose(path: Path, precision: str | None, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> str | None:
+    """Which of the bundles that lie in a directory, each in one named after its precision, is meant.
+
+    Args:
+        path: The directory.
+        precision: The one that must be there, or None.
+        preferred: Best first, when `precision` is None.
+
+    Returns:
+        Its precision, or None where no bundles lie in `path`.
+
+    Raises:
+        BundleFormatError: There are bundles, none of that precision.
+    """
+    found = sorted({entry.parent.name for entry in path.glob(f"*/{DESCRIPTION}")} & set(PREFERRED_PRECISIONS))
+    if not found:
+        return None
+    if precision is not None and precision not in found:
+        raise BundleFormatError(
+            f"{path} has precisions {', '.join(found)}, not {precision}; export it with --precision {precision}"
+        )
+    return precision or next((name for name in preferred if name in found), found[0])
 
 
 def _checkpoint_hint(path: Path) -> str:

@@ -16,6 +16,7 @@ from florence_onnx.bundle import (
     JS_SUFFIXES,
     WEIGHTS,
     Bundle,
+    choose,
     read,
 )
 from florence_onnx.errors import BundleError, BundleNotFoundError
@@ -72,15 +73,20 @@ def _from_hub(
     patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
 
     def fetch(**options: Any) -> Path:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=patterns,
-            endpoint=os.environ.get("HF_ENDPOINT"),  # the client reads it once, when it is imported
-            **options,
-        )
-        return Path(folder)
+        def take(allowed: list[str]) -> Path:
+            folder = snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=allowed,
+                endpoint=os.environ.get("HF_ENDPOINT"),  # the client reads it once, when it is imported
+                **options,
+            )
+            return Path(folder)
+
+        folder = take(patterns)
+        chosen = choose(folder, precision)  # their descriptions came with *.json, which matches in directories too
+        return folder if chosen is None else take([f"{chosen}/*"])
 
     try:
         return read(fetch(local_files_only=True), precision)

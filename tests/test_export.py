@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from export import verify, write_bundle  # noqa: E402
 from export.onnx_graphs import plans  # noqa: E402
-from export.optimize import CONVERSIONS  # noqa: E402
+from export.optimize import PRECISIONS, Recipe  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -117,7 +117,7 @@ def test_a_wrong_graph_is_refused_and_nothing_is_left(
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         onnx.save(model, str(path))
 
-    monkeypatch.setitem(CONVERSIONS, "fp16", damage)
+    monkeypatch.setitem(PRECISIONS, "fp16", Recipe(damage, damage, damage))
     with pytest.raises(VerificationError, match=r"vision_encoder.onnx does not reproduce the checkpoint in fp16"):
         write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="fp16")
     assert list(tmp_path.iterdir()) == []
@@ -137,7 +137,7 @@ def test_a_graph_that_answers_nan_is_refused(tiny: Exported, tmp_path: Path, mon
             model.graph.node.append(onnx.helper.make_node("Add", [f"{name}_sound", "nan"], [name]))
         onnx.save(model, str(path))
 
-    monkeypatch.setitem(CONVERSIONS, "fp16", poison)
+    monkeypatch.setitem(PRECISIONS, "fp16", Recipe(poison, poison, poison))
     with pytest.raises(
         VerificationError, match=r"text_encoder\.onnx does not reproduce .* cross_key_values\.1\.value is off by inf"
     ):
