@@ -13,9 +13,9 @@ from rich.table import Table
 from florence_onnx.bundle import Bundle
 from florence_onnx.errors import FlorenceError
 
-from . import verify
 from .checkpoint import load_checkpoint
 from .optimize import CONVERSIONS
+from .photograph import PHOTOGRAPH
 from .transformers_js import export_transformers_js
 from .write_bundle import export_bundle
 
@@ -58,7 +58,7 @@ def export(
                 status.update(step)
 
             write = export_transformers_js if layout is Layout.TRANSFORMERS_JS else export_bundle
-            pictures = image or [verify.PHOTOGRAPH]
+            pictures = image or [PHOTOGRAPH]
             bundle = write(loaded, output, precision=precision, pictures=pictures, force=force, progress=progress)
     except (FlorenceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)  # not through rich, which would take [cpu] for markup

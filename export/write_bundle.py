@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
 from .optimize import CONVERSIONS
+from .photograph import PHOTOGRAPH
 from .weights import gather_weights
 
 Progress = Callable[[str], None]
@@ -95,7 +96,7 @@ def export_bundle(
     output: str | os.PathLike[str],
     *,
     precision: str = "fp32",
-    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
