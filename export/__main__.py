@@ -1,4 +1,4 @@
-"""`python -m export` and `florence-onnx-export`."""
+"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE` measures what was exported."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import sys
 
 from florence_onnx.errors import MissingExtraError
 
-_EXTRA_PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxruntime", "safetensors", "typer", "rich")
+_EXTRA_PACKAGES = (
+    "torch", "transformers", "optimum", "onnx", "onnxruntime", "safetensors", "typer", "rich", "rapidfuzz",
+)  # fmt: skip
 
 
 def main() -> None:
-    """Runs the command line; without the packages of the extra it says how to install them and exits with 2."""
+    """Runs the command line; without the packages of the extra it says how to install them and exits with 2.
+
+    A first argument `verify` is the command; a checkpoint of that name is `./verify`.
+    """
     try:
-        from . import cli
+        if sys.argv[1:2] == ["verify"]:  # needs no torch where the reference is a bundle
+            from .verify_command import main as run
+        else:
+            from .cli import main as run
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_PACKAGES:
             raise
         sys.stderr.write(f"{MissingExtraError(package, 'export')}\n")
         raise SystemExit(2) from None
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

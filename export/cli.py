@@ -13,9 +13,9 @@ from rich.table import Table
 from florence_onnx.bundle import Bundle
 from florence_onnx.errors import CheckpointError, FlorenceError
 
-from . import verify
 from .checkpoint import load_checkpoint
 from .optimize import PRECISIONS, VISION_PRECISIONS
+from .photograph import PHOTOGRAPH
 from .transformers_js import export_transformers_js
 from .write_bundle import export_bundle, export_bundles
 
@@ -65,7 +65,7 @@ def export(
                 _console.log(step)
                 status.update(step)
 
-            pictures = image or [verify.PHOTOGRAPH]
+            pictures = image or [PHOTOGRAPH]
             precisions = precision or ["fp32"]
             common: dict[str, Any] = {"pictures": pictures, "force": force, "progress": progress}
             written: list[Bundle]

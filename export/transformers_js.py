@@ -38,6 +38,7 @@ from .onnx_export import OutputError, compare, export_graph, resized
 from .onnx_files import save, tidy
 from .onnx_graphs import OPSET, GraphPlan
 from .optimize import FP16_MAX, FP32_OPS
+from .photograph import PHOTOGRAPH
 from .transformers_js_files import write_files
 from .transformers_js_modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
 from .vision import VisionEncoder
@@ -55,7 +56,7 @@ def export_transformers_js(
     output: str | os.PathLike[str],
     *,
     precision: str = "fp32",
-    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> bundles.Bundle:

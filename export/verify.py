@@ -18,9 +18,7 @@ from . import reference
 from .checkpoint import Checkpoint
 from .onnx_export import OutputError, compare, worst
 from .onnx_graphs import GraphPlan
-
-PHOTOGRAPH = Path(__file__).parent / "photograph.jpg"
-"""Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image; made smaller."""
+from .photograph import PHOTOGRAPH
 
 MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.5, "int4": 0.9}
 """Largest error of a graph's output, as a share of that output's largest magnitude, by precision.

@@ -69,7 +69,7 @@ class _ConvEmbed(nn.Module):
         return states if self.pre_norm else self.norm(states)
 
 
-class _WindowAttention(nn.Module):
+class WindowAttention(nn.Module):
     """Attention within windows of w x w tokens; windows beyond the edge are filled with zeros, which are attended.
 
     Tokens stay in rows until queries, keys and values are split by head: that permutation sorts them by window too.
@@ -111,7 +111,7 @@ class _WindowAttention(nn.Module):
         return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, self.num_heads, window * window, split.shape[-1])
 
 
-class _ChannelAttention(nn.Module):
+class ChannelAttention(nn.Module):
     """Attention of channels to channels within groups, over all tokens.
 
     The scores of a group are `Q'K`, sums over the tokens, and need the tokens only through `x'x`:
@@ -119,6 +119,15 @@ class _ChannelAttention(nn.Module):
     left to do for each token is one product with `Wv A' Wp`, the attention `A` set between the value and the output
     projection. Two products over all tokens instead of four: in Florence-2-base a twelfth of the encoder's arithmetic.
     """
+
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+    constant: Tensor
+    value: Tensor
+    proj: Tensor
+    proj_bias: Tensor
 
     def __init__(self, source: Any, num_tokens: int) -> None:
         super().__init__()
@@ -155,7 +164,7 @@ class _ChannelAttention(nn.Module):
         return scores + self.query_bias * key_total + self.constant
 
 
-class _DirectChannelAttention(nn.Module):
+class DirectChannelAttention(nn.Module):
     """The same by queries, keys and values of every token: less arithmetic where there are few tokens and many channels."""
 
     def __init__(self, source: Any, num_tokens: int) -> None:
@@ -176,10 +185,10 @@ class _DirectChannelAttention(nn.Module):
         return _apply(self.proj, merge_heads(value @ attention.transpose(2, 3)))
 
 
-def _channel_attention(source: Any, num_tokens: int) -> nn.Module:
-    """The cheaper of two equal forms: products over the tokens cost N·C² each, those of weights C³."""
-    is_cheaper = 2 * source.proj.weight.shape[0] < 1.9 * num_tokens
-    return (_ChannelAttention if is_cheaper else _DirectChannelAttention)(source, num_tokens)
+def channel_attention(source: Any, num_tokens: int) -> nn.Module:
+    """The cheaper of two equal forms: the one saves two products of N·C² over the tokens, and adds two of C³."""
+    is_cheaper = source.proj.weight.shape[0] < num_tokens
+    return (ChannelAttention if is_cheaper else DirectChannelAttention)(source, num_tokens)
 
 
 class _Block(nn.Module):
@@ -220,8 +229,8 @@ class VisionEncoder(nn.Module):
             size = _convolved(conv.conv, size)
             for block in blocks:
                 spatial, channel = block.spatial_block, block.channel_block
-                layers.append(_Block(spatial, _WindowAttention(spatial.window_attn, size), size))
-                layers.append(_Block(channel, _channel_attention(channel.channel_attn, size[0] * size[1]), size))
+                layers.append(_Block(spatial, WindowAttention(spatial.window_attn, size), size))
+                layers.append(_Block(channel, channel_attention(channel.channel_attn, size[0] * size[1]), size))
         self.layers = nn.Sequential(*layers)
         self.projection: nn.Linear = projector.image_projection
         self.norm: nn.LayerNorm = projector.image_proj_norm

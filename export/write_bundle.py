@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
 from .optimize import PRECISIONS, VISION_PRECISIONS, Recipe, recipe
+from .photograph import PHOTOGRAPH
 from .weights import gather_weights
 
 Progress = Callable[[str], None]
@@ -98,7 +99,7 @@ def export_bundle(
     *,
     precision: str = "fp32",
     vision_precision: str | None = None,
-    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
@@ -117,7 +118,7 @@ def export_bundles(
     *,
     precisions: Sequence[str],
     vision_precision: str | None = None,
-    pictures: Sequence[ImageInput] = (verify.PHOTOGRAPH,),
+    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> list[Bundle]:

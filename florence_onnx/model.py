@@ -18,7 +18,7 @@ from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError, TextInputError
-from florence_onnx.generation import GeneratedSequence, generate
+from florence_onnx.generation import DecoderSession, GeneratedSequence, generate
 from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
@@ -230,13 +230,46 @@ class Florence2:
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         self._check_length(requests, attention_mask)
         encoded = self._encode_all([request.image for request in requests])
-        image_features = np.stack([each.image_features for each in encoded])
-        session = self._text_model.start(input_ids, attention_mask, image_features)
+        session = self._start_session(input_ids, attention_mask, encoded)
         sequences = generate(session, len(requests), config)
         return [
             self._prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
         ]
+
+    def score_tokens(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        token_ids: Sequence[int],
+        *,
+        text_input: str | None = None,
+        region: Region | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """The logits at every position of a given answer, whatever the model itself would have said.
+
+        Args:
+            task: As for `run`.
+            image: As for `run`.
+            token_ids: L tokens from the decoder start token on, such as `Prediction.token_ids`.
+            text_input: As for `run`.
+            region: As for `run`.
+
+        Returns:
+            `(L - 1, V)`: row i is what the model expects after the first i + 1 tokens, before any logits processor.
+
+        Raises:
+            InputError: As for `run`, or a token is not in the vocabulary, or there are none or too many.
+        """
+        requests = _requests(task, [image], [text_input], [region])
+        self._check_tokens(token_ids)
+        input_ids, attention_mask = self._tokenizer.encode([requests[0].prompt])
+        self._check_length(requests, attention_mask)
+        session = self._start_session(input_ids, attention_mask, self._encode_all([image]))
+        logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
+        for row, token in zip(logits, token_ids, strict=False):  # nothing follows the last token
+            row[:] = session.step(np.array([[token]], dtype=np.int64))[0]
+        return logits
 
     def warm_up(self) -> None:
         """Runs every stage once on a blank picture, so that the first real call is not the slow one."""
@@ -283,6 +316,19 @@ class Florence2:
                 f"{(sizes.num_image_tokens, sizes.width)}; encode it again"
             )
         return encoded
+
+    def _start_session(
+        self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64], encoded: Sequence[EncodedImage]
+    ) -> DecoderSession:
+        image_features = np.stack([each.image_features for each in encoded])
+        return self._text_model.start(input_ids, attention_mask, image_features)
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        sizes = self._bundle.sizes
+        if not 1 <= len(token_ids) <= sizes.max_positions + 1:
+            raise InputError(f"token_ids must be 1 to {sizes.max_positions + 1} tokens, got {len(token_ids)}")
+        if not all(0 <= token < sizes.vocab_size for token in token_ids):
+            raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
 
     def _check_length(self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64]) -> None:
         num_image_tokens = self._bundle.sizes.num_image_tokens

@@ -12,6 +12,7 @@ from PIL import Image
 from florence_onnx import Florence2, GenerationOptions, Region, bundle, tasks
 
 pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
+from export import matching
 from export.demo import metrics
 
 UNSEEN_SEED = 20250817
@@ -82,7 +83,7 @@ def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], 
     assert sorted(box.label for box in found) == sorted(shape["label"] for shape in truth["objects"])
     for shape in truth["objects"]:
         box = next(box for box in found if box.label == shape["label"])
-        assert metrics.box_iou((box.x, box.y, box.x + box.w, box.y + box.h), shape["box"]) > 0.7
+        assert matching.box_iou((box.x, box.y, box.x + box.w, box.y + box.h), shape["box"]) > 0.7
     word = truth["word"]["text"] if truth["word"] else ""
     text = demo.run(tasks.OCR, picture).results
     assert text == word

@@ -15,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="the drawn words use matplotlib's bundled fonts")
 
+from export import matching
 from export.demo import metrics
 from export.demo.answers import TASK_TOKENS, ask, bins, caption, detailed_caption, more_detailed_caption
 from export.demo.samples import DEFAULT_DIRECTORY, SPECS, describe, draw_sample, write_samples
@@ -107,7 +108,7 @@ def test_outline_covers_the_drawn_mask(kind: str) -> None:
     shape = Shape(kind, "red", "large", (0.2, 0.3, 0.6, 0.8))
     size = (400, 300)
     flat = [value for x, y in shape.outline() for value in (x * size[0], y * size[1])]
-    assert metrics.mask_iou(metrics.draw_polygons([flat], size), draw_mask(shape, size)) > 0.9
+    assert matching.mask_iou(matching.draw_polygons([flat], size), draw_mask(shape, size)) > 0.9
     xs, ys = zip(*unit_outline(kind), strict=True)
     assert (min(xs), max(xs), min(ys), max(ys)) == pytest.approx((0, 1, 0, 1))
 
@@ -177,10 +178,10 @@ def test_region_inputs_are_jittered_within_the_bins() -> None:
 
 
 def test_box_iou() -> None:
-    assert metrics.box_iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
-    assert metrics.box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert metrics.box_iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    assert metrics.box_iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
+    assert matching.box_iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1
+    assert matching.box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert matching.box_iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert matching.box_iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0
 
 
 def test_match_boxes_pairs_each_box_once_and_only_equal_labels() -> None:
@@ -193,17 +194,17 @@ def test_match_boxes_pairs_each_box_once_and_only_equal_labels() -> None:
 def test_mask_iou() -> None:
     left, all_of_it = np.zeros((4, 4), bool), np.ones((4, 4), bool)
     left[:, :2] = True
-    assert metrics.mask_iou(left, all_of_it) == 0.5
-    assert metrics.mask_iou(~all_of_it, ~all_of_it) == 0
+    assert matching.mask_iou(left, all_of_it) == 0.5
+    assert matching.mask_iou(~all_of_it, ~all_of_it) == 0
 
 
 def test_draw_polygons_skips_what_is_no_polygon() -> None:
-    assert not metrics.draw_polygons([[1, 1, 5, 5]], (8, 8)).any()
-    assert metrics.draw_polygons([[0, 0, 7, 0, 7, 7, 0, 7]], (8, 8)).all()
+    assert not matching.draw_polygons([[1, 1, 5, 5]], (8, 8)).any()
+    assert matching.draw_polygons([[0, 0, 7, 0, 7, 7, 0, 7]], (8, 8)).all()
 
 
 def test_quad_to_box() -> None:
-    assert metrics.quad_to_box([1, 2, 5, 1, 6, 8, 0, 9]) == (0, 1, 6, 9)
+    assert matching.quad_to_box([1, 2, 5, 1, 6, 8, 0, 9]) == (0, 1, 6, 9)
 
 
 def test_invented_words_are_counted() -> None:

@@ -7,21 +7,21 @@ A prediction is parsed as transformers' `post_process_generation` does it, in pi
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 
+from ..matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box  # noqa: TID252 - as in finalize
 from .answers import TASK_TOKENS, Question, ask
 from .scenes import Box, Scene, draw_mask, make_scene
 
 Predict = Callable[[Image.Image, str, str], Any]  # (image, task token, text input) -> parsed answer
 Results = BoundingBoxes | OCRBoundingBox | PolygonOutput | str
-LabelledBox = tuple[str, Sequence[float]]
 QUESTION_SEED = 5
 MIN_IOU = 0.5
 
@@ -46,59 +46,11 @@ class Match:
     sum_iou: float  # over the true boxes; 0 for one without a partner
 
 
-def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two `(x0, y0, x1, y1)` boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(0.0, width) * max(0.0, height)
-    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
-    return intersection / (areas - intersection) if areas > intersection else 0.0
-
-
 def match_boxes(predicted: Sequence[LabelledBox], true: Sequence[LabelledBox]) -> Match:
     """Pair boxes of equal labels one to one, best overlap first."""
-    pairs = sorted(
-        (
-            (box_iou(p_box, t_box), i, j)
-            for i, (p_label, p_box) in enumerate(predicted)
-            for j, (t_label, t_box) in enumerate(true)
-            if p_label == t_label
-        ),
-        reverse=True,
-    )
-    used_predicted: set[int] = set()
-    used_true: set[int] = set()
-    overlaps: list[float] = []
-    for overlap, i, j in pairs:
-        if i not in used_predicted and j not in used_true:
-            used_predicted.add(i)
-            used_true.add(j)
-            overlaps.append(overlap)
+    overlaps = [pair.iou for pair in pair_boxes(predicted, true)]
     num_correct = sum(overlap >= MIN_IOU for overlap in overlaps)
     return Match(num_correct, len(predicted), len(true), sum(overlaps))
-
-
-def draw_polygons(polygons: Iterable[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
-    """Union of flat polygons `[x, y, x, y, …]` as a bool array (H, W); `size` is (width, height)."""
-    mask = Image.new("1", size)
-    pen = ImageDraw.Draw(mask)
-    for polygon in polygons:
-        points = list(zip(polygon[0::2], polygon[1::2], strict=False))
-        if len(points) >= 3:
-            pen.polygon(points, fill=1)
-    return np.asarray(mask)
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool arrays (H, W)."""
-    union = np.logical_or(a, b).sum()
-    return float(np.logical_and(a, b).sum() / union) if union else 0.0
-
-
-def quad_to_box(quad: Sequence[float]) -> tuple[float, float, float, float]:
-    """Smallest `(x0, y0, x1, y1)` box around a quad box `[x, y] * 4`."""
-    xs, ys = quad[0::2], quad[1::2]
-    return min(xs), min(ys), max(xs), max(ys)
 
 
 def to_pixels(box: Box, size: tuple[int, int]) -> Box:

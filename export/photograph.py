@@ -1,0 +1,6 @@
+"""The picture that comes with the export, to verify on where the user gives none."""
+
+from pathlib import Path
+
+PHOTOGRAPH = Path(__file__).parent / "photograph.jpg"
+"""Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image; made smaller."""
