@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -198,6 +197,8 @@ def load_engines(paths: Sequence[Path], expected_inputs: Sequence[Sequence[str]]
     Raises:
         FlorenceError: As `OnnxEngine`, of the first graph that does not load.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     # The last graph first: it is the decoder, whose start needs the most memory beyond what it keeps.
     pairs = list(zip(paths, expected_inputs, strict=True))[::-1]
     # Accelerators one by one: building their engines side by side would take their memory several times.
