@@ -176,7 +176,9 @@ def _check_out(out: npt.NDArray[np.float32], shape: tuple[int, int, int]) -> npt
 
 
 def _load_url(address: str, apply_exif: bool, max_pixels: int, max_bytes: int, timeout: float) -> Image.Image:
-    content = url.download(address, max_bytes=max_bytes, timeout=timeout)
+    from florence_onnx import download
+
+    content = download.download(address, max_bytes=max_bytes, timeout=timeout)
     try:
         return _decode(io.BytesIO(content), url.shorten(address), apply_exif, max_pixels)
     except ImageDecodeError as error:

@@ -16,15 +16,15 @@ from florence_onnx import bundle as bundles
 from florence_onnx import hub, image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import Engine, OnnxEngine, SessionOptions, onnxruntime
+from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError, TextInputError
-from florence_onnx.generation import generate
+from florence_onnx.generation import DecoderSession, generate
 from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.providers import Provider, candidates
+from florence_onnx.providers import BF16, Options, Provider, candidates
 from florence_onnx.search import GeneratedSequence
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
@@ -46,12 +46,15 @@ class _Request:
 class Florence2:
     """A Florence-2 model on ONNX Runtime. Safe to use from several threads."""
 
-    def __init__(self, bundle: Bundle, vision_encoder: Engine, text_model: TextBackend, provider: str) -> None:
+    def __init__(
+        self, bundle: Bundle, vision_encoder: Engine, text_model: TextBackend, provider: str, precision: str
+    ) -> None:
         """Wires loaded stages; use `from_pretrained`."""
         self._bundle = bundle
         self._vision_encoder = vision_encoder
         self._text_model = text_model
         self._provider = provider
+        self._precision = precision
         self._tokenizer = PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
 
     @classmethod
@@ -62,6 +65,7 @@ class Florence2:
         device: str = "auto",
         precision: str | None = None,
         providers: Sequence[Provider] | None = None,
+        provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -72,9 +76,13 @@ class Florence2:
             name: A bundle directory, a hub repository (`owner/name`; a bundle, or the layout of
                 `onnx-community/Florence-2-*`), or `"demo"`, the built-in model for drawn shapes.
             device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
-            precision: Which files to take (`"fp32"`, `"fp16"`, …); None takes what the bundle has, or fp32.
+            precision: Which files to take (`"fp32"`, `"fp16"`, …), or `"bf16"`: the fp32 files, computed in bf16 by a
+                provider that can (OpenVINO, on a processor with bf16 arithmetic). None takes what the bundle has, or fp32.
             providers: Explicit ONNX Runtime execution providers (names, or names with options) instead of `device`.
-            session_options: Attributes of `onnxruntime.SessionOptions` to set, e.g. `{"intra_op_num_threads": 2}`.
+            provider_options: Options of the device's execution provider over this package's own, e.g. for `"openvino"`
+                `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as value is passed on as JSON.
+            session_options: Attributes and config entries of `onnxruntime.SessionOptions` over this package's own, e.g.
+                `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept.
 
@@ -83,8 +91,15 @@ class Florence2:
             ProviderError: The execution provider cannot run here.
             MissingExtraError: No ONNX Runtime is installed.
         """
-        bundle = hub.resolve(name, precision=precision, revision=revision, cache_dir=cache_dir)
-        return cls.from_bundle(bundle, device=device, providers=providers, session_options=session_options)
+        files = "fp32" if precision == BF16 else precision
+        return cls.from_bundle(
+            hub.resolve(name, precision=files, revision=revision, cache_dir=cache_dir),
+            device=device,
+            precision=precision,
+            providers=providers,
+            provider_options=provider_options,
+            session_options=session_options,
+        )
 
     @classmethod
     def from_bundle(
@@ -92,39 +107,43 @@ class Florence2:
         bundle: Bundle,
         *,
         device: str = "auto",
+        precision: str | None = None,
         providers: Sequence[Provider] | None = None,
+        provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
     ) -> Florence2:
         """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
+        if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
+            raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
+        arguments = {"precision": precision, "session_options": session_options}
         if device == "auto" and providers is None:
-            return cls._load_best(bundle, session_options)
-        engines = [
-            OnnxEngine(
-                path,
-                device=device,
-                providers=providers,
-                session_options=session_options,
-                expected_inputs=bundles.KEY_INPUTS[graph],
-            )
-            for graph, path in bundle.graphs.items()
-        ]
-        vision_encoder, *text = engines
-        return cls(bundle, vision_encoder, _text_backend(bundle, text), vision_encoder.provider)
+            if provider_options:
+                raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
+            return cls._load_best(bundle, arguments)
+        more = {"device": device, "providers": providers, "provider_options": provider_options}
+        return cls._load(bundle, {**arguments, **more})
 
     @classmethod
-    def _load_best(cls, bundle: Bundle, session_options: SessionOptions | None) -> Florence2:
+    def _load(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
+        names = [bundles.KEY_INPUTS[graph] for graph in bundle.graphs]
+        vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
+        precision = arguments.get("precision") or bundle.precision
+        return cls(bundle, vision_encoder, _text_backend(bundle, text), vision_encoder.provider, precision)
+
+    @classmethod
+    def _load_best(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
         """Takes the first device that starts, and says which."""
-        *accelerators, last = candidates(onnxruntime().get_available_providers())
+        *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
         for device in accelerators:
             try:
-                model = cls.from_bundle(bundle, device=device, session_options=session_options)
+                model = cls._load(bundle, {**arguments, "device": device})
             except ProviderError as error:
                 _log.warning("device auto: %s is installed but cannot run: %s", device, error)
             else:
                 _log.info("device auto: %s", device)
                 return model
         _log.info("device auto: %s", last)
-        return cls.from_bundle(bundle, device=last, session_options=session_options)
+        return cls._load(bundle, {**arguments, "device": last})
 
     # ------------------------------------------------------------------------------------------------------- asking
 
@@ -285,7 +304,7 @@ class Florence2:
         return {
             "path": str(bundle.path),
             "layout": bundle.layout,
-            "precision": bundle.precision,
+            "precision": self._precision,
             "provider": self._provider,
             "model": dict(vars(sizes)),
             "generation": vars(bundle.generation.resolve(None)),

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
-from florence_onnx import draw
 from florence_onnx.errors import InputError
 from florence_onnx.results import Image, to_dict
 from florence_onnx.tasks import Task
@@ -76,6 +75,8 @@ class Prediction(Generic[R]):
         """
         if isinstance(self.results, str):
             raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
+        from florence_onnx import draw  # fonts and drawing: not for those who only want results
+
         return draw.draw(self.picture, self.results)
 
     def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:

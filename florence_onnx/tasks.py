@@ -15,7 +15,6 @@ VQA = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -302,6 +301,8 @@ def get(task: Task[Any] | str) -> Task[Any]:
 def _suggestion(task: object) -> str:
     """`; did you mean "object-detection"?`, or nothing where no name is near."""
     by_plain_name = {_plain(name): name for name in reversed(_BY_NAME)}  # where both are near, the slug wins
+    import difflib  # here, on the way to an error
+
     near = difflib.get_close_matches(_plain(str(task)[:100]), by_plain_name, n=1)
     return f'; did you mean "{by_plain_name[near[0]]}"?' if near else ""
 

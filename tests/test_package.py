@@ -56,10 +56,11 @@ MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "url": {"errors"},
+    "download": {"errors", "url"},
     "locations": {"errors", "results", "numpy"},
     "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
     "tasks": {"errors", "locations", "postprocess", "results"},
-    "image": {"errors", "url", "numpy", "PIL"},
+    "image": {"download", "errors", "url", "numpy", "PIL"},
     "draw": {"errors", "results", "PIL"},
     "prediction": {"draw", "errors", "results", "tasks", "numpy", "PIL"},
     "tokenizer": {"errors", "numpy", "tokenizers"},
@@ -70,8 +71,9 @@ MAY_IMPORT = {
     "greedy_search": {"logits_processors", "options", "prompt_lookup", "search", "numpy"},
     "beam_search": {"logits_processors", "options", "search", "numpy"},
     "generation": {"beam_search", "greedy_search", "options", "search"},
-    "providers": {"errors"},
-    "engine": {"errors", "providers", "numpy", "onnxruntime"},
+    "cpu": set(),
+    "providers": {"cpu", "errors"},
+    "engine": {"cpu", "errors", "providers", "numpy", "onnxruntime"},
     "decoder": {"engine", "generation", "numpy"},
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
     "bundle": {"errors", "options"},
@@ -123,14 +125,50 @@ def test_the_runtime_never_imports_the_export() -> None:
         assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
 
 
+LAZY = {"__main__", "cli", "download", "draw"}
+"""Modules of the package that `import florence_onnx` leaves for later."""
+
+HEAVY = [
+    "asyncio",
+    "concurrent.futures",
+    "difflib",
+    "email",
+    "http",
+    "http.client",
+    "multiprocessing",
+    "random",
+    "shutil",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tempfile",
+    "unittest",
+    "urllib.request",
+    "PIL.ImageDraw",
+    "PIL.ImageFont",
+]
+"""Of the standard library and Pillow: each costs milliseconds, and most callers need none."""
+
+
+def modules_of(code: str) -> set[str]:
+    """What is imported after some code ran in a fresh interpreter."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
 def test_import_is_light() -> None:
-    """numpy and Pillow only: sessions, tokenizers and the hub client are loaded when they are needed."""
-    code = (
-        "import sys, florence_onnx; "
-        "print(sorted({'torch', 'transformers', 'onnxruntime', 'tokenizers', 'huggingface_hub', 'typer', 'rich'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """Over numpy and Pillow nothing but our own modules and a little of the standard library."""
+    before = modules_of("import numpy, PIL.Image")
+    new = modules_of("import florence_onnx") - before
+    foreign = {name.split(".")[0] for name in new if name.split(".")[0] not in sys.stdlib_module_names}
+    assert foreign <= {"florence_onnx", "numpy"}  # numpy.typing
+    assert sorted(new & set(HEAVY)) == []
+
+
+def test_which_modules_wait_until_they_are_needed() -> None:
+    loaded = {name for name in modules_of("import florence_onnx") if name.startswith("florence_onnx.")}
+    ours = {f"florence_onnx.{path.stem}" for path in PACKAGE.glob("*.py")} - {"florence_onnx.__init__"}
+    assert ours - loaded == {f"florence_onnx.{name}" for name in LAZY}
 
 
 def test_the_demo_answers_without_torch() -> None:
