@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-_SECONDS = 0.25
+_SECONDS = 0.1
 """How long a rate is measured at least."""
 _READ_BYTES = 512 * 2**20
 """Far more than any cache holds."""
-_PROBE = (128, 768, 768)
+_PROBE = (577, 768, 768)
 """A product small enough that even an emulated type takes a fraction of a second."""
 _LARGE = (2304, 1024, 4096)
 

@@ -63,7 +63,7 @@ class PyTorchRunner:
             return
         costs = Costs.read(Path(self._job.checkpoint))
         seconds = costs.answer_flops(self._job.workload.num_tokens) / rate
-        found = f"no bf16 arithmetic on this CPU (measured {rate / 1e9:.2g} GFLOP/s, estimated {seconds:.0f} s an answer)"
+        found = f"no bf16 arithmetic on this CPU (measured {rate / 1e9:.2g} GFLOP/s, estimated {seconds:.0f} s an answer or more)"
         if seconds > self._job.budget:
             raise UnavailableError(f"skipped: {found}; --all runs it nevertheless")
         self._notes.append(found)
