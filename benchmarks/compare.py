@@ -108,7 +108,7 @@ class Comparison:
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": command,
             "model": self._model(prompt_tokens),
-            "workload": {**dataclasses.asdict(self.workload), "picture": Path(self.workload.picture).name},
+            "workload": self._describe_workload(),
             "rounds": self.rounds,
             "machine": self.machine,
             "versions": {key: version for peer in found.values() for key, version in peer["versions"].items()},
@@ -119,6 +119,11 @@ class Comparison:
         }
         chosen, reason = _default(found, default)
         return {**result, "default": chosen, "default_reason": reason, "bars": bars.evaluate(result, chosen)}
+
+    def _describe_workload(self) -> dict[str, Any]:
+        described = dataclasses.asdict(self.workload)
+        del described["resized_picture"]
+        return {**described, "picture": Path(self.workload.picture).name}
 
     def _prompt_tokens(self) -> int:
         tokenizer = Tokenizer.from_file(str(self.models.path("checkpoint") / "tokenizer.json"))
@@ -198,9 +203,10 @@ def _pairs(entries: Sequence[str]) -> dict[str, str]:
     return {name: str(Path(path).absolute()) for name, _, path in pairs}  # resolving would leave the environment
 
 
-def _workload(models: Models, picture: Path, tokens: int, beams: int, threads: int, repeats: int) -> Workload:
+def _workload(models: Models, picture: Path, **numbers: int) -> Workload:
     first, second = (Prompt(task.token, task.format_prompt()) for task in (tasks.OBJECT_DETECTION, tasks.CAPTION))
-    return Workload(str(picture.resolve()), first, second, tokens, beams, threads, repeats, models.generation())
+    resized = models.resize(picture)
+    return Workload(str(picture.resolve()), str(resized), first, second, generation=models.generation(), **numbers)
 
 
 def _command() -> str:
@@ -271,7 +277,9 @@ def compare(
     chosen = choose(names, bundles, [name for name in peer_names.split(",") if name])
     models = Models(str(checkpoint or size), work, bundles=bundles, progress=_console.log)
     launcher = Launcher(threads, timeout, work.resolve(), node, _pairs(interpreter or []))
-    workload = _workload(models, picture, tokens, beams, threads, repeats)
+    workload = _workload(
+        models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats
+    )
     comparison = Comparison(models, chosen, workload, launcher)
     try:
         comparison.prepare()

@@ -47,6 +47,8 @@ class Workload:
 
     picture: str
     """Path."""
+    resized_picture: str
+    """The same in the model's size, for tokens of a peer that resizes in its own way."""
     first: Prompt
     second: Prompt
     """Asked on the encoded picture."""

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.checkpoints import SIZES
-from florence_onnx import bundle
+from benchmarks.costs import Costs
+from florence_onnx import bundle, image
 from florence_onnx.errors import FlorenceError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +94,14 @@ class Models:
             checkpoint = self.path("checkpoint")
             self._progress(f"exporting {self.name} as {name}")
             _run("export", str(checkpoint), str(path), "--force", *options)
+        return path
+
+    def resize(self, picture: Path) -> Path:
+        """A picture in the model's size, resized as transformers does it."""
+        size = Costs.read(self.path("checkpoint")).image_size
+        path = self._work / f"{picture.stem}-{size[0]}x{size[1]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.load(picture).resize(size, Image.Resampling.BICUBIC).save(path)
         return path
 
     def generation(self) -> dict[str, Any]:

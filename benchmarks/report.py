@@ -64,7 +64,7 @@ def _times(result: Result, statistic: str) -> Table:
     table = _table(title, "peer", *(heading for _, heading, _, _ in _COLUMNS), "tokens as fp32")
     for name, peer in result["peers"].items():
         cells = [value(result, name, stage, statistic) for stage, *_ in _COLUMNS]
-        row = _row(peer["title"], cells, lambda i, x: f"{x * _COLUMNS[i][2]:.{_COLUMNS[i][3]}f}")
+        row = _row(name, cells, lambda i, x: f"{x * _COLUMNS[i][2]:.{_COLUMNS[i][3]}f}")
         table.add_row(*row, _shares(peer.get("agreement")))
     return table
 
@@ -76,9 +76,9 @@ def _shares(agreement: Mapping[str, float] | None) -> str:
 def _ratios(result: Result, rival: str) -> Table:
     title = f"Times as fast as {result['peers'][rival]['title']} (medians)"
     table = _table(title, "peer", *(_heading(stage) for stage in _RATIOS))
-    for name, peer in result["peers"].items():
+    for name in result["peers"]:
         cells = [_quotient(value(result, rival, stage), value(result, name, stage)) for stage in _RATIOS]
-        table.add_row(*_row(peer["title"], cells, lambda _, x: f"{x:.2f}"))
+        table.add_row(*_row(name, cells, lambda _, x: f"{x:.2f}"))
     return table
 
 
@@ -96,7 +96,7 @@ def _distances(result: Result) -> Table:
     for name, peer in result["peers"].items():
         floor = result["floor"].get("stages", {}).get(peer["precision"], {})
         cells = [_quotient(value(result, name, stage), floor.get(stage)) for stage in _FLOORED]
-        table.add_row(*_row(peer["title"], cells, lambda _, x: f"{x:.2f}"))
+        table.add_row(*_row(name, cells, lambda _, x: f"{x:.2f}"))
     for precision, floor in result["floor"].get("stages", {}).items():
         row = [f"{floor[stage] * 1e3:.4g} ms" for stage in _FLOORED]
         table.add_row(f"the floor itself, {precision}", *row)
@@ -160,8 +160,9 @@ def _summary(result: Result) -> str:
 
 def _remarks(result: Result) -> list[str]:
     absent = [f"- {name} is not here: {reason}" for name, reason in result["absent"].items()]
-    notes = [f"- {peer['title']}: {note}" for peer in result["peers"].values() for note in peer["notes"]]
+    titles = [f"- {name} is {peer['title']}" for name, peer in result["peers"].items()]
+    notes = [f"- {name}: {note}" for name, peer in result["peers"].items() for note in peer["notes"]]
     checks = [f"- CHECK: {check}" for check in result["checks"]]
     default = result["default"] or "no peer"
     meaning = [f"- {stage}: {text}" for stage, text in {**STAGES, **DERIVED}.items()]
-    return [f"- The default in the bars is {default} ({result['default_reason']}).", *checks, *absent, *notes, *meaning]
+    return [f"- The default in the bars is {default} ({result['default_reason']}).", *checks, *absent, *titles, *notes, *meaning]

@@ -31,7 +31,7 @@ def summarize(peer: Peer, runs: Sequence[Run], workload: Workload) -> Summary:
         notes.append("its tokens differ from round to round")
     return {
         "title": peer.title,
-        "precision": peer.precision,
+        "precision": runs[0].get("precision", peer.precision),
         "is_exact": peer.is_exact,
         "stages": stages,
         "load": spread([run["load_s"] for run in runs]),

@@ -20,6 +20,9 @@ from .ours import OnnxRunner
 
 Array = npt.NDArray[Any]
 
+_PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+"""OpenVINO's names and ours."""
+
 
 class OpenVinoEngine:
     """`florence_onnx.engine.Engine` over a compiled OpenVINO model."""
@@ -89,7 +92,11 @@ class OpenVinoRunner(OnnxRunner):
 
         hint, found = self._job.peer.options["hint"], self._engines[0].precision
         ignored = f"this CPU computes in {found}: the {hint} hint has no effect"
-        return {"versions": {"openvino": openvino.__version__}, "notes": [] if hint == found else [ignored]}
+        return {
+            "versions": {"openvino": openvino.__version__.partition("-")[0]},
+            "notes": [] if hint == found else [ignored],
+            "precision": _PRECISIONS.get(found, self._job.peer.precision),
+        }
 
 
 def create(job: Job) -> OpenVinoRunner:

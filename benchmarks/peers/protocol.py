@@ -38,7 +38,7 @@ class Runner(Protocol):
         """The generated ids after the decoder start token, exactly `num_tokens` of them."""
 
     def describe(self) -> dict[str, Any]:
-        """`versions` by library, and `notes`: what a reader should know."""
+        """`versions` by library, `notes` (what a reader should know), `precision` if it is not what was asked for."""
 
 
 class Factory(Protocol):

@@ -70,6 +70,8 @@ class PyTorchRunner:
 
     def _compile(self) -> None:
         """Compiles what runs often; `generate` by itself compiles on CUDA only."""
+        # beyond its limit of variants (lengths of caches, numbers of beams) PyTorch would silently stop compiling
+        self._torch._dynamo.config.recompile_limit = 64
         model = self._model.model
         model.vision_tower.compile()
         model.language_model.encoder.compile()

@@ -26,7 +26,11 @@ const now = () => performance.now() / 1000;
 const sinceStart = () => Date.now() / 1000 - job.started;
 const load_s = sinceStart();
 
-const preprocess = async () => (await processor.image_processor(await RawImage.read(workload.picture))).pixel_values;
+const preprocess = async (picture = workload.picture) => (await processor.image_processor(await RawImage.read(picture))).pixel_values;
+const vision = async (pixel_values) => {
+    const found = await encodeImage({ pixel_values });
+    return found.image_features ?? found;
+};
 
 async function answer(pixel_values, features, prompt, num_tokens) {
     model.encode_image = async () => features;
@@ -46,15 +50,15 @@ async function ask(note, prompt = workload.first) {
     const times = [now()];
     const pixel_values = await preprocess();
     times.push(now());
-    const { image_features } = await encodeImage({ pixel_values }).then((found) => found.image_features ? found : { image_features: found });
+    const image_features = await vision(pixel_values);
     times.push(now());
-    const tokens = await answer(pixel_values, image_features, prompt, workload.num_tokens);
+    await answer(pixel_values, image_features, prompt, workload.num_tokens);
     times.push(now());
     note('preprocess', times[1] - times[0]);
     note('vision', times[2] - times[1]);
     note('answer_greedy', times[3] - times[2]);
     note('end_to_end_greedy', times[3] - times[0]);
-    return { tokens, pixel_values, image_features };
+    return { pixel_values, image_features };
 }
 
 const stages = {};
@@ -63,10 +67,10 @@ const ignore = () => {};
 
 await ask(ignore);
 const cold_start_s = sinceStart();
-let tokens;
+const resized = await preprocess(workload.resized_picture);
+const tokens = await answer(resized, await vision(resized), workload.first, workload.num_tokens);
 for (let repeat = 0; repeat < workload.repeats; ++repeat) {
     const asked = await ask(note);
-    tokens = asked.tokens;
     let start = now();
     await answer(asked.pixel_values, asked.image_features, workload.first, NUM_FIRST_TOKENS);
     note('first_tokens_greedy', now() - start);
@@ -89,5 +93,5 @@ console.log(JSON.stringify({
         'transformers.js': version('@huggingface/transformers'),
         'onnxruntime-node': version('onnxruntime-node'),
     },
-    notes: ['no beam search: num_beams is ignored', 'resizes with sharp: pixels are not quite those of the others'],
+    notes: ['no beam search: num_beams is ignored', 'resizes with sharp: its pixels are not quite those of the others, so its tokens are compared on a picture resized before'],
 }));
