@@ -76,7 +76,13 @@ def evaluate(result: Result, default: str | None) -> list[dict[str, Any]]:
 
 
 def _exactness(result: Result) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": "fp32 tokens equal", "peer": EXACT, "rival": REFERENCE, "limit": 1.0, "kind": "equal"}
+    row: dict[str, Any] = {
+        "text": "fp32 tokens equal",
+        "peer": EXACT,
+        "rival": REFERENCE,
+        "limit": 1.0,
+        "kind": "equal",
+    }
     agreement = result["peers"].get(EXACT, {}).get("agreement")
     if not agreement:
         reason = _reason(result, EXACT) if EXACT not in result["peers"] else _reason(result, REFERENCE)

@@ -74,7 +74,7 @@ class Comparison:
         is_large = max(self.costs.image_size) >= _LARGE_PICTURE
         arguments: dict[str, Any] = {"shapes": shapes, "threads": self.workload.threads}
         if not is_large:
-            arguments["read_bytes"] = 64 * 2**20
+            arguments |= {"read_bytes": 64 * 2**20, "seconds": 0.01}
         _console.log(f"round {self.rounds + 1}: what the machine can do")
         try:
             self.rates.append(self.launcher.call([sys.executable, "-m", "benchmarks.rates", json.dumps(arguments)]))
@@ -98,7 +98,9 @@ class Comparison:
     def result(self, command: str, default: str | None) -> dict[str, Any]:
         """What was measured so far, ready for JSON."""
         by_name = {peer.name: peer for peer in self.peers}
-        found = {name: results.summarize(by_name[name], runs, self.workload) for name, runs in self.runs.items() if runs}
+        found = {
+            name: results.summarize(by_name[name], runs, self.workload) for name, runs in self.runs.items() if runs
+        }
         prompt_tokens = self._prompt_tokens()
         floor = {}
         if self.rates:
@@ -171,7 +173,9 @@ def choose(ours: Sequence[str], bundles: Mapping[str, Path], names: Sequence[str
     Raises:
         typer.BadParameter: A name is unknown, or a bundle cannot be read.
     """
-    known = {peer.name: peer for peer in (*peers.RIVALS, *(_with_precision(peer, bundles) for peer in peers.ours(ours)))}
+    known = {
+        peer.name: peer for peer in (*peers.RIVALS, *(_with_precision(peer, bundles) for peer in peers.ours(ours)))
+    }
     unknown = [name for name in names if name not in known]
     if unknown:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}; choose from {', '.join(known)}")
@@ -248,7 +252,9 @@ def compare(
     peer_names: Annotated[str, typer.Option("--peers", help="Comma-separated; default: all.")] = "",
     ours: Annotated[
         str | None,
-        typer.Option(help="Our bundles, comma-separated: precisions (exported on demand) or NAME=DIRECTORY. Default: all."),
+        typer.Option(
+            help="Our bundles, comma-separated: precisions (exported on demand) or NAME=DIRECTORY. Default: all."
+        ),
     ] = None,
     default: Annotated[
         str | None, typer.Option(help="Which of them is a user's default; otherwise the fastest.")
@@ -277,9 +283,7 @@ def compare(
     chosen = choose(names, bundles, [name for name in peer_names.split(",") if name])
     models = Models(str(checkpoint or size), work, bundles=bundles, progress=_console.log)
     launcher = Launcher(threads, timeout, work.resolve(), node, _pairs(interpreter or []))
-    workload = _workload(
-        models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats
-    )
+    workload = _workload(models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats)
     comparison = Comparison(models, chosen, workload, launcher)
     try:
         comparison.prepare()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from florence_onnx import Florence2, image
 from florence_onnx.bundle import DEMO, DEMO_DIRECTORY
+from florence_onnx.prediction import EncodedImage
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,3 +26,8 @@ def model(request: pytest.FixtureRequest) -> Florence2:
 @pytest.fixture(scope="session")
 def picture(request: pytest.FixtureRequest) -> Image.Image:
     return image.load(request.config.getoption("--picture"))
+
+
+@pytest.fixture(scope="session")
+def encoded(model: Florence2, picture: Image.Image) -> EncodedImage:
+    return model.encode(picture)

@@ -58,7 +58,9 @@ class Costs:
         """`(height, width)` in tokens of every stage."""
         height, width = self.image_size[1], self.image_size[0]
         found = []
-        for kernel, stride, padding in zip(*(self.vision[f"patch_{name}"] for name in ("size", "stride", "padding"))):
+        for kernel, stride, padding in zip(
+            *(self.vision[f"patch_{name}"] for name in ("size", "stride", "padding")), strict=True
+        ):
             height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
             found.append((height, width))
         return found
@@ -72,7 +74,9 @@ class Costs:
     def vision_products(self) -> Counter[Product]:
         """The linear layers of the vision encoder and how often each shape occurs."""
         found: Counter[Product] = Counter()
-        for (height, width), depth, columns in zip(self.grids, self.vision["depths"], self.vision["embed_dim"]):
+        for (height, width), depth, columns in zip(
+            self.grids, self.vision["depths"], self.vision["embed_dim"], strict=True
+        ):
             tokens, padded = height * width, self._padded(height) * self._padded(width)
             hidden = round(columns * self.vision["mlp_ratio"])
             for attended in (padded, tokens):  # of windows, then of channels
@@ -94,7 +98,9 @@ class Costs:
 
     def _convolution_flops(self) -> int:
         channels, total = self.vision["in_channels"], 0
-        stages = zip(self.grids, self.vision["depths"], self.vision["embed_dim"], self.vision["patch_size"])
+        stages = zip(
+            self.grids, self.vision["depths"], self.vision["embed_dim"], self.vision["patch_size"], strict=True
+        )
         for (height, width), depth, columns, kernel in stages:
             tokens = height * width
             total += 2 * tokens * kernel**2 * channels * columns
@@ -104,7 +110,9 @@ class Costs:
 
     def _attention_flops(self) -> int:
         window, total = self.vision["window_size"], 0
-        stages = zip(self.grids, self.vision["depths"], self.vision["embed_dim"], self.vision["num_groups"])
+        stages = zip(
+            self.grids, self.vision["depths"], self.vision["embed_dim"], self.vision["num_groups"], strict=True
+        )
         for (height, width), depth, columns, groups in stages:
             padded = self._padded(height) * self._padded(width)
             of_windows = 4 * padded * window**2 * columns
@@ -145,7 +153,7 @@ class Costs:
         if precision not in WEIGHT_BITS:
             return None
         weights = self.decoder_parameters() * WEIGHT_BITS[precision]
-        row = 2 * self.text["decoder_layers"] * self.text["d_model"] * CACHE_BITS.get(precision, 32)
+        row: int = 2 * self.text["decoder_layers"] * self.text["d_model"] * CACHE_BITS.get(precision, 32)
         return (weights + row * (self.encoder_length(prompt_tokens) + num_beams * past)) / 8
 
     def answer_flops(self, num_tokens: int, prompt_tokens: int = 12) -> int:

@@ -109,6 +109,6 @@ class Job:
         """The inverse of `dump`."""
         raw = json.loads(text)
         workload = raw["workload"]
-        prompts = {name: Prompt(**workload.pop(name)) for name in ("first", "second")}
+        prompts: dict[str, Any] = {name: Prompt(**workload.pop(name)) for name in ("first", "second")}
         raw |= {"peer": Peer(**raw["peer"]), "workload": Workload(**workload, **prompts)}
         return cls(**raw)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -110,7 +110,11 @@ class Models:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         file = folder / "generation_config.json"
         stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        both = {**config, **config["text_config"], **{name: value for name, value in stated.items() if value is not None}}
+        both = {
+            **config,
+            **config["text_config"],
+            **{name: value for name, value in stated.items() if value is not None},
+        }
         found = {name: both[name] for name in _GENERATION if both.get(name) is not None}
         return {"forced_eos_token_id": both.get("eos_token_id", 2), **found}
 
@@ -132,6 +136,10 @@ def _is_readable(path: Path) -> bool:
 def _run(module: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error:")]
-        raise PreparationError((errors or lines or [f"exit code {done.returncode}"])[-1].strip())
+        _refuse(done.stdout, done.stderr, done.returncode)
+
+
+def _refuse(output: str, errors: str, code: int) -> NoReturn:
+    lines = [line for line in (errors or output).splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("error:")]
+    raise PreparationError((said or lines or [f"exit code {code}"])[-1].strip())

@@ -92,7 +92,11 @@ class Launcher:
 
     def _environment(self) -> dict[str, str]:
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor")}
+        quiet = {
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+        }
         return {**os.environ, **dict.fromkeys(pools, str(self.threads)), **quiet}
 
 

@@ -34,13 +34,14 @@ def best_seconds(function: Callable[[], object], at_least: float = _SECONDS) -> 
     return min(taken)
 
 
-def onnx_rate(kind: str, shape: Sequence[int], threads: int) -> float:
+def onnx_rate(kind: str, shape: Sequence[int], threads: int, seconds: float = _SECONDS) -> float:
     """Operations a second of one product in ONNX Runtime.
 
     Args:
         kind: `fp32` (MatMul) or `int8` (DynamicQuantizeMatMul, per column).
         shape: Rows, inner, columns; the right matrix is constant, as weights are.
         threads: Of the session.
+        seconds: To measure at least.
     """
     import onnxruntime
 
@@ -50,7 +51,7 @@ def onnx_rate(kind: str, shape: Sequence[int], threads: int) -> float:
     model = (_matmul if kind == "fp32" else _quantized_matmul)(*shape)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {"a": np.random.default_rng(0).standard_normal(shape[:2], dtype=np.float32)}
-    return float(2 * np.prod(shape, dtype=np.float64) / best_seconds(lambda: session.run(None, feeds)))
+    return float(2 * np.prod(shape, dtype=np.float64) / best_seconds(lambda: session.run(None, feeds), seconds))
 
 
 def _matmul(rows: int, inner: int, columns: int) -> Any:
@@ -118,20 +119,23 @@ def read_rate(threads: int, size: int = _READ_BYTES) -> float:
     return data.nbytes / min(seconds)
 
 
-def measure(shapes: Sequence[Sequence[int]], threads: int, read_bytes: int = _READ_BYTES) -> dict[str, Any]:
+def measure(
+    shapes: Sequence[Sequence[int]], threads: int, read_bytes: int = _READ_BYTES, seconds: float = _SECONDS
+) -> dict[str, Any]:
     """All rates.
 
     Args:
         shapes: Products of the model, `[rows, inner, columns]`.
         threads: To use.
         read_bytes: To read from memory at a time.
+        seconds: To measure each product at least.
 
     Returns:
         `fp32`, `int8` and `bf16` in operations a second, the best over the shapes (`bf16` None without PyTorch), `by_shape`, and
         `read` in bytes a second.
     """
-    by_shape = [
-        {"shape": list(shape), **{kind: onnx_rate(kind, shape, threads) for kind in ("fp32", "int8")}}
+    by_shape: list[dict[str, Any]] = [
+        {"shape": list(shape), **{kind: onnx_rate(kind, shape, threads, seconds) for kind in ("fp32", "int8")}}
         for shape in shapes
     ]
     best: dict[str, Any] = {kind: max(row[kind] for row in by_shape) for kind in ("fp32", "int8")}

@@ -51,7 +51,7 @@ def tables(result: Result) -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title), box=box.MARKDOWN, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     return table
 
 
@@ -165,4 +165,11 @@ def _remarks(result: Result) -> list[str]:
     checks = [f"- CHECK: {check}" for check in result["checks"]]
     default = result["default"] or "no peer"
     meaning = [f"- {stage}: {text}" for stage, text in {**STAGES, **DERIVED}.items()]
-    return [f"- The default in the bars is {default} ({result['default_reason']}).", *checks, *absent, *titles, *notes, *meaning]
+    return [
+        f"- The default in the bars is {default} ({result['default_reason']}).",
+        *checks,
+        *absent,
+        *titles,
+        *notes,
+        *meaning,
+    ]

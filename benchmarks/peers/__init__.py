@@ -21,7 +21,9 @@ RIVALS: tuple[Peer, ...] = (
         {"dtype": "float32", "compile": True},
         is_exact=True,
     ),
-    Peer("plain-onnx", "plain ONNX (four graphs), ONNX Runtime, fp32", "ours", "transformers.js", "fp32", is_exact=True),
+    Peer(
+        "plain-onnx", "plain ONNX (four graphs), ONNX Runtime, fp32", "ours", "transformers.js", "fp32", is_exact=True
+    ),
     Peer(
         "openvino-fp32",
         "OpenVINO on our graphs, fp32",
@@ -31,9 +33,16 @@ RIVALS: tuple[Peer, ...] = (
         {"hint": "f32"},
         is_exact=True,
     ),
-    Peer("openvino-bf16", "OpenVINO on our graphs, bf16 hint", "openvino_graphs", "bundle:fp32", "bf16", {"hint": "bf16"}),
     Peer(
-        "transformers.js", "transformers.js in Node, fp32", "transformers_js.mjs", "transformers.js", "fp32", is_exact=True
+        "openvino-bf16", "OpenVINO on our graphs, bf16 hint", "openvino_graphs", "bundle:fp32", "bf16", {"hint": "bf16"}
+    ),
+    Peer(
+        "transformers.js",
+        "transformers.js in Node, fp32",
+        "transformers_js.mjs",
+        "transformers.js",
+        "fp32",
+        is_exact=True,
     ),
     Peer("ours-openvino", "ours on OpenVINO's provider", "ours", "bundle:fp32", "fp32", {"device": "openvino"}),
 )

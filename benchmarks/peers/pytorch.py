@@ -73,9 +73,9 @@ class PyTorchRunner:
         # beyond its limit of variants (lengths of caches, numbers of beams) PyTorch would silently stop compiling
         self._torch._dynamo.config.recompile_limit = 64
         model = self._model.model
-        model.vision_tower.compile()
-        model.language_model.encoder.compile()
-        model.language_model.decoder.compile()
+        # static shapes: what the cache is made for, and the same after one warm-up; dynamic ones go on recompiling
+        for part in (model.vision_tower, model.language_model.encoder, model.language_model.decoder):
+            part.compile(dynamic=False)
 
     def preprocess(self, picture: str) -> Any:
         from PIL import Image
