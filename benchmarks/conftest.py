@@ -16,11 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about"
     )
     parser.addoption("--device", default="cpu", help="device of the model")
+    parser.addoption("--threads", type=int, default=0, help="threads of ONNX Runtime; 0 means its own choice")
 
 
 @pytest.fixture(scope="session")
 def model(request: pytest.FixtureRequest) -> Florence2:
-    return Florence2.from_pretrained(request.config.getoption("--bundle"), device=request.config.getoption("--device"))
+    bundle, device, threads = (request.config.getoption(f"--{name}") for name in ("bundle", "device", "threads"))
+    return Florence2.from_pretrained(bundle, device=device, session_options={"intra_op_num_threads": threads})
 
 
 @pytest.fixture(scope="session")
