@@ -196,6 +196,8 @@ def labelled_boxes(answer: Answer) -> list[LabelledBox]:
 
 def compare_masks(expected: Answer, answer: Answer) -> float | None:
     """IoU of all that two answers outline; None where neither outlines an area."""
+    if not _polygons(expected.results) and not _polygons(answer.results):
+        return None
     masks = [
         draw_polygons([_to_bins(_flat(polygon.points), each.size) for polygon in _polygons(each.results)], _FRAME)
         for each in (expected, answer)

@@ -15,11 +15,11 @@ from florence_onnx import bundle as bundles
 from florence_onnx import hub, image
 from florence_onnx.bundle import Bundle
 from florence_onnx.errors import InputError
-from florence_onnx.generation import opening
 from florence_onnx.model import Florence2
 from florence_onnx.options import GenerationDefaults, GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage
+from florence_onnx.search import opening
 
 from .agreement import Answer, Comparison, compare_answers, compare_logits
 from .questions import Picture, Question

@@ -107,47 +107,53 @@ def _decoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:
     cross, past = cache_names("cross_key_values", layers), cache_names("past_key_values", layers)
     present = cache_names("present", layers)
     length = num_image_tokens + 5
+    tokens = {0: "prompts", 1: "length"}
     axes: dict[str, dict[int, str]] = {
-        "input_ids": {0: "rows", 1: "length"},
-        "past_lengths": {0: "rows"},
+        "input_ids": tokens,
+        "positions": tokens,
+        "visible": tokens | {2: "capacity"},
         "encoder_attention_mask": {0: "prompts", 1: "encoder_length"},
-        "logits": {0: "rows"},
+        "logits": tokens,
     }
-    for names, rows, last in (
-        (cross, "prompts", "encoder_length"),
-        (past, "rows", "capacity"),
-        (present, "rows", "capacity"),
-    ):
-        axes |= {name: {0: rows, (3 if name.endswith(".key") else 2): last} for name in names}
+    axes |= {name: {0: "prompts", (3 if name.endswith(".key") else 2): "encoder_length"} for name in cross}
+    axes |= {name: {0: "prompts", 2: "capacity"} for name in (*past, *present)}
     return GraphPlan(
         bundle.DECODER,
         Decoder(checkpoint.model),
-        _decoder_inputs(checkpoint, prompts=2, beams=1, num_tokens=2, length=length, capacity=16),
+        _decoder_inputs(checkpoint, prompts=2, num_tokens=2, length=length, capacity=16),
         ["logits", *present],
         axes,
         check_inputs=(
-            _decoder_inputs(checkpoint, prompts=2, beams=3, num_tokens=1, length=length + 3, capacity=24),
-            _decoder_inputs(checkpoint, prompts=1, beams=1, num_tokens=1, length=length, capacity=8),
+            _decoder_inputs(checkpoint, prompts=2, num_tokens=1, length=length + 3, capacity=24),
+            _decoder_inputs(checkpoint, prompts=1, num_tokens=1, length=length, capacity=8),
+            _decoder_inputs(checkpoint, prompts=1, num_tokens=5, length=length, capacity=12),
         ),
     )
 
 
 def _decoder_inputs(
-    checkpoint: Checkpoint, *, prompts: int, beams: int, num_tokens: int, length: int, capacity: int
+    checkpoint: Checkpoint, *, prompts: int, num_tokens: int, length: int, capacity: int
 ) -> dict[str, Tensor]:
     text = checkpoint.model.config.text_config
     layers, heads = text.decoder_layers, text.decoder_attention_heads
-    size, rows = text.d_model // heads, prompts * beams
-    generator = torch.Generator().manual_seed(rows)
+    size, first = text.d_model // heads, 3
+    generator = torch.Generator().manual_seed(prompts * num_tokens)
     mask = torch.ones(prompts, length, dtype=torch.long)
     mask[-1, -2:] = 0
+    # each token sees some of the history and itself, and not the other new ones: what beams do
+    visible = torch.rand(prompts, num_tokens, capacity, generator=generator) < 0.6
+    visible[..., first:] = False
+    visible[:, torch.arange(num_tokens), first + torch.arange(num_tokens)] = True
     inputs = {
-        "input_ids": torch.randint(3, text.vocab_size, (rows, num_tokens), generator=generator),
-        "past_lengths": torch.arange(rows) % 3 + 1,
+        "input_ids": torch.randint(3, text.vocab_size, (prompts, num_tokens), generator=generator),
+        "positions": torch.randint(0, capacity, (prompts, num_tokens), generator=generator),
+        "slots": torch.tensor([first]),
+        "visible": visible,
         "encoder_attention_mask": mask,
     }
-    for prefix, count, last in (("cross_key_values", prompts, length), ("past_key_values", rows, capacity)):
-        for name in cache_names(prefix, layers):
-            inner = (size, last) if name.endswith(".key") else (last, size)
-            inputs[name] = torch.randn(count, heads, *inner, generator=generator)
+    for name in cache_names("cross_key_values", layers):
+        inner = (size, length) if name.endswith(".key") else (length, size)
+        inputs[name] = torch.randn(prompts, heads, *inner, generator=generator)
+    for name in cache_names("past_key_values", layers):
+        inputs[name] = torch.randn(prompts, heads, capacity, size, generator=generator)
     return inputs

@@ -1,12 +1,13 @@
 """The text encoder and the decoder as torch modules, written for export: caches as arguments, no control flow.
 
 They borrow the weights of a transformers `Florence2ForConditionalGeneration` and compute what its modules compute.
-Shapes use P prompts, R decoder rows (beams of one prompt adjacent), T prompt tokens, N image tokens,
-E = N + T encoder positions, S new tokens, C cache capacity, H heads, d head size, D = H·d.
+Shapes use P prompts, T prompt tokens, N image tokens, E = N + T encoder positions, S new decoder tokens of a prompt,
+C slots of its cache, H heads, d head size, D = H·d.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +19,56 @@ POSITION_OFFSET = 2
 """BART's position table starts two rows late (transformers, `BartLearnedPositionalEmbedding`)."""
 
 
+class _KeepTwoAxes(torch.autograd.Function):
+    """Reshapes all axes but the first two, as one `Reshape` by a constant, whatever sizes those two have.
+
+    torch's own export of a reshape computes the shape from its input, in five nodes of which ONNX Runtime cannot infer
+    that the first axes stay: the fusion of residual and normalisation, which wants equal shapes, then never happens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, *sizes: int) -> Tensor:
+        return states.reshape(*states.shape[:2], *sizes)
+
+    @staticmethod
+    def symbolic(graph: Any, states: Any, *sizes: int) -> Any:
+        # 0 stands for the input's own size, -1 for what remains; torch's own inference insists on seeing the latter
+        return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor([0, 0, *sizes[:-1], -1])))
+
+
 def _split_heads(states: Tensor, num_heads: int) -> Tensor:
     """`(A, B, H·d)` to `(A, H, B, d)`."""
-    return states.reshape(states.shape[0], states.shape[1], num_heads, -1).transpose(1, 2)
+    split: Tensor = _keep_two_axes(states, num_heads, int(states.shape[-1]) // num_heads)
+    return split.transpose(1, 2)
 
 
 def merge_heads(states: Tensor) -> Tensor:
     """`(A, H, B, d)` to `(A, B, H·d)`."""
-    return states.transpose(1, 2).flatten(2)
+    merged: Tensor = _keep_two_axes(states.transpose(1, 2), int(states.shape[1]) * int(states.shape[3]))
+    return merged
+
+
+class _WriteSlots(torch.autograd.Function):
+    """`cache` `(P, H, C, d)` with `new` `(P, H, S, d)` at `places` `(P, H, S, 3)`: one `ScatterND`.
+
+    It copies rows of d numbers, which `ScatterElements` writes one by one (fifteen times slower on ONNX Runtime's CPU
+    provider), and writes in place where input and output are bound to one buffer. torch would export an indexed
+    assignment as a dozen nodes a cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cache: Tensor, places: Tensor, new: Tensor) -> Tensor:
+        prompts, heads, slots = places.unbind(-1)
+        return cache.index_put((prompts, heads, slots), new)
+
+    @staticmethod
+    def symbolic(graph: Any, cache: Any, places: Any, new: Any) -> Any:
+        return graph.op("ScatterND", cache, places, new).setType(cache.type())
+
+
+# torch leaves `apply` untyped
+_keep_two_axes: Any = _KeepTwoAxes.apply
+_write_slots: Any = _WriteSlots.apply
 
 
 def _masking_bias(visible: Tensor) -> Tensor:
@@ -35,7 +78,24 @@ def _masking_bias(visible: Tensor) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Args: query `(A, H, B, d)`, scaled; key `(A, H, d, L)`; value `(A, H, L, d)`; bias broadcastable to `(A, H, B, L)`."""
-    return merge_heads((query @ key + bias).softmax(-1) @ value)
+    return (query @ key + bias).softmax(-1) @ value
+
+
+class _Projection(nn.Module):
+    """Linear layers over the same input as one product, `(…, D)` to `(…, sum of their widths)`.
+
+    The weights are copies: the scale of the attention is folded into the query's, and the checkpoint's own must stay.
+    """
+
+    def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        factors = (*scales, *[1.0] * (len(layers) - len(scales)))
+        pairs = list(zip(layers, factors, strict=True))
+        self.weight = nn.Parameter(torch.cat([layer.weight.detach() * factor for layer, factor in pairs]), False)
+        self.bias = nn.Parameter(torch.cat([layer.bias.detach() * factor for layer, factor in pairs]), False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return functional.linear(states, self.weight, self.bias)
 
 
 class TextEncoder(nn.Module):
@@ -50,6 +110,9 @@ class TextEncoder(nn.Module):
         bart = model.model.language_model
         self.encoder: Any = bart.encoder
         self.cross = nn.ModuleList(layer.encoder_attn for layer in bart.decoder.layers)
+        self.queries = nn.ModuleList(
+            _Projection(layer.self_attn.q_proj, scales=(layer.self_attn.scaling,)) for layer in bart.encoder.layers
+        )
         self.embed_scale = float(getattr(bart.encoder.embed_tokens, "embed_scale", 1.0))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
@@ -60,16 +123,17 @@ class TextEncoder(nn.Module):
         states = encoder.layernorm_embedding(states + positions)
         mask = functional.pad(attention_mask, (image_features.shape[1], 0), value=1)
         bias = _masking_bias(mask[:, None, None, :] != 0)
-        for layer in encoder.layers:
-            states = layer.self_attn_layer_norm(states + self._attention(layer.self_attn, states, bias))
+        for layer, project_query in zip(encoder.layers, self.queries, strict=True):
+            attended = self._attention(layer.self_attn, project_query, states, bias)
+            states = layer.self_attn_layer_norm(states + attended)
             states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
         return tuple(part for attention in self.cross for part in self._keys_values(attention, states))
 
     @staticmethod
-    def _attention(attention: Any, states: Tensor, bias: Tensor) -> Tensor:
-        query = _split_heads(attention.q_proj(states) * attention.scaling, attention.num_heads)
+    def _attention(attention: Any, project_query: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
+        query = _split_heads(project_query(states), attention.num_heads)
         key, value = TextEncoder._keys_values(attention, states)
-        attended: Tensor = attention.out_proj(_attend(query, key, value, bias))
+        attended: Tensor = attention.out_proj(merge_heads(_attend(query, key, value, bias)))
         return attended
 
     @staticmethod
@@ -79,67 +143,98 @@ class TextEncoder(nn.Module):
         return key, _split_heads(attention.v_proj(states), heads)
 
 
-class Decoder(nn.Module):
-    """One decoder call: new tokens in, logits after the last of them out, the cache written in place.
+@dataclass(frozen=True)
+class _Slots:
+    """What all layers share in one call."""
 
-    Inputs: `input_ids` `(R, S)`; `past_lengths` `(R,)`, tokens already in each row's cache; `encoder_attention_mask`
-    `(P, E)`; per layer cross key `(P, H, d, E)` and value `(P, H, E, d)`; per layer self key `(R, H, d, C)` and value
-    `(R, H, C, d)`. Outputs: `logits` `(R, V)` and the self keys and values with S more tokens, in the same shapes.
-    R is a multiple of P: the beams of a prompt are folded into the query axis of the cross-attention, so that its keys
-    and values exist, and are read, once per prompt.
+    places: Tensor
+    """`(P, H, S, 3)`, where the new tokens are written: prompt, head and slot."""
+    bias: Tensor
+    """`(P, 1, S, C)`, 0 for the slots that a token attends, -inf for the others."""
+    cross_bias: Tensor
+    """`(P, 1, 1, E)`, the same for the encoder's positions."""
+
+
+def _places(slots: Tensor, prompts: int, heads: int, length: int) -> Tensor:
+    """Args: slots `(1,)`, the first to write to."""
+    sizes = prompts, heads, length
+    axes = torch.arange(prompts)[:, None, None], torch.arange(heads)[:, None], slots + torch.arange(length)
+    return torch.stack([axis.expand(sizes) for axis in axes], dim=-1)
+
+
+class DecoderLayer(nn.Module):
+    """One layer: what it computes is transformers', with the queries' scale inside the weights."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer: Any = layer
+        own, cross = layer.self_attn, layer.encoder_attn
+        self.heads = int(own.num_heads)
+        self.project = _Projection(own.q_proj, own.k_proj, own.v_proj, scales=(own.scaling,))
+        self.project_cross = _Projection(cross.q_proj, scales=(cross.scaling,))
+
+    def forward(
+        self, states: Tensor, slots: _Slots, past: tuple[Tensor, ...], cross: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the states `(P, S, D)`, and the self keys and values with those of the new tokens."""
+        layer = self.layer
+        query, new_key, new_value = _split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
+        key = _write_slots(past[0], slots.places, new_key)
+        value = _write_slots(past[1], slots.places, new_value)
+        attended = merge_heads(_attend(query, key.transpose(2, 3), value, slots.bias))
+        states = layer.self_attn_layer_norm(states + layer.self_attn.out_proj(attended))
+        query = _split_heads(self.project_cross(states), self.heads)
+        attended = merge_heads(_attend(query, cross[0], cross[1], slots.cross_bias))
+        states = layer.encoder_attn_layer_norm(states + layer.encoder_attn.out_proj(attended))
+        states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
+        return states, key, value
+
+
+class Decoder(nn.Module):
+    """One decoder call: S new tokens of every prompt in, logits after each of them out, the cache written in place.
+
+    Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(1,)`, where in
+    the cache the first of them is written, the others behind it; `visible` `(P, S, C)` bool, which slots a token
+    attends, its own among them; `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value
+    `(P, H, E, d)`, self key and value `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys
+    and values in the same shapes.
+
+    A prompt has one cache, whatever its number of beams: they lie side by side on the query axis of both attentions,
+    and which history belongs to whom is a matter of `visible` alone. So are drafts that turn out wrong.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
         super().__init__()
         self.decoder: Any = model.model.language_model.decoder
+        self.layers = nn.ModuleList(DecoderLayer(layer) for layer in self.decoder.layers)
         self.lm_head: nn.Linear = model.lm_head
         self.embed_scale = float(getattr(self.decoder.embed_tokens, "embed_scale", 1.0))
 
     def forward(
-        self, input_ids: Tensor, past_lengths: Tensor, encoder_attention_mask: Tensor, *caches: Tensor
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        encoder_attention_mask: Tensor,
+        *caches: Tensor,
     ) -> tuple[Tensor, ...]:
-        decoder, num_layers = self.decoder, len(self.decoder.layers)
+        decoder, num_layers = self.decoder, len(self.layers)
         cross, past = caches[: 2 * num_layers], caches[2 * num_layers :]
-        positions = past_lengths[:, None] + torch.arange(input_ids.shape[1])
-        states = functional.embedding(input_ids, decoder.embed_tokens.weight) * self.embed_scale
-        states = states + functional.embedding(positions + POSITION_OFFSET, decoder.embed_positions.weight)
+        prompts, length = input_ids.shape
+        shared = _Slots(
+            _places(slots, prompts, past[0].shape[1], length),
+            _masking_bias(visible[:, None]),
+            _masking_bias(encoder_attention_mask[:, None, None, :] != 0),
+        )
+        states = functional.embedding(input_ids, decoder.embed_tokens.weight)
+        if self.embed_scale != 1:
+            states = states * self.embed_scale
+        states = states + functional.embedding(positions, decoder.embed_positions.weight[POSITION_OFFSET:])
         states = decoder.layernorm_embedding(states)
-        capacity = torch.arange(past[0].shape[3])
-        bias = _masking_bias(capacity <= positions[:, None, :, None])
-        cross_bias = _masking_bias(encoder_attention_mask[:, None, None, :] != 0)
         present: list[Tensor] = []
-        for index, layer in enumerate(decoder.layers):
-            cross_key, cross_value = cross[2 * index], cross[2 * index + 1]
-            key, value = past[2 * index], past[2 * index + 1]
-            key, value = self._extend(layer.self_attn, states, positions, key, value)
+        for index, layer in enumerate(self.layers):
+            pair = slice(2 * index, 2 * index + 2)
+            states, key, value = layer(states, shared, past[pair], cross[pair])
             present += [key, value]
-            states = layer.self_attn_layer_norm(
-                states + self._self_attention(layer.self_attn, states, key, value, bias)
-            )
-            attended = self._cross_attention(layer.encoder_attn, states, cross_key, cross_value, cross_bias)
-            states = layer.encoder_attn_layer_norm(states + attended)
-            states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
-        return functional.linear(states[:, -1], self.lm_head.weight), *present
-
-    @staticmethod
-    def _extend(attention: Any, states: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of the new tokens at their positions."""
-        new_key = _split_heads(attention.k_proj(states), attention.num_heads).transpose(2, 3)
-        new_value = _split_heads(attention.v_proj(states), attention.num_heads)
-        key = key.scatter(3, positions[:, None, None, :].expand(new_key.shape), new_key)
-        value = value.scatter(2, positions[:, None, :, None].expand(new_value.shape), new_value)
-        return key, value
-
-    @staticmethod
-    def _self_attention(attention: Any, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        query = _split_heads(attention.q_proj(states) * attention.scaling, attention.num_heads)
-        attended: Tensor = attention.out_proj(_attend(query, key, value, bias))
-        return attended
-
-    @staticmethod
-    def _cross_attention(attention: Any, states: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        query = attention.q_proj(states) * attention.scaling
-        folded = query.reshape(key.shape[0], -1, query.shape[-1])
-        attended = _attend(_split_heads(folded, attention.num_heads), key, value, bias)
-        projected: Tensor = attention.out_proj(attended.reshape(states.shape))
-        return projected
+        return functional.linear(states, self.lm_head.weight), *present

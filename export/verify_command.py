@@ -39,7 +39,7 @@ def florence_onnx_export() -> None:
 @app.command()
 def verify(
     bundle: Annotated[
-        list[str], typer.Argument(help="Bundle directories, hub repositories, or demo.", metavar="BUNDLE…")
+        list[str], typer.Argument(help="Bundle directories, hub repositories, or demo.", metavar="BUNDLE")
     ],
     reference: Annotated[
         str, typer.Option(help="What they should agree with: a checkpoint (folder or hub id), or its fp32 bundle.")

@@ -23,7 +23,8 @@ from florence_onnx.errors import (
 )
 from florence_onnx.options import GenerationDefaults, GenerationOptions
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the decoder has a cache of slots and a mask of what each token attends."""
 DESCRIPTION = "florence_onnx.json"
 VISION_ENCODER = "vision_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
@@ -45,7 +46,7 @@ JS_VERIFICATION = "verification.json"
 KEY_INPUTS: dict[str, tuple[str, ...]] = {
     VISION_ENCODER: ("pixel_values",),
     TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
-    DECODER: ("input_ids", "past_lengths", "encoder_attention_mask", "past_key_values.0.key"),
+    DECODER: ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key"),
     "vision_encoder": ("pixel_values",),
     "embed_tokens": ("input_ids",),
     "encoder_model": ("attention_mask", "inputs_embeds"),
@@ -154,7 +155,7 @@ def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] =
     Raises:
         BundleNotFoundError: It is not a bundle.
         BundleFileMissingError: A file is missing.
-        BundleFormatError: The description is unreadable, of a newer format, or of another precision.
+        BundleFormatError: The description is unreadable, of another format, or of another precision.
         CorruptGraphError: A file does not have its recorded size, or (up to `MAX_HASHED_BYTES`) its recorded content.
     """
     if (path / DESCRIPTION).is_file():
@@ -221,12 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_own(path: Path, precision: str | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
-    version = described.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise BundleFormatError(
-            f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads up to {FORMAT_VERSION}; "
-            "upgrade it with: pip install --upgrade florence-onnx"
-        )
+    _check_version(path, described.get("format_version"))
     try:
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
         values: dict[str, Any] = described["model"]
@@ -249,6 +245,15 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         described.get("source", {}),
         described.get("verification", {}),
     )
+
+
+def _check_version(path: Path, version: object) -> None:
+    if version == FORMAT_VERSION and not isinstance(version, bool):
+        return
+    said = f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads {FORMAT_VERSION}; "
+    if isinstance(version, int) and 1 <= version < FORMAT_VERSION:
+        raise BundleFormatError(f"{said}export it again: florence-onnx-export CHECKPOINT OUT")
+    raise BundleFormatError(f"{said}upgrade it with: pip install --upgrade florence-onnx")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -15,7 +15,7 @@ FlorenceError
 ├── BundleError                             the model on disk
 │   ├── BundleNotFoundError (FileNotFoundError)
 │   ├── BundleFileMissingError (FileNotFoundError)
-│   ├── BundleFormatError (ValueError)      unreadable, or written by a newer version
+│   ├── BundleFormatError (ValueError)      unreadable, or of another version
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            an execution provider that was asked for and cannot run
 ├── MissingExtraError (ImportError)         an optional dependency; names the `pip install` line
@@ -84,7 +84,7 @@ class BundleFileMissingError(BundleError, FileNotFoundError):
 
 
 class BundleFormatError(BundleError, ValueError):
-    """The bundle's description is unreadable or of a newer format."""
+    """The bundle's description is unreadable or of another format."""
 
 
 class CorruptGraphError(BundleError, ValueError):

@@ -18,13 +18,14 @@ from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError, TextInputError
-from florence_onnx.generation import DecoderSession, GeneratedSequence, generate
+from florence_onnx.generation import DecoderSession, generate
 from florence_onnx.image import ImageInput
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.providers import BF16, Options, Provider, candidates
+from florence_onnx.search import GeneratedSequence
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
@@ -86,7 +87,7 @@ class Florence2:
             cache_dir: Where downloads are kept.
 
         Raises:
-            BundleError: The model is missing, damaged or of a newer format.
+            BundleError: The model is missing, damaged or of another format.
             ProviderError: The execution provider cannot run here.
             MissingExtraError: No ONNX Runtime is installed.
         """
@@ -250,7 +251,8 @@ class Florence2:
         self._check_length(requests, attention_mask)
         encoded = self._encode_all([request.image for request in requests])
         session = self._start_session(input_ids, attention_mask, encoded)
-        sequences = generate(session, len(requests), config)
+        prompts = [row[mask != 0].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        sequences = generate(session, len(requests), config, prompts)
         return [
             self._prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)

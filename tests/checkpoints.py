@@ -142,9 +142,52 @@ def odd_config() -> Florence2Config:
     return _config(vision, text, num_tokens() + 8 - num_tokens() % 2 + 1)
 
 
+FULL_SIZES: dict[str, dict[str, Any]] = {
+    "base": {
+        "vision": {"embed_dim": [128, 256, 512, 1024], "num_heads": [4, 8, 16, 32], "num_groups": [4, 8, 16, 32]},
+        "text": {"d_model": 768, "heads": 12, "layers": 6, "positions": 1024},
+    },
+    "large": {
+        "vision": {"embed_dim": [256, 512, 1024, 2048], "num_heads": [8, 16, 32, 64], "num_groups": [8, 16, 32, 64]},
+        "text": {"d_model": 1024, "heads": 16, "layers": 12, "positions": 4096},
+    },
+}
+"""From the published configs; `depths` (1, 1, 9, 1) and the rest are Florence2Config's defaults."""
+
+FULL_VOCABULARY = 51328
+"""51290 tokens, padded to a multiple of 64, as transformers' conversion writes it."""
+
+
+def full_size_config(size: str) -> Florence2Config:
+    """Florence-2-base or -large: 768 x 768 pixels, 577 image tokens.
+
+    Args:
+        size: A key of `FULL_SIZES`.
+    """
+    text = FULL_SIZES[size]["text"]
+    width, layers = text["d_model"], text["layers"]
+    return _config(
+        {
+            **FULL_SIZES[size]["vision"],
+            "depths": [1, 1, 9, 1],
+            "window_size": 12,
+            "projection_dim": width,
+            "drop_path_rate": 0.0,
+        },
+        {
+            "d_model": width,
+            "max_position_embeddings": text["positions"],
+            **{f"{side}_layers": layers for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": text["heads"] for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 4 * width for side in ("encoder", "decoder")},
+        },
+        FULL_VOCABULARY,
+    )
+
+
 def image_size(config: Florence2Config) -> int:
     """The square input size that belongs to a config of this module, in pixels."""
-    return 96 if config.vision_config.window_size == 5 else 128
+    return {4: 128, 5: 96, 12: 768}[config.vision_config.window_size]
 
 
 def num_image_tokens(config: Florence2Config) -> int:
@@ -182,6 +225,29 @@ def build_checkpoint(path: Path, config: Florence2Config | None = None, seed: in
         content = json.loads((path / name).read_text())
         content["processor_class"] = "Florence2Processor"
         (path / name).write_text(json.dumps(content, indent=2))
+    return path
+
+
+def build_full_size_checkpoint(path: Path, size: str, tokenizer: Path | None = None) -> Path:
+    """Write a checkpoint of the size of Florence-2-base or -large with random weights.
+
+    Args:
+        path: Folder to create.
+        size: A key of `FULL_SIZES`.
+        tokenizer: Folder with the `tokenizer.json` and `tokenizer_config.json` of Florence-2; without it the small
+            tokenizer of this module, whose tokens are the first of the vocabulary.
+
+    Returns:
+        `path`.
+    """
+    config = full_size_config(size)
+    if tokenizer is None:
+        return build_checkpoint(path, config)
+    config.image_token_id = 51289
+    build_model(config).save_pretrained(path)
+    build_processor(config).image_processor.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((tokenizer / name).read_bytes())
     return path
 
 

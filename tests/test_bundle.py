@@ -84,6 +84,19 @@ def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
         Florence2.from_pretrained(copy)
 
 
+def test_an_older_format_asks_for_another_export(copy: Path) -> None:
+    change_description(copy, format_version=bundle.FORMAT_VERSION - 1)
+    with pytest.raises(BundleFormatError, match=r"has format version 1.*export it again: florence-onnx-export"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("version", [None, True, "2", 2.5, 0])
+def test_a_format_that_is_no_version_is_refused(copy: Path, version: object) -> None:
+    change_description(copy, format_version=version)
+    with pytest.raises(BundleFormatError, match="has format version"):
+        bundle.read(copy)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}x"])
 def test_an_unreadable_description_is_refused(copy: Path, text: str) -> None:
     (copy / bundle.DESCRIPTION).write_text(text)
