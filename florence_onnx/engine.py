@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from florence_onnx import cpu
+from florence_onnx import cpu, graph_cache
 from florence_onnx import providers as provider_presets
 from florence_onnx.errors import BundleFileMissingError, CorruptGraphError, InputError, MissingExtraError, ProviderError
 from florence_onnx.providers import Options, Provider
@@ -103,6 +103,7 @@ class OnnxEngine:
         provider_options: Options | None = None,
         precision: str | None = None,
         session_options: SessionOptions | None = None,
+        kept: Path | None = None,
         expected_inputs: Sequence[str] = (),
     ) -> None:
         """Loads a graph.
@@ -114,6 +115,7 @@ class OnnxEngine:
             provider_options: Options of the device's provider, over the preset's.
             precision: `"bf16"` asks the provider to compute in it.
             session_options: Overrides of `default_session_options`.
+            kept: Folder of `graph_cache`, used with the CPU provider alone; None does without.
             expected_inputs: Names that must be among the graph's inputs.
 
         Raises:
@@ -134,7 +136,7 @@ class OnnxEngine:
             num_threads=cpu.num_cores(),
         )
         self._ort = ort
-        self._session = _create_session(ort, path, chosen, _session_options(ort, session_options, chosen[0][0]))
+        self._session = _open_session(ort, path, chosen, session_options, kept)
         self.provider: str = _check_provider(self._session.get_providers(), chosen)
         self.nodes: Mapping[str, int] = _count_nodes(self._session) if self.provider != CPU else {}
         _report_nodes(path, self.provider, self.nodes)
@@ -226,12 +228,32 @@ def default_session_options(provider: str) -> dict[str, Any]:
     return options
 
 
-def _session_options(ort: ModuleType, overrides: SessionOptions | None, provider: str) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+def _open_session(
+    ort: ModuleType,
+    path: Path,
+    chosen: provider_presets.ProviderList,
+    overrides: SessionOptions | None,
+    kept: Path | None,
+) -> Any:
     if overrides is not None and not isinstance(overrides, Mapping):
         raise InputError(f'session_options must be a dict such as {{"intra_op_num_threads": 2}}, got {overrides!r}')
-    for name, value in {**default_session_options(provider), **(overrides or {})}.items():
+    settings = {**default_session_options(chosen[0][0]), **(overrides or {})}
+
+    def create(file: Path, more: SessionOptions) -> Any:
+        return _create_session(ort, file, chosen, _session_options(ort, {**settings, **more}))
+
+    if kept is None or [name for name, _ in chosen] != [CPU]:
+        return create(path, {})
+    no_optimization = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return graph_cache.load(
+        path, kept, settings, runtime=ort.__version__, no_optimization=no_optimization, create=create
+    )
+
+
+def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in settings.items():
         if "." in name:
             options.add_session_config_entry(name, str(value))
             continue

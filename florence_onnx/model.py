@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from florence_onnx import bundle as bundles
+from florence_onnx import graph_cache as graph_caches
 from florence_onnx import hub, image, tasks
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
@@ -47,14 +48,19 @@ class Florence2:
     """A Florence-2 model on ONNX Runtime. Safe to use from several threads."""
 
     def __init__(
-        self, bundle: Bundle, vision_encoder: Engine, text_model: TextBackend, provider: str, precision: str
+        self,
+        bundle: Bundle,
+        vision_encoder: Engine,
+        text_model: TextBackend,
+        provider: str,
+        precision: str | None = None,
     ) -> None:
         """Wires loaded stages; use `from_pretrained`."""
         self._bundle = bundle
         self._vision_encoder = vision_encoder
         self._text_model = text_model
         self._provider = provider
-        self._precision = precision
+        self._precision = precision or bundle.precision
         self._tokenizer = PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
 
     @classmethod
@@ -67,6 +73,7 @@ class Florence2:
         providers: Sequence[Provider] | None = None,
         provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
+        graph_cache: bool | str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Florence2:
@@ -83,6 +90,9 @@ class Florence2:
                 `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as value is passed on as JSON.
             session_options: Attributes and config entries of `onnxruntime.SessionOptions` over this package's own, e.g.
                 `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
+            graph_cache: Keeps the optimised graphs, on the CPU, for a faster start and weights that processes share, at
+                twice the bundle's size on disk: a folder, True (`~/.cache/florence_onnx/graphs`), False, or None for
+                what the environment variable `FLORENCE_ONNX_GRAPH_CACHE` says.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept.
 
@@ -99,6 +109,7 @@ class Florence2:
             providers=providers,
             provider_options=provider_options,
             session_options=session_options,
+            graph_cache=graph_cache,
         )
 
     @classmethod
@@ -111,11 +122,16 @@ class Florence2:
         providers: Sequence[Provider] | None = None,
         provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
+        graph_cache: bool | str | os.PathLike[str] | None = None,
     ) -> Florence2:
         """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
         if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
             raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
-        arguments = {"precision": precision, "session_options": session_options}
+        arguments = {
+            "precision": precision,
+            "session_options": session_options,
+            "kept": graph_caches.folder(graph_cache),
+        }
         if device == "auto" and providers is None:
             if provider_options:
                 raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
@@ -127,8 +143,8 @@ class Florence2:
     def _load(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
         names = [bundles.KEY_INPUTS[graph] for graph in bundle.graphs]
         vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
-        precision = arguments.get("precision") or bundle.precision
-        return cls(bundle, vision_encoder, _text_backend(bundle, text), vision_encoder.provider, precision)
+        backend = _text_backend(bundle, text)
+        return cls(bundle, vision_encoder, backend, vision_encoder.provider, arguments.get("precision"))
 
     @classmethod
     def _load_best(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
