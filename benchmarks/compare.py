@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -275,7 +276,7 @@ def compare(
 ) -> None:
     """Measures us and every peer in turn; prints tables and one line of JSON; writes both.
 
-    Ctrl-C and crashes lose nothing that was measured before.
+    Ctrl-C, SIGTERM and crashes lose nothing that was measured before.
     """
     if checkpoint is None and size not in SIZES:
         raise typer.BadParameter(f"unknown size {size!r}; choose from {', '.join(SIZES)}")
@@ -285,6 +286,7 @@ def compare(
     launcher = Launcher(threads, timeout, work.resolve(), node, _pairs(interpreter or []))
     workload = _workload(models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats)
     comparison = Comparison(models, chosen, workload, launcher)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is no worse than Ctrl-C
     try:
         comparison.prepare()
         for _ in range(rounds):

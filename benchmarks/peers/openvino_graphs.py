@@ -1,7 +1,8 @@
 """Our fp32 graphs in OpenVINO's own Python API, driven by our loop.
 
 This is the strongest OpenVINO baseline there is: optimum-intel cannot export Florence-2, and our graphs compute the cross-attention
-keys and values once per prompt and fold the beams, which a plain export does not.
+keys and values once per prompt and fold the beams, which a plain export does not. The four-graph layout is no alternative: OpenVINO's CPU
+plugin refuses its merged decoder ("doesn't support If operation with dynamic rank").
 """
 
 from __future__ import annotations
