@@ -128,25 +128,21 @@ def test_the_runtime_never_imports_the_export() -> None:
 LAZY = {"__main__", "cli", "download", "draw"}
 """Modules of the package that `import florence_onnx` leaves for later."""
 
-HEAVY = [
-    "asyncio",
-    "concurrent.futures",
-    "difflib",
-    "email",
-    "http",
-    "http.client",
-    "multiprocessing",
-    "random",
-    "shutil",
-    "socket",
-    "ssl",
-    "subprocess",
-    "tempfile",
-    "unittest",
-    "urllib.request",
-    "PIL.ImageDraw",
-    "PIL.ImageFont",
-]
+HEAVY = {
+    *(
+        "asyncio",
+        "concurrent.futures",
+        "difflib",
+        "email",
+        "http",
+        "multiprocessing",
+        "random",
+        "shutil",
+        "socket",
+        "ssl",
+    ),
+    *("subprocess", "tempfile", "unittest", "urllib.request", "PIL.ImageDraw", "PIL.ImageFont"),
+}
 """Of the standard library and Pillow: each costs milliseconds, and most callers need none."""
 
 
@@ -162,7 +158,7 @@ def test_import_is_light() -> None:
     new = modules_of("import florence_onnx") - before
     foreign = {name.split(".")[0] for name in new if name.split(".")[0] not in sys.stdlib_module_names}
     assert foreign <= {"florence_onnx", "numpy"}  # numpy.typing
-    assert sorted(new & set(HEAVY)) == []
+    assert sorted(new & HEAVY) == []
 
 
 def test_which_modules_wait_until_they_are_needed() -> None:
