@@ -157,10 +157,10 @@ def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, s
 def known_precisions() -> list[str]:
     """What `python -m export` writes for a CPU, as far as this environment can tell."""
     try:
-        from export.optimize import CONVERSIONS
+        from export.optimize import PRECISIONS
     except ImportError:
         return ["fp32"]
-    return ["fp32", *(name for name in CONVERSIONS if name != "fp16")]  # fp16 is for GPUs: a CPU computes it in fp32
+    return [name for name in PRECISIONS if name != "fp16"]  # fp16 is for GPUs: a CPU computes it in fp32
 
 
 def choose(ours: Sequence[str], bundles: Mapping[str, Path], names: Sequence[str]) -> list[Peer]:

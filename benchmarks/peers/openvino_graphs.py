@@ -86,7 +86,7 @@ class OpenVinoRunner(OnnxRunner):
         read = bundle.read(Path(self._job.model))
         self._engines = [OpenVinoEngine(path, properties) for path in read.graphs.values()]
         vision_encoder, *text = self._engines
-        return Florence2(read, vision_encoder, model._text_backend(read, text), "OpenVINO")
+        return Florence2(read, vision_encoder, model._text_backend(read, text), "OpenVINO", read.precision)
 
     def describe(self) -> dict[str, Any]:
         import openvino
