@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -156,10 +157,10 @@ def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, s
 def known_precisions() -> list[str]:
     """What `python -m export` writes for a CPU, as far as this environment can tell."""
     try:
-        from export.optimize import CONVERSIONS
+        from export.optimize import PRECISIONS
     except ImportError:
         return ["fp32"]
-    return ["fp32", *(name for name in CONVERSIONS if name != "fp16")]  # fp16 is for GPUs: a CPU computes it in fp32
+    return [name for name in PRECISIONS if name != "fp16"]  # fp16 is for GPUs: a CPU computes it in fp32
 
 
 def choose(ours: Sequence[str], bundles: Mapping[str, Path], names: Sequence[str]) -> list[Peer]:
@@ -275,7 +276,7 @@ def compare(
 ) -> None:
     """Measures us and every peer in turn; prints tables and one line of JSON; writes both.
 
-    Ctrl-C and crashes lose nothing that was measured before.
+    Ctrl-C, SIGTERM and crashes lose nothing that was measured before.
     """
     if checkpoint is None and size not in SIZES:
         raise typer.BadParameter(f"unknown size {size!r}; choose from {', '.join(SIZES)}")
@@ -285,6 +286,7 @@ def compare(
     launcher = Launcher(threads, timeout, work.resolve(), node, _pairs(interpreter or []))
     workload = _workload(models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats)
     comparison = Comparison(models, chosen, workload, launcher)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is no worse than Ctrl-C
     try:
         comparison.prepare()
         for _ in range(rounds):

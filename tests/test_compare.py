@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,19 @@ def test_vision_operations_are_those_that_pytorch_counts(tmp_path: Path) -> None
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.get_image_features(torch.zeros(1, 3, 128, 128))
     assert costs.vision_flops() == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_an_interrupted_run_keeps_what_it_has(tiny: Exported, work: Path, tmp_path: Path) -> None:
+    checkpoint = tiny.bundle.parent / "checkpoint"
+    command = [sys.executable, "-m", "benchmarks.compare", "--checkpoint", str(checkpoint), "--work", str(work)]
+    command += ["--out", str(tmp_path), "--threads", "1", "--tokens", "6", "--rounds", "1000", "--peers", "ours-fp32"]
+    command += ["--ours", f"fp32={tiny.bundle}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "interrupted" in errors
+    assert list(json.loads(output.splitlines()[-1])["peers"]) == ["ours-fp32"]

@@ -1,7 +1,8 @@
 """Our fp32 graphs in OpenVINO's own Python API, driven by our loop.
 
 This is the strongest OpenVINO baseline there is: optimum-intel cannot export Florence-2, and our graphs compute the cross-attention
-keys and values once per prompt and fold the beams, which a plain export does not.
+keys and values once per prompt and fold the beams, which a plain export does not. The four-graph layout is no alternative: OpenVINO's CPU
+plugin refuses its merged decoder ("doesn't support If operation with dynamic rank").
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class OpenVinoRunner(OnnxRunner):
         read = bundle.read(Path(self._job.model))
         self._engines = [OpenVinoEngine(path, properties) for path in read.graphs.values()]
         vision_encoder, *text = self._engines
-        return Florence2(read, vision_encoder, model._text_backend(read, text), "OpenVINO")
+        return Florence2(read, vision_encoder, model._text_backend(read, text), "OpenVINO", read.precision)
 
     def describe(self) -> dict[str, Any]:
         import openvino
