@@ -54,6 +54,7 @@ class Florence2:
         text_model: TextBackend,
         provider: str,
         precision: str | None = None,
+        tokenizer: PromptTokenizer | None = None,
     ) -> None:
         """Wires loaded stages; use `from_pretrained`."""
         self._bundle = bundle
@@ -61,7 +62,7 @@ class Florence2:
         self._text_model = text_model
         self._provider = provider
         self._precision = precision or bundle.precision
-        self._tokenizer = PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
+        self._tokenizer = tokenizer or _load_tokenizer(bundle)
 
     @classmethod
     def from_pretrained(
@@ -142,9 +143,13 @@ class Florence2:
     @classmethod
     def _load(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
         names = [bundles.KEY_INPUTS[graph] for graph in bundle.graphs]
-        vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
-        backend = _text_backend(bundle, text)
-        return cls(bundle, vision_encoder, backend, vision_encoder.provider, arguments.get("precision"))
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(1) as pool:  # a third of a second, as long as a graph
+            tokenizer = pool.submit(_load_tokenizer, bundle)
+            vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
+        backend, precision = _text_backend(bundle, text), arguments.get("precision")
+        return cls(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result())
 
     @classmethod
     def _load_best(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
@@ -381,6 +386,10 @@ class Florence2:
         text = self._tokenizer.decode(sequence.token_ids)
         answer = parse(task, text, encoded.size)
         return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.picture)
+
+
+def _load_tokenizer(bundle: Bundle) -> PromptTokenizer:
+    return PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
 
 
 def _text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
