@@ -16,20 +16,20 @@ from florence_onnx import bundle as bundles
 from florence_onnx import graph_cache as graph_caches
 from florence_onnx import hub, image, tasks
 from florence_onnx.bundle import Bundle
-from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
-from florence_onnx.errors import BundleFormatError, InputError, ProviderError, TextInputError
+from florence_onnx.decoder import TextBackend
+from florence_onnx.engine import Engine, SessionOptions
+from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation import DecoderSession, generate
 from florence_onnx.image import ImageInput
+from florence_onnx.loading import load, load_tokenizer
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.providers import BF16, Options, Provider, candidates
+from florence_onnx.providers import BF16, Options, Provider
 from florence_onnx.search import GeneratedSequence
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
-from florence_onnx.transformers_js import TransformersJsTextModel
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
@@ -62,7 +62,7 @@ class Florence2:
         self._text_model = text_model
         self._provider = provider
         self._precision = precision or bundle.precision
-        self._tokenizer = tokenizer or _load_tokenizer(bundle)
+        self._tokenizer = tokenizer or load_tokenizer(bundle)
 
     @classmethod
     def from_pretrained(
@@ -126,45 +126,17 @@ class Florence2:
         graph_cache: bool | str | os.PathLike[str] | None = None,
     ) -> Florence2:
         """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
-        if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
-            raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
-        arguments = {
-            "precision": precision,
-            "session_options": session_options,
-            "kept": graph_caches.folder(graph_cache),
-        }
-        if device == "auto" and providers is None:
-            if provider_options:
-                raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
-            return cls._load_best(bundle, arguments)
-        more = {"device": device, "providers": providers, "provider_options": provider_options}
-        return cls._load(bundle, {**arguments, **more})
-
-    @classmethod
-    def _load(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
-        names = [bundles.KEY_INPUTS[graph] for graph in bundle.graphs]
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(1) as pool:  # a third of a second, as long as a graph
-            tokenizer = pool.submit(_load_tokenizer, bundle)
-            vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
-        backend, precision = _text_backend(bundle, text), arguments.get("precision")
-        return cls(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result())
-
-    @classmethod
-    def _load_best(cls, bundle: Bundle, arguments: Mapping[str, Any]) -> Florence2:
-        """Takes the first device that starts, and says which."""
-        *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
-        for device in accelerators:
-            try:
-                model = cls._load(bundle, {**arguments, "device": device})
-            except ProviderError as error:
-                _log.warning("device auto: %s is installed but cannot run: %s", device, error)
-            else:
-                _log.info("device auto: %s", device)
-                return model
-        _log.info("device auto: %s", last)
-        return cls._load(bundle, {**arguments, "device": last})
+        return cls(
+            *load(
+                bundle,
+                device=device,
+                precision=precision,
+                providers=providers,
+                provider_options=provider_options,
+                session_options=session_options,
+                kept=graph_caches.folder(graph_cache),
+            )
+        )
 
     # ------------------------------------------------------------------------------------------------------- asking
 
@@ -386,29 +358,6 @@ class Florence2:
         text = self._tokenizer.decode(sequence.token_ids)
         answer = parse(task, text, encoded.size)
         return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.picture)
-
-
-def _load_tokenizer(bundle: Bundle) -> PromptTokenizer:
-    return PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
-
-
-def _text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
-    sizes = bundle.sizes
-    found = sum(name.startswith("past_key_values.") for name in engines[-1].inputs)
-    per_layer = 4 if bundle.layout == "transformers.js" else 2
-    if found != per_layer * sizes.decoder_layers:
-        raise BundleFormatError(
-            f"{bundle.path}: the decoder has {found // per_layer} layers, its description says {sizes.decoder_layers}; "
-            "export or download it again"
-        )
-    shape = DecoderShape(
-        sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
-    )
-    if bundle.layout == "transformers.js":
-        embed_tokens, encoder, decoder = engines
-        return TransformersJsTextModel(embed_tokens, encoder, decoder, shape)
-    text_encoder, decoder = engines
-    return TextModel(text_encoder, decoder, shape)
 
 
 def _requests(

@@ -78,6 +78,7 @@ MAY_IMPORT = {
     "decoder": {"engine", "generation", "numpy"},
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
     "bundle": {"errors", "options"},
+    "loading": {"bundle", "decoder", "engine", "errors", "providers", "tokenizer", "transformers_js"},
     "hub": {"bundle", "errors", "huggingface_hub"},
 }
 """Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""

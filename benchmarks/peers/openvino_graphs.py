@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.jobs import Job
-from florence_onnx import Florence2, bundle, model
+from florence_onnx import Florence2, bundle, loading
 
 from .ours import OnnxRunner
 
@@ -86,7 +86,7 @@ class OpenVinoRunner(OnnxRunner):
         read = bundle.read(Path(self._job.model))
         self._engines = [OpenVinoEngine(path, properties) for path in read.graphs.values()]
         vision_encoder, *text = self._engines
-        return Florence2(read, vision_encoder, model._text_backend(read, text), "OpenVINO", read.precision)
+        return Florence2(read, vision_encoder, loading.text_backend(read, text), "OpenVINO", read.precision)
 
     def describe(self) -> dict[str, Any]:
         import openvino

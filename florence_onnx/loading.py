@@ -1,0 +1,115 @@
+"""From a bundle to running stages: which device, which precision, and what may start at the same time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from florence_onnx.bundle import KEY_INPUTS, Bundle
+from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
+from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
+from florence_onnx.errors import BundleFormatError, InputError, ProviderError
+from florence_onnx.providers import BF16, Options, Provider, candidates
+from florence_onnx.tokenizer import PromptTokenizer
+from florence_onnx.transformers_js import TransformersJsTextModel
+
+_log = logging.getLogger("florence_onnx")
+
+
+class Stages(NamedTuple):
+    """What `Florence2` is made of, in the order of its arguments."""
+
+    bundle: Bundle
+    vision_encoder: Engine
+    text_model: TextBackend
+    provider: str
+    """Execution provider of the graphs."""
+    precision: str
+    """What is computed in: the bundle's, or bf16."""
+    tokenizer: PromptTokenizer
+
+
+def load(
+    bundle: Bundle,
+    *,
+    device: str,
+    precision: str | None,
+    providers: Sequence[Provider] | None,
+    provider_options: Options | None,
+    session_options: SessionOptions | None,
+    kept: Path | None,
+) -> Stages:
+    """Loads all stages; arguments as for `Florence2.from_pretrained`, `kept` as for `OnnxEngine`.
+
+    Raises:
+        BundleError: A file is damaged, or the bundle is of another precision.
+        InputError: Arguments contradict.
+        ProviderError: The execution provider cannot run here.
+    """
+    if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
+        raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
+    arguments = {"precision": precision, "session_options": session_options, "kept": kept}
+    if device == "auto" and providers is None:
+        if provider_options:
+            raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
+        return _load_best(bundle, arguments)
+    more = {"device": device, "providers": providers, "provider_options": provider_options}
+    return _load(bundle, {**arguments, **more})
+
+
+def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
+    """The tokenizer of a bundle."""
+    return PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
+
+
+def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
+    """Takes the first device that starts, and says which."""
+    *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
+    for device in accelerators:
+        try:
+            stages = _load(bundle, {**arguments, "device": device})
+        except ProviderError as error:
+            _log.warning("device auto: %s is installed but cannot run: %s", device, error)
+        else:
+            _log.info("device auto: %s", device)
+            return stages
+    _log.info("device auto: %s", last)
+    return _load(bundle, {**arguments, "device": last})
+
+
+def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [KEY_INPUTS[graph] for graph in bundle.graphs]
+    with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
+        tokenizer = pool.submit(load_tokenizer, bundle)
+        vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
+    precision = arguments["precision"] or bundle.precision
+    backend = text_backend(bundle, text)
+    return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result())
+
+
+def text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
+    """The text graphs of a bundle, in the order of its layout, behind one interface.
+
+    Raises:
+        BundleFormatError: The decoder has another number of layers than the bundle says.
+    """
+    sizes = bundle.sizes
+    found = sum(name.startswith("past_key_values.") for name in engines[-1].inputs)
+    per_layer = 4 if bundle.layout == "transformers.js" else 2
+    if found != per_layer * sizes.decoder_layers:
+        raise BundleFormatError(
+            f"{bundle.path}: the decoder has {found // per_layer} layers, its description says {sizes.decoder_layers}; "
+            "export or download it again"
+        )
+    shape = DecoderShape(
+        sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
+    )
+    if bundle.layout == "transformers.js":
+        embed_tokens, encoder, decoder = engines
+        return TransformersJsTextModel(embed_tokens, encoder, decoder, shape)
+    text_encoder, decoder = engines
+    return TextModel(text_encoder, decoder, shape)
