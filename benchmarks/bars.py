@@ -94,6 +94,8 @@ def _exactness(result: Result) -> dict[str, Any]:
 def _evaluate(bar: Bar, result: Result, default: str | None) -> dict[str, Any]:
     peer, rival = (str(default) if name == DEFAULT else name for name in (bar.peer, bar.rival))
     row: dict[str, Any] = {"text": bar.text, "peer": peer, "rival": rival, "limit": bar.limit, "kind": bar.kind}
+    if default is None and bar.peer == DEFAULT:
+        return {**row, "peer": DEFAULT, "status": "not measured", "reason": "none of ours was measured"}
     ratios = {}
     for statistic in ("median", "min"):
         ours = value(result, peer, bar.stage, statistic)

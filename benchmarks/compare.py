@@ -232,10 +232,18 @@ def file_name(result: Mapping[str, Any]) -> str:
     return "-".join([result["created"][:10], re.sub(r"[^a-z0-9]+", "-", f"{cpu} {cores} {name}".lower()).strip("-")])
 
 
-def write(result: Mapping[str, Any], folder: Path) -> Path:
-    """Writes `.md` and `.json`, and returns the path of the latter."""
+def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path:
+    """Writes `.md` and `.json`, and returns the path of the latter.
+
+    An incomplete result has a name of its own, so that it never replaces a complete one; the complete one replaces it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_name(result)}.json"
+    path, incomplete = (folder / f"{file_name(result)}{ending}.json" for ending in ("", "-incomplete"))
+    if is_complete:
+        for ending in (".json", ".md"):
+            incomplete.with_suffix(ending).unlink(missing_ok=True)
+    else:
+        path = incomplete
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
     return path
@@ -291,14 +299,14 @@ def compare(
         comparison.prepare()
         for _ in range(rounds):
             comparison.run_round(float("inf") if run_all else budget)
-            write(comparison.result(_command(), default), out)
+            write(comparison.result(_command(), default), out, is_complete=False)
     except KeyboardInterrupt:
         _console.log("interrupted: what was measured is kept")
-    _finish(comparison.result(_command(), default), out)
+    _finish(comparison.result(_command(), default), out, is_complete=comparison.rounds == rounds)
 
 
-def _finish(result: Mapping[str, Any], out: Path) -> None:
-    path = write(result, out)
+def _finish(result: Mapping[str, Any], out: Path, *, is_complete: bool) -> None:
+    path = write(result, out, is_complete=is_complete)
     is_narrow = not _console.is_terminal
     report.print_to(Console(stderr=True, width=220 if is_narrow else None), result)
     _console.print(str(path), markup=False, soft_wrap=True)

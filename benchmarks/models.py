@@ -140,6 +140,8 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def _refuse(output: str, errors: str, code: int) -> NoReturn:
+    if code < 0:  # its last line would be about something that went well
+        raise PreparationError(f"ended by signal {-code}")
     lines = [line for line in (errors or output).splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:")]
     raise PreparationError((said or lines or [f"exit code {code}"])[-1].strip())

@@ -82,6 +82,8 @@ class Launcher:
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode < 0:
+            raise FailedError(f"ended by signal {-process.returncode}")
         if process.returncode:
             raise FailedError(_last_line(errors) or f"exit code {process.returncode}")
         try:

@@ -52,7 +52,7 @@ def generate(
     session: DecoderSession,
     num_prompts: int,
     config: SearchConfig,
-    prompts: Sequence[Sequence[int]] | None = None,
+    given: Sequence[Sequence[int]] | None = None,
 ) -> list[GeneratedSequence]:
     """Decodes every prompt of a session.
 
@@ -66,7 +66,8 @@ def generate(
         session: Decoder that holds `num_prompts` encoded prompts and no token yet.
         num_prompts: Number of prompts.
         config: How to search.
-        prompts: Token ids of each prompt, for drafts; without them none are made.
+        given: For each prompt, token ids that its answer may repeat (a caption, a region), as the answer would write
+            them; None: no drafts.
 
     Returns:
         One sequence per prompt.
@@ -76,7 +77,7 @@ def generate(
     if config.num_beams > 1:
         search = BeamSearch(num_prompts, config)
     else:
-        search = GreedySearch(num_prompts, config, None if verifying is None else prompts)
+        search = GreedySearch(num_prompts, config, None if verifying is None else given)
     logits = session.step(search.start())[:, None]
     while (continuation := search.advance(logits)) is not None:
         if continuation.kept is not None and verifying is not None:

@@ -15,13 +15,13 @@ from florence_onnx.search import Continuation, Floats, GeneratedSequence, Ids, o
 class _Row:
     """The answer to one prompt."""
 
-    def __init__(self, prompt: Sequence[int] | None, config: SearchConfig) -> None:
+    def __init__(self, given: Sequence[int] | None, config: SearchConfig) -> None:
         self._config = config
         self.tokens = opening(config)
         self._processors = LogitsProcessors(config, self.tokens)
         self._lookup: PromptLookup | None = None
-        if prompt is not None and config.prompt_lookup_num_tokens:
-            self._lookup = PromptLookup(prompt, self.tokens, config.eos_token_id, config.prompt_lookup_num_tokens)
+        if given is not None and config.prompt_lookup_num_tokens:
+            self._lookup = PromptLookup(given, self.tokens, config.prompt_lookup_num_tokens)
         self._draft: list[int] = []
         self.answer: GeneratedSequence | None = None
 
@@ -73,13 +73,13 @@ class _Row:
 class GreedySearch:
     """Takes the most probable token at every step."""
 
-    def __init__(self, num_prompts: int, config: SearchConfig, prompts: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(self, num_prompts: int, config: SearchConfig, given: Sequence[Sequence[int]] | None = None) -> None:
         """Args:
         num_prompts: Number of answers.
         config: How to search.
-        prompts: Their token ids, where drafts may be made from them; None where the session cannot verify any.
+        given: For each, token ids that it may repeat; None where the session cannot verify drafts.
         """
-        self._rows = [_Row(None if prompts is None else prompts[i], config) for i in range(num_prompts)]
+        self._rows = [_Row(None if given is None else given[i], config) for i in range(num_prompts)]
         self._active = list(self._rows)
 
     def start(self) -> Ids:

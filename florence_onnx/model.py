@@ -41,6 +41,8 @@ class _Request:
 
     task: Task[Any]
     prompt: str
+    given: str
+    """The prompt's own part: text, location tokens or nothing."""
     image: ImageInput | EncodedImage
 
 
@@ -244,8 +246,8 @@ class Florence2:
         self._check_length(requests, attention_mask)
         encoded = self._encode_all([request.image for request in requests])
         session = self._start_session(input_ids, attention_mask, encoded)
-        prompts = [row[mask != 0].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        sequences = generate(session, len(requests), config, prompts)
+        given = [self._tokenizer.encode_text(request.given) for request in requests]
+        sequences = generate(session, len(requests), config, given)
         return [
             self._prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
@@ -385,5 +387,6 @@ def _requests(
         columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
     ):
         task = tasks.get(task_name)
-        found.append(_Request(task, task.format_prompt(text_input=text, region=region), picture))
+        prompt, given = task.format_prompt(text, region), task.format_input(text, region)
+        found.append(_Request(task, prompt, given, picture))
     return found

@@ -42,7 +42,7 @@ class GenerationOptions:
     forced_eos_token_id: int | None = None
     """Token forced in last place when the limit is reached; -1 forces none."""
     prompt_lookup_num_tokens: int | None = None
-    """Most tokens guessed from the prompt at a time and verified in one decoder call; 0 guesses none. Greedy search only:
+    """Most tokens guessed from the input at a time and verified in one decoder call; 0 guesses none. Greedy search only:
     the tokens stay the same, the calls get fewer."""
 
 

@@ -76,13 +76,19 @@ class Task(Generic[R]):
             TextInputError: The text is missing, blank, not a string, or not wanted by this task.
             RegionError: The region is missing, not a Region, or not wanted by this task.
         """
+        return self.prompt.replace(_PLACEHOLDER, self.format_input(text_input, region))
+
+    def format_input(self, text_input: str | None = None, region: Region | None = None) -> str:
+        """Writes what stands in the prompt's place for input; arguments and errors as for `format_prompt`.
+
+        Returns:
+            The text or the region's location tokens; empty for a task that needs nothing.
+        """
         self._check_text(text_input)
         self._check_region(region)
         if text_input is not None:
-            return self.prompt.replace(_PLACEHOLDER, text_input.strip())
-        if region is not None:
-            return self.prompt.replace(_PLACEHOLDER, region.location_tokens)
-        return self.prompt
+            return text_input.strip()
+        return "" if region is None else region.location_tokens
 
     def _check_text(self, text_input: str | None) -> None:
         if self.needs != "text":

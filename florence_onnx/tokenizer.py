@@ -51,6 +51,11 @@ class PromptTokenizer:
             attention_mask[row, : len(ids)] = 1
         return input_ids, attention_mask
 
+    def encode_text(self, text: str) -> list[int]:
+        """Encodes text by itself, without the tokens that open and close a prompt."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a whole answer, special and location tokens included.
 

@@ -254,6 +254,7 @@ def test_jobs_travel_as_json() -> None:
     ("code", "message"),
     [
         ("raise ValueError('no such thing')", "ValueError: no such thing"),
+        ("import os; os.kill(os.getpid(), 15)", "ended by signal 15"),
         ("print('hello')", "printed no result"),
         ("import time; time.sleep(60)", "gave up"),
     ],
@@ -309,3 +310,4 @@ def test_an_interrupted_run_keeps_what_it_has(tiny: Exported, work: Path, tmp_pa
     assert process.returncode == 0, errors
     assert "interrupted" in errors
     assert list(json.loads(output.splitlines()[-1])["peers"]) == ["ours-fp32"]
+    assert all(path.stem.endswith("-incomplete") for path in tmp_path.iterdir())

@@ -50,11 +50,15 @@ def scenes() -> list[Any]:
     return metrics.make_scenes(UNSEEN_SEED, NUM_SCENES)
 
 
+def as_region(given: str) -> Region:
+    return Region(*map(int, re.findall(r"\d+", given)))
+
+
 def ask(model: Florence2, picture: Image.Image, token: str, given: str, options: GenerationOptions | None) -> Any:
     task = tasks.get(token)
     arguments: dict[str, Any] = {}
     if task.needs == "region":
-        arguments["region"] = Region(*map(int, re.findall(r"\d+", given)))
+        arguments["region"] = as_region(given)
     elif task.needs == "text":
         arguments["text_input"] = given
     return metrics.from_results(model.run(task, picture, **arguments, options=options).results)
@@ -90,3 +94,35 @@ def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], 
     assert [box.label for box in demo.run(tasks.OCR_WITH_REGION, picture).results.quad_boxes] == (
         [word] if word else []
     )
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_prompt_lookup_gives_the_same_tokens_in_fewer_calls(batched: bool, demo: Florence2, scenes: list[Any]) -> None:
+    """For every task, one by one and all of a task in a batch, in which rows accept different numbers of tokens."""
+    decoder = demo._text_model._decoder  # type: ignore[attr-defined]
+    calls: dict[int, dict[str, int]] = {0: {}, 4: {}}
+    answers: dict[int, dict[str, list[tuple[int, ...]]]] = {0: {}, 4: {}}
+    for token in FLOORS:
+        asked = metrics.collect_questions(scenes[:6], token)
+        task = tasks.get(token)
+        pictures = [demo.encode(scene.image) for scene, _ in asked]
+        texts = [question.text_input if task.needs == "text" else None for _, question in asked]
+        regions = [as_region(question.text_input) if task.needs == "region" else None for _, question in asked]
+        for length in (0, 4):
+            options = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=length)
+            before = decoder.num_runs
+            if batched:
+                found = demo.run_batch(task, pictures, text_inputs=texts, regions=regions, options=options)
+            else:
+                found = [
+                    demo.run(task, picture, text_input=text, region=region, options=options)
+                    for picture, text, region in zip(pictures, texts, regions, strict=True)
+                ]
+            calls[length][token] = decoder.num_runs - before
+            answers[length][token] = [each.token_ids for each in found]
+    assert answers[0] == answers[4]
+    for token in ("<CAPTION_TO_PHRASE_GROUNDING>", "<OPEN_VOCABULARY_DETECTION>"):
+        # a batch is as slow as its slowest row, which may be one without a single draft that holds
+        assert calls[4][token] < calls[0][token] + batched
+    for token in ("<OD>", "<CAPTION>", "<REGION_PROPOSAL>"):
+        assert calls[4][token] == calls[0][token], "nothing to draft from"

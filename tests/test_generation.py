@@ -195,7 +195,6 @@ def test_drafts_change_no_token(
     drafting = dataclasses.replace(config, prompt_lookup_num_tokens=data.draw(st.integers(1, 7)))
     session = VerifyingTableSession(tables)
     assert generate(session, count, drafting, prompts) == expected
-    assert session.lengths.max() < config.max_length, "the last token is fed to nobody"
 
 
 def test_a_prompt_that_holds_the_answer_saves_decoder_steps() -> None:
