@@ -222,7 +222,15 @@ def default_session_options(provider: str) -> dict[str, Any]:
     Args:
         provider: The execution provider that comes first.
     """
-    options: dict[str, Any] = {"intra_op_num_threads": cpu.num_cores(), "inter_op_num_threads": 1}
+    options: dict[str, Any] = {
+        "intra_op_num_threads": cpu.num_cores(),
+        "inter_op_num_threads": 1,
+        # Otherwise the threads of one graph still wait actively for work while the next graph runs: 1.15 s instead of
+        # 1.30 s for 48 tokens of Florence-2-base in fp32 on two cores.
+        "session.force_spinning_stop": "1",
+        # 1376 MiB instead of 1580 at the peak of Florence-2-base in fp32, in the same time
+        "enable_mem_pattern": False,
+    }
     if provider != CPU:
         options[RECORD_NODES] = "1"
     return options

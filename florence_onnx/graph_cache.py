@@ -1,8 +1,9 @@
 """Optimised graphs kept on disk for the next start; off unless asked for.
 
 What ONNX Runtime does at every start, it then does once: it optimises the graph and packs the weights for the kernels of this
-processor. Later starts map the result into memory, which also lets several processes share one copy. The price is disk:
-Florence-2-base in fp32 takes 2.1 GB. Figures are in benchmarks/results/session_options.md.
+processor. Later starts map the result into memory: loading takes half the time when the files are in the page cache (and no
+less when they are not), and several processes share one copy. The price is disk: Florence-2-base in fp32 takes
+2.0 GiB. Figures are in benchmarks/results/session_options.md.
 
 An entry is a directory, written beside its place and renamed, so that processes may start at the same time. Its name is a
 hash of all that it depends on: an entry is never out of date, only unused. The least recently used go when all

@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
 
 AUTO_ORDER: tuple[str, ...] = ("cuda", "cpu")
 """What `device="auto"` tries, best first. OpenVINO is not among them for fp32: on an AVX2 machine its vision encoder took
-1.1 times ONNX Runtime's time, its decode step the same time, and it needed 1.8 times the memory; on an AVX512 machine
+1.1 times ONNX Runtime's time, its decode step the same time, and it needed 1.9 times the memory; on an AVX512 machine
 both took the same time (benchmarks/results/session_options.md)."""
 AUTO_ORDER_BF16: tuple[str, ...] = ("openvino",)
 """The same for bf16, which is where OpenVINO is worth its memory."""

@@ -125,14 +125,16 @@ def test_threads_are_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu, "num_cores", lambda: 1)
     options = session_of(Florence2.from_pretrained("demo", device="cpu")).get_session_options()
     assert options.intra_op_num_threads == 1
+    assert options.enable_mem_pattern is False
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_session_options_of_the_caller_win() -> None:
-    given = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0, "enable_mem_pattern": False}
+    given = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0, "enable_mem_pattern": True}
     options = session_of(Florence2.from_pretrained("demo", device="cpu", session_options=given)).get_session_options()
     assert options.intra_op_num_threads == 2
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert options.enable_mem_pattern is False
+    assert options.enable_mem_pattern is True
 
 
 def test_graphs_loaded_together_come_back_in_order() -> None:

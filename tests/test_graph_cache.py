@@ -99,7 +99,7 @@ def test_another_bundle_option_version_or_processor_is_another_entry(
     def key(options: dict[str, Any] | None = None, runtime: str = "1.32.0") -> str:
         return graph_cache.key(graph, options or {}, runtime)
 
-    same = {key(), key({"intra_op_num_threads": 7}), key({"session.intra_op.allow_spinning": 0})}
+    same = {key(), key({"intra_op_num_threads": 7}), key({"session.force_spinning_stop": "0"})}
     assert len(same) == 1
     others = [key(runtime="1.31.0"), key({"graph_optimization_level": 1})]
     os.utime(copy / bundle.WEIGHTS)
@@ -149,7 +149,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     load(tmp_path)
     (first,) = entries(tmp_path)
     size = sum(path.stat().st_size for path in (tmp_path / first).iterdir())
-    load(tmp_path, session_options={"enable_mem_pattern": False})
+    load(tmp_path, session_options={"enable_mem_pattern": True})
     (second,) = set(entries(tmp_path)) - {first}
     for name, age in ((first, 100), (second, 200)):
         os.utime(tmp_path / name, (age, age))
