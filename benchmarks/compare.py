@@ -106,6 +106,8 @@ class Comparison:
         floor = {}
         if self.rates:
             floor = results.floors(self.costs, results.best_rates(self.rates), self.workload, prompt_tokens)
+        checks = results.compare_tokens(found, self.workload.num_tokens)
+        checks += results.find_implausible(found, floor) if floor else []
         result: dict[str, Any] = {
             "format": 1,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -115,7 +117,7 @@ class Comparison:
             "rounds": self.rounds,
             "machine": self.machine,
             "versions": {key: version for peer in found.values() for key, version in peer["versions"].items()},
-            "checks": results.compare_tokens(found, self.workload.num_tokens),
+            "checks": checks,
             "peers": found,
             "absent": self.absent,
             "floor": floor,

@@ -76,6 +76,26 @@ def compare_tokens(peers: dict[str, Summary], num_tokens: int) -> list[str]:
     return wrong
 
 
+MIN_FLOOR_SHARE = 0.85
+"""Of the floor: rewrites save up to 7 % of the operations counted, and rates are measured with some noise."""
+
+
+def find_implausible(peers: Mapping[str, Summary], floor: Mapping[str, Any]) -> list[str]:
+    """Peers that computed faster than the machine can, and so did not compute what the others did.
+
+    Only stages that arithmetic bounds are asked: the weights of a small decoder may lie in the cache.
+    """
+    wrong = []
+    for name, peer in peers.items():
+        bounds = floor["stages"].get(peer["precision"], {})
+        for stage in ("vision", "text_encoder"):
+            if stage in peer["stages"] and stage in bounds:
+                share = peer["stages"][stage]["min"] / bounds[stage]
+                if share < MIN_FLOOR_SHARE:
+                    wrong.append(f"{name} took {share:.2f} of the floor for {stage}: it did less work than the others")
+    return wrong
+
+
 def best_rates(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The highest of each rate over all rounds: the floor is what the machine can do undisturbed."""
     names = ("fp32", "int8", "bf16", "read")
