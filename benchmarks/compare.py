@@ -29,7 +29,7 @@ from benchmarks.costs import Costs
 from benchmarks.jobs import Job, Peer, Prompt, Workload
 from benchmarks.models import ROOT, Models, PreparationError
 from benchmarks.processes import FailedError, Launcher
-from florence_onnx import bundle, tasks
+from florence_onnx import bundle, cpu, tasks
 from florence_onnx.errors import FlorenceError
 
 PICTURE = ROOT / "export" / "photograph.jpg"
@@ -257,7 +257,7 @@ def compare(
     picture: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = PICTURE,
     tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=4)] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the second search.", min=2)] = 3,
-    threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = machine.num_cores(),
+    threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = cpu.num_cores(),
     rounds: Annotated[int, typer.Option(help="Processes per peer, in turn.", min=1)] = 3,
     repeats: Annotated[int, typer.Option(help="Timings per stage and process.", min=1)] = 2,
     peer_names: Annotated[str, typer.Option("--peers", help="Comma-separated; default: all.")] = "",

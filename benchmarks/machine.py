@@ -8,13 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from florence_onnx import cpu
+
 _FLAGS = re.compile(r"avx|f16c|fma|sse4_2|amx|bf16|vnni|asimd|sve|i8mm|neon")
 """What the kernels of the runtimes ask for."""
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:
@@ -24,7 +21,7 @@ def describe() -> dict[str, Any]:
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "family": " ".join(facts[name] for name in ("cpu family", "model", "stepping") if name in facts),
         "flags": sorted(flag for flag in facts.get("flags", "").split() if _FLAGS.search(flag)),
-        "cores": num_cores(),
+        "cores": cpu.num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from export.demo.answers import TASK_TOKENS
+from export.demo.answers import TASK_TOKENS, Question
 from export.demo.metrics import collect_questions, make_scenes
-from florence_onnx import Florence2, GenerationOptions, Region, tasks
+from florence_onnx import Florence2, GenerationOptions, tasks
 from florence_onnx.bundle import DEMO
 from florence_onnx.options import DEFAULT_PROMPT_LOOKUP
 from florence_onnx.prediction import EncodedImage
@@ -47,19 +45,11 @@ class Figures:
         return 1 - self.calls[length] / self.calls[0]
 
 
-def arguments_of(token: str, given: str) -> dict[str, Any]:
-    """What `run` takes besides the picture."""
-    needs = tasks.get(token).needs
-    if needs == "region":
-        return {"region": Region(*map(int, re.findall(r"\d+", given)))}
-    return {"text_input": given} if needs == "text" else {}
-
-
-def measure(model: Florence2, token: str, questions: Sequence[tuple[EncodedImage, str]]) -> Figures:
+def measure(model: Florence2, questions: Sequence[tuple[EncodedImage, Question]]) -> Figures:
     """Asks every question with every length of draft."""
     figures = Figures()
-    for encoded, given in questions:
-        answers = {length: ask(model, token, encoded, given, length, figures) for length in LENGTHS}
+    for encoded, question in questions:
+        answers = {length: ask(model, encoded, question, length, figures) for length in LENGTHS}
         figures.questions += 1
         figures.tokens += len(answers[0])
         for answer in answers.values():
@@ -68,14 +58,12 @@ def measure(model: Florence2, token: str, questions: Sequence[tuple[EncodedImage
     return figures
 
 
-def ask(
-    model: Florence2, token: str, encoded: EncodedImage, given: str, length: int, figures: Figures
-) -> tuple[int, ...]:
+def ask(model: Florence2, encoded: EncodedImage, question: Question, length: int, figures: Figures) -> tuple[int, ...]:
     """One answer; adds its calls and seconds."""
     decoder = model._text_model._decoder  # type: ignore[attr-defined]
     calls, start = decoder.num_runs, time.process_time()
     options = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=length)
-    answer = model.run(token, encoded, **arguments_of(token, given), options=options)
+    answer = model.run(question.task, encoded, text_input=question.text, region=question.region, options=options)
     figures.seconds[length] += time.process_time() - start
     figures.calls[length] += decoder.num_runs - calls
     return answer.token_ids
@@ -125,8 +113,8 @@ def main() -> None:
     model.warm_up()
     measured = {}
     for token in TASK_TOKENS:
-        asked = [(encoded[id(scene)], question.text_input) for scene, question in collect_questions(scenes, token)]
-        measured[tasks.get(token).slug] = measure(model, token, asked)
+        asked = [(encoded[id(scene)], question) for scene, question in collect_questions(scenes, token)]
+        measured[tasks.get(token).slug] = measure(model, asked)
     measured["all"] = total(measured)
     name = "the demo model" if arguments.bundle == DEMO else Path(arguments.bundle).name
     text = (

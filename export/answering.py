@@ -128,7 +128,8 @@ def is_bundle(name: str) -> bool:
     path = Path(name)
     has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     is_transformers_js = (path / "onnx").is_dir() and not has_weights
-    return name == bundles.DEMO or (path / bundles.DESCRIPTION).is_file() or is_transformers_js
+    is_own = (path / bundles.DESCRIPTION).is_file() or bundles.choose(path, None) is not None
+    return name == bundles.DEMO or is_own or is_transformers_js
 
 
 def open_reference(name: str, generation: GenerationDefaults, *, device: str = "auto") -> Answerer:
@@ -147,7 +148,8 @@ def open_reference(name: str, generation: GenerationDefaults, *, device: str = "
         from .checkpoint import load_checkpoint
 
         return CheckpointAnswerer(name, load_checkpoint(name), generation)
-    found = open_bundle(name, device=device)
+    has_several = bundles.choose(Path(name), None) is not None
+    found = open_bundle(name, precision="fp32" if has_several else None, device=device)
     if found.precision != "fp32":
         raise InputError(
             f"the reference {name} has precision {found.precision}; give the checkpoint or its export in fp32"

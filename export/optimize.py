@@ -6,7 +6,7 @@ A new precision is one more entry of `PRECISIONS`, and a tolerance in `verify.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -80,16 +80,3 @@ PRECISIONS: dict[str, Recipe] = {
 
 VISION_PRECISIONS = tuple(PRECISIONS)[:3]
 """What the vision encoder may have by itself; int4 would be its int8."""
-
-
-def recipe(precision: str, vision_precision: str | None = None) -> Recipe:
-    """The recipe of a precision.
-
-    Args:
-        precision: A key of `PRECISIONS`.
-        vision_precision: Another precision for the vision encoder, the part that users found to be the touchiest.
-    """
-    chosen = PRECISIONS[precision]
-    if vision_precision is None:
-        return chosen
-    return replace(chosen, vision_encoder=PRECISIONS[vision_precision].vision_encoder)

@@ -25,7 +25,7 @@ from . import verify
 from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
-from .optimize import PRECISIONS, VISION_PRECISIONS, Recipe, recipe
+from .optimize import PRECISIONS, VISION_PRECISIONS
 from .photograph import PHOTOGRAPH
 from .weights import gather_weights
 
@@ -145,12 +145,15 @@ def export_bundles(
     """
     _check_precisions(precisions, vision_precision)
     loaded = [image.load(picture) for picture in pictures]
-    with new_directory(Path(output), force=force) as directory, tempfile.TemporaryDirectory() as scratch:
-        exact = Path(scratch)
+    precisions = list(dict.fromkeys(precisions))
+    with new_directory(Path(output), force=force) as directory:
+        exact = directory / ".exact"
+        exact.mkdir()
         graphs, tokens = _write_exact(checkpoint, exact, loaded, progress)
         for precision in precisions:
             target = Path(shutil.copytree(exact, directory / precision))
             _finish(checkpoint, target, precision, vision_precision, loaded, graphs, tokens, progress)
+        shutil.rmtree(exact)
     return [bundles.read(Path(output), precision) for precision in precisions]
 
 
@@ -161,6 +164,11 @@ def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -
     if vision_precision is not None and vision_precision not in VISION_PRECISIONS:
         raise CheckpointError(
             f"unknown precision {vision_precision!r} of the vision encoder; choose one of {', '.join(VISION_PRECISIONS)}"
+        )
+    if vision_precision is not None and set(precisions) == {"fp32"}:
+        raise CheckpointError(
+            "an fp32 bundle is exact in every graph: another precision of the vision encoder goes with "
+            f"{', '.join(name for name in PRECISIONS if name != 'fp32')}"
         )
 
 
@@ -186,24 +194,22 @@ def _finish(
     progress: Progress,
 ) -> None:
     """Turns a directory of verified fp32 graphs into a bundle of another precision."""
-    chosen = recipe(precision, vision_precision if precision != "fp32" else None)
-    name = precision if chosen == PRECISIONS[precision] else f"{precision}, vision {vision_precision}"
-    graphs = graphs | _convert_graphs(checkpoint, directory, precision, chosen, progress)
+    own = precision if precision == "fp32" else vision_precision or precision
+    graphs = graphs | _convert_graphs(checkpoint, directory, {bundles.VISION_ENCODER: own}, precision, progress)
     progress("sharing weights")
-    gather_weights([directory / name for name in bundles.GRAPHS], directory / bundles.WEIGHTS)
+    gather_weights([directory / graph for graph in bundles.GRAPHS], directory / bundles.WEIGHTS)
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
-        progress(f"comparing answers in {name}")
+        progress(f"comparing answers in {precision}")
         tokens = verify.check_tokens(checkpoint, bundle, pictures)
     description = bundles.describe(
         precision=precision,
+        vision_precision=own if own != precision else None,
         sizes=bundle.sizes,
         source=bundle.source,
         verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
         files=_files(directory),
     )
-    if name != precision:
-        description["vision_precision"] = vision_precision
     # Written last: without it the directory is no bundle, whatever happened before.
     write_json(directory / bundles.DESCRIPTION, description)
 
@@ -214,11 +220,13 @@ def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -
 
 
 def _convert_graphs(
-    checkpoint: Checkpoint, directory: Path, precision: str, chosen: Recipe, progress: Progress
+    checkpoint: Checkpoint, directory: Path, precisions: dict[str, str], default: str, progress: Progress
 ) -> dict[str, Any]:
+    """Converts the graphs, each to its own of `precisions` or to the default, and checks each by its own bound."""
     found = {}
     for plan in plans(checkpoint):
-        conversion = chosen.conversion(plan.name)
+        precision = precisions.get(plan.name, default)
+        conversion = PRECISIONS[precision].conversion(plan.name)
         if conversion is None:
             continue
         progress(f"converting {plan.name} to {precision}")

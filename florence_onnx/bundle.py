@@ -124,6 +124,8 @@ class Bundle:
     """What it was exported from."""
     verification: Mapping[str, Any] = field(default_factory=dict)
     """What its export measured."""
+    vision_precision: str | None = None
+    """Of the vision encoder, where it is not `precision`."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -244,6 +246,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         generation_defaults(read_json(path / GENERATION_CONFIG), model, path),
         described.get("source", {}),
         described.get("verification", {}),
+        described.get("vision_precision"),
     )
 
 
@@ -403,6 +406,7 @@ def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:
 def describe(
     *,
     precision: str,
+    vision_precision: str | None = None,
     sizes: ModelSizes,
     source: Mapping[str, Any],
     verification: Mapping[str, Any],
@@ -412,6 +416,7 @@ def describe(
     return {
         "format_version": FORMAT_VERSION,
         "precision": precision,
+        "vision_precision": vision_precision,
         "model": asdict(sizes),
         "source": dict(source),
         "verification": dict(verification),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from florence_onnx.bundle import (
     GRAPHS,
     JS_GRAPHS,
     JS_SUFFIXES,
+    PREFERRED_PRECISIONS,
     WEIGHTS,
     Bundle,
     choose,
@@ -34,6 +35,7 @@ def resolve(
     name: str | os.PathLike[str],
     *,
     precision: str | None = None,
+    preferred: Sequence[str] = PREFERRED_PRECISIONS,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Bundle:
@@ -42,6 +44,7 @@ def resolve(
     Args:
         name: `"demo"` (the built-in model, even where a directory has that name), a directory, or a hub repository (`owner/name`).
         precision: See `read`.
+        preferred: See `read`.
         revision: Branch, tag or commit of a hub repository.
         cache_dir: Where downloads are kept, instead of the hub client's default.
 
@@ -54,16 +57,20 @@ def resolve(
         return read(DEMO_DIRECTORY, precision)
     path = Path(name)
     if text and path.is_dir():
-        return read(path, precision)
+        return read(path, precision, preferred=preferred)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/")):
         raise BundleNotFoundError(
             f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"'
         )
-    return _from_hub(text, precision, revision, cache_dir)
+    return _from_hub(text, precision, preferred, revision, cache_dir)
 
 
 def _from_hub(
-    repository: str, precision: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None
+    repository: str,
+    precision: str | None,
+    preferred: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> Bundle:
     """Looks in the local cache first and goes online only for what is not there."""
     from huggingface_hub import snapshot_download
@@ -85,18 +92,20 @@ def _from_hub(
             return Path(folder)
 
         folder = take(patterns)
-        chosen = choose(folder, precision)  # their descriptions came with *.json, which matches in directories too
+        chosen = choose(
+            folder, precision, preferred
+        )  # their descriptions came with *.json, which matches in directories too
         return folder if chosen is None else take([f"{chosen}/*"])
 
     try:
-        return read(fetch(local_files_only=True), precision)
+        return read(fetch(local_files_only=True), precision, preferred=preferred)
     except HFValidationError as error:
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
     path = _download(repository, revision, fetch)
     try:
-        return read(path, precision)
+        return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
         raise BundleNotFoundError(
             f"the hub repository {repository!r} holds no ONNX model. If it is a PyTorch checkpoint, convert it with: "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from florence_onnx import providers as provider_presets
 from florence_onnx.bundle import KEY_INPUTS, Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
@@ -57,6 +58,11 @@ def load(
         return _load_best(bundle, arguments)
     more = {"device": device, "providers": providers, "provider_options": provider_options}
     return _load(bundle, {**arguments, **more})
+
+
+def preferred_precisions(device: str, providers: Sequence[Provider] | None) -> tuple[str, ...]:
+    """Which bundle of several to take for a device, best first; errors as for `load`."""
+    return provider_presets.preferred_precisions(device, providers, onnxruntime().get_available_providers())
 
 
 def load_tokenizer(bundle: Bundle) -> PromptTokenizer:

@@ -21,7 +21,7 @@ from florence_onnx.engine import Engine, SessionOptions
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation import DecoderSession, generate
 from florence_onnx.image import ImageInput
-from florence_onnx.loading import load, load_tokenizer
+from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.locations import Region
 from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
@@ -87,7 +87,8 @@ class Florence2:
                 `onnx-community/Florence-2-*`), or `"demo"`, the built-in model for drawn shapes.
             device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
             precision: Which files to take (`"fp32"`, `"fp16"`, …), or `"bf16"`: the fp32 files, computed in bf16 by a
-                provider that can (OpenVINO, on a processor with bf16 arithmetic). None takes what the bundle has, or fp32.
+                provider that can (OpenVINO, on a processor with bf16 arithmetic). None takes what there is; of several, on a
+                CPU int8, elsewhere fp16 or fp32.
             providers: Explicit ONNX Runtime execution providers (names, or names with options) instead of `device`.
             provider_options: Options of the device's execution provider over this package's own, e.g. for `"openvino"`
                 `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as value is passed on as JSON.
@@ -105,8 +106,9 @@ class Florence2:
             MissingExtraError: No ONNX Runtime is installed.
         """
         files = "fp32" if precision == BF16 else precision
+        preferred = preferred_precisions(device, providers) if files is None else (files,)
         return cls.from_bundle(
-            hub.resolve(name, precision=files, revision=revision, cache_dir=cache_dir),
+            hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir),
             device=device,
             precision=precision,
             providers=providers,
@@ -300,6 +302,7 @@ class Florence2:
             "path": str(bundle.path),
             "layout": bundle.layout,
             "precision": self._precision,
+            "vision_precision": bundle.vision_precision or self._precision,
             "provider": self._provider,
             "model": dict(vars(sizes)),
             "generation": vars(bundle.generation.resolve(None)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from florence_onnx import cpu
+from florence_onnx.bundle import PREFERRED_PRECISIONS
 from florence_onnx.errors import InputError, ProviderError
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
@@ -36,6 +37,8 @@ class Preset:
     """Provider options unless the caller gives others."""
     threads_option: str = ""
     """The option that takes the number of threads, where there is one."""
+    precisions: tuple[str, ...] = ("fp16", "fp32")
+    """Which bundle of several is taken unless the caller says, best first: integers have kernels on the CPU provider only."""
     companions: tuple[str, ...] = ()
     """Devices whose provider takes the nodes that this one leaves."""
     bf16: Options = field(default_factory=dict)
@@ -43,7 +46,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "cpu": Preset("CPUExecutionProvider", "pip install 'florence-onnx[cpu]'"),
+    "cpu": Preset("CPUExecutionProvider", "pip install 'florence-onnx[cpu]'", precisions=PREFERRED_PRECISIONS),
     "cuda": Preset(
         "CUDAExecutionProvider",
         "pip install 'florence-onnx[gpu]' in an environment without the CPU package onnxruntime",
@@ -61,14 +64,15 @@ PRESETS: dict[str, Preset] = {
         {"device_type": "CPU", "load_config": {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}},
         threads_option="num_of_threads",
         bf16={"load_config": {"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}}},
+        precisions=("fp32", "fp16"),
     ),
 }
 """By device name."""
 
 AUTO_ORDER: tuple[str, ...] = ("cuda", "cpu")
 """What `device="auto"` tries, best first. OpenVINO is not among them for fp32: on an AVX2 machine its vision encoder took
-1.1 times ONNX Runtime's time, its decode step the same time, and it needed 1.9 times the memory; on an AVX512 machine
-both took the same time (benchmarks/results/session_options.md)."""
+1.1 times ONNX Runtime's time, its decode step the same time, and it needed 1.9 times the memory
+(benchmarks/results/session_options.md); other processors were not measured."""
 AUTO_ORDER_BF16: tuple[str, ...] = ("openvino",)
 """The same for bf16, which is where OpenVINO is worth its memory."""
 
@@ -83,6 +87,15 @@ def candidates(available: Sequence[str], precision: str | None = None) -> list[s
     order = AUTO_ORDER_BF16 if precision == BF16 else AUTO_ORDER
     *accelerators, last = order
     return [*(name for name in accelerators if PRESETS[name].provider in available), last]
+
+
+def preferred_precisions(
+    device: str, providers: Sequence[Provider] | None, available: Sequence[str]
+) -> tuple[str, ...]:
+    """Which bundle of several is taken where no precision is asked for, best first; arguments and errors as for `resolve`."""
+    provider = resolve(device, providers, available)[0][0]
+    found = (preset.precisions for preset in PRESETS.values() if preset.provider == provider)
+    return next(found, PRESETS["cpu"].precisions)
 
 
 def resolve(

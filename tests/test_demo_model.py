@@ -50,15 +50,11 @@ def scenes() -> list[Any]:
     return metrics.make_scenes(UNSEEN_SEED, NUM_SCENES)
 
 
-def as_region(given: str) -> Region:
-    return Region(*map(int, re.findall(r"\d+", given)))
-
-
 def ask(model: Florence2, picture: Image.Image, token: str, given: str, options: GenerationOptions | None) -> Any:
     task = tasks.get(token)
     arguments: dict[str, Any] = {}
     if task.needs == "region":
-        arguments["region"] = as_region(given)
+        arguments["region"] = Region(*map(int, re.findall(r"\d+", given)))
     elif task.needs == "text":
         arguments["text_input"] = given
     return metrics.from_results(model.run(task, picture, **arguments, options=options).results)
@@ -106,8 +102,8 @@ def test_prompt_lookup_gives_the_same_tokens_in_fewer_calls(batched: bool, demo:
         asked = metrics.collect_questions(scenes[:6], token)
         task = tasks.get(token)
         pictures = [demo.encode(scene.image) for scene, _ in asked]
-        texts = [question.text_input if task.needs == "text" else None for _, question in asked]
-        regions = [as_region(question.text_input) if task.needs == "region" else None for _, question in asked]
+        texts = [question.text for _, question in asked]
+        regions = [question.region for _, question in asked]
         for length in (0, 4):
             options = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=length)
             before = decoder.num_runs

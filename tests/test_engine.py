@@ -75,10 +75,9 @@ def test_provider_options_are_merged_defaults_then_users_then_forced(with_bf16: 
 
 
 def test_openvino_computes_in_fp32_unless_asked_otherwise() -> None:
-    (_, options), rest = providers.resolve("openvino", None, ALL, num_threads=2)[0], []
+    ((_, options),) = providers.resolve("openvino", None, ALL, num_threads=2)  # nothing beside it
     assert json.loads(options["load_config"]) == {"CPU": {HINT: "f32"}}
     assert options["num_of_threads"] == 2
-    assert rest == []
 
 
 def test_bf16_on_a_processor_without_it_is_refused_by_name(without_bf16: None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +58,20 @@ def test_a_repository_without_a_model_is_refused(hub: LocalHub, tmp_path: Path) 
     (hub.folder / "florence_onnx.json").write_text((bundle.DEMO_DIRECTORY / "florence_onnx.json").read_text())
     with pytest.raises(BundleFileMissingError, match="missing"):
         Florence2.from_pretrained("owner/model")
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "int8"), ("fp32", "fp32")])
+def test_of_several_bundles_only_the_one_that_is_taken_is_downloaded(
+    hub: LocalHub, tmp_path: Path, asked: str | None, taken: str
+) -> None:
+    hub.folder = tmp_path / "several"
+    for precision in ("fp32", "int8"):  # the same files, said to be of another precision
+        copy = Path(shutil.copytree(bundle.DEMO_DIRECTORY, hub.folder / precision))
+        described = json.loads((copy / bundle.DESCRIPTION).read_text())
+        (copy / bundle.DESCRIPTION).write_text(json.dumps({**described, "precision": precision}))
+    model = Florence2.from_pretrained("owner/model", device="cpu", precision=asked)
+    assert model.info()["precision"] == taken
+    graphs = {name for name in hub.requested if not name.endswith(".json")}
+    assert graphs == {f"{taken}/{name}" for name in (*bundle.GRAPHS, bundle.WEIGHTS)}
+    hub.stop()
+    Florence2.from_pretrained("owner/model", device="cpu", precision=asked)  # from the cache

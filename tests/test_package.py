@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "generation": {"beam_search", "greedy_search", "options", "search"},
     "cpu": set(),
     "graph_cache": {"cpu", "errors"},
-    "providers": {"cpu", "errors"},
+    "providers": {"bundle", "cpu", "errors"},
     "engine": {"cpu", "errors", "graph_cache", "providers", "numpy", "onnxruntime"},
     "decoder": {"engine", "generation", "numpy"},
     "transformers_js": {"decoder", "engine", "generation", "numpy"},

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, GenerationOptions, InputError, bundle, tasks
+from florence_onnx import BundleFormatError, Florence2, GenerationOptions, InputError, bundle, tasks
 from tests.conftest import NO_TORCH, Exported
 
 pytest.importorskip("rapidfuzz", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from export.agreement import Answer, words  # noqa: E402
-from export.answering import is_bundle  # noqa: E402
+from export.answering import is_bundle, open_reference  # noqa: E402
 from export.questions import DEFAULT_REGION, DEFAULT_TEXT, Picture, Question, find_pictures, make_questions  # noqa: E402
 from florence_onnx.postprocess import parse  # noqa: E402
 
@@ -167,6 +167,17 @@ def test_a_bundle_is_told_from_a_checkpoint(tiny: Exported) -> None:
     assert is_bundle(str(tiny.bundle)) and is_bundle("demo")
     assert not is_bundle(str(tiny.bundle.parent / "checkpoint"))
     assert not is_bundle("microsoft/Florence-2-base")
+
+
+def test_of_several_bundles_the_reference_is_the_fp32_one(tiny: Exported, tiny_fp16: Exported, tmp_path: Path) -> None:
+    for precision, exported in (("fp32", tiny), ("fp16", tiny_fp16)):
+        shutil.copytree(exported.bundle, tmp_path / precision)
+    assert is_bundle(str(tmp_path))
+    generation = bundle.read(tiny.bundle).generation
+    assert open_reference(str(tmp_path), generation, device="cpu").precision == "fp32"
+    shutil.rmtree(tmp_path / "fp32")
+    with pytest.raises(BundleFormatError, match="has precisions fp16, not fp32"):
+        open_reference(str(tmp_path), generation, device="cpu")
 
 
 def test_a_checkpoint_called_verify_is_exported_by_its_path(tmp_path: Path) -> None:

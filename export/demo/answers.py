@@ -5,10 +5,13 @@ No template repeats a run of three tokens, so `no_repeat_ngram_size=3` can never
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from florence_onnx import tasks
+from florence_onnx.locations import Region
 from florence_onnx.tasks import TASKS
 
 from .scenes import COLOURS, SHAPE_KINDS, Box, Scene, Shape, Word
@@ -42,6 +45,17 @@ class Question:
     text_input: str  # what follows the task token: "" or "a red circle" or "<loc_1><loc_2><loc_3><loc_4>"
     answer: str  # "red circle<loc_1><loc_2><loc_3><loc_4>"
     truth: Truth
+
+    @property
+    def region(self) -> Region | None:
+        """The region that is asked about, where the task needs one."""
+        is_region = tasks.get(self.task).needs == "region"
+        return Region(*map(int, re.findall(r"\d+", self.text_input))) if is_region else None
+
+    @property
+    def text(self) -> str | None:
+        """The text that is asked about, where the task needs one."""
+        return self.text_input if tasks.get(self.task).needs == "text" else None
 
     @property
     def prompt(self) -> str:

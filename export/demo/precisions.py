@@ -6,7 +6,6 @@ A precision may become a default when its demo-task scores are within `MAX_LOSS`
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from florence_onnx import Region, __version__, tasks
+from florence_onnx import __version__, tasks
 
 from ..agreement import Answer, Comparison  # noqa: TID252 - as in finalize
 from ..agreement_report import COLUMNS, Agreement, make_agreement  # noqa: TID252 - as in finalize
@@ -146,10 +145,7 @@ def _score(asked: Sequence[Asked], found: Sequence[Answer]) -> Figures:
 
 
 def _to_question(truth: answers.Question, picture: Picture) -> Question:
-    task = tasks.get(truth.task)
-    if task.needs == "region":
-        return Question(task, picture, region=Region(*map(int, re.findall(r"\d+", truth.text_input))))
-    return Question(task, picture, text_input=truth.text_input if task.needs == "text" else None)
+    return Question(tasks.get(truth.task), picture, text_input=truth.text, region=truth.region)
 
 
 def _base(name: str) -> str:
