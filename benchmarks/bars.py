@@ -69,8 +69,8 @@ def evaluate(result: Result, default: str | None) -> list[dict[str, Any]]:
         default: Name of the peer that `DEFAULT` stands for.
 
     Returns:
-        Per bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima` and `status`: `hit`, `miss` or
-        `not measured`, the last with a `reason`.
+        Per bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima`, `ratio_at_floor` (if the peer were as
+        fast as this machine can be; None where no floor is known) and `status`: `hit`, `miss` or `not measured`, the last with a `reason`.
     """
     return [_exactness(result), *(_evaluate(bar, result, default) for bar in BARS)]
 
@@ -102,18 +102,36 @@ def _evaluate(bar: Bar, result: Result, default: str | None) -> dict[str, Any]:
         theirs = _rival_value(bar, result, peer, rival, statistic)
         if ours is None or theirs is None:
             return {**row, "status": "not measured", "reason": _reason(result, peer if ours is None else rival)}
-        ratios[statistic] = theirs / ours if bar.kind == "times as fast" else ours / theirs
+        ratios[statistic] = _ratio(bar, ours, theirs)
     is_hit = ratios["median"] >= bar.limit if bar.kind == "times as fast" else ratios["median"] <= bar.limit
     status = "hit" if is_hit else "miss"
-    return {**row, "ratio": ratios["median"], "ratio_of_minima": ratios["min"], "status": status}
+    found = {"ratio": ratios["median"], "ratio_of_minima": ratios["min"], "status": status}
+    return {**row, **found, "ratio_at_floor": _ratio_at_floor(bar, result, peer, rival)}
+
+
+def _ratio(bar: Bar, ours: float, theirs: float) -> float:
+    return theirs / ours if bar.kind == "times as fast" else ours / theirs
+
+
+def _ratio_at_floor(bar: Bar, result: Result, peer: str, rival: str) -> float | None:
+    """What no improvement of ours can pass on this machine, the rival being as it is."""
+    ours = _floor(result, peer, bar.stage)
+    theirs = _rival_value(bar, result, peer, rival, "median")
+    if bar.rival == DEFAULT:
+        theirs = _floor(result, peer, bar.rival_stage or bar.stage)
+    return None if ours is None or theirs is None else _ratio(bar, ours, theirs)
+
+
+def _floor(result: Result, peer: str, stage: str) -> float | None:
+    precision = result["peers"].get(peer, {}).get("precision")
+    floor: float | None = result.get("floor", {}).get("stages", {}).get(precision, {}).get(stage)
+    return floor
 
 
 def _rival_value(bar: Bar, result: Result, peer: str, rival: str, statistic: str) -> float | None:
     if rival != "floor":
         return value(result, rival, bar.rival_stage or bar.stage, statistic)
-    precision = result["peers"].get(peer, {}).get("precision")
-    floor: float | None = result.get("floor", {}).get("stages", {}).get(precision, {}).get(bar.stage)
-    return floor
+    return _floor(result, peer, bar.stage)
 
 
 def value(result: Result, peer: str, stage: str, statistic: str = "median") -> float | None:

@@ -32,6 +32,7 @@ _COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("cold_start", "cold start s", 1, 2),
 )
 """Stage, heading, factor from seconds or bytes, decimals."""
+_BAR_RATIOS = ("ratio", "ratio_of_minima", "ratio_at_floor")
 _RATIOS = ("vision", "step_greedy", "step_beams", "end_to_end_greedy", "end_to_end_beams")
 _RIVALS = (REFERENCE, "transformers-bf16", "openvino-bf16")
 _FLOORED = ("vision", "text_encoder", "step_greedy", "step_beams", "end_to_end_greedy", "end_to_end_beams")
@@ -108,10 +109,10 @@ def _heading(stage: str) -> str:
 
 
 def _bars(result: Result) -> Table:
-    table = _table("Bars", "bar", "peer", "rival", "limit", "ratio", "of minima", "status")
+    table = _table("Bars", "bar", "peer", "rival", "limit", "ratio", "of minima", "at the floor", "status")
     signs = {"times as fast": "at least", "of its time": "at most", "equal": "exactly"}
     for bar in result["bars"]:
-        ratios = [f"{bar[name]:.2f}" if name in bar else "" for name in ("ratio", "ratio_of_minima")]
+        ratios = [f"{bar[name]:.2f}" if bar.get(name) is not None else "" for name in _BAR_RATIOS]
         status = bar["status"] if "reason" not in bar else f"{bar['status']} ({bar['reason']})"
         limit = f"{signs[bar['kind']]} {bar['limit']:g}"
         table.add_row(*map(Text, (bar["text"], bar["peer"], bar["rival"], limit, *ratios, status)))
@@ -167,6 +168,8 @@ def _remarks(result: Result) -> list[str]:
     meaning = [f"- {stage}: {text}" for stage, text in {**STAGES, **DERIVED}.items()]
     return [
         f"- The default in the bars is {default} ({result['default_reason']}).",
+        "- At the floor: the ratio if our peer took no longer than its floor, and the rival what it took here. Where that misses",
+        "  the limit, nothing reaches the bar on this machine.",
         *checks,
         *absent,
         *titles,

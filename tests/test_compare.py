@@ -179,8 +179,11 @@ def test_bars_hit_miss_and_cannot_be_measured() -> None:
     assert found["fp32 tokens equal", "transformers-fp32"]["status"] == "hit"
     vision = found["fp32 vision encoder", "transformers-fp32"]
     assert (vision["status"], vision["ratio"]) == ("hit", pytest.approx(1.5))
+    assert vision["ratio_at_floor"] == pytest.approx(3.0 / 0.011)
     against_memory = found["fp32 greedy token against memory", "floor"]
     assert (against_memory["status"], against_memory["ratio"]) == ("hit", pytest.approx(12 / 11))
+    assert against_memory["ratio_at_floor"] == 1
+    assert found["peak memory", "transformers-bf16"].get("ratio_at_floor") is None
     assert found["fp32 end to end, beams", "transformers-fp32"]["status"] == "miss"
     assert found["second task against the first", "ours-int8"]["status"] == "miss"
     skipped = found["default greedy token", "transformers-bf16"]
