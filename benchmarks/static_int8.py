@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from PIL import ImageOps
 
 from export.quantize import to_dynamic_int8
 from florence_onnx import bundle, cpu, image
@@ -45,7 +46,7 @@ def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
     boxes += [(x, y, x + width // 2, y + height // 2) for x in (0, width // 2) for y in (0, height // 2)]
     for box in boxes:
         yield image.preprocess(picture.crop(box), size=size)
-    yield image.preprocess(picture.transpose(image.Image.Transpose.FLIP_LEFT_RIGHT), size=size)
+    yield image.preprocess(ImageOps.mirror(picture), size=size)
 
 
 def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> dict[str, Path]:

@@ -1,0 +1,194 @@
+"""A drop-in for `fal_client`: `fal-ai/florence-2-large/*` answered in this process, no socket, no key.
+
+```python
+from florence_onnx import fal  # instead of: import fal_client as fal
+
+fal.configure(model="path/to/bundle")  # once; or the environment variable FLORENCE_ONNX_MODEL
+fal.run("fal-ai/florence-2-large/object-detection", arguments={"image_url": "https://…/car.jpg"})
+```
+
+Names, arguments and return values are those of `fal_client` 1.0.3, for everything that these endpoints offer. The model is
+loaded at the first request, and once.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import mimetypes
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PILImage
+
+from florence_onnx.fal.client import (
+    AsyncClient,
+    AsyncRequestHandle,
+    Completed,
+    FalClientError,
+    FalClientHTTPError,
+    FalClientTimeoutError,
+    InProgress,
+    Queued,
+    Status,
+    SyncClient,
+    SyncRequestHandle,
+)
+from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_picture
+from florence_onnx.model import Florence2
+
+__all__ = [
+    "AsyncClient",
+    "AsyncRequestHandle",
+    "Completed",
+    "FalClientError",
+    "FalClientHTTPError",
+    "FalClientTimeoutError",
+    "InProgress",
+    "Queued",
+    "Status",
+    "SyncClient",
+    "SyncRequestHandle",
+    "cancel",
+    "cancel_async",
+    "configure",
+    "encode",
+    "encode_file",
+    "encode_image",
+    "result",
+    "result_async",
+    "run",
+    "run_async",
+    "status",
+    "status_async",
+    "submit",
+    "submit_async",
+    "subscribe",
+    "subscribe_async",
+    "upload",
+    "upload_async",
+    "upload_file",
+    "upload_file_async",
+    "upload_image",
+    "upload_image_async",
+]
+
+MODEL_VARIABLE = "FLORENCE_ONNX_MODEL"
+DEFAULT_MODEL = "onnx-community/Florence-2-large"
+"""What the endpoints are named after, as ONNX files on the hub."""
+
+
+class _Configuration:
+    """What the first request loads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.model: str | os.PathLike[str] | Florence2 | None = None
+        self.options: dict[str, Any] = {}
+        self.settings = ServiceSettings()
+        self.has_images = True
+
+    def make_service(self) -> Service:
+        """Loads the model."""
+        with self.lock:
+            model, options, settings, has_images = self.model, self.options, self.settings, self.has_images
+        if not isinstance(model, Florence2):
+            name = model if model is not None else os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+            model = Florence2.from_pretrained(name, **options)
+        return Service(model, settings, publish=as_data_uri if has_images else without_picture)
+
+
+_configuration = _Configuration()
+_sync_client = SyncClient(_configuration.make_service)
+_async_client = AsyncClient(_sync_client)
+
+
+def configure(
+    model: str | os.PathLike[str] | Florence2 | None = None,
+    *,
+    images: bool = True,
+    settings: ServiceSettings | None = None,
+    **options: Any,
+) -> None:
+    """Says which model answers; a model that was loaded before finishes its requests and is let go.
+
+    Args:
+        model: As `Florence2.from_pretrained` takes it, or a loaded model. None: the environment variable
+            `FLORENCE_ONNX_MODEL`, or `onnx-community/Florence-2-large`.
+        images: Whether answers with geometry have the annotated picture, as fal's do, here in a `data:` URI; drawing it takes
+            some milliseconds. Without, `image` is None.
+        settings: Limits of pictures, queue and batches.
+        **options: Of `Florence2.from_pretrained`, such as `device`.
+    """
+    with _configuration.lock:
+        _configuration.model = model
+        _configuration.options = options
+        _configuration.settings = settings or ServiceSettings()
+        _configuration.has_images = images
+    _sync_client.close()
+
+
+run = _sync_client.run
+subscribe = _sync_client.subscribe
+submit = _sync_client.submit
+status = _sync_client.status
+result = _sync_client.result
+cancel = _sync_client.cancel
+
+run_async = _async_client.run
+subscribe_async = _async_client.subscribe
+submit_async = _async_client.submit
+status_async = _async_client.status
+result_async = _async_client.result
+cancel_async = _async_client.cancel
+
+
+def encode(data: str | bytes, content_type: str) -> str:
+    """Data as a `data:` URI of the given MIME type."""
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    return f"data:{content_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def encode_file(path: str | os.PathLike[str]) -> str:
+    """A file as a `data:` URI, its type guessed from its name."""
+    content_type = mimetypes.guess_type(os.fspath(path))[0] or "application/octet-stream"
+    return encode(Path(path).read_bytes(), content_type)
+
+
+def encode_image(image: PILImage.Image, format: str = "jpeg") -> str:
+    """A PIL image as a `data:` URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format)
+    return encode(buffer.getvalue(), f"image/{format}")
+
+
+def upload(data: str | bytes, content_type: str, file_name: str | None = None, **options: Any) -> str:
+    """An address for data that `image_url` takes: here a `data:` URI, nothing is sent anywhere."""
+    return encode(data, content_type)
+
+
+def upload_file(path: str | os.PathLike[str], **options: Any) -> str:
+    """The same for a file."""
+    return encode_file(path)
+
+
+def upload_image(image: PILImage.Image, format: str = "jpeg", **options: Any) -> str:
+    """The same for a PIL image."""
+    return encode_image(image, format)
+
+
+async def upload_async(data: str | bytes, content_type: str, file_name: str | None = None, **options: Any) -> str:
+    """As `upload`."""
+    return encode(data, content_type)
+
+
+async def upload_file_async(path: str | os.PathLike[str], **options: Any) -> str:
+    """As `upload_file`."""
+    return encode_file(path)
+
+
+async def upload_image_async(image: PILImage.Image, format: str = "jpeg", **options: Any) -> str:
+    """As `upload_image`."""
+    return encode_image(image, format)

@@ -1,0 +1,129 @@
+"""The endpoints of `fal-ai/florence-2-large`, and what they take.
+
+One place decides what a request means, for the in-process client and the server alike. As at fal, fields that an endpoint does
+not know are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from florence_onnx import tasks
+from florence_onnx.errors import RegionError, TextInputError
+from florence_onnx.fal import problems
+from florence_onnx.fal.problems import field_error
+from florence_onnx.locations import Region
+from florence_onnx.tasks import Task
+
+APP = "fal-ai/florence-2-large"
+"""What all endpoint ids begin with."""
+MAX_BIN = 999
+"""Largest coordinate of a region."""
+MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request whose arguments are right; the picture was not looked at yet."""
+
+    task: Task[Any]
+    image_url: str
+    text_input: str | None = None
+    region: Region | None = None
+
+
+def find_task(application: str) -> Task[Any]:
+    """The task of an endpoint id.
+
+    Args:
+        application: Such as `fal-ai/florence-2-large/object-detection`.
+
+    Raises:
+        RequestError: 404, there is no such endpoint.
+    """
+    app, _, slug = application.strip("/").rpartition("/")
+    if app != APP or slug not in tasks.TASKS:
+        raise problems.not_found(application)
+    return tasks.TASKS[slug]
+
+
+def read_arguments(task: Task[Any], arguments: object) -> Question:
+    """Checks the arguments of a request.
+
+    Args:
+        task: Of the endpoint.
+        arguments: What was sent, JSON already decoded.
+
+    Raises:
+        RequestError: 422, with an entry for each field that is missing or wrong.
+    """
+    if not isinstance(arguments, Mapping):
+        raise problems.invalid([field_error([], "Input should be a valid dictionary", "dict_type")])
+    errors: list[dict[str, Any]] = []
+    image_url = _read_text(arguments, "image_url", errors)
+    text_input = _read_text(arguments, "text_input", errors) if task.needs == "text" else None
+    region = _read_region(arguments, errors) if task.needs == "region" else None
+    if not errors:
+        errors += _check_content(task, text_input, region)
+    if errors:
+        raise problems.invalid(errors)
+    return Question(task, image_url, text_input, region)
+
+
+def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> str:
+    if name not in arguments:
+        errors.append(field_error([name], "Field required", MISSING))
+    elif not isinstance(arguments[name], str):
+        errors.append(field_error([name], "Input should be a valid string", "string_type"))
+    else:
+        return str(arguments[name])
+    return ""
+
+
+def _read_region(arguments: Mapping[str, Any], errors: list[dict[str, Any]]) -> Region | None:
+    if "region" not in arguments:
+        errors.append(field_error(["region"], "Field required", MISSING))
+        return None
+    given = arguments["region"]
+    if not isinstance(given, Mapping):
+        errors.append(field_error(["region"], "Input should be an object with x1, y1, x2 and y2", "dict_type"))
+        return None
+    bins = [_read_bin(given, name, errors) for name in ("x1", "y1", "x2", "y2")]
+    if errors:
+        return None
+    try:
+        return Region(*bins)
+    except RegionError as error:
+        errors.append(field_error(["region"], str(error), "value_error"))
+        return None
+
+
+def _read_bin(region: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> int:
+    loc = ["region", name]
+    if name not in region:
+        errors.append(field_error(loc, "Field required", MISSING))
+        return 0
+    value = region[name]
+    if (
+        isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1
+    ):  # 100.0 is an integer in JSON
+        errors.append(field_error(loc, "Input should be a valid integer", "int_type"))
+    elif value < 0:
+        message = f"Input should be greater than or equal to 0 (bins of 0 to {MAX_BIN}, not pixels)"
+        errors.append(field_error(loc, message, "greater_than_equal", {"ge": 0}))
+    elif value > MAX_BIN:
+        message = f"Input should be less than or equal to {MAX_BIN} (bins of 0 to {MAX_BIN}, not pixels)"
+        errors.append(field_error(loc, message, "less_than_equal", {"le": MAX_BIN}))
+    else:
+        return int(value)
+    return 0
+
+
+def _check_content(task: Task[Any], text_input: str | None, region: Region | None) -> list[dict[str, Any]]:
+    try:
+        task.format_prompt(text_input, region)
+    except TextInputError as error:
+        return [field_error(["text_input"], str(error), "value_error")]
+    return []
