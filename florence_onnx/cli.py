@@ -124,6 +124,60 @@ def info(
         typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))
 
 
+@app.command()
+def serve(
+    model: _ModelOption = DEMO,
+    precision: _PrecisionOption = None,
+    device: _DeviceOption = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as Authorization: Key …", envvar="FLORENCE_ONNX_API_KEY")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Batches at a time, in this process, with one model.", min=1)] = 1,
+    max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
+    images: Annotated[str, typer.Option(help="Annotated pictures in answers: url, data or none.")] = "url",
+    public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages of this origin may call; repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="host[:port] that pictures may come from though it is not public; repeatable."),
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
+    private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
+    grace: Annotated[float, typer.Option(help="Seconds after SIGTERM in which results can still be fetched.")] = 30.0,
+    log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
+) -> None:
+    """Serve fal's API, and a page to try it."""
+    from florence_onnx.server import command
+
+    with _exit_on_error():
+        command.run(
+            model,
+            device=device,
+            precision=precision,
+            host=host,
+            port=port,
+            api_key=api_key,
+            workers=workers,
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            images=images,
+            public_url=public_url,
+            origins=allow_origin or [],
+            allowed_hosts=allow_host or [],
+            certificate=certificate,
+            private_key=private_key,
+            grace=grace,
+            log_format=log_format,
+        )
+
+
 # --- one question, many pictures -----------------------------------------------------------------------------------
 
 

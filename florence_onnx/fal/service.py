@@ -199,6 +199,12 @@ class Service:
             waiting = len(self._waiting) + len(self._loading) + len(self._ready)
             return Figures(waiting, len(self._running), **self._counts)
 
+    def stop_accepting(self) -> None:
+        """Refuses new requests; those that were accepted are finished."""
+        with self._condition:
+            self._is_open = False
+            self._condition.notify_all()
+
     def close(self, timeout: float | None = None) -> bool:
         """Accepts nothing more and finishes what was accepted.
 
@@ -208,9 +214,8 @@ class Service:
         Returns:
             Whether everything was finished.
         """
+        self.stop_accepting()
         with self._condition:
-            self._is_open = False
-            self._condition.notify_all()
             is_done = self._condition.wait_for(self._is_idle, timeout)
             left = [*self._waiting, *self._loading, *self._ready, *self._running]
             self._waiting.clear()

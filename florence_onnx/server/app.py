@@ -1,0 +1,48 @@
+"""The application: routes, and what every request passes on its way to them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from florence_onnx.fal import problems
+from florence_onnx.fal.problems import RequestError
+from florence_onnx.server import operation_routes, page_routes, queue_routes, run_routes, storage_routes
+from florence_onnx.server.answers import json_response, problem_response
+from florence_onnx.server.context import ServerContext
+from florence_onnx.server.middleware import Gate
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    """Makes the ASGI application of a server."""
+    # the document is ours: FastAPI would not know fal's titles, and its pages load scripts from elsewhere
+    app = FastAPI(title="florence_onnx", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    for routes in (run_routes, queue_routes, storage_routes, operation_routes, page_routes):
+        app.include_router(routes.router)
+    app.add_exception_handler(RequestError, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    # the last added is the first to see a request
+    settings = context.settings
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Gate, context=context)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts, www_redirect=False)
+    return app
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return problem_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown paths and methods, in fal's shapes."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return problem_response(problems.not_found(request.url.path))
+    return json_response({"detail": error.detail}, error.status_code, dict(error.headers or {}))

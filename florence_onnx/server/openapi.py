@@ -1,0 +1,249 @@
+"""The OpenAPI document: fal's titles, fields and their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from florence_onnx import __version__, tasks
+from florence_onnx.fal.contract import APP, MAX_BIN
+from florence_onnx.tasks import Task
+
+Schema = dict[str, Any]
+
+
+def document() -> dict[str, Any]:
+    """The whole document; every endpoint directly and through the queue."""
+    paths: dict[str, Any] = {}
+    for task in tasks.TASKS.values():
+        paths[f"/{APP}/{task.slug}"] = {"post": _run(task)}
+        paths[f"/queue/{APP}/{task.slug}"] = {"post": _submit(task)}
+    paths |= _queue_paths() | _operation_paths()
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Florence-2, as fal-ai/florence-2-large",
+            "version": __version__,
+            "description": "Florence-2 on ONNX Runtime, with the requests and answers of fal.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas(),
+            "securitySchemes": {
+                "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "`Key …`"}
+            },
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def input_name(task: Task[Any]) -> str:
+    """fal's title of what an endpoint takes."""
+    return {
+        "nothing": "ImageInput",
+        "text": "ImageWithTextInput",
+        "region": "ImageWithUserCoordinatesInput",
+    }[task.needs]
+
+
+def output_name(task: Task[Any]) -> str:
+    """fal's title of what an endpoint answers."""
+    if not task.has_image:
+        return "TextOutput"
+    if task is tasks.OCR_WITH_REGION:
+        return "OCRBoundingBoxOutputWithLabels"
+    is_outline = task in (tasks.REFERRING_EXPRESSION_SEGMENTATION, tasks.REGION_TO_SEGMENTATION)
+    return "PolygonOutputWithLabels" if is_outline else "BoundingBoxOutputWithLabels"
+
+
+def schemas() -> dict[str, Schema]:
+    """Inputs, outputs and errors by title."""
+    image_url = _string("The URL of the image to be processed.")
+    text_input = _string("Text input for the task")
+    region = {"$ref": "#/components/schemas/Region", "description": "The user input coordinates"}
+    box = {
+        "x": _number("X-coordinate of the top-left corner"),
+        "y": _number("Y-coordinate of the top-left corner"),
+        "w": _number("Width of the bounding box"),
+        "h": _number("Height of the bounding box"),
+        "label": _string("Label of the bounding box"),
+    }
+    bins = {
+        f"{axis.lower()}{number}": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": MAX_BIN,
+            "description": f"{axis}-coordinate of the {corner} corner",
+        }
+        for number, corner in ((1, "top-left"), (2, "bottom-right"))
+        for axis in "XY"
+    }
+    points = {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "number"}}}
+    picture = {
+        "url": _string("The URL where the file can be downloaded from."),
+        "content_type": _optional("string", "The mime type of the file."),
+        "file_name": _optional("string", "The name of the file."),
+        "file_size": _optional("integer", "The size of the file in bytes."),
+        "width": _optional("integer", "The width of the image in pixels."),
+        "height": _optional("integer", "The height of the image in pixels."),
+    }
+    return {
+        "ImageInput": _object("ImageInput", {"image_url": image_url}),
+        "ImageWithTextInput": _object("ImageWithTextInput", {"image_url": image_url, "text_input": text_input}),
+        "ImageWithUserCoordinatesInput": _object(
+            "ImageWithUserCoordinatesInput", {"image_url": image_url, "region": region}
+        ),
+        "Region": _object("Region", bins),
+        "BoundingBoxOutputWithLabels": _output("BoundingBoxOutputWithLabels", "BoundingBoxes"),
+        "BoundingBoxes": _object("BoundingBoxes", {"bboxes": _list("BoundingBox", "List of bounding boxes")}),
+        "BoundingBox": _object("BoundingBox", box),
+        "OCRBoundingBoxOutputWithLabels": _output("OCRBoundingBoxOutputWithLabels", "OCRBoundingBox"),
+        "OCRBoundingBox": _object(
+            "OCRBoundingBox", {"quad_boxes": _list("OCRBoundingBoxSingle", "List of quadrilateral boxes")}
+        ),
+        "OCRBoundingBoxSingle": _object("OCRBoundingBoxSingle", box),
+        "PolygonOutputWithLabels": _output("PolygonOutputWithLabels", "PolygonOutput"),
+        "PolygonOutput": _object("PolygonOutput", {"polygons": _list("Polygon", "List of polygons")}),
+        "Polygon": _object(
+            "Polygon", {"points": {**points, "description": "List of points"}, "label": _string("Label of the polygon")}
+        ),
+        "TextOutput": _object("TextOutput", {"results": _string("Results from the model")}),
+        "Image": _object("Image", picture, required=["url"]),
+        "Error": _object("Error", {"detail": {}, "error_type": _string("Kind of the error")}, required=["detail"]),
+        "QueueStatus": _object(
+            "QueueStatus",
+            {
+                "status": {"type": "string", "enum": ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]},
+                "request_id": _string("The request id."),
+                "response_url": _string("The response url."),
+                "status_url": _string("The status url."),
+                "cancel_url": _string("The cancel url."),
+                "queue_position": {"type": "integer", "description": "The queue position."},
+                "logs": {"description": "The logs."},
+                "metrics": {"type": "object", "description": "The metrics."},
+            },
+            required=["status", "request_id"],
+        ),
+    }
+
+
+def _string(description: str) -> Schema:
+    return {"type": "string", "description": description}
+
+
+def _number(description: str) -> Schema:
+    return {"type": "number", "description": description}
+
+
+def _optional(kind: str, description: str) -> Schema:
+    return {"anyOf": [{"type": kind}, {"type": "null"}], "description": description}
+
+
+def _list(title: str, description: str) -> Schema:
+    return {"type": "array", "items": {"$ref": f"#/components/schemas/{title}"}, "description": description}
+
+
+def _object(title: str, properties: dict[str, Schema], required: list[str] | None = None) -> Schema:
+    return {
+        "title": title,
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+        "x-fal-order-properties": list(properties),
+    }
+
+
+def _output(title: str, results: str) -> Schema:
+    properties: dict[str, Schema] = {
+        "results": {"$ref": f"#/components/schemas/{results}", "description": "Results from the model"},
+        "image": {
+            "anyOf": [{"$ref": "#/components/schemas/Image"}, {"type": "null"}],
+            "description": "Processed image",
+        },
+    }
+    return _object(title, properties, required=["results"])
+
+
+def _json(schema: str, description: str) -> Schema:
+    reference = {"$ref": f"#/components/schemas/{schema}"}
+    return {"description": description, "content": {"application/json": {"schema": reference}}}
+
+
+def _errors(*statuses: int) -> dict[str, Schema]:
+    meaning = {
+        400: "Not what this endpoint takes",
+        401: "No key, or another",
+        403: "Called by a web page of another origin",
+        404: "No such request, or dropped after its time",
+        413: "The body is too large",
+        422: "An argument, or the picture, cannot be used",
+        429: "Too many requests wait",
+        499: "Cancelled",
+        500: "Our fault",
+        503: "Shutting down",
+        504: "The caller's own limit for waiting was reached",
+    }
+    return {str(status): _json("Error", meaning[status]) for status in statuses}
+
+
+def _run(task: Task[Any]) -> Schema:
+    return {
+        "operationId": task.slug,
+        "summary": task.slug,
+        "requestBody": _body(task),
+        "responses": {
+            "200": _json(output_name(task), "The answer"),
+            **_errors(400, 401, 403, 413, 422, 429, 499, 500, 503, 504),
+        },
+    }
+
+
+def _submit(task: Task[Any]) -> Schema:
+    return {
+        "operationId": f"submit-{task.slug}",
+        "summary": f"{task.slug}, through the queue",
+        "requestBody": _body(task),
+        "responses": {"200": _json("QueueStatus", "Accepted"), **_errors(400, 401, 403, 413, 422, 429, 503)},
+    }
+
+
+def _body(task: Task[Any]) -> Schema:
+    reference = {"$ref": f"#/components/schemas/{input_name(task)}"}
+    return {"required": True, "content": {"application/json": {"schema": reference}}}
+
+
+def _queue_paths() -> dict[str, Any]:
+    request_id = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "boolean"}}
+    base = f"/queue/{APP}/requests/{{request_id}}"
+    stream = {"description": "Server-sent events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    status = {"200": _json("QueueStatus", "Ended"), "202": _json("QueueStatus", "Not ended"), **_errors(401, 403, 404)}
+    answer = {"200": {"description": "The answer", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    cancelled = {"202": {"description": "Taken back", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    return {
+        base: {
+            "get": {
+                "parameters": [request_id],
+                "responses": answer | _errors(400, 401, 403, 404, 422, 499, 500, 503, 504),
+            }
+        },
+        f"{base}/status": {"get": {"parameters": [request_id, logs], "responses": status}},
+        f"{base}/status/stream": {
+            "get": {"parameters": [request_id, logs], "responses": {"200": stream, **_errors(401, 403, 404)}}
+        },
+        f"{base}/cancel": {"put": {"parameters": [request_id], "responses": cancelled | _errors(400, 401, 403, 404)}},
+    }
+
+
+def _operation_paths() -> dict[str, Any]:
+    plain = {"content": {"application/json": {"schema": {"type": "object"}}}}
+    metrics = {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    return {
+        "/health": {"get": {"responses": {"200": {"description": "Alive", **plain}}, "security": []}},
+        "/ready": {
+            "get": {
+                "responses": {"200": {"description": "Takes requests", **plain}, **_errors(503)},
+                "security": [],
+            }
+        },
+        "/metrics": {"get": {"responses": {"200": metrics, **_errors(401, 403)}}},
+    }

@@ -1,0 +1,38 @@
+"""For those who run the server."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from florence_onnx import __version__
+from florence_onnx.fal import problems
+from florence_onnx.server import openapi
+from florence_onnx.server.answers import get_context, json_response
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Whether the process is alive."""
+    return json_response({"status": "ok", "version": __version__})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether requests are taken; the model is loaded before the server listens."""
+    if get_context(request).is_draining:
+        raise problems.shutting_down()
+    return json_response({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Figures for Prometheus."""
+    return Response(get_context(request).metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/openapi.json")
+async def document() -> Response:
+    """The OpenAPI document."""
+    return json_response(openapi.document())

@@ -1,0 +1,96 @@
+"""The playground: one page and what it needs, from this package alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from florence_onnx import tasks
+from florence_onnx.fal import problems
+from florence_onnx.fal.contract import APP
+from florence_onnx.server.answers import get_context, json_response
+from florence_onnx.server.openapi import output_name
+from florence_onnx.tasks import Task
+
+router = APIRouter()
+STATIC = Path(__file__).parent / "static"
+SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
+_TYPES = {
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".html": "text/html",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+_ANSWERS = {
+    "TextOutput": "text",
+    "BoundingBoxOutputWithLabels": "boxes",
+    "OCRBoundingBoxOutputWithLabels": "quads",
+    "PolygonOutputWithLabels": "polygons",
+}
+
+
+@router.get("/")
+async def page() -> Response:
+    """The page itself."""
+    return _file(STATIC, "index.html")
+
+
+@router.get("/playground/config.json")
+async def config(request: Request) -> Response:
+    """What the page has to know."""
+    context = get_context(request)
+    info = context.service.model.info()
+    return json_response(
+        {
+            "model": Path(info["path"]).name,
+            "provider": info["provider"],
+            "precision": info["precision"],
+            "auth": context.settings.api_key is not None,
+            "prefix": APP,
+            "tasks": [_describe(task) for task in tasks.TASKS.values()],
+            "samples": _samples(),
+            "max_bytes": context.settings.service.pictures.max_bytes,
+        }
+    )
+
+
+@router.get("/playground/samples/{name}")
+async def sample(name: str) -> Response:
+    """A picture to try."""
+    return _file(SAMPLES, name)
+
+
+@router.get("/playground/{name}")
+async def static(name: str) -> Response:
+    """A script or a style sheet."""
+    return _file(STATIC, name)
+
+
+def _describe(task: Task[Any]) -> dict[str, str]:
+    answer = _ANSWERS[output_name(task)]
+    return {"slug": task.slug, "token": task.token, "needs": task.needs, "answer": answer}
+
+
+def _samples() -> list[dict[str, Any]]:
+    known = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))
+    return [
+        {
+            "name": each["file"],
+            "url": f"playground/samples/{each['file']}",
+            "width": each["size"][0],
+            "height": each["size"][1],
+        }
+        for each in known
+    ]
+
+
+def _file(folder: Path, name: str) -> Response:
+    path = folder / name
+    if path.parent != folder or path.suffix not in _TYPES or not path.is_file():
+        raise problems.not_found(f"playground/{name}")
+    return FileResponse(path, media_type=_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})

@@ -1,0 +1,28 @@
+"""Endpoints that answer at once."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from florence_onnx.fal import problems
+from florence_onnx.fal.contract import APP
+from florence_onnx.server.answers import (
+    answer_response,
+    get_context,
+    problem_response,
+    read_json,
+    read_start_timeout,
+    wait,
+)
+
+router = APIRouter()
+
+
+@router.post(f"/{APP}/{{slug}}")
+async def run(slug: str, request: Request) -> Response:
+    """Asks and waits."""
+    context = get_context(request)
+    job = context.service.submit(f"{APP}/{slug}", await read_json(request), start_timeout=read_start_timeout(request))
+    if not await wait(request, job):
+        return problem_response(problems.cancelled())  # nobody reads it
+    return answer_response(request, job)
