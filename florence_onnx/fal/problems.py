@@ -90,7 +90,8 @@ def unauthorized(message: str) -> RequestError:
 
 def too_large(max_bytes: int) -> RequestError:
     """413: the body of the request is over the limit."""
-    return RequestError(413, {"detail": f"The request is larger than {max_bytes:,} bytes", "error_type": "bad_request"})
+    body = {"detail": f"The request is larger than {max_bytes:,} bytes", "error_type": "bad_request"}
+    return RequestError(413, body, {"Connection": "close"})  # the rest of it is not read
 
 
 def queue_full(max_waiting: int) -> RequestError:

@@ -221,7 +221,7 @@ def rewrite(scope: Scope) -> None:
         scope["query_string"] = parts.query.encode("ascii", "replace")
     else:
         host, path = (header(scope, "host") or "").lower(), scope["path"]
-    if host.startswith("queue.") and not path.startswith("/queue/"):
+    if host.startswith("queue.") and path.startswith(f"/{APP}/"):
         path = "/queue" + path
     scope["path"] = path
     scope["raw_path"] = path.encode("utf-8", "replace")
