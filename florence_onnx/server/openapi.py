@@ -9,6 +9,8 @@ from florence_onnx.fal.contract import APP, MAX_BIN
 from florence_onnx.tasks import Task
 
 Schema = dict[str, Any]
+EXAMPLE_PICTURE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mO8o6HBQApgYiARjGoY1TB0NAAAyVkBTB15Un8AAAAASUVORK5CYII="
+"""A red square: an example must work without a network."""
 
 
 def document() -> dict[str, Any]:
@@ -57,7 +59,7 @@ def output_name(task: Task[Any]) -> str:
 
 def schemas() -> dict[str, Schema]:
     """Inputs, outputs and errors by title."""
-    image_url = _string("The URL of the image to be processed.")
+    image_url = {**_string("The URL of the image to be processed."), "examples": [EXAMPLE_PICTURE]}
     text_input = _string("Text input for the task")
     region = {"$ref": "#/components/schemas/Region", "description": "The user input coordinates"}
     box = {
@@ -215,7 +217,7 @@ def _queue_paths() -> dict[str, Any]:
     request_id = {"name": "request_id", "in": "path", "required": True, "schema": {"type": "string"}}
     logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "boolean"}}
     base = f"/queue/{APP}/requests/{{request_id}}"
-    stream = {"description": "Server-sent events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    stream = {"description": "Server-sent events", "content": {"text/event-stream": {}}}
     status = {"200": _json("QueueStatus", "Ended"), "202": _json("QueueStatus", "Not ended"), **_errors(401, 403, 404)}
     answer = {"200": {"description": "The answer", "content": {"application/json": {"schema": {"type": "object"}}}}}
     cancelled = {"202": {"description": "Taken back", "content": {"application/json": {"schema": {"type": "object"}}}}}
