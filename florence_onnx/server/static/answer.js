@@ -8,13 +8,13 @@ import { make } from "./dom.js";
  */
 
 const STAGES = {
-  queue: "Waiting",
-  load: "Reading the picture",
+  queue: "Queue",
+  load: "Load picture",
   vision: "Vision encoder",
-  decode: "Writing the answer",
-  draw: "Drawing the preview",
+  decode: "Decoder",
+  draw: "Draw preview",
 };
-const REST = "Network and browser";
+const REST = "Network";
 
 /**
  * Shows an answer.

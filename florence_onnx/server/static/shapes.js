@@ -31,7 +31,7 @@ export function shapesOf({ body, extra }) {
 function fromBox({ x, y, w, h, label }) {
   const [right, bottom] = [x + w, y + h];
   const points = [{ x, y }, { x: right, y }, { x: right, y: bottom }, { x, y: bottom }];
-  const place = `${Math.round(x)}, ${Math.round(y)} · ${Math.round(w)} × ${Math.round(h)}`;
+  const place = `x ${Math.round(x)}, y ${Math.round(y)}, ${Math.round(w)} × ${Math.round(h)} px`;
   return { points, label, place, kind: "Box", isBox: true, isFilled: false };
 }
 

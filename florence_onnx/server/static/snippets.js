@@ -2,6 +2,12 @@
 
 /** @typedef {{id: string, title: string, code: string}} Snippet */
 
+const PYTHON_KEY = "# FAL_KEY in the environment must be this server's API key";
+const PYTHON_NO_KEY = `import os
+
+# the client wants a key, this server does not
+os.environ.setdefault("FAL_KEY", "any")`;
+
 const EXAMPLE_REGION = { x1: 100, y1: 100, x2: 200, y2: 200 };
 
 /**
@@ -27,12 +33,11 @@ export function writeSnippets(question) {
 
 function python(question) {
   const { server, endpoint, auth, fileName } = question;
-  return `import os
-
-${auth ? "# FAL_KEY in the environment must be this server's API key" : 'os.environ.setdefault("FAL_KEY", "any")  # the client wants one, this server does not'}
+  return `${auth ? PYTHON_KEY : PYTHON_NO_KEY}
 import fal_client
 
-fal_client.client.RUN_URL_FORMAT = ${quote(server)}  # instead of fal.run
+# this server instead of fal.run
+fal_client.client.RUN_URL_FORMAT = ${quote(server)}
 
 answer = fal_client.run(
     ${quote(endpoint)},
@@ -63,7 +68,8 @@ function javascript(question) {
 import { createFalClient } from "@fal-ai/client";
 
 const fal = createFalClient({
-  ${auth ? "credentials: process.env.FAL_KEY," : 'credentials: "any", // the client wants some, this server does not'}
+  // ${auth ? "this server's API key" : "the client wants some, this server does not"}
+  credentials: ${auth ? "process.env.FAL_KEY" : '"any"'},
   requestMiddleware: async (request) => ({
     ...request,
     url: request.url.replace("https://fal.run/", ${quote(server)}),

@@ -43,7 +43,7 @@ export function fillTasks(select, tasks) {
 }
 
 /** @param {Task} task */
-export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Token ${token}.`;
+export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Token\u00a0${token}.`;
 
 /** @param {Task} task */
 export const textHintOf = ({ slug }) => TEXT_HINTS[slug] ?? "What the task asks for.";
