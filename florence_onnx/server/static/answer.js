@@ -1,0 +1,148 @@
+/** The answer beside the picture: rows or text, and where the time went. */
+
+import { make } from "./dom.js";
+
+/**
+ * @typedef {import("./client.js").Answer} Answer
+ * @typedef {import("./shapes.js").Shape} Shape
+ */
+
+const STAGES = {
+  queue: "Queue",
+  load: "Load picture",
+  vision: "Vision encoder",
+  decode: "Decoder",
+  draw: "Draw preview",
+};
+const REST = "Network";
+
+/**
+ * Shows an answer.
+ * @param {HTMLElement} container
+ * @param {Answer} answer
+ * @param {Shape[]} shapes
+ * @param {{onHover: (index: number | null) => void, onPick: (index: number) => void}} listeners
+ */
+export function showAnswer(container, answer, shapes, listeners) {
+  const { body, extra } = answer;
+  const main = typeof body.results === "string" ? makeText(body.results) : makeRows(shapes, listeners);
+  container.replaceChildren(main, ...makeExtras(extra));
+}
+
+/**
+ * Lights up one row.
+ * @param {HTMLElement} container
+ * @param {number | null} index
+ * @param {number | null} pinned
+ */
+export function highlightRow(container, index, pinned) {
+  for (const row of container.querySelectorAll(".row")) {
+    const isActive = Number(row.dataset.index) === index;
+    row.classList.toggle("is-active", isActive);
+    row.setAttribute("aria-pressed", String(Number(row.dataset.index) === pinned));
+    if (isActive) scrollIntoList(row);
+  }
+}
+
+/**
+ * One line that says what came back.
+ * @param {Answer} answer
+ * @param {Shape[]} shapes
+ */
+export function summarize({ body, totalMs }, shapes) {
+  const what = typeof body.results === "string" ? "a text" : count(shapes);
+  return `Done: ${what} in ${milliseconds(totalMs)}.`;
+}
+
+/**
+ * Shows the time per stage.
+ * @param {HTMLElement} container
+ * @param {Answer} answer
+ */
+export function showTimings(container, { stages, totalMs }) {
+  const known = stages.reduce((sum, { ms }) => sum + ms, 0);
+  const rest = { name: "rest", title: REST, ms: Math.max(0, totalMs - known) };
+  const all = [...stages.map((stage) => ({ ...stage, title: STAGES[stage.name] ?? stage.name })), rest];
+  const bar = make("div", { className: "bar", "aria-hidden": "true" }, ...all.map((stage) => makeBarPart(stage, totalMs)));
+  const list = make("dl", {}, ...all.map(makeStage), make("div", { className: "total" }, ...makeTerm("Total", totalMs)));
+  container.replaceChildren(make("h3", { textContent: "Time" }), bar, list);
+}
+
+function makeText(text) {
+  return text
+    ? make("blockquote", { className: "text-answer", textContent: text })
+    : make("p", { className: "muted", textContent: "The model answered with an empty text." });
+}
+
+function makeRows(shapes, { onHover, onPick }) {
+  if (!shapes.length) return make("p", { className: "muted", textContent: "Nothing found." });
+  const rows = make("ol", { className: "rows", "aria-label": "What was found" });
+  rows.append(...shapes.map((shape, index) => make("li", {}, makeRow(shape, index, onPick))));
+  for (const row of rows.querySelectorAll(".row")) {
+    const index = Number(row.dataset.index);
+    for (const type of ["pointerenter", "focus"]) row.addEventListener(type, () => onHover(index));
+    for (const type of ["pointerleave", "blur"]) row.addEventListener(type, () => onHover(null));
+  }
+  rows.addEventListener("keydown", moveFocus);
+  return rows;
+}
+
+function makeRow({ name, label, place, colour }, index, onPick) {
+  const swatch = make("span", { className: "swatch" });
+  swatch.style.background = colour;
+  return make(
+    "button",
+    { type: "button", className: "row", data: { index }, "aria-pressed": "false", onclick: () => onPick(index) },
+    swatch,
+    make("span", { className: label ? "label" : "label is-unnamed", textContent: name }),
+    make("span", { className: "place muted", textContent: place }),
+  );
+}
+
+function moveFocus(event) {
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (!step) return;
+  const rows = [...event.currentTarget.querySelectorAll(".row")];
+  event.preventDefault();
+  rows[rows.indexOf(document.activeElement) + step]?.focus();
+}
+
+/** Scrolls the list and never the page: a pointer over the picture must not make the picture move. */
+function scrollIntoList(row) {
+  const list = row.closest(".rows");
+  const { top, bottom } = row.getBoundingClientRect();
+  const frame = list.getBoundingClientRect();
+  if (top < frame.top) list.scrollTop -= frame.top - top;
+  if (bottom > frame.bottom) list.scrollTop += bottom - frame.bottom;
+}
+
+function makeExtras(extra) {
+  if (!extra) return [];
+  const raw = make("details", {}, make("summary", { textContent: "What the model wrote" }), make("code", { className: "raw", textContent: extra.text }));
+  if (!extra.truncated) return [raw];
+  const notice = "The answer was cut off at the limit of tokens; its last item may be missing or wrong.";
+  return [make("p", { className: "notice", textContent: notice }), raw];
+}
+
+function makeBarPart({ name, ms }, totalMs) {
+  const part = make("span", { className: `stage-${name}` });
+  part.style.flexGrow = String(ms / totalMs);
+  return part;
+}
+
+function makeStage({ name, title, ms }) {
+  const terms = makeTerm(title, ms);
+  terms[0].prepend(make("span", { className: `swatch stage-${name}` }));
+  return make("div", {}, ...terms);
+}
+
+const makeTerm = (title, ms) => [make("dt", { textContent: title }), make("dd", { textContent: milliseconds(ms) })];
+
+const milliseconds = (ms) => (ms < 10_000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`);
+
+function count(shapes) {
+  if (!shapes.length) return "nothing found";
+  const noun = shapes[0].isFilled ? "outline" : "box";
+  if (shapes.length === 1) return `1 ${noun}`;
+  return `${shapes.length} ${noun === "box" ? "boxes" : "outlines"}`;
+}

@@ -1,0 +1,285 @@
+/** The playground: one picture, one task, one answer. */
+
+import { highlightRow, showAnswer, showTimings, summarize } from "./answer.js";
+import { ask, loadConfig } from "./client.js";
+import { byId, copy, make } from "./dom.js";
+import * as json from "./json.js";
+import { explain, QuestionError } from "./messages.js";
+import { Overlay } from "./overlay.js";
+import * as pictures from "./picture.js";
+import { RegionTool, WHOLE } from "./region.js";
+import { shapesOf } from "./shapes.js";
+import { writeSnippets } from "./snippets.js";
+import { fillTabs } from "./tabs.js";
+import { fillTasks, hintOf, textHintOf, titleOf } from "./tasks.js";
+
+const DEMO_NOTE = "The demo model knows only drawn shapes and words: take a sample.";
+const COPIED_FOR_MS = 1600;
+
+/** @type {import("./client.js").Config} */
+let config;
+/** @type {pictures.Picture | null} */
+let picture = null;
+/** @type {import("./client.js").Answer | null} */
+let answer = null;
+/** @type {AbortController | null} the question under way */
+let asking = null;
+/** Counts choices, so that a slow one does not overtake a later one. */
+let numChoices = 0;
+let language = "python";
+let hovered = null;
+let pinned = null;
+
+const overlay = new Overlay(byId("overlay"), { onHover: hover, onPick: pick });
+const region = new RegionTool(
+  overlay,
+  { x1: byId("x1"), y1: byId("y1"), x2: byId("x2"), y2: byId("y2") },
+  () => config && updateCode(),
+);
+
+start();
+
+async function start() {
+  try {
+    config = await loadConfig();
+  } catch (error) {
+    showProblem(explain(error, { key: "", maxBytes: 0 }));
+    return;
+  }
+  const { model, provider, precision } = config;
+  byId("served").replaceChildren(...[model, provider, precision].filter(Boolean).map((text) => make("span", { textContent: text })));
+  if (model === "demo") byId("served").append(make("small", { textContent: DEMO_NOTE }));
+  byId("key-field").hidden = !config.auth;
+  fillTasks(byId("task"), config.tasks);
+  byId("samples").append(...config.samples.map(makeSample));
+  fillTabs(byId("languages"), byId("code"), snippets(), (id) => {
+    language = id;
+    updateCode();
+  });
+  listen();
+  updateTask();
+  if (config.samples.length && numChoices === 0) chooseSample(config.samples[0]);
+}
+
+function listen() {
+  byId("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    run();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    run();
+  });
+  byId("cancel").addEventListener("click", () => asking?.abort());
+  byId("task").addEventListener("change", updateTask);
+  byId("text").addEventListener("input", updateCode);
+  byId("region-all").addEventListener("click", () => region.set(WHOLE));
+  byId("region-clear").addEventListener("click", () => region.set(null));
+  byId("show-labels").addEventListener("change", (event) => overlay.svg.classList.toggle("without-tags", !event.target.checked));
+  byId("copy-json").addEventListener("click", (event) => copyFrom(event.currentTarget, JSON.stringify(answer?.body, null, 2)));
+  byId("copy-code").addEventListener("click", (event) => copyFrom(event.currentTarget, byId("code").textContent));
+  listenForFiles();
+}
+
+function listenForFiles() {
+  byId("file").addEventListener("change", (event) => {
+    chooseFile(event.target.files[0]);
+    event.target.value = ""; // the same file can be chosen again
+  });
+  document.addEventListener("paste", (event) => chooseFile(event.clipboardData?.files[0]));
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    byId("stage").classList.add("is-dropping");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) byId("stage").classList.remove("is-dropping");
+  });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    byId("stage").classList.remove("is-dropping");
+    chooseFile(event.dataTransfer?.files[0]);
+  });
+}
+
+// --- the picture
+
+function makeSample(sample) {
+  const image = make("img", { src: sample.url, alt: "", loading: "lazy", width: sample.width, height: sample.height });
+  const title = `Sample ${sample.name}`;
+  return make("button", { type: "button", className: "sample", title, "aria-label": title, "aria-pressed": "false", data: { name: sample.name }, onclick: () => chooseSample(sample) }, image);
+}
+
+/** @param {File | undefined} file */
+async function chooseFile(file) {
+  if (file) await choose(() => pictures.fromFile(file, config.max_bytes), null);
+}
+
+const chooseSample = (sample) => choose(() => pictures.fromSample(sample), sample.name);
+
+/**
+ * Takes another picture; where it cannot be loaded, the one before stays.
+ * @param {() => Promise<pictures.Picture>} load
+ * @param {string | null} sampleName
+ */
+async function choose(load, sampleName) {
+  const choice = ++numChoices;
+  try {
+    const loaded = await load();
+    if (choice === numChoices) showPicture(loaded, sampleName);
+    else pictures.release(loaded);
+  } catch (error) {
+    if (choice === numChoices) showProblem(explain(error, context()));
+  }
+}
+
+function showPicture(loaded, sampleName) {
+  asking?.abort();
+  if (picture) pictures.release(picture);
+  picture = loaded;
+  const size = `${picture.width} × ${picture.height}`;
+  Object.assign(byId("picture"), { src: picture.url, alt: `${picture.name}, ${size} pixels`, hidden: false });
+  byId("picture-name").textContent = `${picture.name} · ${size}`;
+  byId("stage-empty").hidden = true;
+  overlay.svg.toggleAttribute("hidden", false);
+  overlay.setSize(picture);
+  for (const button of byId("samples").children) button.setAttribute("aria-pressed", String(button.dataset.name === sampleName));
+  clearAnswer();
+  region.set(null);
+  showProblem(null);
+  say(`${picture.name} is ready.`);
+}
+
+// --- the question
+
+const currentTask = () => config.tasks.find((task) => task.slug === byId("task").value) ?? config.tasks[0];
+
+const context = () => ({ key: byId("key").value, maxBytes: config.max_bytes });
+
+function updateTask() {
+  const task = currentTask();
+  byId("task-hint").textContent = hintOf(task);
+  byId("text-hint").textContent = textHintOf(task);
+  byId("text-field").hidden = task.needs !== "text";
+  byId("region-field").hidden = task.needs !== "region";
+  region.enable(task.needs === "region");
+  showProblem(null);
+  updateCode();
+}
+
+/** @returns {{text_input?: string, region?: import("./client.js").Region}} what the task takes besides the picture */
+function readInput(task) {
+  if (!picture) throw new QuestionError("Choose a picture first: drop, paste or choose one, or take a sample.", "picture");
+  if (task.needs === "region") return { region: region.read() };
+  if (task.needs === "nothing") return {};
+  const text = byId("text").value;
+  if (!text.trim()) throw new QuestionError("Type a text for this task first.", "text");
+  return { text_input: text };
+}
+
+async function run() {
+  if (asking) return;
+  const task = currentTask();
+  asking = new AbortController();
+  showProblem(null);
+  setBusy(true);
+  say(`Asking: ${titleOf(task.slug)} …`);
+  try {
+    const input = readInput(task);
+    const image_url = await pictures.toDataUri(picture);
+    const { signal } = asking;
+    showResult(task, await ask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
+  } catch (error) {
+    say(error.name === "AbortError" ? "Cancelled." : "");
+    if (error.name !== "AbortError") showProblem(explain(error, context()));
+  } finally {
+    asking = null;
+    setBusy(false);
+  }
+}
+
+function setBusy(isBusy) {
+  byId("run").setAttribute("aria-disabled", String(isBusy));
+  byId("run").classList.toggle("is-busy", isBusy);
+  byId("cancel").hidden = !isBusy;
+}
+
+// --- the answer
+
+function showResult(task, result) {
+  answer = result;
+  const shapes = shapesOf(answer);
+  pinned = hovered = null;
+  overlay.show(shapes);
+  showAnswer(byId("answer"), answer, shapes, { onHover: hover, onPick: pick });
+  showTimings(byId("timings"), answer);
+  byId("answer-task").textContent = titleOf(task.slug);
+  byId("json").replaceChildren(...json.colour(json.write(answer.body)));
+  byId("copy-json").disabled = false;
+  say(summarize(answer, shapes));
+}
+
+function clearAnswer() {
+  answer = null;
+  pinned = hovered = null;
+  overlay.show([]);
+  byId("answer").replaceChildren(make("p", { className: "muted", textContent: "Nothing asked about this picture yet." }));
+  byId("timings").replaceChildren();
+  byId("answer-task").textContent = "";
+  byId("json").replaceChildren(make("span", { className: "muted", textContent: "The answer's JSON will be here." }));
+  byId("copy-json").disabled = true;
+}
+
+function hover(index) {
+  hovered = index;
+  updateHighlight();
+}
+
+function pick(index) {
+  pinned = pinned === index ? null : index;
+  updateHighlight();
+}
+
+function updateHighlight() {
+  const active = hovered ?? pinned;
+  overlay.highlight(active);
+  highlightRow(byId("answer"), active, pinned);
+}
+
+// --- words and code
+
+/** @param {import("./messages.js").Problem | null} problem */
+function showProblem(problem) {
+  const lines = problem ? [make("p", { textContent: problem.message })] : [];
+  if (problem?.detail) lines.push(make("p", { className: "detail", textContent: `The server said: ${problem.detail}` }));
+  byId("problem").replaceChildren(...lines);
+  const field = { text: "text", region: "x1", key: "key" }[problem?.field];
+  // on a touch screen focus would bring up a keyboard over the picture
+  if (field && !byId(field).closest("[hidden]") && matchMedia("(pointer: fine)").matches) byId(field).focus();
+}
+
+const say = (text) => (byId("status").textContent = text);
+
+function snippets() {
+  const task = currentTask();
+  return writeSnippets({
+    server: new URL(".", location.href).href,
+    endpoint: `${config.prefix}/${task.slug}`,
+    auth: config.auth,
+    fileName: picture?.name ?? "picture.png",
+    contentType: picture?.blob.type || "image/png",
+    text: task.needs === "text" ? byId("text").value || "red circle" : undefined,
+    region: task.needs === "region" ? region.value : undefined,
+  });
+}
+
+function updateCode() {
+  byId("code").textContent = snippets().find(({ id }) => id === language)?.code ?? "";
+}
+
+async function copyFrom(button, text) {
+  const isCopied = await copy(text);
+  say(isCopied ? "Copied." : "The browser did not allow copying: select the text and copy it by hand.");
+  button.classList.toggle("is-copied", isCopied);
+  setTimeout(() => button.classList.remove("is-copied"), COPIED_FOR_MS);
+}

@@ -1,0 +1,86 @@
+/** Asking the server, in fal's way. */
+
+/**
+ * @typedef {{x1: number, y1: number, x2: number, y2: number}} Region corners in thousandths of width and height
+ * @typedef {{slug: string, token: string, needs: "nothing" | "text" | "region", answer: "boxes" | "quads" | "polygons" | "text"}} Task
+ * @typedef {{model: string, provider: string, precision: string, auth: boolean, prefix: string, tasks: Task[],
+ *   samples: {name: string, url: string, width: number, height: number}[], max_bytes: number}} Config
+ * @typedef {{x: number, y: number}} Point
+ * @typedef {{quads: Point[][], polygons: {points: Point[], label: string}[], text: string, truncated: boolean}} Extra
+ * @typedef {{name: string, ms: number}} Stage
+ * @typedef {object} Answer
+ * @property {any} body fal's JSON
+ * @property {Extra | undefined} extra what fal's JSON has no place for
+ * @property {Stage[]} stages what the server says it spent its time on
+ * @property {number} totalMs from the request to the last byte, as seen here
+ */
+
+/** An answer that is an error, or none at all. */
+export class ServerError extends Error {
+  /**
+   * @param {number} status HTTP status; 0 where the server could not be reached
+   * @param {any} body the JSON of the answer, if there was any
+   * @param {string} [requestId]
+   */
+  constructor(status, body, requestId = "") {
+    super(`HTTP ${status}`);
+    this.status = status;
+    this.body = body;
+    this.requestId = requestId;
+  }
+}
+
+/** @returns {Promise<Config>} */
+export async function loadConfig() {
+  const response = await fetch("playground/config.json").catch(() => null);
+  if (!response?.ok) throw new ServerError(response?.status ?? 0, null);
+  return response.json();
+}
+
+/**
+ * Asks one task.
+ * @param {string} endpoint such as "fal-ai/florence-2-large/ocr"
+ * @param {{image_url: string, text_input?: string, region?: Region}} input
+ * @param {{key: string, signal: AbortSignal}} options
+ * @returns {Promise<Answer>}
+ */
+export async function ask(endpoint, input, { key, signal }) {
+  const headers = { "Content-Type": "application/json", "X-Florence-Extra": "1" };
+  if (key) headers.Authorization = `Key ${key}`;
+  const start = performance.now();
+  const response = await send(endpoint, { method: "POST", headers, body: JSON.stringify(input), signal });
+  const body = await response.json().catch(rethrowAbort);
+  const totalMs = performance.now() - start;
+  if (!response.ok || !body) {
+    throw new ServerError(response.status, body, response.headers.get("x-fal-request-id") ?? "");
+  }
+  const { extra, ...falJson } = body;
+  return { body: falJson, extra, stages: parseServerTiming(response.headers.get("server-timing") ?? ""), totalMs };
+}
+
+async function send(endpoint, request) {
+  try {
+    return await fetch(endpoint, request);
+  } catch (error) {
+    rethrowAbort(error);
+    throw new ServerError(0, null);
+  }
+}
+
+function rethrowAbort(error) {
+  if (error.name === "AbortError") throw error;
+  return null;
+}
+
+/**
+ * Reads `vision;dur=12.0, decode;dur=8.5`.
+ * @param {string} header
+ * @returns {Stage[]}
+ */
+function parseServerTiming(header) {
+  return header
+    .split(",")
+    .map((entry) => /^\s*([^;\s]+)\s*;.*?dur=([\d.]+)/.exec(entry))
+    .filter((match) => match !== null)
+    .map(([, name, ms]) => ({ name, ms: Number(ms) }));
+}

@@ -1,0 +1,144 @@
+/** The region that a question is about: drawn on the picture, or typed. In thousandths of width and height. */
+
+import { makeSvg } from "./dom.js";
+import { QuestionError } from "./messages.js";
+
+/** @typedef {import("./client.js").Region} Region */
+
+const NUM_BINS = 1000;
+const MIN_DRAG_PX = 4;
+const NAMES = /** @type {const} */ (["x1", "y1", "x2", "y2"]);
+export const WHOLE = { x1: 0, y1: 0, x2: NUM_BINS - 1, y2: NUM_BINS - 1 };
+
+export class RegionTool {
+  /**
+   * @param {import("./overlay.js").Overlay} overlay
+   * @param {Record<"x1" | "y1" | "x2" | "y2", HTMLInputElement>} inputs
+   * @param {() => void} onChange
+   */
+  constructor(overlay, inputs, onChange) {
+    this.overlay = overlay;
+    this.inputs = inputs;
+    this.onChange = onChange;
+    this.isEnabled = false;
+    this.drag = null;
+    this.frame = makeSvg("g", { class: "region" }, makeSvg("rect", { class: "halo" }), makeSvg("rect", { class: "line" }));
+    overlay.svg.append(this.frame);
+    for (const name of NAMES) inputs[name].addEventListener("input", () => this.update());
+    this.listen(overlay.svg);
+    this.update();
+  }
+
+  /** @param {boolean} isEnabled whether the task needs a region */
+  enable(isEnabled) {
+    this.isEnabled = isEnabled;
+    this.overlay.svg.classList.toggle("is-drawing", isEnabled);
+    this.update();
+  }
+
+  /** @param {Region | null} region */
+  set(region) {
+    for (const name of NAMES) this.inputs[name].value = region ? String(region[name]) : "";
+    this.update();
+  }
+
+  /**
+   * @returns {Region}
+   * @throws {QuestionError} there is none, or it is not a region
+   */
+  read() {
+    const texts = NAMES.map((name) => this.inputs[name].value);
+    if (NAMES.every((name) => isBlank(this.inputs[name]))) {
+      throw new QuestionError("Draw a region on the picture first, or type its four edges.", "region");
+    }
+    if (!texts.every((text) => /^\d{1,3}$/.test(text))) {
+      throw new QuestionError("Each edge of the region must be a whole number from 0 to 999.", "region");
+    }
+    const [x1, y1, x2, y2] = texts.map(Number);
+    if (x1 > x2 || y1 > y2) {
+      throw new QuestionError("The region is inside out: left must not be more than right, nor top more than bottom.", "region");
+    }
+    return { x1, y1, x2, y2 };
+  }
+
+  /** @returns {Region | null} the region where there is a valid one */
+  get value() {
+    try {
+      return this.read();
+    } catch (error) {
+      if (error instanceof QuestionError) return null;
+      throw error;
+    }
+  }
+
+  update() {
+    const region = this.value;
+    this.frame.toggleAttribute("hidden", !this.isEnabled || !region);
+    for (const name of NAMES) this.inputs[name].setAttribute("aria-invalid", String(!region && !isBlank(this.inputs[name])));
+    if (region) this.drawFrame(region);
+    this.onChange();
+  }
+
+  /** A bin is a strip of the picture, and the region has those at both of its ends. */
+  drawFrame({ x1, y1, x2, y2 }) {
+    const { width, height } = this.overlay.size;
+    const box = {
+      x: (x1 * width) / NUM_BINS,
+      y: (y1 * height) / NUM_BINS,
+      width: ((x2 + 1 - x1) * width) / NUM_BINS,
+      height: ((y2 + 1 - y1) * height) / NUM_BINS,
+    };
+    for (const rect of this.frame.children) {
+      for (const [name, value] of Object.entries(box)) rect.setAttribute(name, String(value));
+    }
+  }
+
+  listen(svg) {
+    svg.addEventListener("pointerdown", (event) => this.start(event));
+    svg.addEventListener("pointermove", (event) => this.move(event));
+    svg.addEventListener("pointerup", () => this.finish());
+    svg.addEventListener("pointercancel", () => this.cancel());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") this.cancel();
+    });
+  }
+
+  start(event) {
+    if (!this.isEnabled || !event.isPrimary || event.button !== 0) return;
+    event.preventDefault();
+    event.currentTarget.setPointerCapture(event.pointerId);
+    this.drag = { clientX: event.clientX, clientY: event.clientY, previous: this.value };
+  }
+
+  move(event) {
+    if (!this.drag) return;
+    const isTiny = Math.max(Math.abs(event.clientX - this.drag.clientX), Math.abs(event.clientY - this.drag.clientY)) < MIN_DRAG_PX;
+    if (!isTiny) this.set(this.between(this.drag, event));
+  }
+
+  finish() {
+    this.drag = null;
+  }
+
+  cancel() {
+    if (!this.drag) return;
+    this.set(this.drag.previous);
+    this.drag = null;
+  }
+
+  /** @returns {Region} */
+  between(start, end) {
+    const [a, b] = [this.toBins(start), this.toBins(end)];
+    return { x1: Math.min(a.x, b.x), y1: Math.min(a.y, b.y), x2: Math.max(a.x, b.x), y2: Math.max(a.y, b.y) };
+  }
+
+  toBins(event) {
+    const { x, y } = this.overlay.toPicture(event);
+    return { x: toBin(x, this.overlay.size.width), y: toBin(y, this.overlay.size.height) };
+  }
+}
+
+const toBin = (pixel, size) => Math.max(0, Math.min(NUM_BINS - 1, Math.floor((pixel * NUM_BINS) / size)));
+
+/** An input of numbers hides from its value what is no number. */
+const isBlank = (input) => input.value === "" && !input.validity.badInput;

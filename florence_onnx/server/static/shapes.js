@@ -1,0 +1,50 @@
+/** What an answer has to draw, whatever its task. */
+
+import { colourOf } from "./colours.js";
+
+/**
+ * @typedef {import("./client.js").Point} Point
+ * @typedef {object} Shape
+ * @property {Point[]} points corners in pixels of the picture; a box has four, from its top left clockwise
+ * @property {boolean} isBox whether it is an upright box
+ * @property {boolean} isFilled whether it is a mask rather than a frame
+ * @property {string} label as the answer has it; may be empty
+ * @property {string} name what to call it: the label, or its kind and number
+ * @property {string} place where it is, in words
+ * @property {string} colour
+ * @property {string} ink black or white, whichever can be read on `colour`
+ */
+
+/**
+ * @param {import("./client.js").Answer} answer
+ * @returns {Shape[]} in the order of the answer
+ */
+export function shapesOf({ body, extra }) {
+  const { bboxes = [], quad_boxes = [], polygons = extra?.polygons ?? [] } = body.results;
+  return [
+    ...bboxes.map(fromBox),
+    ...quad_boxes.map((box, index) => fromQuad(box, extra?.quads?.[index])),
+    ...polygons.map(fromPolygon),
+  ].map(finish);
+}
+
+function fromBox({ x, y, w, h, label }) {
+  const [right, bottom] = [x + w, y + h];
+  const points = [{ x, y }, { x: right, y }, { x: right, y: bottom }, { x, y: bottom }];
+  const place = `x ${Math.round(x)}, y ${Math.round(y)}, ${Math.round(w)} × ${Math.round(h)} px`;
+  return { points, label, place, kind: "Box", isBox: true, isFilled: false };
+}
+
+function fromQuad(box, quad) {
+  const shape = fromBox(box);
+  return quad?.length === 4 ? { ...shape, points: quad, kind: "Text", isBox: false } : shape;
+}
+
+function fromPolygon({ points, label }) {
+  const place = `${points.length} ${points.length === 1 ? "point" : "points"}`;
+  return { points, label, place, kind: "Outline", isBox: false, isFilled: true };
+}
+
+function finish({ kind, ...shape }, index) {
+  return { ...shape, name: shape.label || `${kind} ${index + 1}`, ...colourOf(shape.label, index) };
+}
