@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, Union
 
@@ -78,6 +78,8 @@ def load(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     timeout: float = TIMEOUT,
+    public_only: bool = False,
+    allowed_hosts: Collection[str] = (),
 ) -> Image.Image:
     """Reads a picture.
 
@@ -91,7 +93,10 @@ def load(
         apply_exif: Turn the picture as its EXIF orientation says. The reference does not: pass False to match it.
         max_pixels: Largest width times height to accept; looked at before any pixel is decoded.
         max_bytes: Most bytes of a download or a `data:` URI.
-        timeout: Seconds for a download.
+        timeout: Seconds for a download, redirects included.
+        public_only: For strings that come from strangers: they must be URLs, not paths, and lead to the public internet
+            only, also in redirects; proxies of the environment are not used.
+        allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
 
     Returns:
         The picture in mode RGB, decoded. A PIL image that is RGB and upright is returned itself, not a copy.
@@ -100,7 +105,8 @@ def load(
         ImageNotFoundError: There is no such file.
         ImageDecodeError: The data is not an image, is empty or is truncated.
         ImageTooLargeError: More pixels or bytes than allowed, or Pillow takes it for a decompression bomb.
-        ImageDownloadError: The URL could not be fetched, or what came is not a picture.
+        ImageDownloadError: The URL was refused, could not be fetched, or what came is not a picture.
+        InputError: `allowed_hosts` is malformed.
         ImageError: A directory, an unreadable file, or an argument or array of the wrong kind.
     """
     if isinstance(image, Image.Image):
@@ -110,10 +116,17 @@ def load(
     if isinstance(image, np.ndarray):
         return _from_array(image, max_pixels)
     if isinstance(image, str) and url.is_url(image):
-        return _load_url(image, apply_exif, max_pixels, max_bytes, timeout)
+        from florence_onnx import download
+
+        content = download.download(
+            image, max_bytes=max_bytes, timeout=timeout, public_only=public_only, allowed_hosts=allowed_hosts
+        )
+        return _decode_download(content, url.shorten(image), apply_exif, max_pixels)
     if isinstance(image, str) and url.is_data_uri(image):
         content = url.decode_data_uri(image, max_bytes=max_bytes)
         return _decode(io.BytesIO(content), "the data: URI", apply_exif, max_pixels)
+    if isinstance(image, str) and public_only:
+        raise ImageDownloadError(f"cannot download {url.shorten(image)!r}: it is no http(s) URL and no data: URI")
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(image), f"{len(image)} bytes of data", apply_exif, max_pixels)
     if isinstance(image, (str, os.PathLike)):
@@ -175,12 +188,9 @@ def _check_out(out: npt.NDArray[np.float32], shape: tuple[int, int, int]) -> npt
     return out
 
 
-def _load_url(address: str, apply_exif: bool, max_pixels: int, max_bytes: int, timeout: float) -> Image.Image:
-    from florence_onnx import download
-
-    content = download.download(address, max_bytes=max_bytes, timeout=timeout)
+def _decode_download(content: bytes, name: str, apply_exif: bool, max_pixels: int) -> Image.Image:
     try:
-        return _decode(io.BytesIO(content), url.shorten(address), apply_exif, max_pixels)
+        return _decode(io.BytesIO(content), name, apply_exif, max_pixels)
     except ImageDecodeError as error:
         beginning = content[:40].decode("latin-1")
         raise ImageDownloadError(f"the URL gave no picture: {error} (it begins with {beginning!r})") from error

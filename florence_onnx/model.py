@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -152,6 +152,8 @@ class Florence2:
         max_pixels: int = image.MAX_PIXELS,
         max_bytes: int = image.MAX_BYTES,
         timeout: float = image.TIMEOUT,
+        public_only: bool = False,
+        allowed_hosts: Collection[str] = (),
     ) -> EncodedImage:
         """Runs the vision encoder once, for any number of tasks.
 
@@ -160,12 +162,24 @@ class Florence2:
             apply_exif: Whether to turn the picture as its EXIF orientation says; the reference does not.
             max_pixels: Largest width times height to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
-            timeout: Seconds for a download.
+            timeout: Seconds for a download, redirects included.
+            public_only: For strings that come from strangers: they must be URLs, not paths, and lead to the public
+                internet only, also in redirects; proxies of the environment are not used.
+            allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
 
         Raises:
             ImageError: The picture cannot be read.
+            InputError: `allowed_hosts` is malformed.
         """
-        loaded = image.load(picture, apply_exif=apply_exif, max_pixels=max_pixels, max_bytes=max_bytes, timeout=timeout)
+        loaded = image.load(
+            picture,
+            apply_exif=apply_exif,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+            timeout=timeout,
+            public_only=public_only,
+            allowed_hosts=allowed_hosts,
+        )
         # a copy of a caller's own picture: what is drawn later must be what was seen
         return EncodedImage(self._features(loaded), loaded.copy() if loaded is picture else loaded)
 

@@ -56,7 +56,9 @@ MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "url": {"errors"},
-    "download": {"errors", "url"},
+    "addresses": set(),
+    "connection": {"addresses"},
+    "download": {"addresses", "connection", "errors", "url"},
     "locations": {"errors", "results", "numpy"},
     "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
     "tasks": {"errors", "locations", "postprocess", "results"},
@@ -127,7 +129,7 @@ def test_the_runtime_never_imports_the_export() -> None:
         assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
 
 
-LAZY = {"__main__", "cli", "download", "draw"}
+LAZY = {"__main__", "addresses", "cli", "connection", "download", "draw"}
 """Modules of the package that `import florence_onnx` leaves for later."""
 
 HEAVY = {

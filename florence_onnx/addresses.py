@@ -1,0 +1,95 @@
+"""Which addresses, ports and host names a picture of a stranger may come from: rules only, no network."""
+
+from __future__ import annotations
+
+import ipaddress
+import urllib.parse
+
+# Written out, because what `ipaddress` calls global differs between versions of Python.
+_NOT_PUBLIC_V4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8",  # this network; reaches the machine itself
+            "10.0.0.0/8",
+            "100.64.0.0/10",  # carriers' NAT, and a cloud's metadata
+            "127.0.0.0/8",
+            "168.63.129.16/32",  # Azure's host agent: a public address that a virtual machine reaches privately
+            "169.254.0.0/16",  # link-local, and most clouds' metadata
+            "172.16.0.0/12",
+            "192.0.0.0/24",  # protocol assignments, and a cloud's metadata
+            "192.0.2.0/24",  # documentation
+            "192.88.99.0/24",  # relays of 6to4
+            "192.168.0.0/16",
+            "198.18.0.0/15",  # measurements
+            "198.51.100.0/24",  # documentation
+            "203.0.113.0/24",  # documentation
+            "224.0.0.0/4",  # multicast
+            "240.0.0.0/4",  # reserved, and broadcast
+        ),
+    )
+)
+_GLOBAL_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")
+_NOT_PUBLIC_V6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        (
+            "2001::/23",  # protocol assignments, among them Teredo
+            "2001:db8::/32",  # documentation
+            "2002::/16",  # 6to4
+            "3fff::/20",  # documentation
+        ),
+    )
+)
+# the last 32 bits are an IPv4 address, and that is what is reached
+_EMBEDDING_V6 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
+
+_DEFAULT_PORTS = (80, 443)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to a machine of the public internet.
+
+    IPv4 inside IPv6 counts as that IPv4 address where it is IPv4-mapped or NAT64 (64:ff9b::/96). The embeddings that
+    are out of use (IPv4-compatible, 6to4, Teredo) are never public, nor is an address with a zone (`%eth0`).
+    """
+    if "%" in address:
+        return False
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if not any(parsed in network for network in _EMBEDDING_V6):
+            is_special = any(parsed in network for network in _NOT_PUBLIC_V6)
+            return parsed in _GLOBAL_UNICAST_V6 and parsed.is_global and not is_special
+        parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+    return parsed.is_global and not any(parsed in network for network in _NOT_PUBLIC_V4)
+
+
+def is_web_port(port: int) -> bool:
+    """Whether pictures may come from a port: 80, 443 or one from 1024 on. Below are mail, SSH and the like."""
+    return port in _DEFAULT_PORTS or 1024 <= port <= 65535
+
+
+def parse_host(entry: str) -> frozenset[tuple[str, int]]:
+    """Reads one entry of `allowed_hosts`.
+
+    Args:
+        entry: `HOST:PORT`, or `HOST` alone for its ports 80 and 443; an IPv6 address stands in brackets.
+
+    Returns:
+        Pairs of host, in lower case and without brackets, and port.
+
+    Raises:
+        ValueError: It is something else, such as a URL.
+    """
+    wanted = f"an allowed host is HOST or HOST:PORT (an IPv6 address in brackets), got {entry!r}"
+    try:
+        parts = urllib.parse.urlsplit(f"//{entry}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not host or parts.netloc != entry or "@" in entry or entry.endswith(":"):
+        raise ValueError(wanted)
+    return frozenset((host, each) for each in (_DEFAULT_PORTS if port is None else (port,)))
