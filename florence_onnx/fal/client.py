@@ -165,12 +165,12 @@ class AsyncRequestHandle:
             yield status
             if isinstance(status, Completed):
                 return
-            await asyncio.wait([asyncio.wrap_future(job.future)], timeout=interval)
+            await asyncio.wait([job.ended()], timeout=interval)
 
     async def get(self, *, interval: float = POLL_INTERVAL) -> Arguments:
         """As `SyncRequestHandle.get`."""
         job = self._client._find(self.request_id)
-        await asyncio.wait([asyncio.wrap_future(job.future)])
+        await asyncio.wait([job.ended()])
         return _answer(job)
 
     async def cancel(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import itertools
@@ -91,6 +92,13 @@ class Job:
         """fal's `inference_time`: seconds of work, without waiting."""
         return {"inference_time": sum(taken for stage, taken in self.seconds.items() if stage != "queue")}
 
+    def ended(self) -> asyncio.Future[Answer]:
+        """For `asyncio.wait`: done when the job is, whatever came of it."""
+        future = asyncio.wrap_future(self.future)
+        # asyncio complains of an exception that nobody looks at
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return future
+
     def log(self, message: str) -> None:
         """Adds a line that the caller can read."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
@@ -114,6 +122,8 @@ class Job:
 
     def fail(self, problem: RequestError) -> bool:
         """Ends without one; False if it has ended already."""
+        # a trace holds on to the picture and the arguments for as long as the result is kept
+        problem.__traceback__ = problem.__context__ = None
         return self._end(lambda: self.future.set_exception(problem))
 
     def cancel(self) -> bool:
@@ -126,6 +136,7 @@ class Job:
                 return False
             self._state = "COMPLETED"
             self.picture = None
+            self.question = dataclasses.replace(self.question, image_url="")  # often megabytes
         settle()
         self._notify()
         return True

@@ -95,16 +95,16 @@ async def wait(request: Request, job: Job) -> bool:
     Returns:
         Whether the client is still there.
     """
-    ended = asyncio.ensure_future(asyncio.wait([asyncio.wrap_future(job.future)]))
+    ended = job.ended()
     hung_up = asyncio.ensure_future(_wait_for_hang_up(request))
+    first: set[asyncio.Future[Any]] = {ended, hung_up}
     try:
-        await asyncio.wait([ended, hung_up], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     finally:
         is_there = ended.done()
-        for task in (ended, hung_up):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        hung_up.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await hung_up
         if not is_there:
             get_context(request).service.cancel(job)
     return is_there

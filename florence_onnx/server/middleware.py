@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
@@ -96,7 +96,7 @@ class Gate:
         origin = header(scope, "origin")
         if origin is None or origin in self._context.settings.origins:
             return
-        if urlsplit(origin).netloc != (header(scope, "host") or ""):
+        if origin.partition("://")[2] != header(scope, "host"):
             message = f"pages of {origin} may not call this server; allow them with --allow-origin"
             raise RequestError(403, {"detail": message})
 
@@ -206,6 +206,16 @@ def endpoint_of(path: str) -> str:
     return parts[0] if parts[0] in ("files", "storage", "playground", "health", "ready", "metrics", "") else "unknown"
 
 
+def _split(address: str) -> SplitResult:
+    try:
+        parts = urlsplit(address)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return parts
+    except ValueError:  # brackets around no IPv6 address
+        pass
+    raise problems.bad_request(f"{TARGET_HEADER} must be an http(s) URL")
+
+
 def rewrite(scope: Scope) -> None:
     """Turns fal's hosts into paths of ours: by `Host`, and by the address that a client set to a proxy names.
 
@@ -214,10 +224,8 @@ def rewrite(scope: Scope) -> None:
     """
     target = header(scope, TARGET_HEADER)
     if target is not None and scope["path"] in PROXY_PATHS:
-        parts = urlsplit(target)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise problems.bad_request(f"{TARGET_HEADER} must be an http(s) URL")
-        host, path = parts.hostname, parts.path
+        parts = _split(target)
+        host, path = parts.hostname or "", parts.path
         scope["query_string"] = parts.query.encode("ascii", "replace")
     else:
         host, path = (header(scope, "host") or "").lower(), scope["path"]
