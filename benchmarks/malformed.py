@@ -199,7 +199,8 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    with serve(arguments.model) as server:
+    # without what is kept on purpose, and with few arenas of malloc, whose number alone lets memory grow for a while
+    with serve(arguments.model, "--cache-mb", "0", environment={"MALLOC_ARENA_MAX": "2"}) as server:
         run(server, 1000, arguments.seed + 1)  # what is allocated once
         before = server.memory_bytes(), server.num_threads(), server.num_files()
         found = run(server, arguments.requests, arguments.seed)

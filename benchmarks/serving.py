@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: str, *options: str) -> Iterator[Server]:
+def serve(model: str, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Runs `florence-onnx serve` while the block runs.
 
     Args:
         model: A bundle.
         *options: More of the command's options.
+        environment: Over this process's own.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,7 +69,9 @@ def serve(model: str, *options: str) -> Iterator[Server]:
         "0",
         *options,
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **(environment or {})}, stderr=subprocess.DEVNULL
+    ) as process:
         server = Server("127.0.0.1", port, process.pid)
         try:
             _wait(server, process)

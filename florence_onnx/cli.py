@@ -139,6 +139,9 @@ def serve(
     workers: Annotated[int, typer.Option(help="Batches at a time, in this process, with one model.", min=1)] = 1,
     max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
+    cache_mb: Annotated[
+        int, typer.Option(help="MiB of encoded pictures to keep for further questions; 0 keeps none.", min=0)
+    ] = 256,
     images: Annotated[str, typer.Option(help="Annotated pictures in answers: url, data or none.")] = "url",
     public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
     allow_origin: Annotated[
@@ -167,6 +170,7 @@ def serve(
             workers=workers,
             max_batch=max_batch,
             max_waiting=max_waiting,
+            cache_mb=cache_mb,
             images=images,
             public_url=public_url,
             origins=allow_origin or [],

@@ -72,7 +72,13 @@ class PictureReader:
             )
         from florence_onnx import download
 
-        return download.download(image_url, max_bytes=limits.max_bytes, timeout=limits.timeout)
+        return download.download(
+            image_url,
+            max_bytes=limits.max_bytes,
+            timeout=limits.timeout,
+            public_only=limits.public_only,
+            allowed_hosts=limits.allowed_hosts,
+        )
 
     def decode(self, content: bytes) -> PILImage.Image:
         """The picture, upright and RGB.
