@@ -34,6 +34,14 @@ def server() -> Iterator[LiveServer]:
         yield running
 
 
+def beside_the_picture() -> dict[str, dict[str, Any]]:
+    """What each endpoint takes besides `image_url`."""
+    return {
+        task.slug: {name: value for name, value in arguments(task).items() if name != "image_url"}
+        for task in tasks.TASKS.values()
+    }
+
+
 def run_python(code: str, environment: dict[str, str], *arguments_given: str) -> Any:
     """What a script prints, as JSON, run in a process that knows nothing of this package."""
     command = [sys.executable, "-c", code, *arguments_given]
@@ -98,11 +106,7 @@ def test_the_unmodified_client_over_tls_by_environment_alone(certificate: tuple[
     with serve(*options, environment=ONE_THREAD, authority=trust) as running:
         host = f"127.0.0.1:{running.port}"
         environment = {"FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue", "SSL_CERT_FILE": trust}
-        more = {
-            task.slug: {key: value for key, value in arguments(task).items() if key != "image_url"}
-            for task in tasks.TASKS.values()
-        }
-        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(more))
+        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(beside_the_picture()))
     fal.configure("demo", device="cpu")
     for task in tasks.TASKS.values():
         assert found[task.slug] == fal.run(f"{APP}/{task.slug}", arguments(task)), task.slug
@@ -156,7 +160,7 @@ def test_the_client_over_http_with_uploads(server: LiveServer) -> None:
 _JAVASCRIPT = """
 import { readFileSync } from "node:fs";
 import { createFalClient, ValidationError } from "@fal-ai/client";
-const [base, app, picture, region] = process.argv.slice(2);
+const [base, app, picture, region, endpoints] = process.argv.slice(2);
 const hosts = { "fal.run": "", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": "" };
 const redirected = createFalClient({
   credentials: "id:secret",
@@ -169,6 +173,11 @@ const proxied = createFalClient({ credentials: "id:secret", proxyUrl: { url: bas
 const image_url = "data:image/png;base64," + readFileSync(picture).toString("base64");
 const found = {};
 found.run = await redirected.run(`${app}/object-detection`, { input: { image_url } });
+found.all = {};
+for (const [slug, more] of Object.entries(JSON.parse(endpoints))) {
+  const answer = await redirected.subscribe(`${app}/${slug}`, { input: { image_url, ...more }, logs: true, pollInterval: 20 });
+  found.all[slug] = answer.data;
+}
 for (const mode of ["polling", "streaming"]) {
   const states = [];
   const answer = await redirected.subscribe(`${app}/region-to-category`, {
@@ -201,12 +210,10 @@ def run_node(script: str, *arguments_given: str) -> Any:
 
 
 def test_the_javascript_client(server: LiveServer) -> None:
-    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION))
+    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION), json.dumps(beside_the_picture()))
     fal.configure("demo", device="cpu")
-    expected = {
-        task.slug: fal.run(f"{APP}/{task.slug}", arguments(task))
-        for task in (tasks.OBJECT_DETECTION, tasks.REGION_TO_CATEGORY)
-    }
+    expected = {task.slug: fal.run(f"{APP}/{task.slug}", arguments(task)) for task in tasks.TASKS.values()}
+    assert found["all"] == expected
     assert found["run"]["data"] == expected["object-detection"]
     assert len(found["run"]["requestId"]) == 36
     for mode in ("polling", "streaming"):
@@ -219,14 +226,40 @@ def test_the_javascript_client(server: LiveServer) -> None:
 # ----------------------------------------------------------------------------------------------------------------- curl
 
 
-def test_curl(server: LiveServer) -> None:
+_CURL = r"""
+set -eu
+for slug in $SLUGS; do
+  response=$(curl -sS --request POST --url "$BASE/queue/$APP/$slug" \
+    --header "Authorization: Key $FAL_KEY" --header "Content-Type: application/json" --data "@$FOLDER/$slug.json")
+  REQUEST_ID=$(echo "$response" | grep -o '"request_id": *"[^"]*"' | sed 's/"request_id": *//; s/"//g')
+  until curl -sS --url "$BASE/queue/$APP/requests/$REQUEST_ID/status" --header "Authorization: Key $FAL_KEY" \
+    | grep -q COMPLETED; do sleep 0.05; done
+  curl -sS --url "$BASE/queue/$APP/requests/$REQUEST_ID" --header "Authorization: Key $FAL_KEY" > "$FOLDER/$slug.queued"
+  curl -sS --request POST --url "$BASE/$APP/$slug" \
+    --header "Authorization: Key $FAL_KEY" --header "Content-Type: application/json" --data "@$FOLDER/$slug.json" > "$FOLDER/$slug.direct"
+done
+"""
+
+
+def test_curl_on_every_endpoint(server: LiveServer, tmp_path: Path) -> None:
+    """As fal's documentation has it: submit, status, result; and directly."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    body = json.dumps(arguments(tasks.CAPTION))
-    command = ["curl", "-sS", "-X", "POST", f"{server.url}/{APP}/caption", "-H", f"Authorization: Key {KEY}"]
-    command += ["-H", "Content-Type: application/json", "-d", "@-"]
-    done = subprocess.run(command, input=body, capture_output=True, text=True, check=True, timeout=60)
-    assert json.loads(done.stdout) == CAPTION
+    for task in tasks.TASKS.values():
+        (tmp_path / f"{task.slug}.json").write_text(json.dumps(arguments(task)))
+    variables = {
+        "SLUGS": " ".join(tasks.TASKS),
+        "BASE": server.url,
+        "APP": APP,
+        "FAL_KEY": KEY,
+        "FOLDER": str(tmp_path),
+    }
+    subprocess.run(["bash", "-c", _CURL], check=True, timeout=120, env={**os.environ, **variables})
+    fal.configure("demo", device="cpu")
+    for task in tasks.TASKS.values():
+        expected = fal.run(f"{APP}/{task.slug}", arguments(task))
+        for way in ("queued", "direct"):
+            assert json.loads((tmp_path / f"{task.slug}.{way}").read_text()) == expected, (task.slug, way)
 
 
 # ----------------------------------------------------------------------------------------------------------------- fuzz
