@@ -59,7 +59,7 @@ def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Pa
     faults: list[str] = []
     contexts = []
 
-    def open_one(*, is_ready: Callable[[Page], object] | None = None, **options: Any) -> Page:
+    def open_one(**options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         context.set_default_timeout(20_000)
@@ -68,8 +68,6 @@ def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Pa
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if _is_fault(message.text) else None)
         page.on("request", lambda request: faults.append(request.url) if _leaves(request.url, server.url) else None)
-        if is_ready:
-            is_ready(page)
         page.goto(server.url)
         expect(page.locator("#picture-name")).to_contain_text("scene-1.png")
         return page
@@ -283,6 +281,18 @@ def test_escape_brings_back_the_region_before(page: Page) -> None:
     assert [page.locator(f"#{name}").input_value() for name in RED_CIRCLE] == ["0", "0", "999", "999"]
 
 
+def test_a_region_is_drawn_with_a_finger(open_page: Callable[..., Page]) -> None:
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.select_option("#task", "region-to-category")
+    page.locator("#picture").scroll_into_view_if_needed()
+    finger = page.context.new_cdp_session(page)
+    for event, point in (("Start", (100, 100)), ("Move", (150, 160)), ("Move", (200, 250)), ("End", None)):
+        touches = [] if point is None else [dict(zip("xy", _on_screen(page, point), strict=True))]
+        finger.send("Input.dispatchTouchEvent", {"type": f"touch{event}", "touchPoints": touches})
+    bins = [int(page.locator(f"#{name}").input_value()) for name in RED_CIRCLE]
+    assert bins == pytest.approx([260, 281, 520, 704], abs=2)
+
+
 def _on_screen(page: Page, point: tuple[float, float]) -> tuple[float, float]:
     """Where a pixel of the 384 x 355 sample is: the stage shows it whole, in its middle."""
     stage = page.locator("#picture").bounding_box()
@@ -352,6 +362,7 @@ def _tab_to(page: Page, selector: str, key: str = "Tab") -> None:
 def test_rows_and_shapes_light_up_together(page: Page) -> None:
     _ask(page, "object-detection")
     row, shape = page.locator(".row[data-index='1']"), page.locator(".shape[data-index='1']")
+    expect(row).to_have_accessible_name(re.compile(r"^red circle x \d+, y \d+, \d+ × \d+ px$"))
     row.hover()
     expect(shape).to_have_class(_has("is-active"))
     expect(page.locator(".shape.is-active")).to_have_count(1)
@@ -493,18 +504,22 @@ def test_a_question_is_cancelled(page: Page) -> None:
     expect(page.locator("#problem")).to_be_empty()
 
 
-def test_a_key_is_asked_for_and_sent(open_page: Callable[..., Page]) -> None:
-    def want_key(route: Route) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, json={**answer.json(), "auth": True})
-
-    page = open_page(is_ready=lambda page: page.route("**/playground/config.json", want_key))
-    page.get_by_label("API key").fill("secret")
-    with page.expect_request(f"**/{PREFIX}/object-detection") as request:
+def test_a_key_is_asked_for_and_sent(browser: Browser) -> None:
+    with serve("--api-key", "secret") as locked, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(locked.url)
+        expect(page.locator("#picture-name")).to_contain_text("scene-1.png")
+        for key, words in (("", "wants an API key"), ("wrong", "does not accept this API key")):
+            page.get_by_label("API key").fill(key)
+            page.click("#run")
+            expect(page.locator("#problem")).to_contain_text(words)
+            expect(page.get_by_label("API key")).to_be_focused()
+        page.get_by_label("API key").fill("secret")
         _ask(page, "object-detection")
-    assert request.value.headers["authorization"] == "Key secret"
-    assert "secret" not in (page.locator("#code").text_content() or "")
-    expect(page.locator("#code")).to_contain_text("FAL_KEY")
+        assert len(_row_labels(page)) == 3
+        for tab in page.get_by_role("tab").all():
+            tab.click()
+            assert "secret" not in (page.locator("#code").text_content() or "")
 
 
 # --- code to copy

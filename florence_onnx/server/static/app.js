@@ -50,7 +50,8 @@ async function start() {
     return;
   }
   const { model, provider, precision } = config;
-  byId("served").replaceChildren(...[model, provider, precision].filter(Boolean).map((text) => make("span", { textContent: text })));
+  const facts = [model, provider?.replace("ExecutionProvider", ""), precision].filter(Boolean);
+  byId("served").replaceChildren(...facts.map((text) => make("span", { textContent: text })));
   if (model === "demo") byId("served").append(make("small", { textContent: DEMO_NOTE }));
   byId("key-field").hidden = !config.auth;
   fillTasks(byId("task"), config.tasks);
