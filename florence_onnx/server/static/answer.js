@@ -63,7 +63,7 @@ export function showTimings(container, { stages, totalMs }) {
   const known = stages.reduce((sum, { ms }) => sum + ms, 0);
   const rest = { name: "rest", title: REST, ms: Math.max(0, totalMs - known) };
   const all = [...stages.map((stage) => ({ ...stage, title: STAGES[stage.name] ?? stage.name })), rest];
-  const bar = make("div", { className: "bar", "aria-hidden": "true" }, ...all.map((stage) => makeBarPart(stage, totalMs)));
+  const bar = make("div", { className: "bar", "aria-hidden": "true" }, ...all.map(makeBarPart));
   const list = make("dl", {}, ...all.map(makeStage), make("div", { className: "total" }, ...makeTerm("Total", totalMs)));
   container.replaceChildren(make("h3", { textContent: "Time" }), bar, list);
 }
@@ -124,9 +124,9 @@ function makeExtras(extra) {
   return [make("p", { className: "notice", textContent: notice }), raw];
 }
 
-function makeBarPart({ name, ms }, totalMs) {
+function makeBarPart({ name, ms }) {
   const part = make("span", { className: `stage-${name}` });
-  part.style.flexGrow = String(ms / totalMs);
+  part.style.flexGrow = String(ms);
   return part;
 }
 

@@ -22,10 +22,13 @@ let config;
 let picture = null;
 /** @type {import("./client.js").Answer | null} */
 let answer = null;
-/** @type {AbortController | null} the question under way */
+/** @type {AbortController | null} the question that is with the server */
 let asking = null;
+let isBusy = false;
 /** Counts choices, so that a slow one does not overtake a later one. */
 let numChoices = 0;
+/** @type {Promise<void>} the last choice; a question waits for it */
+let choosing = Promise.resolve();
 let language = "python";
 let hovered = null;
 let pinned = null;
@@ -47,7 +50,8 @@ async function start() {
     return;
   }
   const { model, provider, precision } = config;
-  byId("served").replaceChildren(...[model, provider, precision].filter(Boolean).map((text) => make("span", { textContent: text })));
+  const facts = [model, provider?.replace("ExecutionProvider", ""), precision].filter(Boolean);
+  byId("served").replaceChildren(...facts.map((text) => make("span", { textContent: text })));
   if (model === "demo") byId("served").append(make("small", { textContent: DEMO_NOTE }));
   byId("key-field").hidden = !config.auth;
   fillTasks(byId("task"), config.tasks);
@@ -111,11 +115,13 @@ function makeSample(sample) {
 }
 
 /** @param {File | undefined} file */
-async function chooseFile(file) {
-  if (file) await choose(() => pictures.fromFile(file, config.max_bytes), null);
+function chooseFile(file) {
+  if (file) choosing = choose(() => pictures.fromFile(file, config.max_bytes), null);
 }
 
-const chooseSample = (sample) => choose(() => pictures.fromSample(sample), sample.name);
+function chooseSample(sample) {
+  choosing = choose(() => pictures.fromSample(sample), sample.name);
+}
 
 /**
  * Takes another picture; where it cannot be loaded, the one before stays.
@@ -178,16 +184,17 @@ function readInput(task) {
 }
 
 async function run() {
-  if (asking) return;
+  if (isBusy) return;
   const task = currentTask();
-  asking = new AbortController();
-  showProblem(null);
   setBusy(true);
-  say(`Asking: ${titleOf(task.slug)} …`);
   try {
+    await choosing;
+    showProblem(null);
+    say(`Asking: ${titleOf(task.slug)} …`);
+    asking = new AbortController();
+    const { signal } = asking;
     const input = readInput(task);
     const image_url = await pictures.toDataUri(picture);
-    const { signal } = asking;
     showResult(task, await ask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
   } catch (error) {
     say(error.name === "AbortError" ? "Cancelled." : "");
@@ -198,7 +205,8 @@ async function run() {
   }
 }
 
-function setBusy(isBusy) {
+function setBusy(isNowBusy) {
+  isBusy = isNowBusy;
   byId("run").setAttribute("aria-disabled", String(isBusy));
   byId("run").classList.toggle("is-busy", isBusy);
   byId("cancel").hidden = !isBusy;
@@ -266,6 +274,7 @@ function snippets() {
     server: new URL(".", location.href).href,
     endpoint: `${config.prefix}/${task.slug}`,
     auth: config.auth,
+    model: config.model,
     fileName: picture?.name ?? "picture.png",
     contentType: picture?.blob.type || "image/png",
     text: task.needs === "text" ? byId("text").value || "red circle" : undefined,

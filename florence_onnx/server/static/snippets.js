@@ -15,6 +15,7 @@ const EXAMPLE_REGION = { x1: 100, y1: 100, x2: 200, y2: 200 };
  * @param {object} question
  * @param {string} question.server address with a slash at the end
  * @param {string} question.endpoint such as "fal-ai/florence-2-large/ocr"
+ * @param {string} question.model what the server runs
  * @param {boolean} question.auth whether the server wants a key
  * @param {string} question.fileName
  * @param {string} question.contentType
@@ -51,6 +52,9 @@ print(answer["results"])
 
 function inProcess(question) {
   return `from florence_onnx import fal
+
+# a bundle's folder, or a repository of the hub
+fal.configure(model=${quote(question.model)})
 
 answer = fal.run(
     ${quote(question.endpoint)},
