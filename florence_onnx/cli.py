@@ -1,4 +1,4 @@
-"""The command line: `demo`, `run`, `tasks` and `info`.
+"""The command line: `demo`, `run`, `tasks`, `info` and `bench-fal`.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error. Exit codes: 0 all well, 1
 some pictures could not be read, 2 stopped because of the arguments, the model or the disk.
@@ -59,7 +59,7 @@ def demo(
 ) -> None:
     """Find the shapes in a sample picture with the built-in demo model."""
     sample = SAMPLES / json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]["file"]
-    with _exit_on_error():
+    with exit_on_error():
         model = Florence2.from_pretrained(DEMO, device=device)
         prediction = model.run(tasks.OBJECT_DETECTION, sample)
         _save(prediction, output)
@@ -88,8 +88,8 @@ def run(
     draw: Annotated[Path | None, typer.Option(help="Folder for the annotated pictures.", metavar="DIR")] = None,
 ) -> None:
     """Ask one task about many pictures; one that cannot be read does not stop the rest."""
-    with _exit_on_error():
-        question = _Question(tasks.get(task), text, _parse_region(region), GenerationOptions(beams, max_new_tokens))
+    with exit_on_error():
+        question = _Question(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
         question.task.format_prompt(text_input=question.text, region=question.region)
         gallery = _open_gallery(draw, question.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -119,9 +119,21 @@ def info(
     device: _DeviceOption = "auto",
 ) -> None:
     """Show a model's sizes, precision, origin and what its verification measured, as JSON."""
-    with _exit_on_error():
+    with exit_on_error():
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))
+
+
+@app.command(
+    name="bench-fal",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_fal(context: typer.Context) -> None:
+    """Compare fal and this package: times, prices and answers; needs the extra `fal`."""
+    from florence_onnx.bench_fal import command
+
+    raise typer.Exit(command.app(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
 
 
 # --- one question, many pictures -----------------------------------------------------------------------------------
@@ -279,7 +291,8 @@ def _save(prediction: Prediction[Any], path: Path) -> None:
 # --- arguments and errors ------------------------------------------------------------------------------------------
 
 
-def _parse_region(value: str | None) -> Region | None:
+def parse_region(value: str | None) -> Region | None:
+    """Reads the value of `--region`, such as 52,332,932,774; None stays None."""
     if value is None:
         return None
     try:
@@ -292,7 +305,7 @@ def _parse_region(value: str | None) -> Region | None:
 
 
 @contextlib.contextmanager
-def _exit_on_error() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Our errors end the command with their message instead of a traceback."""
     try:
         yield

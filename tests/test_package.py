@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "url": {"errors"},
     "download": {"errors", "url"},
     "locations": {"errors", "results", "numpy"},
+    "matching": {"results", "numpy", "PIL"},
     "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
     "tasks": {"errors", "locations", "postprocess", "results"},
     "image": {"download", "errors", "url", "numpy", "PIL"},
@@ -127,7 +128,7 @@ def test_the_runtime_never_imports_the_export() -> None:
         assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
 
 
-LAZY = {"__main__", "cli", "download", "draw"}
+LAZY = {"__main__", "cli", "download", "draw", "matching"}
 """Modules of the package that `import florence_onnx` leaves for later."""
 
 HEAVY = {
