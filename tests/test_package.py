@@ -124,8 +124,13 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 
 def test_the_runtime_never_imports_the_export() -> None:
-    for path in PACKAGE.glob("*.py"):
+    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("bench_fal/*.py")):
         assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
+
+
+def test_only_the_command_line_knows_the_comparison_with_fal() -> None:
+    knowing = {path.stem for path in PACKAGE.glob("*.py") if "bench_fal" in imports(path)}
+    assert knowing == {"cli"}
 
 
 LAZY = {"__main__", "cli", "download", "draw", "matching"}
