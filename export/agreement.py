@@ -15,9 +15,16 @@ import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
 from florence_onnx.locations import NUM_BINS
-from florence_onnx.results import BoundingBoxes, OCRBoundingBox, Point, Polygon, PolygonOutput
-
-from .matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box
+from florence_onnx.matching import (
+    LabelledBox,
+    draw_polygons,
+    flatten_points,
+    mask_iou,
+    overlap,
+    pair_boxes,
+    quad_to_box,
+)
+from florence_onnx.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 
 LOOSE_IOU = 0.5
 """From this overlap on a box counts as found."""
@@ -170,7 +177,7 @@ def compare_boxes(expected: Answer, answer: Answer) -> BoxAgreement | None:
     if isinstance(expected.results, str) or isinstance(answer.results, str):
         return None
     true, found = labelled_boxes(expected), labelled_boxes(answer)
-    close = [pair for pair in pair_boxes(found, true, _iou) if pair.iou >= LOOSE_IOU]
+    close = [pair for pair in pair_boxes(found, true, overlap) if pair.iou >= LOOSE_IOU]
     shifts = [np.abs(np.subtract(found[pair.found][1], true[pair.true][1])).mean() for pair in close]
     return BoxAgreement(
         num_reference=len(true),
@@ -190,7 +197,7 @@ def labelled_boxes(answer: Answer) -> list[LabelledBox]:
     elif isinstance(results, OCRBoundingBox):
         found = results.quad_boxes
     corners = [(box.label, [box.x, box.y, box.x + box.w, box.y + box.h]) for box in found]
-    outlines = [(polygon.label, _flat(polygon.points)) for polygon in _polygons(results) if polygon.points]
+    outlines = [(polygon.label, flatten_points(polygon.points)) for polygon in _polygons(results) if polygon.points]
     return [(label, quad_to_box(_to_bins(points, answer.size))) for label, points in (*corners, *outlines)]
 
 
@@ -199,7 +206,9 @@ def compare_masks(expected: Answer, answer: Answer) -> float | None:
     if not _polygons(expected.results) and not _polygons(answer.results):
         return None
     masks = [
-        draw_polygons([_to_bins(_flat(polygon.points), each.size) for polygon in _polygons(each.results)], _FRAME)
+        draw_polygons(
+            [_to_bins(flatten_points(polygon.points), each.size) for polygon in _polygons(each.results)], _FRAME
+        )
         for each in (expected, answer)
     ]
     return mask_iou(*masks) if any(mask.any() for mask in masks) else None
@@ -208,17 +217,8 @@ def compare_masks(expected: Answer, answer: Answer) -> float | None:
 _FRAME = (NUM_BINS, NUM_BINS)
 
 
-def _iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two equal boxes agree even where they have no area."""
-    return 1.0 if tuple(a) == tuple(b) else box_iou(a, b)
-
-
 def _polygons(results: Any) -> tuple[Polygon, ...]:
     return results.polygons if isinstance(results, BoundingBoxes | PolygonOutput) else ()
-
-
-def _flat(points: Iterable[Point]) -> list[float]:
-    return [value for point in points for value in (point.x, point.y)]
 
 
 def _to_bins(flat: Sequence[float], size: tuple[int, int]) -> list[float]:

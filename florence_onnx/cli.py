@@ -1,4 +1,4 @@
-"""The command line: `demo`, `run`, `tasks` and `info`.
+"""The command line: `demo`, `run`, `tasks`, `info` and `bench-fal`.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error. Exit codes: 0 all well, 1
 some pictures could not be read, 2 stopped because of the arguments, the model or the disk.
@@ -59,7 +59,7 @@ def demo(
 ) -> None:
     """Find the shapes in a sample picture with the built-in demo model."""
     sample = SAMPLES / json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]["file"]
-    with _exit_on_error():
+    with exit_on_error():
         model = Florence2.from_pretrained(DEMO, device=device)
         prediction = model.run(tasks.OBJECT_DETECTION, sample)
         _save(prediction, output)
@@ -88,8 +88,8 @@ def run(
     draw: Annotated[Path | None, typer.Option(help="Folder for the annotated pictures.", metavar="DIR")] = None,
 ) -> None:
     """Ask one task about many pictures; one that cannot be read does not stop the rest."""
-    with _exit_on_error():
-        question = _Question(tasks.get(task), text, _parse_region(region), GenerationOptions(beams, max_new_tokens))
+    with exit_on_error():
+        question = _Question(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
         question.task.format_prompt(text_input=question.text, region=question.region)
         gallery = _open_gallery(draw, question.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -119,67 +119,32 @@ def info(
     device: _DeviceOption = "auto",
 ) -> None:
     """Show a model's sizes, precision, origin and what its verification measured, as JSON."""
-    with _exit_on_error():
+    with exit_on_error():
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))
 
 
-@app.command()
-def serve(
-    model: _ModelOption = DEMO,
-    precision: _PrecisionOption = None,
-    device: _DeviceOption = "auto",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(help="What clients must send as Authorization: Key …", envvar="FLORENCE_ONNX_API_KEY")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Batches at a time, in this process, with one model.", min=1)] = 1,
-    max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
-    cache_mb: Annotated[
-        int, typer.Option(help="MiB of encoded pictures to keep for further questions; 0 keeps none.", min=0)
-    ] = 256,
-    images: Annotated[str, typer.Option(help="Annotated pictures in answers: url, data or none.")] = "url",
-    public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Web pages of this origin may call; repeatable.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="host[:port] that pictures may come from though it is not public; repeatable."),
-    ] = None,
-    certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
-    private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds after SIGTERM in which results can still be fetched.")] = 30.0,
-    log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
-) -> None:
-    """Serve fal's API, and a page to try it."""
+_ELSEWHERE: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+"""Of a command whose options are declared in a package of its own, which is imported when it is asked for."""
+
+
+@app.command(**_ELSEWHERE)
+def serve(context: typer.Context) -> None:
+    """Serve fal's API, and a page to try it; needs the extra `serve`."""
     from florence_onnx.server import command
 
-    with _exit_on_error():
-        command.run(
-            model,
-            device=device,
-            precision=precision,
-            host=host,
-            port=port,
-            api_key=api_key,
-            workers=workers,
-            max_batch=max_batch,
-            max_waiting=max_waiting,
-            cache_mb=cache_mb,
-            images=images,
-            public_url=public_url,
-            origins=allow_origin or [],
-            allowed_hosts=allow_host or [],
-            certificate=certificate,
-            private_key=private_key,
-            grace=grace,
-            log_format=log_format,
-        )
+    raise typer.Exit(command.app(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
+
+
+@app.command(name="bench-fal", **_ELSEWHERE)
+def bench_fal(context: typer.Context) -> None:
+    """Compare fal and this package: times, prices and answers; needs the extra `fal`."""
+    from florence_onnx.bench_fal import command
+
+    raise typer.Exit(command.app(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
 
 
 # --- one question, many pictures -----------------------------------------------------------------------------------
@@ -337,7 +302,8 @@ def _save(prediction: Prediction[Any], path: Path) -> None:
 # --- arguments and errors ------------------------------------------------------------------------------------------
 
 
-def _parse_region(value: str | None) -> Region | None:
+def parse_region(value: str | None) -> Region | None:
+    """Reads the value of `--region`, such as 52,332,932,774; None stays None."""
     if value is None:
         return None
     try:
@@ -350,7 +316,7 @@ def _parse_region(value: str | None) -> Region | None:
 
 
 @contextlib.contextmanager
-def _exit_on_error() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Our errors end the command with their message instead of a traceback."""
     try:
         yield

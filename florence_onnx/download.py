@@ -54,7 +54,7 @@ def download(
         ImageTooLargeError: There is more than `max_bytes`.
         InputError: `allowed_hosts` is malformed.
     """
-    rules = Rules(time.monotonic() + timeout, public_only, _parse_hosts(allowed_hosts))
+    rules = Rules(time.monotonic() + timeout, public_only, parse_hosts(allowed_hosts))
     try:
         return _fetch(url, max_bytes, rules)
     except ImageTooLargeError:  # a ValueError as well, and no failure of the download
@@ -69,7 +69,15 @@ def download(
     raise ImageDownloadError(f"cannot download {shorten(url)}: {reason}")
 
 
-def _parse_hosts(entries: Collection[str]) -> frozenset[tuple[str, int]]:
+def parse_hosts(entries: Collection[str]) -> frozenset[tuple[str, int]]:
+    """Reads `allowed_hosts`.
+
+    Returns:
+        Host and port of each.
+
+    Raises:
+        InputError: One is malformed.
+    """
     if isinstance(entries, str):
         raise InputError(f"allowed_hosts must be a list of hosts, got the string {entries!r}")
     try:

@@ -24,8 +24,8 @@ from export.agreement import (
     words,
 )
 from export.agreement_report import Bar, find_failures, make_agreement
-from export.matching import pair_boxes
 from florence_onnx import tasks
+from florence_onnx.matching import pair_boxes
 from florence_onnx.postprocess import parse
 from florence_onnx.tasks import Task
 

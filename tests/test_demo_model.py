@@ -12,8 +12,8 @@ from PIL import Image
 from florence_onnx import Florence2, GenerationOptions, Region, bundle, tasks
 
 pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
-from export import matching
 from export.demo import metrics
+from florence_onnx import matching
 
 UNSEEN_SEED = 20250817
 """Neither training's nor that of any published figure."""

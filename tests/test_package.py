@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "connection": {"addresses"},
     "download": {"addresses", "connection", "errors", "url"},
     "locations": {"errors", "results", "numpy"},
+    "matching": {"results", "numpy", "PIL"},
     "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
     "tasks": {"errors", "locations", "postprocess", "results"},
     "image": {"download", "errors", "url", "numpy", "PIL"},
@@ -125,11 +126,16 @@ def test_every_module_has_a_place_in_the_order() -> None:
 
 
 def test_the_runtime_never_imports_the_export() -> None:
-    for path in PACKAGE.glob("*.py"):
+    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("bench_fal/*.py")):
         assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
 
 
-LAZY = {"__main__", "addresses", "cli", "connection", "download", "draw"}
+def test_only_the_command_line_knows_the_server_and_the_comparison_with_fal() -> None:
+    knowing = {path.stem for path in PACKAGE.glob("*.py") if imports(path) & {"bench_fal", "fal", "server"}}
+    assert knowing == {"cli"}
+
+
+LAZY = {"__main__", "addresses", "cli", "connection", "download", "draw", "matching"}
 """Modules of the package that `import florence_onnx` leaves for later."""
 
 HEAVY = {

@@ -475,7 +475,8 @@ def test_health_metrics_and_logs(client: Any, server: LiveServer) -> None:
         (["--api-key", " "], "the API key is blank"),
         (["--certificate", "x.pem"], "both a certificate and its private key"),
         (["--public-url", "example.com"], "must begin with http"),
-        (["--log-format", "xml"], "must be json or text"),
+        (["--log-format", "xml"], "must be one of json, text"),
+        (["--allow-host", "http://x"], "http://x"),
     ],
 )
 def test_bad_options_end_the_command(arguments_given: list[str], message: str) -> None:

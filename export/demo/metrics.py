@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from florence_onnx.matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box
 from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 
-from ..matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box  # noqa: TID252 - as in finalize
 from .answers import TASK_TOKENS, Question, ask
 from .scenes import Box, Scene, draw_mask, make_scene
 

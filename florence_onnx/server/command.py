@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast, get_args
+from typing import Annotated, Any, get_args
+
+import typer
 
 from florence_onnx.bundle import DEMO
+from florence_onnx.cli import exit_on_error
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
 from florence_onnx.model import Florence2
@@ -17,56 +20,79 @@ _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "pythonjsonlogger", "sta
 _LOG_FORMATS = ("json", "text")
 
 
-def run(
-    model: str,
-    *,
-    device: str,
-    precision: str | None,
-    host: str,
-    port: int,
-    api_key: str | None,
-    workers: int,
-    max_batch: int,
-    max_waiting: int,
-    cache_mb: int,
-    images: str,
-    public_url: str | None,
-    origins: Sequence[str],
-    allowed_hosts: Sequence[str],
-    certificate: str | None,
-    private_key: str | None,
-    grace: float,
-    log_format: str,
-) -> None:
-    """Loads the model and serves until told to stop.
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    Raises:
-        FlorenceError: The model cannot be loaded, or an argument makes no sense.
-        MissingExtraError: The extra `serve` is not installed.
-    """
-    if images not in get_args(Images):
-        raise InputError(f"--images must be one of {', '.join(get_args(Images))}, got {images!r}")
-    if log_format not in _LOG_FORMATS:
-        raise InputError(f"--log-format must be json or text, got {log_format!r}")
-    limits = replace(default_limits(), allowed_hosts=tuple(allowed_hosts))
-    settings = ServerSettings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        images=cast(Images, images),
-        public_url=public_url,
-        origins=tuple(origins),
-        service=ServiceSettings(
-            pictures=limits,
-            workers=workers,
-            max_batch=max_batch,
-            max_waiting=max_waiting,
-            feature_cache_bytes=cache_mb * 2**20,
-        ),
-        grace_seconds=grace,
-        certificate=certificate,
-        private_key=private_key,
-    )
+
+@app.command(name="serve")
+def serve(
+    model: Annotated[str, typer.Option(help="Bundle directory, hub repository (owner/name), or demo.")] = DEMO,
+    precision: Annotated[str | None, typer.Option(help="Which files to take where a model has several.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as Authorization: Key …", envvar="FLORENCE_ONNX_API_KEY")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Batches at a time, in this process, with one model.", min=1)] = 1,
+    max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
+    cache_mb: Annotated[
+        int, typer.Option(help="MiB of encoded pictures to keep for further questions; 0 keeps none.", min=0)
+    ] = 256,
+    images: Annotated[str, typer.Option(help="Annotated pictures in answers: url, data or none.")] = "url",
+    public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages of this origin may call; repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="HOST[:PORT] that pictures may come from though it is not public; repeatable."),
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
+    private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
+    grace: Annotated[float, typer.Option(help="Seconds after SIGTERM in which results can still be fetched.")] = 30.0,
+    log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
+) -> None:
+    """Serve fal's API, and a page to try it."""
+    with exit_on_error():
+        limits = replace(default_limits(), allowed_hosts=tuple(allow_host or ()))
+        settings = ServerSettings(
+            host=host,
+            port=port,
+            api_key=api_key,
+            images=_choose("--images", images, get_args(Images)),
+            public_url=public_url,
+            origins=tuple(allow_origin or ()),
+            service=ServiceSettings(
+                pictures=limits,
+                workers=workers,
+                max_batch=max_batch,
+                max_waiting=max_waiting,
+                feature_cache_bytes=cache_mb * 2**20,
+            ),
+            grace_seconds=grace,
+            certificate=certificate,
+            private_key=private_key,
+        )
+        chosen_format = _choose("--log-format", log_format, _LOG_FORMATS)
+        run = _import_serve()
+        _warn(settings, model)
+        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        florence.warm_up()
+        scheme = "https" if certificate else "http"
+        _say(f"serving {model} on {scheme}://{host}:{port}/ (Ctrl-C finishes what was accepted and ends)")
+        run(florence, settings, chosen_format)
+
+
+def _choose(option: str, value: str, known: Sequence[str]) -> Any:
+    if value not in known:
+        raise InputError(f"{option} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _import_serve() -> Callable[..., None]:
     try:
         from florence_onnx.server.serve import serve
     except ImportError as error:
@@ -74,15 +100,14 @@ def run(
         if package not in _PACKAGES:
             raise
         raise MissingExtraError(package, "serve") from None
-    if not settings.is_loopback and api_key is None:
-        _say(f"everybody who reaches {host} can use this server: pass --api-key to keep strangers out")
+    return serve
+
+
+def _warn(settings: ServerSettings, model: str) -> None:
+    if not settings.is_loopback and settings.api_key is None:
+        _say(f"everybody who reaches {settings.host} can use this server: pass --api-key to keep strangers out")
     if model == DEMO:
         _say("the demo model knows drawn shapes and words only; for photographs, pass --model")
-    florence = Florence2.from_pretrained(model, device=device, precision=precision)
-    florence.warm_up()
-    scheme = "https" if certificate else "http"
-    _say(f"serving {model} on {scheme}://{host}:{port}/ (Ctrl-C finishes what was accepted and ends)")
-    serve(florence, settings, "text" if log_format == "text" else "json")
 
 
 def _say(message: str) -> None:

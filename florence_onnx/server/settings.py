@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from florence_onnx.download import parse_hosts
 from florence_onnx.errors import InputError
 from florence_onnx.fal.pictures import PictureLimits
 from florence_onnx.fal.service import ServiceSettings
@@ -64,6 +65,7 @@ class ServerSettings:
             raise InputError(f"the public URL must begin with http:// or https://, got {self.public_url!r}")
         if (self.certificate is None) != (self.private_key is None):
             raise InputError("TLS needs both a certificate and its private key")
+        parse_hosts(self.service.pictures.allowed_hosts)
 
     @property
     def max_body_bytes(self) -> int:

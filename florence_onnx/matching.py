@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from florence_onnx.results import Point
+
 LabelledBox = tuple[str, Sequence[float]]
 Mask = npt.NDArray[np.bool_]
 
@@ -35,6 +37,11 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     intersection = max(0.0, width) * max(0.0, height)
     areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
     return intersection / (areas - intersection) if areas > intersection else 0.0
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """The same, but two equal boxes agree (1) even where they have no area."""
+    return 1.0 if tuple(a) == tuple(b) else box_iou(a, b)
 
 
 def pair_boxes(
@@ -85,6 +92,11 @@ def mask_iou(a: Mask, b: Mask) -> float:
     """Intersection over union of two bool arrays (H, W); 0 where both are empty."""
     union = np.logical_or(a, b).sum()
     return float(np.logical_and(a, b).sum() / union) if union else 0.0
+
+
+def flatten_points(points: Iterable[Point]) -> list[float]:
+    """Points as a flat list `[x, y, x, y, …]`."""
+    return [value for point in points for value in (point.x, point.y)]
 
 
 def quad_to_box(quad: Sequence[float]) -> tuple[float, float, float, float]:

@@ -1,0 +1,196 @@
+"""Which calls a comparison makes: pictures x tasks x repeats, each with an id that stays the same over resumptions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from florence_onnx import image, tasks, url
+from florence_onnx.errors import ImageNotFoundError, InputError
+from florence_onnx.fal.contract import APP
+from florence_onnx.locations import Region
+
+NOT_AT_FAL = frozenset({tasks.REGION_TO_OCR.slug})
+"""Tasks of the model for which fal has no endpoint."""
+ANY = "*"
+"""In a file of inputs: every picture, or every task."""
+_INPUT_NAMES = ("text_input", "region")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, as all targets get it."""
+
+    name: str
+    """For people: the file's name or the shortened address."""
+    address: str = field(repr=False)
+    """`image_url` of the calls: a `data:` URI of the file's bytes, or the URL as it was given."""
+    digest: str
+    """SHA-256 of the file's bytes or of the address, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question of one repeat; every target is asked it."""
+
+    picture: Picture
+    task: tasks.Task[Any]
+    text_input: str | None
+    region: Region | None
+    repeat: int
+    """From 0."""
+
+    @property
+    def question(self) -> str:
+        """Stable id of the question, the same for all repeats."""
+        region = None if self.region is None else list(_corners(self.region).values())
+        parts = json.dumps([self.task.slug, self.picture.digest, self.text_input, region])
+        return f"{self.task.slug}/{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+
+    @property
+    def id(self) -> str:
+        """Stable id of the call."""
+        return f"{self.question}/{self.repeat}"
+
+    @property
+    def application(self) -> str:
+        """fal's endpoint."""
+        return f"{APP}/{self.task.slug}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """fal's arguments."""
+        arguments: dict[str, Any] = {"image_url": self.picture.address}
+        if self.text_input is not None:
+            arguments["text_input"] = self.text_input
+        if self.region is not None:
+            arguments["region"] = _corners(self.region)
+        return arguments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Texts and regions of the tasks that need one."""
+
+    text: str | None = None
+    """Where `by_picture` has none."""
+    region: Region | None = None
+    """Where `by_picture` has none."""
+    by_picture: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Picture (as given, its file name, or `*`) → task slug or `*` → `{"text_input": …}` or `{"region": …}`."""
+
+    def text_for(self, picture: str, task: tasks.Task[Any]) -> str | None:
+        """The text for a task that needs one; None for others, or where there is none."""
+        if task.needs != "text":
+            return None
+        found = self._find(picture, task.slug, "text_input")
+        return self.text if found is None else str(found)
+
+    def region_for(self, picture: str, task: tasks.Task[Any]) -> Region | None:
+        """The region for a task that needs one; None for others, or where there is none."""
+        if task.needs != "region":
+            return None
+        found = self._find(picture, task.slug, "region")
+        return self.region if found is None else _region(found)
+
+    def _find(self, picture: str, slug: str, name: str) -> Any:
+        for key in (picture, Path(picture).name, ANY):
+            for task in (slug, ANY):
+                found = self.by_picture.get(key, {}).get(task, {}).get(name)
+                if found is not None:
+                    return found
+        return None
+
+
+def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """Reads `Inputs.by_picture` from a JSON file.
+
+    Raises:
+        InputError: The file cannot be read, or says something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the inputs {path}: {error}") from None
+    expected = (
+        f'{path} must be {{"PICTURE or *": {{"TASK or *": {{"text_input": "…" or "region": [x1, y1, x2, y2]}}}}}}'
+    )
+    try:
+        entries = [(task, entry) for by_task in content.values() for task, entry in by_task.items()]
+        names = {name for _, entry in entries for name in entry}
+        is_wrong = any(not isinstance(entry, dict) for _, entry in entries)
+    except (AttributeError, TypeError):
+        raise InputError(expected) from None
+    if is_wrong or not names <= set(_INPUT_NAMES):
+        raise InputError(f"{expected}; got the names {', '.join(sorted(map(str, names)))}")
+    for task, _ in entries:
+        if task != ANY:
+            tasks.get(task)
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]] = content
+    return found
+
+
+def make_plan(pictures: Sequence[str], slugs: Sequence[str], inputs: Inputs, num_repeats: int) -> list[Call]:
+    """Lists the calls, repeat by repeat, so that a budget that ends early still saw every question.
+
+    Args:
+        pictures: Paths, `http(s)` URLs or `data:` URIs.
+        slugs: Tasks by slug or token.
+        inputs: Texts and regions.
+        num_repeats: How often each question is asked, at least 1.
+
+    Returns:
+        The calls.
+
+    Raises:
+        InputError: A picture cannot be read, a task is unknown, or its text or region is missing.
+    """
+    if num_repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {num_repeats}")
+    loaded = [read_picture(each) for each in pictures]
+    asked = [tasks.get(slug) for slug in slugs]
+    if not loaded or not asked:
+        raise InputError("a comparison needs at least one picture and one task")
+    first = []
+    for given, picture in zip(pictures, loaded, strict=True):
+        for task in asked:
+            call = Call(picture, task, inputs.text_for(given, task), inputs.region_for(given, task), 0)
+            task.format_prompt(call.text_input, call.region)
+            first.append(call)
+    if len({call.id for call in first}) < len(first):
+        raise InputError("the same picture or task was given twice; repeats are what --repeats is for")
+    return [Call(c.picture, c.task, c.text_input, c.region, repeat) for repeat in range(num_repeats) for c in first]
+
+
+def read_picture(address: str) -> Picture:
+    """Reads a local picture into a `data:` URI; URLs and `data:` URIs are kept as they are.
+
+    Raises:
+        ImageError: The file is missing or not a picture.
+    """
+    if url.is_url(address) or url.is_data_uri(address):
+        return Picture(url.shorten(address), address, hashlib.sha256(address.encode()).hexdigest())
+    from fal_client import encode_file
+
+    image.load(address)  # what no target can read is no question
+    path = Path(address)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageNotFoundError(f"cannot read {path}: {error.strerror}") from None
+    return Picture(path.name, encode_file(path), hashlib.sha256(content).hexdigest())
+
+
+def _corners(region: Region) -> dict[str, int]:
+    return {"x1": region.x1, "y1": region.y1, "x2": region.x2, "y2": region.y2}
+
+
+def _region(value: Any) -> Region:
+    corners = [value.get(name) for name in ("x1", "y1", "x2", "y2")] if isinstance(value, dict) else value
+    if not isinstance(corners, list) or len(corners) != 4:
+        raise InputError(f'a region in the inputs is [x1, y1, x2, y2] or {{"x1": …}} in bins 0 to 999, got {value!r}')
+    return Region(*corners)

@@ -1,0 +1,183 @@
+"""A comparison as tables for people, on the terminal and as Markdown, and as JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from florence_onnx._version import __version__
+from florence_onnx.bench_fal.agreement import NORMALISATION, THRESHOLDS
+from florence_onnx.bench_fal.figures import AgreementRow, Rates, Row
+from florence_onnx.bench_fal.journal import Finished
+
+_MAX_ERRORS = 20
+"""Errors that are listed; all are in the journal."""
+
+FAIRNESS = (
+    "Every target gets the same arguments; a local picture is the same `data:` URI for all. A URL is passed on, and each "
+    "target downloads it in its own time.",
+    "Targets take turns round by round, within a round question after question; one call at a time, each a single HTTP "
+    "request: nothing is repeated within a time, and waiting for the rate is not in it.",
+    "Times are the caller's: fal's hold the network, and our served ones do not where the server is on the same machine.",
+    "Cold is the first answer of a target in a process: in process it holds loading the model, over HTTP the connection; "
+    "whether fal's runner was cold cannot be told from outside.",
+    "A price is mean warm seconds x rate: for fal an upper bound, as it bills compute seconds and not the network; for "
+    "our machine what one call at a time costs, while an idle machine costs as much.",
+    "fal draws an annotated picture for the tasks with geometry; in process nothing is drawn.",
+    NORMALISATION,
+    "Boxes are paired one to one, greatest overlap first; outlines count by the box around them, and by the IoU of their "
+    "union. Any label means that labels are not looked at. Agreement is not correctness: fal is the reference, not the "
+    "truth. Whether fal turns pictures by their EXIF orientation is unknown: use pictures without one.",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything about one comparison."""
+
+    settings: dict[str, Any]
+    """What was asked for."""
+    rates: Rates
+    timing: list[Row]
+    agreement: list[AgreementRow]
+    errors: list[tuple[str, Finished]]
+    """Target's name and last outcome of each call without an answer."""
+    stopped: dict[str, str]
+    """Targets that were left alone before the end, and why."""
+    num_sent: int
+    """Requests to fal, over all processes."""
+    num_missing: int
+    """Calls without an answer."""
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """JSON for machines."""
+    return {
+        "format": 1,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        "settings": result.settings,
+        "rates": {"fal_dollars_per_second": result.rates.fal, "own_dollars_per_hour": result.rates.own},
+        "num_sent_to_fal": result.num_sent,
+        "num_missing": result.num_missing,
+        "stopped": result.stopped,
+        "timing": [dataclasses.asdict(row) for row in result.timing],
+        "agreement": [dataclasses.asdict(row) for row in result.agreement],
+        "errors": [
+            {"target": name, "call": each.call, "picture": each.picture, "status": each.status, "error": each.error}
+            for name, each in result.errors
+        ],
+        "remarks": list(FAIRNESS),
+    }
+
+
+def write(result: Result, folder: Path) -> None:
+    """Writes `report.md` and `report.json`."""
+    text = json.dumps(to_json(result), indent=1, ensure_ascii=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(markdown(result), encoding="utf-8")
+
+
+def print_to(console: Console, result: Result) -> None:
+    """Prints the tables and what went wrong."""
+    for table in tables(result):
+        console.print(table)
+    for line in _problems(result):
+        console.print(Text(line))
+
+
+def markdown(result: Result) -> str:
+    """The same as a Markdown document, with the remarks."""
+    parts = ["# fal and florence-onnx compared", _summary(result)]
+    parts += [f"## {table.title}\n\n{_render(table)}" for table in tables(result)]
+    if problems := _problems(result):
+        parts.append("## Problems\n\n" + "\n".join(problems))
+    parts.append("## Remarks\n\n" + "\n".join(f"- {remark}" for remark in FAIRNESS))
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(result: Result) -> list[Table]:
+    """Times and prices, and agreement where two targets can be compared."""
+    return [_times(result), *([_agreement(result)] if result.agreement else [])]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), box=box.MARKDOWN, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold", no_wrap=index < 2)
+    return table
+
+
+def _times(result: Result) -> Table:
+    columns = ("planned", "answered", "failed", "cold s", "warm", "p50 s", "p95 s", "$ / 1000", "fal $ / ours")
+    table = _table("Times and prices", "target", "task", *columns, "fal p50 / ours", "repeatable")
+    for row in result.timing:
+        counts = map(str, (row.num_planned, row.num_answered, row.num_failed))
+        cold = ", ".join(f"{seconds:.3f}" for seconds in row.cold)
+        times = (_show(row.p50, ".3f"), _show(row.p95, ".3f"), _show(row.price_per_1000, ".4g"))
+        ratios = (_show(row.price_ratio, ".3g"), _show(row.speed_ratio, ".3g"), _show(row.repeatable, ".0%"))
+        cells = (row.target, row.task, *counts, cold, str(row.num_warm), *times, *ratios)
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _agreement(result: Result) -> Table:
+    f1 = [f"F1@{threshold}" for threshold in THRESHOLDS]
+    blind = [f"any label @{threshold}" for threshold in THRESHOLDS]
+    columns = ("answers", "unreadable", "boxes", *f1, *blind, "mask IoU", "text", "equal")
+    table = _table(f"Agreement with {result.agreement[0].reference}", "target", "task", *columns)
+    for row in result.agreement:
+        each = row.agreement
+        counts = (str(each.num_answers), str(row.num_unreadable), f"{each.num_found}/{each.num_reference}")
+        shares = [*each.f1.values(), *each.f1_blind.values(), each.mask_iou, each.text_similarity]
+        cells = (row.target, row.task, *counts, *(_show(share, ".3f") for share in shares), _show(each.equal, ".0%"))
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _show(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _render(table: Table) -> str:
+    table.title = None
+    buffer = io.StringIO()
+    Console(file=buffer, width=10_000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().strip().splitlines())
+
+
+def _summary(result: Result) -> str:
+    settings = result.settings
+    return (
+        f"{len(settings['pictures'])} pictures x {len(settings['tasks'])} tasks x {settings['repeats']} repeats; targets "
+        f"{', '.join(settings['targets'].values())}. Calls sent to fal so far: {result.num_sent}. Rates: "
+        f"${result.rates.fal:g} a second at fal, ${result.rates.own:g} an hour for our machine. florence-onnx {__version__}."
+    )
+
+
+def _problems(result: Result) -> list[str]:
+    lines = [f"- {name} was left alone: {reason}" for name, reason in result.stopped.items()]
+    for name, each in result.errors[:_MAX_ERRORS]:
+        lines.append(f"- {name}, {each.task} of {each.picture}: {each.status or 'no answer'}: {_one_line(each.error)}")
+    if len(result.errors) > _MAX_ERRORS:
+        lines.append(f"- and {len(result.errors) - _MAX_ERRORS} more errors, in the journal")
+    if result.num_missing:
+        lines.append(
+            f"- {result.num_missing} calls have no answer; the same command again asks what may still be answered"
+        )
+    return lines
+
+
+def _one_line(text: str | None, limit: int = 300) -> str:
+    line = " ".join((text or "").split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,112 @@
+"""The loop: round by round, target by target, call by call; finished calls are skipped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from florence_onnx.bench_fal.budget import BudgetSpentError
+from florence_onnx.bench_fal.journal import Finished, Journal
+from florence_onnx.bench_fal.pace import Clock
+from florence_onnx.bench_fal.plan import Call
+from florence_onnx.bench_fal.targets import Reply, Target
+from florence_onnx.bench_fal.transport import CallFailedError
+
+MAX_FAILURES = 5
+"""Failures in a row, of the kind that may pass, after which a target is left alone."""
+_REFUSALS = (401, 402, 403)
+"""Statuses that every call after it would get too."""
+
+Progress = Callable[[str], None]
+
+
+class Runner:
+    """One process's part of a comparison."""
+
+    def __init__(self, targets: Sequence[Target], journal: Journal, clock: Clock, progress: Progress) -> None:
+        """Takes what it works with.
+
+        Args:
+            targets: Who is asked, in this order within a round.
+            journal: Knows what is finished, and is told.
+            clock: Takes the times.
+            progress: Is told about every call.
+        """
+        self.stopped: dict[str, str] = {}
+        """Targets (by name) that were left alone before the end, and why."""
+        self._targets = targets
+        self._journal = journal
+        self._clock = clock
+        self._progress = progress
+        self._warm: set[str] = set()
+        self._num_failures = {target.name: 0 for target in targets}
+
+    def run(self, plan: Sequence[Call]) -> None:
+        """Makes every call that is not finished."""
+        for _, calls in itertools.groupby(plan, key=lambda call: call.repeat):
+            in_round = list(calls)
+            for target in self._targets:
+                self._ask_all(target, in_round)
+
+    def _ask_all(self, target: Target, calls: Sequence[Call]) -> None:
+        for call in outstanding(calls, target, self._journal):
+            if target.name in self.stopped:
+                return
+            try:
+                target.prepare(call)
+            except BudgetSpentError as error:
+                self._stop(target, str(error))
+                return
+            self._consider(target, self._ask(target, call))
+
+    def _ask(self, target: Target, call: Call) -> Finished:
+        error, start = None, self._clock.monotonic()
+        try:
+            reply = target.ask(call)
+        except CallFailedError as failure:
+            error, reply = str(failure) or "an error without a message", Reply(None, failure.status, failure.headers)
+        seconds = self._clock.monotonic() - start
+        finished = Finished(
+            call=call.id,
+            target=target.identity,
+            task=call.task.slug,
+            picture=call.picture.name,
+            status=reply.status,
+            seconds=seconds,
+            is_cold=target.name not in self._warm,
+            when=self._clock.now().isoformat(timespec="microseconds"),
+            answer=reply.answer,
+            error=None if error is None else self._journal.blot(error),
+            headers=reply.headers,
+        )
+        self._journal.write_finished(finished)
+        said = finished.error or f"{seconds:.3f} s{' (cold)' if finished.is_cold else ''}"
+        self._progress(f"{target.name}: {call.task.slug} of {call.picture.name}, repeat {call.repeat + 1}: {said}")
+        return finished
+
+    def _consider(self, target: Target, finished: Finished) -> None:
+        if finished.error is None:
+            self._warm.add(target.name)
+            self._num_failures[target.name] = 0
+            return
+        if finished.status in _REFUSALS:
+            self._stop(target, f"it refuses us with {finished.status}: {finished.error}")
+        if finished.is_final:
+            return
+        self._num_failures[target.name] += 1
+        if self._num_failures[target.name] >= MAX_FAILURES:
+            self._stop(target, f"{MAX_FAILURES} calls in a row failed, the last with: {finished.error}")
+
+    def _stop(self, target: Target, reason: str) -> None:
+        if target.name not in self.stopped:
+            self.stopped[target.name] = reason
+            self._progress(f"{target.name}: stopped: {reason}")
+
+
+def outstanding(plan: Sequence[Call], target: Target, journal: Journal) -> list[Call]:
+    """The calls that a target has yet to answer: never asked, or failed in a way that may pass."""
+    return [call for call in plan if not _is_finished(journal.find(call, target.identity))]
+
+
+def _is_finished(finished: Finished | None) -> bool:
+    return finished is not None and finished.is_final
