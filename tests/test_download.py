@@ -164,6 +164,7 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.hosts: list[str | None] = []
         self.headers: list[str] = []
+        self.tunnel_port: int | None = None
         threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -193,10 +194,24 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_CONNECT(self) -> None:
         self.server.asked.append(f"CONNECT {self.path}")
-        self.send_error(502)
+        if self.server.tunnel_port is None:
+            self.send_error(502)
+            return
+        self.send_response(200)
+        self.end_headers()
+        with socket.create_connection(("127.0.0.1", self.server.tunnel_port)) as upstream:
+            threading.Thread(target=_pump, args=[upstream, self.connection], daemon=True).start()
+            _pump(self.connection, upstream)
+        self.close_connection = True
 
     def log_message(self, *arguments: object) -> None:
         """Says nothing."""
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while piece := source.recv(1 << 16):
+            target.sendall(piece)
 
 
 @pytest.fixture
@@ -537,6 +552,21 @@ def test_certificates_are_checked_by_name(
     assert len(server.asked) == 2
 
 
+def test_trusted_urls_go_through_the_tunnel_of_a_proxy(
+    secure_server: tuple[Server, list[str | None]],
+    certificate: tuple[Path, Path],
+    make_server: Callable[[], Server],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, names = secure_server
+    proxy = make_server()
+    proxy.tunnel_port = server.server_port
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_port}")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    assert get("https://public.test/x", public_only=False) == b"the content"  # a name that only the proxy knows
+    assert (proxy.asked, server.asked, names) == (["CONNECT public.test:443"], ["/x"], ["public.test"])
+
+
 def test_private_hosts_are_refused_with_tls_as_well(
     secure_server: tuple[Server, list[str | None]], world: World
 ) -> None:
@@ -568,9 +598,10 @@ class Dripping:
                 threading.Thread(target=self._drip, args=[connection], daemon=True).start()
 
     def _drip(self, connection: socket.socket) -> None:
+        end = time.monotonic() + 6  # a client that does not leave fails, and does not hang
         with contextlib.suppress(OSError), connection:
             for piece in self._pieces():
-                if not self._is_open:
+                if not self._is_open or time.monotonic() > end:
                     return
                 time.sleep(self._pause)
                 connection.sendall(piece)
