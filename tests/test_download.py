@@ -212,6 +212,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while piece := source.recv(1 << 16):
             target.sendall(piece)
+        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture
