@@ -124,6 +124,7 @@ def serve() -> Iterator[Callable[..., StandIn]]:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FAL_")]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("FLORENCE_ONNX_API_KEY", raising=False)
     monkeypatch.setenv("FAL_KEY", KEY)
 
 
@@ -393,6 +394,27 @@ def test_an_answer_that_is_no_json_is_an_error(serve: Callable[..., StandIn], tm
     assert "not JSON" in _report(tmp_path)["errors"][0]["error"]
 
 
+def test_each_question_in_process_encodes_its_picture_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    encoded, original = [], Florence2._features
+
+    def count(self: Florence2, picture: Any) -> Any:
+        encoded.append(picture.size)
+        return original(self, picture)
+
+    monkeypatch.setattr(Florence2, "_features", count)
+    arguments = ("--targets", "in-process", "--tasks", "caption,object-detection", "--repeats", 2, "--device", "cpu")
+    assert _bench(SCENES[0], *arguments, "--out", tmp_path).exit_code == 0
+    assert len(encoded) == 4
+
+
+def test_an_annotated_picture_inside_the_answer_is_not_kept(tmp_path: Path) -> None:
+    arguments = ("--targets", "in-process", "--tasks", "object-detection", "--repeats", 1, "--device", "cpu")
+    assert _bench(SCENES[0], *arguments, "--out", tmp_path).exit_code == 0
+    (line,) = _lines(tmp_path)
+    assert re.fullmatch(r"data:image/png;base64,… \(\d+ characters\)", line["answer"]["image"]["url"])
+    assert line["answer"]["results"]["bboxes"] and (tmp_path / JOURNAL).stat().st_size < 4000
+
+
 def test_in_process_errors_are_recorded(tmp_path: Path) -> None:
     result = _bench("data:image/png;base64,AAAA", "--targets", "in-process", "--tasks", "caption", "--out", tmp_path)
     assert result.exit_code == 1
@@ -436,6 +458,16 @@ def test_the_key_is_read_as_fal_client_reads_it() -> None:
     with pytest.raises(InputError, match="copy the key anew") as caught:
         require_key({"FAL_KEY": "geheim\nxyz"})
     assert "geheim" not in str(caught.value)
+
+
+def test_a_server_of_ours_gets_its_own_key(
+    serve: Callable[..., StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLORENCE_ONNX_API_KEY", "our-own-key")
+    server = serve(lambda slug, arguments: (401, {"detail": "not our-own-key"}))
+    _bench(SCENES[0], "--tasks", "caption", "--targets", f"served={server.url}", "--out", tmp_path)
+    assert server.keys == ["Key our-own-key"]
+    assert all("our-own-key" not in path.read_text() for path in tmp_path.iterdir())
 
 
 def test_a_task_that_fal_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def bench_fal(
     ] = "object-detection,ocr-with-region,caption",
     repeats: Annotated[int, typer.Option(help="How often each question is asked.", min=1)] = 3,
     targets: Annotated[
-        str, typer.Option(help="fal, in-process, NAME=http://HOST:PORT; comma-separated.", metavar="TARGET,…")
+        str,
+        typer.Option(
+            help="fal, in-process, NAME=http://HOST:PORT (a `serve --cache-mb 0`); comma-separated.",
+            metavar="TARGET,…",
+        ),
     ] = "in-process,fal",
     model: Annotated[str, typer.Option(help="In process: bundle directory, hub repository, or demo.")] = DEMO,
     precision: Annotated[str | None, typer.Option(help="In process: fp32, fp16, int8, …")] = None,
@@ -134,10 +138,11 @@ def compare(options: Options, *, confirm: Callable[[str], bool], clock: Clock | 
     from florence_onnx.bench_fal.journal import Journal
     from florence_onnx.bench_fal.pace import SystemClock
     from florence_onnx.bench_fal.runner import Runner
-    from florence_onnx.bench_fal.targets import find_key, split_key
+    from florence_onnx.bench_fal.targets import find_key, find_own_key, split_key
 
     clock = clock or SystemClock()
-    with Journal(options.out / JOURNAL, secrets=split_key(find_key())) as journal:
+    secrets = [*split_key(find_key()), *split_key(find_own_key())]
+    with Journal(options.out / JOURNAL, secrets=secrets) as journal:
         targets, fal, budget = _make_targets(options, journal, clock)
         if fal is not None:
             _agree(options, fal, journal, budget, confirm)
@@ -153,7 +158,7 @@ def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[lis
     """All targets, fal among them by itself, and what limits it; nothing is loaded or connected yet."""
     from florence_onnx.bench_fal.budget import Budget
     from florence_onnx.bench_fal.pace import Pace
-    from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key
+    from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key, find_own_key
 
     # without --max-calls nothing can be sent at all
     budget = Budget(options.max_calls or 0, journal, Pace(options.rate, clock, journal.last_sent), clock)
@@ -161,7 +166,7 @@ def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[lis
     fal = None
     for chosen in options.chosen:
         if chosen.url is not None:
-            targets.append(ClientTarget(chosen.name, chosen.url, _NO_KEY, timeout=options.timeout))
+            targets.append(ClientTarget(chosen.name, chosen.url, find_own_key() or _NO_KEY, timeout=options.timeout))
         elif chosen.name == FAL:
             fal = ClientTarget(
                 FAL,

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from florence_onnx.bench_fal.plan import Call
 from florence_onnx.errors import InputError
+from florence_onnx.url import is_data_uri
 
 _PASSING = frozenset({401, 402, 403, 408, 409, 425, 429})
 """Client errors that may be gone the next time: the key, the account, the load."""
@@ -44,7 +45,7 @@ class Finished:
     when: str
     """End, UTC, ISO 8601."""
     answer: Any = None
-    """The raw answer."""
+    """The raw answer, but for a picture inside it; see `without_picture`."""
     error: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     """The answer's `x-fal-…` headers."""
@@ -55,6 +56,21 @@ class Finished:
         if self.error is None:
             return True
         return self.status is not None and 400 <= self.status < 500 and self.status not in _PASSING
+
+
+def without_picture(answer: Any) -> Any:
+    """An answer whose annotated picture, where it is a `data:` URI (ours; fal's is an address), is cut to its size.
+
+    A journal would otherwise grow by a picture a call. Everything else is returned as it is.
+    """
+    image = answer.get("image") if isinstance(answer, dict) else None
+    if not isinstance(image, dict):
+        return answer
+    address = image.get("url")
+    if not isinstance(address, str) or not is_data_uri(address):
+        return answer
+    head = address.partition(",")[0]
+    return {**answer, "image": {**image, "url": f"{head},… ({len(address)} characters)"}}
 
 
 class Journal:

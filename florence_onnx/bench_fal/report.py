@@ -33,7 +33,11 @@ FAIRNESS = (
     "whether fal's runner was cold cannot be told from outside.",
     "A price is mean warm seconds x rate: for fal an upper bound, as it bills compute seconds and not the network; for "
     "our machine what one call at a time costs, while an idle machine costs as much.",
-    "fal draws an annotated picture for the tasks with geometry; in process nothing is drawn.",
+    "fal and this package draw an annotated picture for the tasks with geometry, a server unless it runs with "
+    "`--images none`; drawing is in the times.",
+    "In process, no features of a picture are kept from one question to the next: each time holds the vision encoder. A "
+    "server keeps them unless it runs with `--cache-mb 0`; with the cache, its times are those of further questions "
+    "about a known picture. Whether fal keeps anything is unknown.",
     NORMALISATION,
     "Boxes are paired one to one, greatest overlap first; outlines count by the box around them, and by the IoU of their "
     "union. Any label means that labels are not looked at. Agreement is not correctness: fal is the reference, not the "

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from florence_onnx.bench_fal.budget import BudgetSpentError
-from florence_onnx.bench_fal.journal import Finished, Journal
+from florence_onnx.bench_fal.journal import Finished, Journal, without_picture
 from florence_onnx.bench_fal.pace import Clock
 from florence_onnx.bench_fal.plan import Call
 from florence_onnx.bench_fal.targets import Reply, Target
@@ -75,7 +75,7 @@ class Runner:
             seconds=seconds,
             is_cold=target.name not in self._warm,
             when=self._clock.now().isoformat(timespec="microseconds"),
-            answer=reply.answer,
+            answer=without_picture(reply.answer),
             error=None if error is None else self._journal.blot(error),
             headers=reply.headers,
         )

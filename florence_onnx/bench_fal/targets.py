@@ -16,7 +16,7 @@ from florence_onnx.bench_fal.budget import Budget
 from florence_onnx.bench_fal.plan import Call
 from florence_onnx.bench_fal.transport import CallFailedError, SingleRequestTransport
 from florence_onnx.errors import FlorenceError, InputError
-from florence_onnx.fal.service import Service
+from florence_onnx.fal.service import Service, ServiceSettings
 
 FAL = "fal"
 IN_PROCESS = "in-process"
@@ -152,7 +152,9 @@ class InProcessTarget:
 
 
 def _load(model: str, device: str, precision: str | None) -> Run:
-    service = Service(Florence2.from_pretrained(model, device=device, precision=precision))
+    # features kept from one question to the next would leave the vision encoder out of all times but the first
+    settings = ServiceSettings(feature_cache_bytes=0)
+    service = Service(Florence2.from_pretrained(model, device=device, precision=precision), settings)
     return fal.SyncClient(lambda: service).run
 
 
@@ -207,6 +209,11 @@ def require_key(environment: Mapping[str, str] = os.environ) -> str:
     if not key.isascii() or not key.isprintable() or " " in key:  # httpx would show it in its error
         raise InputError("FAL_KEY holds white space or characters outside ASCII: copy the key anew")
     return key
+
+
+def find_own_key(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key of our own server, from the variable that `florence-onnx serve` reads; None where there is none."""
+    return environment.get("FLORENCE_ONNX_API_KEY", "").strip() or None
 
 
 def split_key(key: str | None) -> Sequence[str]:
