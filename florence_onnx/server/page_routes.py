@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from florence_onnx import tasks
+from florence_onnx.bundle import DEMO
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.server.answers import get_context, json_response
@@ -18,6 +19,7 @@ from florence_onnx.tasks import Task
 
 router = APIRouter()
 STATIC = Path(__file__).parent / "static"
+BUILT_IN = Path(__file__).parents[1] / "demo" / "bundle"
 SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
 _TYPES = {
     ".js": "text/javascript",
@@ -47,7 +49,7 @@ async def config(request: Request) -> Response:
     info = context.service.model.info()
     return json_response(
         {
-            "model": Path(info["path"]).name,
+            "model": DEMO if Path(info["path"]) == BUILT_IN else Path(info["path"]).name,
             "provider": info["provider"],
             "precision": info["precision"],
             "auth": context.settings.api_key is not None,
