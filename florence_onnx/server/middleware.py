@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -10,9 +9,11 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from florence_onnx import tasks
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.problems import RequestError
+from florence_onnx.server.answers import problem_response
 from florence_onnx.server.context import ServerContext
 
 Scope = MutableMapping[str, Any]
@@ -31,7 +32,7 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data: blob: https: http:; style-src 'self'; script-src 'self'; connect-src 'self'; "
+        "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
         "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
     ),
 }
@@ -43,15 +44,6 @@ def header(scope: Scope, name: str) -> str | None:
     """A header of a request; None if it was not sent."""
     wanted = name.lower().encode("ascii")
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), None)
-
-
-async def send_json(send: Send, status: int, body: Any, headers: dict[str, str]) -> None:
-    """Sends a whole JSON response."""
-    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
-    described = {"content-type": "application/json", "content-length": str(len(content)), **headers}
-    pairs = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in described.items()]
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": content})
 
 
 class Gate:
@@ -170,7 +162,7 @@ class _Request:
     async def answer(self, problem: RequestError) -> None:
         """Ends with an error, unless the response has begun."""
         if self._status == 0:
-            await send_json(self.send, problem.status, problem.body, dict(problem.headers))
+            await problem_response(problem)(self.scope, self.receive, self.send)
 
     def log(self) -> None:
         """One line a request, and its figures."""
@@ -194,8 +186,6 @@ class _Request:
 
 def endpoint_of(path: str) -> str:
     """A label of few values: requests and files are not told apart, unknown addresses are one."""
-    from florence_onnx import tasks
-
     parts = path.strip("/").split("/")
     is_queue = parts[0] == "queue"
     rest = parts[1:] if is_queue else parts
