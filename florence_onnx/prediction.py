@@ -18,6 +18,13 @@ from florence_onnx.tasks import Task
 R = TypeVar("R")
 
 
+def encode_png(picture: PILImage.Image) -> bytes:
+    """A picture as a PNG file, quickly: three times as fast as with Pillow's default level, and little larger."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
     """A picture after the vision encoder, to be asked any number of tasks."""
@@ -55,14 +62,13 @@ class Prediction(Generic[R]):
         """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
         if not self.task.has_image:
             return None
-        buffer = io.BytesIO()
-        self.draw().save(buffer, format="PNG")
-        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        content = encode_png(self.draw())
+        encoded = base64.b64encode(content).decode("ascii")
         return Image(
             url=f"data:image/png;base64,{encoded}",
             content_type="image/png",
             file_name=f"{self.task.slug}.png",
-            file_size=buffer.tell(),
+            file_size=len(content),
             width=self.picture.width,
             height=self.picture.height,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -364,6 +365,19 @@ def test_waiting_ends_at_its_limit_and_by_cancelling(slow: SlowModel) -> None:
     slow.gate.set()
     assert service.close(timeout=30)
     assert slow.batches == []
+
+
+def test_waiting_ends_at_its_limit_while_the_picture_is_still_on_its_way(model: Florence2) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        service = Service(model, ServiceSettings(pictures=PictureLimits(timeout=3.0)), publish=without_picture)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        begin = time.monotonic()
+        job = service.submit(f"{APP}/caption", {"image_url": address}, start_timeout=0.2)
+        with pytest.raises(RequestError) as caught:
+            job.future.result(10)
+        assert caught.value.status == 504
+        assert time.monotonic() - begin < 2.5
+        assert service.close(timeout=30)
 
 
 def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:

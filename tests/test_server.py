@@ -231,6 +231,8 @@ def test_keys(guarded: LiveServer) -> None:
     for path in ("/", "/health", "/ready", "/openapi.json", "/playground/config.json"):
         assert httpx.get(guarded.url + path).status_code == 200, path
     assert httpx.post(f"{guarded.url}/files/upload", content=b"x").status_code == 401
+    assert httpx.post(f"{guarded.url}/storage/upload/initiate", json={}).status_code == 401
+    assert httpx.put(f"{guarded.url}/storage/upload/guessed", content=b"x").status_code == 404
     token = httpx.post(f"{guarded.url}/storage/auth/token", headers={"Authorization": "Key id:secret"}).json()["token"]
     assert (
         httpx.post(
@@ -349,6 +351,17 @@ def test_a_full_queue_answers_429_and_a_limit_504() -> None:
         assert late
         assert late[0].json() == {"detail": "Request timed out", "error_type": "request_timeout"}
         assert late[0].headers["x-fal-request-timeout-type"] == "user"
+
+
+def test_a_client_that_never_finishes_its_request_does_not_keep_the_server_alive() -> None:
+    with (
+        serve("--grace", "1", environment=ONE_THREAD) as running,
+        socket.create_connection((running.host, running.port)) as connection,
+    ):
+        connection.sendall(f"POST /{APP}/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{{".encode())
+        wait_for(lambda: httpx.get(f"{running.url}/ready").status_code == 200)
+        running.process.terminate()
+        assert running.process.wait(20) == 0
 
 
 def test_a_client_that_hangs_up_frees_its_work(client: Any, server: LiveServer) -> None:

@@ -278,9 +278,12 @@ class Service:
                 if job.is_waiting:
                     self._fail(job, problems.timed_out())
                 self._condition.notify_all()
+        for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
+            self._fail(job, problems.timed_out())  # the caller is told now; the download ends by itself
 
     def _seconds_to_expiry(self) -> float | None:
-        deadlines = [job.deadline for job in (*self._waiting, *self._ready) if job.deadline is not None]
+        jobs = (*self._waiting, *self._loading, *self._ready)
+        deadlines = [job.deadline for job in jobs if job.deadline is not None and job.is_waiting]
         return max(0.0, min(deadlines) - time.monotonic()) + 0.001 if deadlines else None
 
     # ----------------------------------------------------------------------------------------------------- answering

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import secrets
 import threading
@@ -14,7 +13,7 @@ from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
 from florence_onnx.fal.service import Publish, Service, as_data_uri, without_picture
 from florence_onnx.model import Florence2
-from florence_onnx.prediction import Prediction
+from florence_onnx.prediction import Prediction, encode_png
 from florence_onnx.results import Image, to_dict
 from florence_onnx.server.file_store import FileStore
 from florence_onnx.server.metrics import Metrics
@@ -70,15 +69,14 @@ class ServerContext:
     def is_drained(self) -> bool:
         """Whether all accepted work is done and handed over, or its time to be fetched is up."""
         figures = self.service.figures()
-        if not self.is_draining or figures.waiting or figures.in_progress or self.num_active:
-            self._idle_since = None
+        if not self.is_draining or figures.waiting or figures.in_progress:
             return False
         self._idle_since = self._idle_since or time.monotonic()
         unfetched = self.results.num_unfetched()
         is_up = time.monotonic() - self._idle_since > self.settings.grace_seconds
-        if unfetched and is_up:
-            _log.warning("%d results were not fetched within %g s", unfetched, self.settings.grace_seconds)
-        return not unfetched or is_up
+        if is_up and (unfetched or self.num_active):
+            _log.warning("ending with %d results unfetched and %d connections busy", unfetched, self.num_active)
+        return is_up or not (unfetched or self.num_active)
 
     def close(self) -> None:
         """Ends the service and removes the files."""
@@ -122,11 +120,7 @@ class ServerContext:
         return {**body, "extra": answer.extra} if with_extra else body
 
     def _publish(self, prediction: Prediction[Any]) -> Mapping[str, Any]:
-        buffer = io.BytesIO()
-        prediction.draw().save(
-            buffer, format="PNG", compress_level=1
-        )  # three times as fast as the default, little larger
-        content = buffer.getvalue()
+        content = encode_png(prediction.draw())
         name = f"{prediction.task.slug}.png"
         width, height = prediction.picture.size
         address = self.files.put(content, name, "image/png")

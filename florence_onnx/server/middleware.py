@@ -26,7 +26,7 @@ TARGET_HEADER = "x-fal-target-url"
 """In which fal's JavaScript client, set to a proxy, names the address that it means."""
 PROXY_PATHS = ("/proxy", "/api/fal/proxy")
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
-OPEN_PREFIXES = ("/playground/", "/files/", "/storage/upload/")
+OPEN_PREFIXES = (("GET", "/playground/"), ("GET", "/files/"), ("PUT", "/storage/upload/"))
 """Without a key: the page, and addresses that cannot be guessed."""
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -93,9 +93,11 @@ class Gate:
             raise RequestError(403, {"detail": message})
 
     def _check_key(self, scope: Scope) -> None:
-        path = scope["path"]
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or scope["method"] == "OPTIONS"
-        if self._context.settings.api_key is None or is_open:
+        path, method = scope["path"], scope["method"]
+        is_open = path in OPEN_PATHS or any(
+            method == each and path.startswith(prefix) for each, prefix in OPEN_PREFIXES
+        )
+        if self._context.settings.api_key is None or is_open or method == "OPTIONS":  # browsers ask those without a key
             return
         scheme, _, given = (header(scope, "authorization") or "").partition(" ")
         if scheme.lower() == "bearer" and self._context.is_token(given):

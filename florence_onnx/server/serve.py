@@ -59,6 +59,7 @@ def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "j
         server_header=False,
         date_header=True,
         lifespan="off",
+        timeout_graceful_shutdown=1,  # all work is done by then; what is still open has not sent its request
         timeout_keep_alive=65,  # longer than the usual proxy's, so that it is the proxy that closes
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,

@@ -29,7 +29,6 @@ async def make_token(request: Request) -> Response:
 @router.post("/files/upload")
 async def upload(request: Request) -> Response:
     """Takes a file whole."""
-    _check_token(request)
     name = request.headers.get("X-Fal-File-Name", "file")
     content_type = request.headers.get("Content-Type", "application/octet-stream")
     address = get_context(request).files.put(await request.body(), name, content_type)
@@ -78,16 +77,3 @@ async def download(token: str, request: Request) -> Response:
         content_disposition_type=disposition,
         headers=headers,
     )
-
-
-def _check_token(request: Request) -> None:
-    """`/files/…` is open for reading only."""
-    context = get_context(request)
-    if context.settings.api_key is None:
-        return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    is_right = (
-        context.is_token(given) if scheme.lower() == "bearer" else scheme.lower() == "key" and context.is_key(given)
-    )
-    if not is_right:
-        raise problems.unauthorized("a token of /storage/auth/token, or the key, is needed")
