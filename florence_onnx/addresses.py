@@ -76,7 +76,8 @@ def parse_host(entry: str) -> frozenset[tuple[str, int]]:
     """Reads one entry of `allowed_hosts`.
 
     Args:
-        entry: `HOST:PORT`, or `HOST` alone for its ports 80 and 443; an IPv6 address stands in brackets.
+        entry: `HOST:PORT`, or `HOST` alone for its ports 80 and 443; an IPv6 address stands in brackets, and a name in
+            other letters than ASCII is written as DNS has it (`xn--…`).
 
     Returns:
         Pairs of host, in lower case and without brackets, and port.
@@ -90,6 +91,6 @@ def parse_host(entry: str) -> frozenset[tuple[str, int]]:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ValueError(wanted) from None
-    if not host or parts.netloc != entry or "@" in entry or entry.endswith(":"):
+    if not host or not entry.isascii() or parts.netloc != entry or "@" in entry or entry.endswith(":"):
         raise ValueError(wanted)
     return frozenset((host, each) for each in (_DEFAULT_PORTS if port is None else (port,)))

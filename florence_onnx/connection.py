@@ -100,6 +100,10 @@ class _Connection(http.client.HTTPConnection):
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
     """TLS on top: `HTTPSConnection.connect` calls the `connect` above and checks the certificate by the name."""
 
+    def connect(self) -> None:
+        super().connect()
+        self.sock.settimeout(self.rules.seconds_left())  # the handshake took some
+
 
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, rules: Rules, *arguments: Any, **options: Any) -> None:

@@ -21,6 +21,7 @@ from florence_onnx.url import check_length, shorten
 _CHUNK_BYTES = 1 << 16
 _HEADERS = {"User-Agent": "florence-onnx", "Accept": "image/*, */*;q=0.5"}
 _MAX_REDIRECTS = 5
+_MAX_URL_LENGTH = 16_384  # a request that fits into a socket's buffer cannot be held up
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 # what may stand in a URL as it is; everything else (spaces, letters beyond ASCII) is percent-encoded
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
@@ -100,6 +101,8 @@ def _fetch(url: str, max_bytes: int, rules: Rules) -> bytes:
 
 
 def _make_request(url: str) -> urllib.request.Request:
+    if len(url) > _MAX_URL_LENGTH:
+        raise RefusedError(f"the URL has {len(url):,} characters, allowed are {_MAX_URL_LENGTH:,}")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
         raise RefusedError("only http and https are allowed")

@@ -141,7 +141,23 @@ def test_allowed_hosts_are_a_host_and_its_ports(entry: str, expected: set[tuple[
 
 
 @pytest.mark.parametrize(
-    "entry", ["", ":80", "http://a/", "a/b", "a?b", "a#b", "a:port", "a:99999", "a:", "u@a", "::1", "[::1", "a\nb"]
+    "entry",
+    [
+        "",
+        ":80",
+        "http://a/",
+        "a/b",
+        "a?b",
+        "a#b",
+        "a:port",
+        "a:99999",
+        "a:",
+        "u@a",
+        "::1",
+        "[::1",
+        "a\nb",
+        "bücher.test",
+    ],
 )
 def test_malformed_allowed_hosts_are_refused(entry: str) -> None:
     with pytest.raises(InputError, match="an allowed host is HOST or HOST:PORT"):
@@ -381,6 +397,23 @@ def test_what_is_not_a_web_address_is_refused(url: str, world: World) -> None:
     with pytest.raises(ImageDownloadError, match="cannot download"):
         get(url)
     assert world.connected == []
+
+
+@pytest.mark.parametrize("public_only", [True, False])
+def test_endless_urls_are_refused(public_only: bool, world: World, server: Server) -> None:
+    url = f"http://public.test:{server.server_port}/"
+    assert get(url + "x" * 16_000, public_only=public_only) == b"the content"
+    server.redirects = {"/": "x" * 17_000}
+    for long in (url + "x" * 17_000, url):
+        with pytest.raises(ImageDownloadError, match=r"the URL has 17,0\d\d characters, allowed are 16,384"):
+            get(long, public_only=public_only)
+    assert len(server.asked) == 2
+
+
+def test_names_in_other_letters_are_asked_for_as_dns_has_them(world: World, server: Server) -> None:
+    world.names["xn--bcher-kva.test"] = [[PUBLIC]]
+    assert get(f"http://bücher.test:{server.server_port}/") == b"the content"
+    assert server.hosts == [f"xn--bcher-kva.test:{server.server_port}"]
 
 
 # --- redirects -----------------------------------------------------------------------------------------------------
