@@ -23,9 +23,9 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from florence_onnx.fal.client import (
-    AsyncClient,
-    AsyncRequestHandle,
+from florence_onnx.fal.client import AsyncClient, AsyncRequestHandle, SyncClient, SyncRequestHandle
+from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_picture
+from florence_onnx.fal.states import (
     Completed,
     FalClientError,
     FalClientHTTPError,
@@ -33,10 +33,7 @@ from florence_onnx.fal.client import (
     InProgress,
     Queued,
     Status,
-    SyncClient,
-    SyncRequestHandle,
 )
-from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_picture
 from florence_onnx.model import Florence2
 
 __all__ = [

@@ -15,12 +15,21 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from florence_onnx.fal import problems
-from florence_onnx.fal.jobs import Job, LogLine, Priority
+from florence_onnx.fal.jobs import Job, Priority
 from florence_onnx.fal.problems import RequestError
 from florence_onnx.fal.service import Service
+from florence_onnx.fal.states import (
+    Completed,
+    FalClientHTTPError,
+    FalClientTimeoutError,
+    InProgress,
+    Queued,
+    Status,
+    raise_as_http_error,
+)
 
 POLL_INTERVAL = 0.1
 """Seconds between two states that `subscribe` reports, as in `fal_client`."""
@@ -28,80 +37,6 @@ MAX_KEPT = 1000
 """Requests that can still be asked for by their id; the oldest are forgotten first."""
 
 Arguments = dict[str, Any]
-
-
-class FalClientError(Exception):
-    """Base of the errors of this client."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a server would have sent."""
-
-    status_code: int
-    headers: dict[str, str]
-    body: dict[str, Any]
-
-    def json(self) -> dict[str, Any]:
-        """The body."""
-        return self.body
-
-
-@dataclass(eq=False)
-class FalClientHTTPError(FalClientError):
-    """A request that ended without an answer."""
-
-    message: Any
-    """The body's `detail`: text, or the list of a 422."""
-    status_code: int
-    response_headers: dict[str, str]
-    response: Response
-    error_type: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.message}"
-
-
-@dataclass(eq=False)
-class FalClientTimeoutError(FalClientError, TimeoutError):
-    """`client_timeout` was reached."""
-
-    timeout: float
-    request_id: str | None = None
-
-    def __str__(self) -> str:
-        request = "Request" if self.request_id is None else f"Request {self.request_id}"
-        return f"{request} timed out after {self.timeout} seconds"
-
-
-@dataclass
-class Status:
-    """Where a request stands."""
-
-
-@dataclass
-class Queued(Status):
-    """It waits."""
-
-    position: int
-    """Requests before it."""
-
-
-@dataclass
-class InProgress(Status):
-    """The model is at it."""
-
-    logs: list[LogLine] | None
-
-
-@dataclass
-class Completed(Status):
-    """It has ended; `result` gives or raises what came of it."""
-
-    logs: list[LogLine] | None
-    metrics: dict[str, Any]
-    error: str | None = None
-    error_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +170,7 @@ class SyncClient:
             FalClientTimeoutError: `timeout` was reached.
         """
         if method.upper() != "POST":
-            _raise(RequestError(405, {"detail": "Method Not Allowed"}))
+            raise_as_http_error(RequestError(405, {"detail": "Method Not Allowed"}))
         job = self._submit(_join(application, path), arguments, start_timeout, "normal")
         try:
             return _answer(job, timeout)
@@ -268,7 +203,7 @@ class SyncClient:
             start_timeout: Seconds until the model begins.
         """
         if webhook_url is not None:
-            _raise(problems.bad_request("webhooks are not offered: use subscribe, or result"))
+            raise_as_http_error(problems.bad_request("webhooks are not offered: use subscribe, or result"))
         job = self._submit(_join(application, path), arguments, start_timeout, priority or "normal")
         return SyncRequestHandle(job.id, self)
 
@@ -345,7 +280,7 @@ class SyncClient:
         try:
             job = self.service.submit(application, arguments, start_timeout=start_timeout, priority=priority)
         except RequestError as problem:
-            _raise(problem)
+            raise_as_http_error(problem)
         with self._lock:
             self._jobs[job.id] = job
             while len(self._jobs) > MAX_KEPT:
@@ -356,7 +291,7 @@ class SyncClient:
         with self._lock:
             job = self._jobs.get(request_id)
         if job is None:
-            _raise(problems.unknown_request(request_id))
+            raise_as_http_error(problems.unknown_request(request_id))
         return job
 
     def _status(self, request_id: str, with_logs: bool) -> Status:
@@ -372,7 +307,7 @@ class SyncClient:
 
     def _cancel(self, request_id: str) -> None:
         if not self.service.cancel(self._find(request_id)):
-            _raise(problems.already_completed())
+            raise_as_http_error(problems.already_completed())
 
 
 class AsyncClient:
@@ -466,12 +401,5 @@ def _answer(job: Job, timeout: float | None = None) -> Arguments:
     try:
         answer = job.future.result(timeout)
     except RequestError as problem:
-        _raise(problem)
+        raise_as_http_error(problem)
     return dict(answer.body)
-
-
-def _raise(problem: RequestError) -> NoReturn:
-    headers = {name.lower(): value for name, value in problem.headers.items()}
-    response = Response(problem.status, headers, dict(problem.body))
-    kind = problem.body.get("error_type")
-    raise FalClientHTTPError(problem.body["detail"], problem.status, headers, response, kind) from None

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
+from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.jobs import Answer, Figures, Job, Priority
 from florence_onnx.fal.pictures import PictureLimits, PictureReader
 from florence_onnx.fal.problems import RequestError, field_error
@@ -61,41 +61,6 @@ class ServiceSettings:
     """Decoded pictures that wait for the model: they are what takes memory."""
     feature_cache_bytes: int = 256 * 2**20
     """For pictures that were encoded lately, with their features; 0 keeps none."""
-
-
-class FeatureCache:
-    """Encoded pictures by the digest of their file, the least recently used dropped first. Safe in threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._kept: OrderedDict[bytes, EncodedImage] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, digest: bytes) -> EncodedImage | None:
-        """What was kept under a digest."""
-        with self._lock:
-            found = self._kept.get(digest)
-            if found is not None:
-                self._kept.move_to_end(digest)
-            return found
-
-    def put(self, digest: bytes, encoded: EncodedImage) -> None:
-        """Keeps a picture, if it fits."""
-        size = _num_bytes(encoded)
-        with self._lock:
-            if size > self._max_bytes or digest in self._kept:
-                return
-            self._kept[digest] = encoded
-            self._num_bytes += size
-            while self._num_bytes > self._max_bytes:
-                _, dropped = self._kept.popitem(last=False)
-                self._num_bytes -= _num_bytes(dropped)
-
-
-def _num_bytes(encoded: EncodedImage) -> int:
-    width, height = encoded.size
-    return encoded.image_features.nbytes + 3 * width * height
 
 
 class Service:
