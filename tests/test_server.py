@@ -458,6 +458,13 @@ def test_the_openapi_document_has_fals_titles_and_order(client: Any) -> None:
         assert list(answer) == schemas[title]["x-fal-order-properties"], task.slug
 
 
+def test_the_page_knows_the_model_by_name(client: Any) -> None:
+    config = client.get("/playground/config.json").json()
+    assert (config["model"], config["auth"], len(config["tasks"])) == ("demo", False, 15)
+    for sample in config["samples"]:
+        assert client.get("/" + sample["url"]).headers["content-type"] == "image/png"
+
+
 def test_health_metrics_and_logs(client: Any, server: LiveServer) -> None:
     assert client.get("/health").json()["status"] == "ok"
     assert client.get("/ready").json() == {"status": "ready"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -62,6 +63,7 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
+            model_name=Path(model).resolve().name if Path(model).is_dir() else model,  # strangers need no path of ours
             images=_choose("--images", images, get_args(Images)),
             public_url=public_url,
             origins=tuple(allow_origin or ()),
@@ -82,7 +84,8 @@ def serve(
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         florence.warm_up()
         scheme = "https" if certificate else "http"
-        _say(f"serving {model} on {scheme}://{host}:{port}/ (Ctrl-C finishes what was accepted and ends)")
+        address = f"{scheme}://{host}:{port}/" if port else "a free port of " + host
+        _say(f"serving {model} on {address} (Ctrl-C finishes what was accepted and ends)")
         run(florence, settings, chosen_format)
 
 

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from florence_onnx import tasks
-from florence_onnx.bundle import DEMO
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.server.answers import get_context, json_response
@@ -19,7 +18,6 @@ from florence_onnx.tasks import Task
 
 router = APIRouter()
 STATIC = Path(__file__).parent / "static"
-BUILT_IN = Path(__file__).parents[1] / "demo" / "bundle"
 SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
 _TYPES = {
     ".js": "text/javascript",
@@ -49,7 +47,7 @@ async def config(request: Request) -> Response:
     info = context.service.model.info()
     return json_response(
         {
-            "model": DEMO if Path(info["path"]) == BUILT_IN else Path(info["path"]).name,
+            "model": context.settings.model_name,
             "provider": info["provider"],
             "precision": info["precision"],
             "auth": context.settings.api_key is not None,

@@ -6,9 +6,10 @@ import logging
 import signal
 import sys
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import uvicorn
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from florence_onnx.model import Florence2
@@ -84,5 +85,9 @@ def configure_logging(log_format: LogFormat) -> None:
 def _formatter(log_format: LogFormat) -> logging.Formatter:
     if log_format == "text":
         return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    fields: Any = ["asctime", "levelname", "name", "message"]
-    return JsonFormatter(fields, rename_fields={"asctime": "time", "levelname": "level", "name": "logger"})
+    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    return JsonFormatter(
+        fields,
+        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
+    )

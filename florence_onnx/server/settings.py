@@ -37,6 +37,8 @@ class ServerSettings:
     """0: any that is free."""
     api_key: str | None = None
     """What clients must send as `Authorization: Key …`; None: nothing."""
+    model_name: str = "florence-2"
+    """As the page names the model, to everybody who sees it."""
     images: Images = "url"
     """Annotated pictures: served by us, in the JSON, or not at all (`image` is null)."""
     public_url: str | None = None
