@@ -121,8 +121,8 @@ class TextEncoder(nn.Module):
         states = torch.cat([image_features, text], dim=1)
         positions = encoder.embed_positions.weight[POSITION_OFFSET : POSITION_OFFSET + states.shape[1]]
         states = encoder.layernorm_embedding(states + positions)
-        mask = functional.pad(attention_mask, (image_features.shape[1], 0), value=1)
-        bias = _masking_bias(mask[:, None, None, :] != 0)
+        # Fractions are padded and not the mask: the CUDA provider has no Pad of integers. The number of image tokens is fixed.
+        bias = functional.pad(_masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
         for layer, project_query in zip(encoder.layers, self.queries, strict=True):
             attended = self._attention(layer.self_attn, project_query, states, bias)
             states = layer.self_attn_layer_norm(states + attended)
