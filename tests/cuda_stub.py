@@ -46,19 +46,28 @@ BODIES: tuple[tuple[str, str], ...] = (
     (r"\w+Get(Error|Status|LastError)(String|Name)", 'const char *{}(void) {{ return "none: this is a stub"; }}'),
     (r"cudnnGet(Cudart)?Version", "size_t {}(void) {{ return 91000; }}"),
     (r"cudaGetDevice", "int {}(int *device) {{ *device = 0; return 0; }}"),
-    (r"cudaGetDeviceCount", "int {}(int *count) {{ *count = 1; return 0; }}"),
+    (r"cudaGetDeviceCount|cuDeviceGetCount", "int {}(int *count) {{ *count = 1; return 0; }}"),
     (
         r"cudaGetDeviceProperties(_v2)?",
         "int {}(struct properties *card) {{ card->major = 9; card->minor = 0; card->warp = 32;"
         ' strcpy(card->name, "stub"); return 0; }}',
     ),
     # 75 and 76 are the two halves of the compute capability
-    (r"cudaDeviceGetAttribute", "int {}(int *value, int which) {{ *value = which == 75 ? 9 : which == 76 ? 0 : 128; return 0; }}"),
+    (
+        r"cudaDeviceGetAttribute",
+        "int {}(int *value, int which) {{ *value = which == 75 ? 9 : which == 76 ? 0 : 128; return 0; }}",
+    ),
     (r"cudaMemGetInfo", "int {}(size_t *left, size_t *all) {{ *left = *all = (size_t)80 << 30; return 0; }}"),
     (r"\w+GetVersion", "int {}(int *version) {{ *version = 13000; return 0; }}"),
-    (r"cuda(Malloc|HostAlloc|MallocHost)", "int {}(void **memory, size_t size) {{ *memory = calloc(1, size + 256); return 0; }}"),
+    (
+        r"cuda(Malloc|HostAlloc|MallocHost)",
+        "int {}(void **memory, size_t size) {{ *memory = calloc(1, size + 256); return 0; }}",
+    ),
     # handles, streams, events
-    (r"cu(blas|blasLt|dnn|daEvent|daStream)Create(WithFlags|WithPriority)?(_v2)?", "int {}(void **made) {{ *made = calloc(1, 4096); return 0; }}"),
+    (
+        r"cu(blas|blasLt|dnn|daEvent|daStream)Create(WithFlags|WithPriority)?(_v2)?",
+        "int {}(void **made) {{ *made = calloc(1, 4096); return 0; }}",
+    ),
 )
 """C functions by pattern of their name, the first that fits; every other function answers 0, which is success."""
 
@@ -68,7 +77,9 @@ def unavailable() -> str:
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "the installed onnxruntime has no CUDAExecutionProvider: pip install '.[gpu]' in an environment of its own"
+        return (
+            "the installed onnxruntime has no CUDAExecutionProvider: pip install '.[gpu]' in an environment of its own"
+        )
     if not _provider().is_file():
         return "the CUDA provider of the installed onnxruntime is no ELF library: the stubs are for Linux"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -122,6 +133,7 @@ def _functions(provider: Path) -> dict[str, set[str]]:
         name, _, version = line.split()[-1].partition("@")
         library = version.strip("@") or (DRIVER if re.match(r"cu[A-Z]", name) else "")
         functions.get(library, set()).add(name)
+    functions[DRIVER] |= {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount"}  # what `florence_onnx.cuda` asks
     # what is opened by name is looked up by name: a string among the provider's data
     names = re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", provider.read_bytes())
     functions[CUDNN].update(name.decode() for name in names)
@@ -131,7 +143,9 @@ def _functions(provider: Path) -> dict[str, set[str]]:
 def _compile(library: Path, functions: set[str]) -> None:
     source, versions = library.with_suffix(".c"), library.with_suffix(".map")
     source.write_text("\n".join([HEADER, *(_body(name) for name in sorted(functions))]))
-    versions.write_text(f"{library.name} {{ global: *; }};\n")  # the provider asks for symbols of a version by this name
+    versions.write_text(
+        f"{library.name} {{ global: *; }};\n"
+    )  # the provider asks for symbols of a version by this name
     options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     if library.name != DRIVER:
         options.append(f"-Wl,--version-script={versions}")
