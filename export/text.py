@@ -19,32 +19,34 @@ POSITION_OFFSET = 2
 """BART's position table starts two rows late (transformers, `BartLearnedPositionalEmbedding`)."""
 
 
-class _KeepTwoAxes(torch.autograd.Function):
-    """Reshapes all axes but the first two, as one `Reshape` by a constant, whatever sizes those two have.
+class _KeepAxes(torch.autograd.Function):
+    """Reshapes all axes but the first ones, as one `Reshape` by a constant, whatever sizes those have.
 
-    torch's own export of a reshape computes the shape from its input, in five nodes of which ONNX Runtime cannot infer
-    that the first axes stay: the fusion of residual and normalisation, which wants equal shapes, then never happens.
+    torch's own export of a reshape computes the shape from its input, in five nodes that run on the host at every call,
+    and of which ONNX Runtime cannot infer that the first axes stay: the fusion of residual and normalisation, which
+    wants equal shapes, then never happens.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, *sizes: int) -> Tensor:
-        return states.reshape(*states.shape[:2], *sizes)
+    def forward(ctx: Any, states: Tensor, num_kept: int, *sizes: int) -> Tensor:
+        return states.reshape(*states.shape[:num_kept], *sizes)
 
     @staticmethod
-    def symbolic(graph: Any, states: Any, *sizes: int) -> Any:
+    def symbolic(graph: Any, states: Any, num_kept: int, *sizes: int) -> Any:
         # 0 stands for the input's own size, -1 for what remains; torch's own inference insists on seeing the latter
-        return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor([0, 0, *sizes[:-1], -1])))
+        shape = [0] * num_kept + [*sizes[:-1], -1]
+        return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor(shape)))
 
 
-def _split_heads(states: Tensor, num_heads: int) -> Tensor:
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """`(A, B, H·d)` to `(A, H, B, d)`."""
-    split: Tensor = _keep_two_axes(states, num_heads, int(states.shape[-1]) // num_heads)
+    split: Tensor = keep_axes(states, 2, num_heads, int(states.shape[-1]) // num_heads)
     return split.transpose(1, 2)
 
 
 def merge_heads(states: Tensor) -> Tensor:
     """`(A, H, B, d)` to `(A, B, H·d)`."""
-    merged: Tensor = _keep_two_axes(states.transpose(1, 2), int(states.shape[1]) * int(states.shape[3]))
+    merged: Tensor = keep_axes(states.transpose(1, 2), 2, int(states.shape[1]) * int(states.shape[3]))
     return merged
 
 
@@ -67,7 +69,7 @@ class _WriteSlots(torch.autograd.Function):
 
 
 # torch leaves `apply` untyped
-_keep_two_axes: Any = _KeepTwoAxes.apply
+keep_axes: Any = _KeepAxes.apply
 _write_slots: Any = _WriteSlots.apply
 
 
@@ -121,8 +123,8 @@ class TextEncoder(nn.Module):
         states = torch.cat([image_features, text], dim=1)
         positions = encoder.embed_positions.weight[POSITION_OFFSET : POSITION_OFFSET + states.shape[1]]
         states = encoder.layernorm_embedding(states + positions)
-        mask = functional.pad(attention_mask, (image_features.shape[1], 0), value=1)
-        bias = _masking_bias(mask[:, None, None, :] != 0)
+        # Fractions are padded and not the mask: the CUDA provider has no Pad of integers. The number of image tokens is fixed.
+        bias = functional.pad(_masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
         for layer, project_query in zip(encoder.layers, self.queries, strict=True):
             attended = self._attention(layer.self_attn, project_query, states, bias)
             states = layer.self_attn_layer_norm(states + attended)
@@ -131,7 +133,7 @@ class TextEncoder(nn.Module):
 
     @staticmethod
     def _attention(attention: Any, project_query: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
-        query = _split_heads(project_query(states), attention.num_heads)
+        query = split_heads(project_query(states), attention.num_heads)
         key, value = TextEncoder._keys_values(attention, states)
         attended: Tensor = attention.out_proj(merge_heads(_attend(query, key, value, bias)))
         return attended
@@ -139,8 +141,8 @@ class TextEncoder(nn.Module):
     @staticmethod
     def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         heads = attention.num_heads
-        key = _split_heads(attention.k_proj(states), heads).transpose(2, 3)
-        return key, _split_heads(attention.v_proj(states), heads)
+        key = split_heads(attention.k_proj(states), heads).transpose(2, 3)
+        return key, split_heads(attention.v_proj(states), heads)
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the states `(P, S, D)`, and the self keys and values with those of the new tokens."""
         layer = self.layer
-        query, new_key, new_value = _split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
+        query, new_key, new_value = split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
         key = _write_slots(past[0], slots.places, new_key)
         value = _write_slots(past[1], slots.places, new_value)
         attended = merge_heads(_attend(query, key.transpose(2, 3), value, slots.bias))
         states = layer.self_attn_layer_norm(states + layer.self_attn.out_proj(attended))
-        query = _split_heads(self.project_cross(states), self.heads)
+        query = split_heads(self.project_cross(states), self.heads)
         attended = merge_heads(_attend(query, cross[0], cross[1], slots.cross_bias))
         states = layer.encoder_attn_layer_norm(states + layer.encoder_attn.out_proj(attended))
         states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-from .text import merge_heads
+from .text import keep_axes, merge_heads, split_heads
 
 
 def with_residual(conv: nn.Conv2d) -> nn.Conv2d:
@@ -35,19 +35,31 @@ def with_scale(weight: Tensor, bias: Tensor, scale: float) -> nn.Linear:
     return linear
 
 
+def _to_grid(states: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(B, H·W, C)` to `(B, H, W, C)`."""
+    grid: Tensor = keep_axes(states, 1, *size, int(states.shape[2]))
+    return grid
+
+
+def _to_tokens(grid: Tensor) -> Tensor:
+    """`(B, H, W, C)` to `(B, H·W, C)`."""
+    height, width, channels = (int(size) for size in grid.shape[1:])
+    states: Tensor = keep_axes(grid, 1, height * width, channels)
+    return states
+
+
 def _convolve(conv: nn.Conv2d, states: Tensor, size: tuple[int, int]) -> Tensor:
     """A convolution of tokens `(B, H·W, C)`.
 
     The two permutations stand right at the convolution, four-dimensional: ONNX Runtime then makes them part of its
     conversion to and from blocked channels instead of running them.
     """
-    grid = conv(states.unflatten(1, size).permute(0, 3, 1, 2))
-    return grid.permute(0, 2, 3, 1).flatten(1, 2)
+    return _to_tokens(conv(_to_grid(states, size).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def _apply(linear: nn.Module, states: Tensor) -> Tensor:
     """A layer on tokens `(B, N, C)`, as a matrix product of two dimensions, into which the bias goes."""
-    flat: Tensor = linear(states.flatten(0, 1))
+    flat: Tensor = linear(states.reshape(-1, int(states.shape[2])))
     return flat.reshape(-1, int(states.shape[1]), int(flat.shape[1]))
 
 
@@ -63,7 +75,7 @@ class _ConvEmbed(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if self.size is None:
-            states = self.conv(states).permute(0, 2, 3, 1).flatten(1, 2)
+            states = _to_tokens(self.conv(states).permute(0, 2, 3, 1))
         else:
             states = _convolve(self.conv, self.norm(states) if self.pre_norm else states, self.size)
         return states if self.pre_norm else self.norm(states)
@@ -90,25 +102,24 @@ class WindowAttention(nn.Module):
         (height, width), window = self.size, self.window
         right, bottom = -width % window, -height % window
         if right or bottom:
-            grid = functional.pad(states.unflatten(1, self.size), (0, 0, 0, right, 0, bottom))
-            states = grid.flatten(1, 2)
+            states = _to_tokens(functional.pad(_to_grid(states, self.size), (0, 0, 0, right, 0, bottom)))
         rows, columns = (height + bottom) // window, (width + right) // window
         query, key, value = (
             self._windows(_apply(linear, states), rows, columns) for linear in (self.query, self.key, self.value)
         )
         attended = (query @ key.transpose(2, 3)).softmax(-1) @ value
-        attended = attended.reshape(-1, rows, columns, self.num_heads, window, window, attended.shape[-1])
+        attended = attended.reshape(-1, rows, columns, self.num_heads, window, window, int(attended.shape[-1]))
         attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, int(states.shape[1]), int(states.shape[2]))
         if right or bottom:
-            grid = attended.unflatten(1, (rows * window, columns * window))
-            attended = grid[:, :height, :width].flatten(1, 2)
+            attended = _to_tokens(_to_grid(attended, (rows * window, columns * window))[:, :height, :width])
         return _apply(self.proj, attended)
 
     def _windows(self, states: Tensor, rows: int, columns: int) -> Tensor:
         """`(B, H·W, heads·d)` to `(B·windows, heads, w·w, d)`."""
         window = self.window
-        split = states.reshape(-1, rows, window, columns, window, self.num_heads, states.shape[-1] // self.num_heads)
-        return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, self.num_heads, window * window, split.shape[-1])
+        size = int(states.shape[-1]) // self.num_heads
+        split = states.reshape(-1, rows, window, columns, window, self.num_heads, size)
+        return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, self.num_heads, window * window, size)
 
 
 class ChannelAttention(nn.Module):
@@ -150,16 +161,18 @@ class ChannelAttention(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         attention = self._scores(states).softmax(-1)
-        mixed = (self.value @ attention.transpose(2, 3)).permute(0, 2, 1, 3).flatten(2)
-        merged = mixed @ self.proj
+        merged = merge_heads(self.value @ attention.transpose(2, 3)) @ self.proj
         return states @ merged[:, :-1] + (merged[:, -1:] + self.proj_bias)
 
     def _scores(self, states: Tensor) -> Tensor:
         """`(B, groups, d, d)`."""
-        ones = states.new_ones(1, states.shape[1])  # a product: ONNX Runtime's ReduceSum over rows is ten times slower
+        ones = states.new_ones(
+            1, int(states.shape[1])
+        )  # a product: ONNX Runtime's ReduceSum over rows is ten times slower
         total = (ones @ states)[:, 0, None, :, None]
-        by_key = ((states.transpose(1, 2) @ states) @ self.key).unflatten(2, (self.groups, -1)).permute(0, 2, 1, 3)
-        key_total = (total[:, 0, :, 0] @ self.key).unflatten(1, (self.groups, 1, -1))
+        by_key = split_heads((states.transpose(1, 2) @ states) @ self.key, self.groups)
+        size = int(self.key.shape[1]) // self.groups
+        key_total = keep_axes(total[:, 0, :, 0] @ self.key, 1, self.groups, 1, size)
         scores: Tensor = self.query @ by_key + (self.query @ total) * self.key_bias
         return scores + self.query_bias * key_total + self.constant
 
@@ -178,8 +191,7 @@ class DirectChannelAttention(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         query, key, value = (
-            _apply(linear, states).unflatten(2, (self.groups, -1)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            split_heads(_apply(linear, states), self.groups) for linear in (self.query, self.key, self.value)
         )
         attention = (query.transpose(2, 3) @ key).softmax(-1)
         return _apply(self.proj, merge_heads(value @ attention.transpose(2, 3)))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from florence_onnx import cpu, graph_cache
+from florence_onnx import cpu, cuda, graph_cache
 from florence_onnx import providers as provider_presets
 from florence_onnx.errors import BundleFileMissingError, CorruptGraphError, InputError, MissingExtraError, ProviderError
 from florence_onnx.providers import Options, Provider
@@ -29,6 +29,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 CPU = "CPUExecutionProvider"
+CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry, since ONNX Runtime 1.24: note which provider took which nodes."""
 _log = logging.getLogger("florence_onnx")
@@ -137,7 +138,7 @@ class OnnxEngine:
         )
         self._ort = ort
         self._session = _open_session(ort, path, chosen, session_options, kept)
-        self.provider: str = _check_provider(self._session.get_providers(), chosen)
+        self.provider: str = _check_provider(ort, self._session.get_providers(), chosen)
         self.nodes: Mapping[str, int] = _count_nodes(self._session) if self.provider != CPU else {}
         _report_nodes(path, self.provider, self.nodes)
         nodes = self._session.get_inputs()
@@ -286,7 +287,8 @@ def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.Provid
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
         if chosen[0][0] != CPU:
-            raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}") from error
+            missing = _obstacles(ort, chosen[0][0])
+            raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}{missing}") from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
@@ -302,14 +304,21 @@ def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[st
         )
 
 
-def _check_provider(obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:
+def _check_provider(ort: ModuleType, obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:
     wanted = chosen[0][0]
     if obtained[0] != wanted:
+        usual = "; usually the driver or a CUDA, cuDNN or TensorRT library is missing or of another major version"
         raise ProviderError(
-            f"{wanted} was asked for but did not start (ONNX Runtime fell back to {', '.join(obtained)}); usually the "
-            "driver or a CUDA, cuDNN or TensorRT library is missing or of another major version"
+            f"{wanted} was asked for but did not start (ONNX Runtime fell back to {', '.join(obtained)})"
+            f"{_obstacles(ort, wanted) or usual}"
         )
     return wanted
+
+
+def _obstacles(ort: ModuleType, provider: str) -> str:
+    """What is seen to be missing for a provider, as the end of a sentence."""
+    found = cuda.obstacles(str(getattr(ort, "cuda_version", ""))) if provider in CUDA_PROVIDERS else []
+    return f": {'; '.join(found)}" if found else ""
 
 
 def _count_nodes(session: Any) -> dict[str, int]:

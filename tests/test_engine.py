@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from florence_onnx import (
     ProviderError,
     bundle,
     cpu,
+    cuda,
     engine,
     providers,
     tasks,
@@ -29,18 +31,19 @@ from florence_onnx import (
 DEMO = bundle.DEMO_DIRECTORY
 SAMPLE = DEMO.parent / "samples" / "scene-1.png"
 OPENVINO = "OpenVINOExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 ALL = [OPENVINO, "CPUExecutionProvider"]
 HINT = "INFERENCE_PRECISION_HINT"
 
 
-def has_openvino() -> bool:
+def has(provider: str) -> bool:
     import onnxruntime
 
-    return OPENVINO in onnxruntime.get_available_providers()
+    return provider in onnxruntime.get_available_providers()
 
 
 needs_openvino = pytest.mark.skipif(
-    not has_openvino(), reason="the installed onnxruntime has no OpenVINO: pip install onnxruntime-openvino instead"
+    not has(OPENVINO), reason="the installed onnxruntime has no OpenVINO: pip install onnxruntime-openvino instead"
 )
 
 
@@ -225,3 +228,83 @@ def test_bf16_is_what_the_processor_can() -> None:
     else:
         with pytest.raises(ProviderError, match="needs a processor with"):
             Florence2.from_bundle(fp32_demo(), precision="bf16")
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA
+
+
+class Driver:
+    """What is used of libcuda, of a machine whose driver knows CUDA 12.8."""
+
+    def __init__(self, status: int = 0, cards: int = 1) -> None:
+        self.status, self.cards = status, cards
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802 - the driver's own name
+        return self.status
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802 - the driver's own name
+        version._obj.value = 12080
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 - the driver's own name
+        count._obj.value = self.cards
+        return 0
+
+
+def machine(driver: Driver | None = None, *libraries: str) -> cuda.Load:
+    """Loads these libraries and no others."""
+
+    def load(name: str) -> Any:
+        if name == cuda.DRIVER and driver is not None:
+            return driver
+        if name not in libraries:
+            raise OSError(f"{name}: cannot open shared object file")
+        return name
+
+    return load
+
+
+CUDA_12 = ("libcudart.so.12", "libcublas.so.12", "libcublasLt.so.12")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are looked for by their names on Linux")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("load", "version", "said"),
+    [
+        (machine(Driver(), *CUDA_12, cuda.CUDNN), "12.8", []),
+        (machine(), "", ["no NVIDIA driver", "no cuDNN 9"]),
+        (machine(None, *CUDA_12, cuda.CUDNN), "12.8", ["no NVIDIA driver"]),
+        (machine(Driver(), *CUDA_12), "12.8", ["no cuDNN 9"]),
+        (
+            machine(Driver(), "libcudart.so.13", cuda.CUDNN),
+            "13.0",
+            ["for CUDA 13, and libcublas.so.13", "up to CUDA 12"],
+        ),
+        (machine(Driver(status=100), *CUDA_12, cuda.CUDNN), "12.8", ["cuInit answers 100"]),
+        (machine(Driver(cards=0), *CUDA_12, cuda.CUDNN), "12.8", ["sees no card"]),
+    ],
+)
+def test_what_cuda_lacks_is_named(load: cuda.Load, version: str, said: list[str]) -> None:
+    found = cuda.obstacles(version, load)
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+
+
+def test_cuda_without_its_package_says_what_to_install() -> None:
+    if has(CUDA):
+        pytest.skip("the installed onnxruntime has CUDA")
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .*pip install 'florence-onnx\[gpu\]'"):
+        Florence2.from_pretrained("demo", device="cuda")
+
+
+@on_linux
+@pytest.mark.skipif(not has(CUDA), reason="the installed onnxruntime has no CUDA: pip install '.[gpu]' instead")
+@pytest.mark.parametrize(
+    "asked", [{"device": "cuda"}, {"device": "tensorrt"}, {"providers": [CUDA, "CPUExecutionProvider"]}]
+)
+def test_cuda_without_a_card_is_an_error_that_says_what_is_missing(asked: dict[str, Any]) -> None:
+    if not cuda.obstacles(""):
+        pytest.skip("this machine has a card, or the libraries of one")
+    with pytest.raises(ProviderError, match=r"(no NVIDIA driver|driver does not start|sees no card|not found)"):
+        Florence2.from_pretrained("demo", **asked)

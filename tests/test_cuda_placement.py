@@ -1,0 +1,91 @@
+"""Every graph lands on the CUDA provider: planned on a machine without a card, with CUDA libraries that do nothing.
+
+`FLORENCE_ONNX_TEST_BUNDLES` names bundles to look at, separated as in PATH; the built-in demo, which is fp16, by default.
+These tests say where nodes go, and nothing about what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florence_onnx import bundle
+from tests import cuda_stub
+
+REASON = cuda_stub.unavailable()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON or "never")
+
+BUNDLES = os.environ.get("FLORENCE_ONNX_TEST_BUNDLES", str(bundle.DEMO_DIRECTORY)).split(os.pathsep)
+SHAPES_ON_CPU: dict[str, dict[str, int]] = {
+    bundle.VISION_ENCODER: {},
+    # the end of the rows taken from the table of positions, for any length of prompt
+    bundle.TEXT_ENCODER: {"Gather": 1, "Add": 1, "Unsqueeze": 1},
+    # the sizes that the indices of `ScatterND` are expanded to, for any number of prompts and tokens
+    bundle.DECODER: {"Gather": 3, "Unsqueeze": 3, "Concat": 1, "Reshape": 1, "Equal": 1, "Where": 1},
+}
+"""Nodes that ONNX Runtime keeps on the CPU on purpose, the same in every model and precision: arithmetic on the sizes of
+inputs, a few numbers that exist on the host and are read there."""
+
+
+def plan(graphs: list[str]) -> dict[str, dict[str, Any]]:
+    """The placements of graphs by their paths, made in a process under the stub."""
+    command = [sys.executable, "-m", "tests.cuda_placement", *graphs]
+    environment = cuda_stub.environment(cuda_stub.build())
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def placements() -> dict[str, dict[str, Any]]:
+    """Of every graph of every bundle, by path."""
+    return plan([str(path) for folder in BUNDLES for path in bundle.read(Path(folder)).graphs.values()])
+
+
+@pytest.fixture(params=[(folder, name) for folder in BUNDLES for name in SHAPES_ON_CPU], ids="/".join)
+def graph(request: pytest.FixtureRequest, placements: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Name and placement of one graph."""
+    folder, name = request.param
+    return name, placements[str(Path(folder) / name)]
+
+
+def test_every_node_that_computes_is_on_cuda(graph: tuple[str, dict[str, Any]]) -> None:
+    name, placed = graph
+    assert placed["elsewhere"] == SHAPES_ON_CPU[name]
+    assert placed["nodes"] > 50, "the count itself works"
+
+
+def test_nothing_is_copied_between_host_and_device(graph: tuple[str, dict[str, Any]]) -> None:
+    assert graph[1]["copies"] == 0
+
+
+def test_onnx_runtime_would_capture_a_cuda_graph(graph: tuple[str, dict[str, Any]]) -> None:
+    assert graph[1]["cuda_graph"] == ""
+
+
+def test_what_these_tests_look_for_can_be_found(tmp_path: Path) -> None:
+    """CUDA has no Pad of integers: a graph with one in its middle is left, copied from and to, and not captured."""
+    onnx = pytest.importorskip("onnx", reason="builds a graph: pip install onnx")
+    floating, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    node = onnx.helper.make_node
+    nodes = [
+        node("Cast", ["x"], ["whole"], to=integer),
+        node("Pad", ["whole", "widths"], ["padded"]),
+        node("Cast", ["padded"], ["y"], to=floating),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(name, floating, [size]) for name, size in (("x", "n"), ("y", "m")))
+    widths = onnx.helper.make_tensor("widths", integer, [2], [1, 1])
+    graph = onnx.helper.make_graph(nodes, "padding", [x], [y], [widths])
+    path = tmp_path / "graph.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8), path)
+    placed = plan([str(path)])[str(path)]
+    assert placed["elsewhere"] == {"Pad": 1}
+    assert placed["copies"] == 2
+    assert "have not been partitioned to the CUDAExecutionProvider" in placed["cuda_graph"]
