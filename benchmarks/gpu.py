@@ -1,7 +1,7 @@
 """Everything to be known of a card, in one run: `python -m benchmarks.gpu BUNDLE… --device cuda --out $OUT`.
 
 First what must be right: the built-in demo model answers every task on its sample pictures on the device and on the CPU, and the
-answers are compared token by token and with the drawn truth. Then what is fast: each bundle's stages, greedy and with beams, alone
+answers are compared token by token. Then what is fast: each bundle's stages, greedy and with beams, alone
 and in batches, with forced numbers of tokens, and the memory that the driver reports. Results are written after every step, so that
 a run that is cut off loses nothing. The bundles have random or real weights; the times do not depend on them.
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.models import ROOT
+from tests import live_server
 
 _READY_SECONDS = 300.0
+"""Large models take their time."""
 
 
 @dataclass(frozen=True)
@@ -53,48 +47,6 @@ def serve(model: str, *options: str, environment: Mapping[str, str] | None = Non
         *options: More of the command's options.
         environment: Over this process's own.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "florence_onnx",
-        "serve",
-        "--model",
-        model,
-        "--port",
-        str(port),
-        "--grace",
-        "0",
-        *options,
-    ]
-    with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, stderr=subprocess.DEVNULL
-    ) as process:
-        server = Server("127.0.0.1", port, process.pid)
-        try:
-            _wait(server, process)
-            yield server
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-
-
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _READY_SECONDS
-    while not _is_ready(server):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the server did not start: {' '.join(map(os.fsdecode, process.args))}")  # type: ignore[arg-type]
-        time.sleep(0.1)
-
-
-def _is_ready(server: Server) -> bool:
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
+    arguments = ("--grace", "0", *options)
+    with live_server.serve(*arguments, environment=environment, model=model, ready_within_s=_READY_SECONDS) as running:
+        yield Server(running.host, running.port, running.process.pid)

@@ -166,9 +166,8 @@ class ChannelAttention(nn.Module):
 
     def _scores(self, states: Tensor) -> Tensor:
         """`(B, groups, d, d)`."""
-        ones = states.new_ones(
-            1, int(states.shape[1])
-        )  # a product: ONNX Runtime's ReduceSum over rows is ten times slower
+        # a product with ones: ONNX Runtime's ReduceSum over rows is ten times slower
+        ones = states.new_ones(1, int(states.shape[1]))
         total = (ones @ states)[:, 0, None, :, None]
         by_key = split_heads((states.transpose(1, 2) @ states) @ self.key, self.groups)
         size = int(self.key.shape[1]) // self.groups

@@ -106,7 +106,11 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serve(
-    *arguments: str, environment: Mapping[str, str] | None = None, model: str = "demo", authority: str | None = None
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    model: str = "demo",
+    authority: str | None = None,
+    ready_within_s: float = READY_WITHIN_S,
 ) -> Iterator[LiveServer]:
     """Runs `florence-onnx serve` while the block runs.
 
@@ -115,6 +119,7 @@ def serve(
         environment: Variables on top of this process's own.
         model: What to serve.
         authority: PEM file of what signed the server's certificate, where `arguments` have it serve https.
+        ready_within_s: Time for the model to load.
 
     Yields:
         The server, ready to answer.
@@ -137,7 +142,7 @@ def serve(
             )
         server = LiveServer(process, host, port, stderr, authority)
         try:
-            server.wait_until_ready()
+            server.wait_until_ready(ready_within_s)
             yield server
         finally:
             server.stop()

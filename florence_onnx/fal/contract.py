@@ -14,12 +14,12 @@ from florence_onnx import tasks
 from florence_onnx.errors import RegionError, TextInputError
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import field_error
-from florence_onnx.locations import Region
+from florence_onnx.locations import NUM_BINS, Region
 from florence_onnx.tasks import Task
 
 APP = "fal-ai/florence-2-large"
 """What all endpoint ids begin with."""
-MAX_BIN = 999
+MAX_BIN = NUM_BINS - 1
 """Largest coordinate of a region."""
 MISSING = "missing"
 

@@ -173,7 +173,3 @@ class Figures:
     """Pictures that went through the vision encoder."""
     reused: int
     """Pictures whose features were at hand."""
-
-    def as_dict(self) -> dict[str, int]:
-        """By name."""
-        return dataclasses.asdict(self)

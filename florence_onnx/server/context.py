@@ -50,21 +50,16 @@ class ServerContext:
         """Requests that are being answered; only the event loop changes it."""
         self._tokens: dict[str, float] = {}
         self._tokens_lock = threading.Lock()
-        self._draining_since: float | None = None
+        self.is_draining = False
+        """Whether new work is refused."""
         self._idle_since: float | None = None
 
     # ---------------------------------------------------------------------------------------------------- shutting down
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether new work is refused."""
-        return self._draining_since is not None
-
     def begin_to_drain(self) -> None:
         """Accepts nothing new; what was accepted is finished and can be fetched."""
-        if self._draining_since is None:
-            self._draining_since = time.monotonic()
-            self.service.stop_accepting()
+        self.is_draining = True
+        self.service.stop_accepting()
 
     def is_drained(self) -> bool:
         """Whether all accepted work is done and handed over, or its time to be fetched is up."""
