@@ -88,10 +88,11 @@ def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
 def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
     from concurrent.futures import ThreadPoolExecutor
 
-    names = [KEY_INPUTS[graph] for graph in bundle.graphs]
+    graphs = bundle.stages()
+    names = [KEY_INPUTS[graph] for graph in graphs]
     with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
         tokenizer = pool.submit(load_tokenizer, bundle)
-        vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
+        vision_encoder, *text = load_engines(list(graphs.values()), names, **arguments)
     precision = arguments["precision"] or bundle.precision
     backend = text_backend(bundle, text)
     return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result())
