@@ -1,6 +1,7 @@
 """The model on disk: what a bundle consists of, how it is read, checked and described.
 
-A bundle is a directory with `florence_onnx.json`, three graphs (of the decoder also a form for accelerators), `tokenizer.json` and `generation_config.json`. The
+A bundle is a directory with `florence_onnx.json`, three graphs, of the decoder another form for accelerators,
+`tokenizer.json` and `generation_config.json`. The
 directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 

@@ -72,7 +72,7 @@ class AllScores:
 
     @property
     def num_tokens(self) -> int:
-        return self._logits.shape[1]
+        return int(self._logits.shape[1])
 
     def best_token(self, row: int, place: int, banned: Sequence[int] = ()) -> int:
         for token in banned:
@@ -176,7 +176,7 @@ class TopScores:
 
     @property
     def num_tokens(self) -> int:
-        return self._values.shape[1]
+        return int(self._values.shape[1])
 
     @property
     def was_fetched(self) -> bool:
