@@ -78,30 +78,47 @@ class DeviceArray:
 class DeviceMemory:
     """The memory of one device."""
 
-    def __init__(self, ort: ModuleType, device: str, index: int, copy_rows: CopyRows) -> None:
+    def __init__(
+        self,
+        ort: ModuleType,
+        device: str,
+        index: int,
+        copy_rows: CopyRows,
+        guarded: Callable[[Callable[[], Any]], Any],
+    ) -> None:
         """Args:
         ort: The module onnxruntime.
         device: `"cpu"` or `"cuda"`, as `OrtValue` has them.
         index: Which card.
         copy_rows: Copies within it.
+        guarded: Calls something of ONNX Runtime's, and raises errors of ours.
         """
+        self._guarded = guarded
         self.device = device
         self.index = index
         self._ort = ort
         self._copy_rows = copy_rows
 
+    def is_same(self, other: DeviceMemory) -> bool:
+        """Whether addresses of both mean the same."""
+        return (self.device, self.index) == (other.device, other.index)
+
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new tensor of zeros: what is masked is multiplied by zero, which a leftover NaN would survive.
 
         Raises:
-            RuntimeError: There is not enough memory; ONNX Runtime's own.
+            DeviceMemoryError: There is not enough memory.
         """
         kind = np.dtype(dtype)
         size = max(1, math.prod(shape) * kind.itemsize)
-        value = self._ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, self.device, self.index)
-        value.update_inplace(np.zeros(size, dtype=np.uint8))
+        value = self._guarded(lambda: self._new_value(size))
         block = Block(self, value)
         return DeviceArray(block, block.address, shape, kind)
+
+    def _new_value(self, size: int) -> Any:
+        value = self._ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, self.device, self.index)
+        value.update_inplace(np.zeros(size, dtype=np.uint8))
+        return value
 
     def copy(self, source: DeviceArray, target: DeviceArray, num_axes: int = 0) -> None:
         """Copies the source's rows to the starts of the target's.

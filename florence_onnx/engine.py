@@ -173,6 +173,10 @@ class OnnxEngine:
         _check_interface(path, {node.name: node.type for node in nodes}, expected_inputs)
         self.inputs: dict[str, np.dtype[Any]] = {node.name: np.dtype(_DTYPES[node.type]) for node in nodes}
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
+        self.output_shapes: dict[str, list[int | str]] = {
+            node.name: list(node.shape) for node in self._session.get_outputs()
+        }
+        """By name; axes without a fixed size by their names."""
         self._num_runs = 0
 
     def _open(
@@ -211,10 +215,21 @@ class OnnxEngine:
     @cached_property
     def memory(self) -> DeviceMemory:
         """Where the graph's buffers are best."""
+        runtime = self.cuda_runtime
+        if runtime is None:
+            return DeviceMemory(self._ort, "cpu", 0, copy_rows_on_host, self.guarded)
+        return DeviceMemory(self._ort, "cuda", self._device_index, runtime.copy_rows, self.guarded)
+
+    @cached_property
+    def cuda_runtime(self) -> CudaRuntime | None:
+        """CUDA's runtime library; None for a provider that does not run on a card.
+
+        Raises:
+            ProviderError: It is not there.
+        """
         if self.provider not in CUDA_PROVIDERS:
-            return DeviceMemory(self._ort, "cpu", 0, copy_rows_on_host)
-        runtime = CudaRuntime(str(self._ort.cuda_version), self._device_index)
-        return DeviceMemory(self._ort, "cuda", self._device_index, runtime.copy_rows)
+            return None
+        return CudaRuntime(str(self._ort.cuda_version), self._device_index)
 
     @property
     def num_runs(self) -> int:

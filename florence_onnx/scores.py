@@ -178,6 +178,11 @@ class TopScores:
     def num_tokens(self) -> int:
         return int(self._values.shape[1])
 
+    def last_place(self) -> TopScores:
+        """The scores after the last token of each row only."""
+        last = self._values[:, -1:], self._ids[:, -1:], self._log_sums[:, -1:]
+        return TopScores(*last, self._vocab_size, lambda: self._fetch()[:, -1:])
+
     @property
     def was_fetched(self) -> bool:
         """Whether the best tokens did not suffice."""
