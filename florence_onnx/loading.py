@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from florence_onnx import providers as provider_presets
 from florence_onnx.bundle import KEY_INPUTS, Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import CUDA_PROVIDERS, Engine, SessionOptions, load_engines, onnxruntime
+from florence_onnx.engine import CUDA_PROVIDERS, Engine, OnnxEngine, SessionOptions, load_engines, onnxruntime
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
 from florence_onnx.providers import BF16, Options, Provider, candidates
-from florence_onnx.resident_decoder import ResidentSizes
-from florence_onnx.resident_model import ResidentModel
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
+
+if TYPE_CHECKING:
+    from florence_onnx.resident_model import ResidentModel
 
 DEFAULT_MAX_BATCH = 32
 """Prompts decoded together on a card: a step reads all weights, whether for one prompt or for thirty."""
@@ -119,9 +120,16 @@ def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
         vision_encoder, *text = load_engines(list(graphs.values()), names, cuda_graphs=max_batch > 0, **options)
     precision = arguments["precision"] or bundle.precision
     backend = text_backend(bundle, text)
-    sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
-    resident = ResidentModel((vision_encoder, text[0], text[1]), sizes, max_batch) if max_batch else None
+    resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
     return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
+
+
+def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
+    from florence_onnx.resident_decoder import ResidentSizes
+    from florence_onnx.resident_model import ResidentModel
+
+    sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
+    return ResidentModel(engines, sizes, max_batch)
 
 
 def _max_batch(bundle: Bundle, arguments: Mapping[str, Any]) -> int:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from florence_onnx import bundle as bundles
 from florence_onnx import graph_cache as graph_caches
 from florence_onnx import hub, image, tasks
-from florence_onnx.answering import Answering, DeviceAnswering, HostAnswering
+from florence_onnx.answering import Answering, HostAnswering
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import TextBackend
 from florence_onnx.engine import Engine, SessionOptions
@@ -28,10 +28,12 @@ from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.providers import BF16, Options, Provider
-from florence_onnx.resident_model import ResidentModel
 from florence_onnx.search import GeneratedSequence, GivenAnswer, Search
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from florence_onnx.resident_model import ResidentModel
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
@@ -71,6 +73,8 @@ class Florence2:
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
+            from florence_onnx.device_answering import DeviceAnswering  # not for those who have a CPU
+
             self._answering = DeviceAnswering(bundle.sizes, resident)
 
     @classmethod

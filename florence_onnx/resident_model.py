@@ -6,7 +6,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -178,6 +177,8 @@ class ResidentModel:
         Raises:
             FlorenceError: As `answer`; or whatever iterating raised.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         jobs: list[Job] = []
         with ThreadPoolExecutor(1) as feeder:
             fed = feeder.submit(self._feed, arriving, jobs)
