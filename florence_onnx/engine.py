@@ -262,9 +262,10 @@ class OnnxEngine:
             DeviceMemoryError: There is not enough memory; all that was allocated before is still there.
             ProviderError: The provider failed.
         """
+        # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
         try:
             return run()
-        except _errors(self._ort) as error:
+        except (*_errors(self._ort), RuntimeError) as error:
             if is_out_of_memory(error):
                 raise DeviceMemoryError(
                     f"{self.provider} has not enough memory: {error}; a smaller max_batch, fewer beams or an fp16 bundle "
