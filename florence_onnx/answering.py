@@ -42,7 +42,7 @@ class Answering(Protocol):
             pictures: P, repeated where there are several prompts about one.
             input_ids: `(P, T)`, padded on the right.
             attention_mask: `(P, T)`, 1 for tokens.
-            new_search: Makes the search of the prompts in some places.
+            new_search: Makes the search of the prompts in some places; called again where an answer must begin anew.
 
         Raises:
             InputError: A picture cannot be read, or was encoded by another model.

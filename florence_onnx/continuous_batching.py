@@ -36,6 +36,8 @@ class PlacedDecoder(Protocol):
 
     def open(self, num_places: int, text_length: int) -> None: ...
 
+    def close(self) -> None: ...
+
     def widen(self, num_places: int) -> None: ...
 
     def add(self, prompt_ids: Ids, features: DeviceArray) -> int: ...
@@ -50,19 +52,24 @@ class PlacedDecoder(Protocol):
 class Job:
     """One prompt on its way to an answer."""
 
-    def __init__(self, prompt_ids: Ids, features: DeviceArray, search: Search) -> None:
+    def __init__(self, prompt_ids: Ids, features: DeviceArray, new_search: Callable[[], Search]) -> None:
         """Args:
         prompt_ids: `(T,)`.
         features: `(N, D)` on the decoder's device.
-        search: Of one prompt.
+        new_search: Makes a search of one prompt.
         """
         self.prompt_ids = prompt_ids
         self.features = features
-        self.search = search
-        self.is_started = False
-        self.next_tokens: Ids = search.start()
+        self._new_search = new_search
         self.is_done = False
         self.error: BaseException | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was found of the answer."""
+        self.search = self._new_search()
+        self.is_started = False
+        self.next_tokens: Ids = self.search.start()
 
     def result(self) -> GeneratedSequence:
         """The answer of a job that is done.
@@ -152,6 +159,9 @@ class ContinuousBatch:
     def _step_or_fail(self) -> bool:
         try:
             return self._step()
+        except DeviceMemoryError as error:
+            self._begin_again(error)
+            return True
         except FlorenceError as error:
             self._fail_running(error)
             return True
@@ -162,6 +172,22 @@ class ContinuousBatch:
     def _fail_running(self, error: BaseException) -> None:
         for place, job in list(self._running.items()):
             self._end(place, job, error)
+
+    def _begin_again(self, error: DeviceMemoryError) -> None:
+        """Lets all prompts in flight start anew, fewer at a time; a single one fails."""
+        jobs = list(self._running.values())
+        if len(jobs) < 2:
+            self._fail_running(error)
+        for place in self._running:
+            self._decoder.remove(place)
+        self._running.clear()
+        self._decoder.close()
+        if len(jobs) > 1:
+            self._narrow(len(jobs) // 2, error)
+            for job in jobs:
+                job.restart()
+            with self._changed:
+                self._waiting.extendleft(reversed(jobs))
 
     def _end(self, place: int, job: Job, error: BaseException | None = None) -> None:
         self._decoder.remove(place)

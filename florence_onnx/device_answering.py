@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from florence_onnx.answering import Key, Picture, check, key_of, load, preprocess
 from florence_onnx.bundle import ModelSizes
 from florence_onnx.continuous_batching import Job
+from florence_onnx.device_memory import DeviceArray
 from florence_onnx.image import ImageInput
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.resident_model import MAX_PICTURES, ResidentModel
@@ -39,18 +40,18 @@ class DeviceAnswering:
         encoded: dict[int, EncodedImage] = {}
         order: list[int] = []
 
+        def job(place: int, features: DeviceArray) -> Job:
+            return Job(input_ids[place, : attention_mask[place].sum()], features, lambda: new_search([place]))
+
         def jobs() -> Iterator[list[Job]]:
             for key, each in self._encode_all({key: pictures[found[0]] for key, found in places.items()}):
                 features = self._resident.upload(each.stored)
                 encoded.update(dict.fromkeys(places[key], each))
                 order.extend(places[key])
-                yield [
-                    Job(input_ids[place, : attention_mask[place].sum()], features, new_search([place]))
-                    for place in places[key]
-                ]
+                yield [job(place, features) for place in places[key]]
 
         if len(places) == 1:  # nothing to encode while others are asked about, so no thread for it
-            answers = self._resident.answer([job for portion in jobs() for job in portion])
+            answers = self._resident.answer([each for portion in jobs() for each in portion])
         else:
             answers = self._resident.answer_all(jobs())
         by_place = dict(zip(order, answers, strict=True))

@@ -263,17 +263,15 @@ class OnnxEngine:
             ProviderError: The provider failed.
         """
         # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
+        expected: tuple[type[Exception], ...] = (*_errors(self._ort), RuntimeError)
         try:
             return run()
-        except (*_errors(self._ort), RuntimeError) as error:
+        except expected as error:
             if is_out_of_memory(error):
-                raise DeviceMemoryError(
-                    f"{self.provider} has not enough memory: {error}; a smaller max_batch, fewer beams or an fp16 bundle "
-                    "need less, and `florence-onnx info` tells how much"
-                ) from error
+                raise _full(self.provider, error) from error
             if self.provider == CPU:
                 raise
-            raise ProviderError(f"{self.provider} failed while running: {error}") from error
+            raise ProviderError(f"{self.provider} failed while running: {str(error).strip()}") from error
 
     def bind(self) -> OnnxBinding:
         return OnnxBinding(self, self._session)
@@ -443,6 +441,8 @@ def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.Provid
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
+        if is_out_of_memory(error):
+            raise _full(chosen[0][0], error) from error
         if chosen[0][0] != CPU:
             missing = _obstacles(ort, chosen[0][0])
             raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}{missing}") from error
@@ -455,6 +455,13 @@ def _errors(ort: ModuleType) -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises."""
     state = ort.capi.onnxruntime_pybind11_state
     return tuple(getattr(state, name) for name in _ERRORS if hasattr(state, name))
+
+
+def _full(provider: str, error: BaseException) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"{provider} has not enough memory: {str(error).strip()}; a smaller max_batch, fewer beams or an fp16 bundle "
+        "need less, and `florence-onnx info` tells how much"
+    )
 
 
 def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[str]) -> None:

@@ -318,10 +318,10 @@ class Florence2:
         self._check_tokens(token_ids)
         input_ids, attention_mask = self._tokenizer.encode([requests[0].prompt])
         self._check_length(requests, attention_mask)
-        answer = GivenAnswer(token_ids, self._bundle.sizes.vocab_size)
-        if len(token_ids) > 1:  # nothing follows the last token
-            self._answering.answer([image], input_ids, attention_mask, lambda _: answer)
-        return answer.logits
+        logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
+        if len(logits):  # nothing follows the last token
+            self._answering.answer([image], input_ids, attention_mask, lambda _: GivenAnswer(token_ids, logits))
+        return logits
 
     def warm_up(self) -> None:
         """Runs every stage once on a blank picture, so that the first real call is not the slow one."""

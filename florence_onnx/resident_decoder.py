@@ -94,7 +94,7 @@ class ResidentDecoder:
         self._memory = decoder.memory
         self._rows: dict[int, PromptRows] = {}
         self._features = self._memory.allocate((1, sizes.num_image_tokens, sizes.width), np.float32)
-        self._release()
+        self._forget()
 
     # ---------------------------------------------------------------------------------------------------- places
 
@@ -121,12 +121,18 @@ class ResidentDecoder:
         assert not self._rows, "prompts are being answered"
         if (num_places, text_length) == (self._num_places, self._text_length):
             return
-        self._release()
+        self.close()
         try:
             self._allocate(num_places, text_length)
         except MemoryError:
-            self._release()
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Gives all places up, and their memory; all must be free."""
+        assert not self._rows, "prompts are being answered"
+        self._drop_bindings(self._calls.values(), self._encodings.values())
+        self._forget()
 
     def widen(self, num_places: int) -> None:
         """Makes room for more prompts beside those that are there.
@@ -234,8 +240,7 @@ class ResidentDecoder:
 
     # ---------------------------------------------------------------------------------------------------- buffers
 
-    def _release(self) -> None:
-        self._drop_bindings(getattr(self, "_calls", {}).values(), getattr(self, "_encodings", {}).values())
+    def _forget(self) -> None:
         self._num_places = self._text_length = 0
         self._capacity = FIRST_CAPACITY
         self._phase = 0

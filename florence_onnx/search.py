@@ -61,23 +61,22 @@ class Search(Protocol):
 class GivenAnswer:
     """No search: one answer that is known, to see what the model expects at each of its places."""
 
-    def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, token_ids: Sequence[int], logits: Floats) -> None:
         """Args:
-        token_ids: L tokens, from the decoder start token on.
-        vocab_size: V.
+        token_ids: L tokens, from the decoder start token on; at least two.
+        logits: `(L - 1, V)`, filled: row i is what the model expects after the first i + 1 tokens.
         """
         self._token_ids = list(token_ids)
-        self.logits: Floats = np.empty((len(token_ids) - 1, vocab_size), dtype=np.float32)
-        """`(L - 1, V)`: row i is what the model expects after the first i + 1 tokens."""
+        self._logits = logits
         self._num_done = 0
 
     def start(self) -> Ids:
         return np.array([self._token_ids[:1]], dtype=np.int64)
 
     def advance(self, scores: StepScores) -> Continuation | None:
-        self.logits[self._num_done] = scores.logits(0, 0)
+        self._logits[self._num_done] = scores.logits(0, 0)
         self._num_done += 1
-        if self._num_done == len(self.logits):
+        if self._num_done == len(self._logits):
             return None
         only = np.zeros(1, dtype=np.int64)
         return Continuation(only, only, np.array([[self._token_ids[self._num_done]]], dtype=np.int64))
