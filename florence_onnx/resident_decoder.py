@@ -339,6 +339,7 @@ class _Call:
         )
         self._logits = memory.allocate((*tokens, self._vocab_size), np.float32)
         self.inputs = CallInputs(*(self._sent.on_host(name) for name in (*whole, "visible")))
+        self._fetched: Floats | None = None
         self._bindings: list[OnnxBinding] = []
 
     def bind(self, tensors: Mapping[str, DeviceArray], phases: Sequence[Mapping[str, DeviceArray]]) -> None:
@@ -370,6 +371,7 @@ class _Call:
 
     def run(self, phase: int) -> None:
         """Sends the inputs, runs, receives the best tokens."""
+        self._fetched = None
         self._sent.send()
         self._bindings[phase].run()
         self._received.receive()
@@ -383,10 +385,15 @@ class _Call:
         )
 
         def fetch() -> Floats:
-            logits: Floats = self._logits.download()[place, :count].reshape(*shape, -1)
-            return logits
+            return self._all_logits()[place, :count].reshape(*shape, -1)
 
         return TopScores(values, ids, log_sums, self._vocab_size, fetch)
+
+    def _all_logits(self) -> Floats:
+        """The logits of all places, copied to the host when the first of them is asked for."""
+        if self._fetched is None:
+            self._fetched = self._logits.download()
+        return self._fetched
 
 
 def _names(prefix: str, num_layers: int) -> list[tuple[str, str]]:
