@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from florence_onnx import cpu, cuda, graph_cache
+from florence_onnx import cpu
 from florence_onnx import providers as provider_presets
 from florence_onnx.cudart import CudaRuntime
 from florence_onnx.device_memory import DeviceArray, DeviceMemory, copy_rows_on_host
@@ -22,16 +21,25 @@ from florence_onnx.errors import (
     BundleFileMissingError,
     CorruptGraphError,
     DeviceMemoryError,
-    InputError,
-    MissingExtraError,
     ProviderError,
 )
 from florence_onnx.memory import is_out_of_memory
 from florence_onnx.providers import Options, Provider
+from florence_onnx.sessions import (
+    CPU,
+    CUDA_GRAPHS,
+    CUDA_PROVIDERS,
+    SessionOptions,
+    check_provider,
+    count_nodes,
+    onnxruntime,
+    open_session,
+    out_of_memory,
+    raised_by,
+    report_nodes,
+)
 
 Array = npt.NDArray[Any]
-SessionOptions = Mapping[str, Any]
-"""Attributes of `onnxruntime.SessionOptions` by name; a key with a dot is a session config entry."""
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -40,41 +48,9 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
-CPU = "CPUExecutionProvider"
-CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
-"""The provider option that lets a session capture CUDA graphs."""
 NO_CAPTURE = "-1"
 """Run config entry `gpu_graph_id` of a run that is neither captured nor replayed."""
-RECORD_NODES = "session.record_ep_graph_assignment_info"
-"""Session config entry, since ONNX Runtime 1.24: note which provider took which nodes."""
 _log = logging.getLogger("florence_onnx")
-_ERRORS = (
-    "Fail",
-    "InvalidArgument",
-    "InvalidGraph",
-    "InvalidProtobuf",
-    "NoModel",
-    "NotImplemented",
-    "RuntimeException",
-    "EPFail",
-    "EngineError",
-    "NotFound",
-)
-
-
-def onnxruntime() -> ModuleType:
-    """The installed ONNX Runtime, whichever package brought it.
-
-    Raises:
-        MissingExtraError: There is none.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
-    module: ModuleType = ort
-    return module
 
 
 class Binding(Protocol):
@@ -166,9 +142,9 @@ class OnnxEngine:
         """Why not, where it was wanted."""
         self._session = self._open(path, chosen, session_options, kept)
         self._device_index = int(chosen[0][1].get("device_id", 0))
-        self.provider: str = _check_provider(ort, self._session.get_providers(), chosen)
-        self.nodes: Mapping[str, int] = _count_nodes(self._session) if self.provider != CPU else {}
-        _report_nodes(path, self.provider, self.nodes)
+        self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
+        self.nodes: Mapping[str, int] = count_nodes(self._session) if self.provider != CPU else {}
+        report_nodes(path, self.provider, self.nodes)
         nodes = self._session.get_inputs()
         _check_interface(path, {node.name: node.type for node in nodes}, expected_inputs)
         self.inputs: dict[str, np.dtype[Any]] = {node.name: np.dtype(_DTYPES[node.type]) for node in nodes}
@@ -188,12 +164,12 @@ class OnnxEngine:
     ) -> Any:
         """Opens the session; without CUDA graphs where ONNX Runtime refuses to capture this one."""
         try:
-            return _open_session(self._ort, path, chosen, session_options, kept)
+            return open_session(self._ort, path, chosen, session_options, kept)
         except ProviderError as error:
             if not self.captures or "graph" not in str(error).lower():
                 raise
             chosen[0][1][CUDA_GRAPHS[chosen[0][0]]] = "0"
-            session = _open_session(self._ort, path, chosen, session_options, kept)
+            session = open_session(self._ort, path, chosen, session_options, kept)
             self.refuse_capture(path.name, error)
             return session
 
@@ -263,12 +239,12 @@ class OnnxEngine:
             ProviderError: The provider failed.
         """
         # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
-        expected: tuple[type[Exception], ...] = (*_errors(self._ort), RuntimeError)
+        expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError)
         try:
             return run()
         except expected as error:
             if is_out_of_memory(error):
-                raise _full(self.provider, error) from error
+                raise out_of_memory(self.provider, error) from error
             if self.provider == CPU:
                 raise
             raise ProviderError(f"{self.provider} failed while running: {str(error).strip()}") from error
@@ -372,98 +348,6 @@ def is_for_cpu(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("device") == "cpu" if providers is None else list(providers) == [CPU]
 
 
-def default_session_options(provider: str) -> dict[str, Any]:
-    """What is set unless the caller says otherwise: see benchmarks/results/session_options.md for the measurements.
-
-    Args:
-        provider: The execution provider that comes first.
-    """
-    options: dict[str, Any] = {
-        "intra_op_num_threads": cpu.num_cores(),
-        "inter_op_num_threads": 1,
-        # Otherwise the threads of one graph still wait actively for work while the next graph runs: 1.15 s instead of
-        # 1.30 s for 48 tokens of Florence-2-base in fp32 on two cores.
-        "session.force_spinning_stop": "1",
-        # 1376 MiB instead of 1580 at the peak of Florence-2-base in fp32, in the same time
-        "enable_mem_pattern": False,
-    }
-    if provider != CPU:
-        options[RECORD_NODES] = "1"
-    return options
-
-
-def _open_session(
-    ort: ModuleType,
-    path: Path,
-    chosen: provider_presets.ProviderList,
-    overrides: SessionOptions | None,
-    kept: Path | None,
-) -> Any:
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise InputError(f'session_options must be a dict such as {{"intra_op_num_threads": 2}}, got {overrides!r}')
-    settings = {**default_session_options(chosen[0][0]), **(overrides or {})}
-
-    def create(file: Path, more: SessionOptions) -> Any:
-        return _create_session(ort, file, chosen, _session_options(ort, {**settings, **more}))
-
-    if kept is None or [name for name, _ in chosen] != [CPU]:
-        return create(path, {})
-    no_optimization = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return graph_cache.load(
-        path, kept, settings, runtime=ort.__version__, no_optimization=no_optimization, create=create
-    )
-
-
-def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    for name, value in settings.items():
-        if "." in name:
-            options.add_session_config_entry(name, str(value))
-            continue
-        if not hasattr(options, name) or callable(getattr(options, name)):
-            raise InputError(f"onnxruntime.SessionOptions has no attribute {name!r}")
-        try:
-            setattr(options, name, value)
-        except TypeError as error:
-            raise InputError(f"onnxruntime.SessionOptions.{name} cannot be {value!r}: {error}") from error
-    return options
-
-
-def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.ProviderList, options: Any) -> Any:
-    state = ort.capi.onnxruntime_pybind11_state
-    errors = _errors(ort)
-    if chosen[0][0] != CPU:  # what the start of a GPU provider raises is not always one of ONNX Runtime's own classes
-        errors += (RuntimeError, ValueError)
-    try:
-        # enable_fallback=0: a provider that does not start must not become the CPU behind the caller's back
-        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
-    except state.NoSuchFile as error:
-        raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
-    except errors as error:
-        if is_out_of_memory(error):
-            raise _full(chosen[0][0], error) from error
-        if chosen[0][0] != CPU:
-            missing = _obstacles(ort, chosen[0][0])
-            raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}{missing}") from error
-        raise CorruptGraphError(
-            f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
-        ) from error
-
-
-def _errors(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises."""
-    state = ort.capi.onnxruntime_pybind11_state
-    return tuple(getattr(state, name) for name in _ERRORS if hasattr(state, name))
-
-
-def _full(provider: str, error: BaseException) -> DeviceMemoryError:
-    return DeviceMemoryError(
-        f"{provider} has not enough memory: {str(error).strip()}; a smaller max_batch, fewer beams or an fp16 bundle "
-        "need less, and `florence-onnx info` tells how much"
-    )
-
-
 def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[str]) -> None:
     wrong = [name for name in expected if name not in types] or [n for n, kind in types.items() if kind not in _DTYPES]
     if wrong:
@@ -472,37 +356,3 @@ def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[st
             f"{path} is not the graph it should be: input {wrong[0]} is missing or of another type (it takes {found}); "
             "export or download it again"
         )
-
-
-def _check_provider(ort: ModuleType, obtained: Sequence[str], chosen: provider_presets.ProviderList) -> str:
-    wanted = chosen[0][0]
-    if obtained[0] != wanted:
-        usual = "; usually the driver or a CUDA, cuDNN or TensorRT library is missing or of another major version"
-        raise ProviderError(
-            f"{wanted} was asked for but did not start (ONNX Runtime fell back to {', '.join(obtained)})"
-            f"{_obstacles(ort, wanted) or usual}"
-        )
-    return wanted
-
-
-def _obstacles(ort: ModuleType, provider: str) -> str:
-    """What is seen to be missing for a provider, as the end of a sentence."""
-    found = cuda.obstacles(str(getattr(ort, "cuda_version", ""))) if provider in CUDA_PROVIDERS else []
-    return f": {'; '.join(found)}" if found else ""
-
-
-def _count_nodes(session: Any) -> dict[str, int]:
-    """Nodes by execution provider; empty where ONNX Runtime cannot tell (before 1.24, or `RECORD_NODES` off)."""
-    if session.get_session_options().get_session_config_entry(RECORD_NODES) != "1":
-        return {}
-    counts: dict[str, int] = {}
-    for part in getattr(session, "get_provider_graph_assignment_info", list)():
-        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
-    return counts
-
-
-def _report_nodes(path: Path, provider: str, nodes: Mapping[str, int]) -> None:
-    left = {name: count for name, count in nodes.items() if name != provider}
-    if left:
-        rest = ", ".join(f"{count} to {name}" for name, count in left.items())
-        _log.info("%s: %s takes %d nodes and leaves %s", path.name, provider, nodes.get(provider, 0), rest)

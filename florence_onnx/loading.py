@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from florence_onnx import cuda, tensorrt
 from florence_onnx import providers as provider_presets
 from florence_onnx.bundle import KEY_INPUTS, Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import CUDA_PROVIDERS, Engine, OnnxEngine, SessionOptions, load_engines, onnxruntime
+from florence_onnx.engine import Engine, OnnxEngine, load_engines
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
 from florence_onnx.providers import BF16, Options, Provider, candidates
+from florence_onnx.sessions import CUDA_PROVIDERS, TENSORRT, SessionOptions, onnxruntime
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
 
@@ -85,8 +89,10 @@ def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
 
 
 def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
-    """Takes the first device that starts, and says which."""
+    """Takes the first device that starts and runs, and says which."""
     *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
+    if TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, arguments):
+        accelerators.insert(0, "tensorrt")
     for device in accelerators:
         try:
             stages = _load(bundle, {**arguments, "device": device})
@@ -97,6 +103,19 @@ def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
             return stages
     _log.info("device auto: %s", last)
     return _load(bundle, {**arguments, "device": last})
+
+
+def _has_engines(bundle: Bundle, arguments: Mapping[str, Any]) -> bool:
+    """Whether there are TensorRT engines for this machine, seen without opening a session."""
+    try:
+        wanted = tensorrt.target(onnxruntime(), arguments["max_batch"] or 1)
+        found = tensorrt.find(bundle, wanted)
+    except ProviderError as error:
+        _log.info("device auto: no TensorRT: %s", error)
+        return False
+    if found is None:
+        _log.info("device auto: no TensorRT engines for this card; build them with: florence-onnx build-engines")
+    return found is not None
 
 
 def _check_max_batch(max_batch: int | None, bundle: Bundle) -> None:
@@ -111,17 +130,97 @@ def _check_max_batch(max_batch: int | None, bundle: Bundle) -> None:
 def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
     from concurrent.futures import ThreadPoolExecutor
 
-    max_batch = _max_batch(bundle, arguments)
-    graphs = bundle.stages(is_resident=max_batch > 0)
-    names = [KEY_INPUTS[graph] for graph in graphs]
+    provider = _provider(arguments)
     options = {name: value for name, value in arguments.items() if name != "max_batch"}
     with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
         tokenizer = pool.submit(load_tokenizer, bundle)
-        vision_encoder, *text = load_engines(list(graphs.values()), names, cuda_graphs=max_batch > 0, **options)
-    precision = arguments["precision"] or bundle.precision
+        if provider == TENSORRT and bundle.layout == "florence_onnx":
+            engines, max_batch = _load_tensorrt(bundle, options, arguments["max_batch"])
+        else:
+            max_batch = _max_batch(bundle, provider, arguments["max_batch"])
+            graphs = bundle.stages(is_resident=max_batch > 0)
+            names = [KEY_INPUTS[graph] for graph in graphs]
+            engines = load_engines(list(graphs.values()), names, cuda_graphs=max_batch > 0, **options)
+    vision_encoder, *text = engines
     backend = text_backend(bundle, text)
+    if provider in CUDA_PROVIDERS:
+        _check_kernels(bundle, text[0])
+    precision = arguments["precision"] or bundle.precision
     resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
     return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
+
+
+def _provider(arguments: Mapping[str, Any]) -> str:
+    available = onnxruntime().get_available_providers()
+    return provider_presets.resolve(arguments.get("device", "auto"), arguments.get("providers"), available)[0][0]
+
+
+def _max_batch(bundle: Bundle, provider: str, wanted: int | None) -> int:
+    """Most prompts in flight; 0 where everything passes through the host."""
+    if wanted is not None:
+        return wanted
+    return DEFAULT_MAX_BATCH if provider in CUDA_PROVIDERS and bundle.layout == "florence_onnx" else 0
+
+
+def _load_tensorrt(
+    bundle: Bundle, options: Mapping[str, Any], wanted_batch: int | None
+) -> tuple[list[OnnxEngine], int]:
+    """The engines of a bundle, built before if there are none, and how many prompts they take."""
+    wanted = tensorrt.target(onnxruntime(), wanted_batch or 1)
+    found = tensorrt.find(bundle, wanted)
+    if found is None:
+        found = build_engines(bundle, wanted_batch or tensorrt.DEFAULT_MAX_BATCH, options)
+    own = {**tensorrt.run_options(), **(options.get("provider_options") or {})}
+    names = [KEY_INPUTS[graph] for graph in found.graphs(bundle)]
+    arguments = options if options.get("providers") else {**options, "provider_options": own}
+    paths = list(found.graphs(bundle).values())
+    return load_engines(paths, names, cuda_graphs=True, **arguments), wanted_batch or found.max_batch
+
+
+def build_engines(bundle: Bundle, max_batch: int, options: Mapping[str, Any] | None = None) -> tensorrt.Engines:
+    """Builds the TensorRT engines of a bundle for the card of this machine.
+
+    Args:
+        bundle: An fp32 or fp16 bundle.
+        max_batch: Most prompts decoded together.
+        options: Further arguments of `OnnxEngine`.
+
+    Raises:
+        ProviderError: There is no card or no TensorRT, or TensorRT refuses a graph.
+    """
+    given = dict(options or {})
+
+    def build(graphs: Mapping[str, Path], by_graph: Mapping[str, Mapping[str, str]]) -> None:
+        for graph, path in graphs.items():  # one after the other: building needs a multiple of the memory of running
+            _log.warning("building the engine of %s", graph)
+            more = {**by_graph[graph], **(given.get("provider_options") or {})}
+            OnnxEngine(path, device="tensorrt", provider_options=more, session_options=given.get("session_options"))
+
+    return tensorrt.build(bundle, tensorrt.target(onnxruntime(), max_batch), build)
+
+
+def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
+    """Runs the smallest graph once: a build of ONNX Runtime without code for this card starts, and fails when it runs.
+
+    Raises:
+        ProviderError: It failed.
+    """
+    sizes = bundle.sizes
+    ids = np.full((1, 16), sizes.pad_token_id, dtype=np.int64)
+    given: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "image_features": np.zeros((1, sizes.num_image_tokens, sizes.width), dtype=np.float32),
+    }
+    try:
+        engine.run({name: given[name] for name in engine.inputs})
+    except ProviderError as error:
+        found = cuda.card()
+        card = f"this card ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this card"
+        raise ProviderError(
+            f"{engine.provider} starts and cannot run: {error}. Often the installed onnxruntime has no code for {card}: "
+            "on a Jetson take NVIDIA's own build, not PyPI's"
+        ) from error
 
 
 def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
@@ -130,16 +229,6 @@ def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine]
 
     sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
     return ResidentModel(engines, sizes, max_batch)
-
-
-def _max_batch(bundle: Bundle, arguments: Mapping[str, Any]) -> int:
-    """Most prompts in flight; 0 where everything passes through the host."""
-    if arguments["max_batch"] is not None:
-        return int(arguments["max_batch"])
-    available = onnxruntime().get_available_providers()
-    chosen = provider_presets.resolve(arguments.get("device", "auto"), arguments.get("providers"), available)
-    is_on_card = chosen[0][0] in CUDA_PROVIDERS and bundle.layout == "florence_onnx"
-    return DEFAULT_MAX_BATCH if is_on_card else 0
 
 
 def decoder_shape(bundle: Bundle) -> DecoderShape:

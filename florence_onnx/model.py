@@ -18,7 +18,7 @@ from florence_onnx import hub, image, tasks
 from florence_onnx.answering import Answering, HostAnswering
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import TextBackend
-from florence_onnx.engine import Engine, SessionOptions
+from florence_onnx.engine import Engine
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation import new_search
 from florence_onnx.image import ImageInput
@@ -29,6 +29,7 @@ from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.providers import BF16, Options, Provider
 from florence_onnx.search import GeneratedSequence, GivenAnswer, Search
+from florence_onnx.sessions import SessionOptions
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
 

@@ -75,10 +75,10 @@ PRESETS: dict[str, Preset] = {
 }
 """By device name."""
 
-AUTO_ORDER: tuple[str, ...] = ("cuda", "cpu")
-"""What `device="auto"` tries, best first. OpenVINO is not among them for fp32: on an AVX2 machine its vision encoder took
-1.1 times ONNX Runtime's time, its decode step the same time, and it needed 1.9 times the memory
-(benchmarks/results/session_options.md); other processors were not measured."""
+AUTO_ORDER: tuple[str, ...] = ("cuda", "openvino", "cpu")
+"""What `device="auto"` tries, best first, where a bundle has no TensorRT engines for the card. Who installs ONNX Runtime's build for
+OpenVINO wants that; on an AVX2 machine its vision encoder took 1.1 times the CPU provider's time, its decode step the same, and it
+needed 1.9 times the memory (benchmarks/results/session_options.md): there `device="cpu"` or the package onnxruntime is better."""
 AUTO_ORDER_BF16: tuple[str, ...] = ("openvino",)
 """The same for bf16, which is where OpenVINO is worth its memory."""
 

@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from florence_onnx import ProviderError
 from florence_onnx.engine import OnnxEngine
 
 CUDA = "CUDAExecutionProvider"
@@ -52,11 +51,7 @@ def _operator(kind: str) -> bytes:
 
 
 def _refusal(graph: Path) -> str:
-    try:
-        OnnxEngine(graph, device="cuda", provider_options={"enable_cuda_graph": 1})
-    except ProviderError as error:
-        return str(error)
-    return ""
+    return OnnxEngine(graph, device="cuda", cuda_graphs=True).capture_refusal
 
 
 if __name__ == "__main__":

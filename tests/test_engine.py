@@ -25,6 +25,7 @@ from florence_onnx import (
     cuda,
     engine,
     providers,
+    sessions,
     tasks,
 )
 
@@ -210,7 +211,7 @@ def test_openvino_says_which_nodes_it_leaves(caplog: pytest.LogCaptureFixture) -
 
 def test_nodes_left_to_another_provider_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "florence_onnx"):
-        engine._report_nodes(Path("decoder.onnx"), OPENVINO, {OPENVINO: 300, "CPUExecutionProvider": 2})
+        sessions.report_nodes(Path("decoder.onnx"), OPENVINO, {OPENVINO: 300, "CPUExecutionProvider": 2})
     assert "decoder.onnx: OpenVINOExecutionProvider takes 300 nodes and leaves 2 to CPUExecutionProvider" in caplog.text
 
 
