@@ -16,6 +16,7 @@ from florence_onnx.engine import Engine
 from florence_onnx.errors import InputError
 from florence_onnx.generation import drive
 from florence_onnx.image import ImageInput
+from florence_onnx.options import SearchConfig
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.search import Floats, GeneratedSequence, Ids, Search
 
@@ -25,6 +26,9 @@ Key = str | int
 
 class Answering(Protocol):
     """What turns pictures and prompts into tokens."""
+
+    def check(self, config: SearchConfig) -> None:
+        """Raises OptionsError where a search asks for more than the graphs take."""
 
     def encode(self, picture: PILImage.Image) -> EncodedImage:
         """Runs the vision encoder on a loaded picture, which is kept as it is."""
@@ -57,6 +61,9 @@ class HostAnswering:
         self._sizes = sizes
         self._vision_encoder = vision_encoder
         self._text_model = text_model
+
+    def check(self, config: SearchConfig) -> None:
+        """All searches are possible."""
 
     def encode(self, picture: PILImage.Image) -> EncodedImage:
         features = self._vision_encoder.run({"pixel_values": preprocess(self._sizes, picture)})["image_features"]

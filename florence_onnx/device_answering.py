@@ -10,7 +10,9 @@ from florence_onnx.answering import Key, Picture, check, key_of, load, preproces
 from florence_onnx.bundle import ModelSizes
 from florence_onnx.continuous_batching import Job
 from florence_onnx.device_memory import DeviceArray
+from florence_onnx.errors import OptionsError
 from florence_onnx.image import ImageInput
+from florence_onnx.options import SearchConfig
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.resident_model import MAX_PICTURES, ResidentModel
 from florence_onnx.search import Floats, GeneratedSequence, Ids, Search
@@ -23,6 +25,17 @@ class DeviceAnswering:
     def __init__(self, sizes: ModelSizes, resident: ResidentModel) -> None:
         self._sizes = sizes
         self._resident = resident
+
+    def check(self, config: SearchConfig) -> None:
+        is_greedy = config.num_beams == 1
+        needed = 1 + config.prompt_lookup_num_tokens if is_greedy else config.num_beams
+        most = self._resident.max_tokens
+        if most is not None and needed > most:
+            option = "prompt_lookup_num_tokens" if is_greedy else "num_beams"
+            raise OptionsError(
+                f"{option} is too large for the TensorRT engines, which take {most} tokens of a prompt at a time, and this needs "
+                f'{needed}; device="cuda" has no such limit'
+            )
 
     def encode(self, picture: PILImage.Image) -> EncodedImage:
         return EncodedImage(self._resident.encode([preprocess(self._sizes, picture)])[0], picture)

@@ -228,7 +228,8 @@ def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine]
     from florence_onnx.resident_model import ResidentModel
 
     sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
-    return ResidentModel(engines, sizes, max_batch)
+    max_tokens = tensorrt.MAX_TOKENS if engines[-1].provider == TENSORRT else None
+    return ResidentModel(engines, sizes, max_batch, max_tokens)
 
 
 def decoder_shape(bundle: Bundle) -> DecoderShape:

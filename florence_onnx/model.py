@@ -277,6 +277,7 @@ class Florence2:
         if not requests:
             return []
         config = self._bundle.generation.resolve(options)
+        self._answering.check(config)
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         self._check_length(requests, attention_mask)
         given = [self._tokenizer.encode_text(request.given) for request in requests]

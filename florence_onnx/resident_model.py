@@ -116,13 +116,19 @@ class ResidentModel:
     """Vision and text on one device, for many threads."""
 
     def __init__(
-        self, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], sizes: ResidentSizes, max_batch: int
+        self,
+        engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine],
+        sizes: ResidentSizes,
+        max_batch: int,
+        max_tokens: int | None = None,
     ) -> None:
         """Args:
         engines: `vision_encoder.onnx`, `text_encoder.onnx`, `decoder_top.onnx`.
         sizes: Of the model.
         max_batch: Most prompts decoded together.
+        max_tokens: Most tokens of a prompt that the decoder takes at a time; None for any number.
         """
+        self.max_tokens = max_tokens
         vision_encoder, text_encoder, decoder = engines
         # One at a time on the device: while one thread captures a CUDA graph, no other may call CUDA.
         device = threading.Lock()

@@ -101,11 +101,12 @@ MAY_IMPORT = {
     },
     "workers": {"cpu"},
     "answering": {
-        *("bundle", "decoder", "engine", "errors", "generation", "image", "prediction", "search", "numpy", "PIL"),
+        *("bundle", "decoder", "engine", "errors", "generation", "image", "options", "prediction", "search"),
+        *("numpy", "PIL"),
     },
     "device_answering": {
-        *("answering", "bundle", "continuous_batching", "device_memory", "image", "prediction", "resident_model"),
-        *("search", "workers", "PIL"),
+        *("answering", "bundle", "continuous_batching", "device_memory", "errors", "image", "options", "prediction"),
+        *("resident_model", "search", "workers", "PIL"),
     },
     "hub": {"bundle", "errors", "huggingface_hub"},
 }
