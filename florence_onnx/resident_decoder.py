@@ -104,6 +104,11 @@ class ResidentDecoder:
         return self._num_places
 
     @property
+    def capacity(self) -> int:
+        """Slots of each prompt's cache."""
+        return self._capacity
+
+    @property
     def text_length(self) -> int:
         """The padded length of the prompts that can be added now."""
         return self._text_length
