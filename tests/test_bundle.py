@@ -73,8 +73,10 @@ def test_a_graph_of_the_right_length_with_wrong_content_is_named(copy: Path, nam
     with pytest.raises(CorruptGraphError, match=rf"{name} is damaged"):
         Florence2.from_pretrained(copy)
     forget_hashes(copy)
+    # of the two decoders a model on a device loads the one, a model that passes through the host the other
+    max_batch = 1 if name == bundle.DECODER_TOP else None
     with pytest.raises(CorruptGraphError, match=rf"{name} does not load") as caught:
-        Florence2.from_pretrained(copy)
+        Florence2.from_pretrained(copy, device="cpu", max_batch=max_batch)
     assert isinstance(caught.value, ValueError)
 
 
@@ -86,7 +88,7 @@ def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
 
 def test_an_older_format_asks_for_another_export(copy: Path) -> None:
     change_description(copy, format_version=bundle.FORMAT_VERSION - 1)
-    with pytest.raises(BundleFormatError, match=r"has format version 1.*export it again: florence-onnx-export"):
+    with pytest.raises(BundleFormatError, match=r"has format version 2.*export it again: florence-onnx-export"):
         Florence2.from_pretrained(copy)
 
 
