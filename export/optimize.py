@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 from florence_onnx import bundle
 
@@ -45,6 +46,8 @@ def to_fp16(path: Path) -> None:
         # the converter clips what fp16 cannot hold: -inf, the mask of the attention, becomes its lowest number
         max_finite_val=FP16_MAX,
     )
+    # the converter adds its casts at the end, and ONNX wants nodes in the order in which they can run
+    OnnxModel(converted).topological_sort()
     save(converted, path)
     tidy(path)
 

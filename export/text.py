@@ -197,9 +197,9 @@ class Decoder(nn.Module):
     """One decoder call: S new tokens of every prompt in, logits after each of them out, the cache written in place.
 
     Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(P, S)`, where in
-    the cache each is written; `visible` `(P, S, C)` bool, which slots a token attends, its own among them; `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value
-    `(P, H, E, d)`, self key and value `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys
-    and values in the same shapes.
+    the cache each is written; `visible` `(P, S, C)` bool, which slots a token attends, its own among them;
+    `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value `(P, H, E, d)`, self key and value
+    `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys and values in the same shapes.
 
     A prompt has one cache, whatever its number of beams: they lie side by side on the query axis of both attentions,
     and which history belongs to whom is a matter of `visible` alone. So are drafts that turn out wrong.

@@ -20,10 +20,12 @@ from florence_onnx import image
 from florence_onnx.bundle import Bundle, ModelSizes
 from florence_onnx.errors import CheckpointError
 from florence_onnx.image import ImageInput
+from florence_onnx.memory import ITEMSIZES
 
 from . import verify
 from .checkpoint import Checkpoint
 from .checkpoint_files import write_json
+from .memory import measure
 from .onnx_graphs import OPSET, export_graphs, plans
 from .optimize import PRECISIONS, VISION_PRECISIONS
 from .photograph import PHOTOGRAPH
@@ -210,6 +212,7 @@ def _finish(
         sizes=bundle.sizes,
         source=bundle.source,
         verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
+        memory=measure(bundle) if {precision, own} <= set(ITEMSIZES) else None,
         files=_files(directory),
     )
     # Written last: without it the directory is no bundle, whatever happened before.

@@ -133,6 +133,8 @@ class Bundle:
     """What its export measured."""
     vision_precision: str | None = None
     """Of the vision encoder, where it is not `precision`."""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    """What its graphs need on a device; see `florence_onnx.memory`. Empty where that is not known."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -265,6 +267,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         described.get("source", {}),
         described.get("verification", {}),
         described.get("vision_precision"),
+        described.get("memory") or {},
     )
 
 
@@ -428,6 +431,7 @@ def describe(
     sizes: ModelSizes,
     source: Mapping[str, Any],
     verification: Mapping[str, Any],
+    memory: Mapping[str, Any] | None,
     files: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of `florence_onnx.json`, in the form that `read` takes."""
@@ -438,5 +442,6 @@ def describe(
         "model": asdict(sizes),
         "source": dict(source),
         "verification": dict(verification),
+        "memory": memory,
         "files": dict(files),
     }

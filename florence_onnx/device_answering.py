@@ -12,9 +12,10 @@ from florence_onnx.continuous_batching import Job
 from florence_onnx.device_memory import DeviceArray
 from florence_onnx.errors import OptionsError
 from florence_onnx.image import ImageInput
+from florence_onnx.memory import MAX_PICTURES
 from florence_onnx.options import SearchConfig
 from florence_onnx.prediction import EncodedImage
-from florence_onnx.resident_model import MAX_PICTURES, ResidentModel
+from florence_onnx.resident_model import ResidentModel
 from florence_onnx.search import Floats, GeneratedSequence, Ids, Search
 from florence_onnx.workers import in_portions
 

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from florence_onnx import bundle as bundles
 from florence_onnx import graph_cache as graph_caches
-from florence_onnx import hub, image, tasks
+from florence_onnx import hub, image, memory, tasks
 from florence_onnx.answering import Answering, HostAnswering
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import TextBackend
@@ -344,6 +344,7 @@ class Florence2:
             "generation": vars(bundle.generation.resolve(None)),
             "source": dict(bundle.source),
             "verification": dict(bundle.verification),
+            "device_memory": memory.table(bundle),
         }
 
     # ------------------------------------------------------------------------------------------------------- stages

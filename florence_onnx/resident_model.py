@@ -21,8 +21,6 @@ from florence_onnx.search import GeneratedSequence
 
 Floats = npt.NDArray[np.float32]
 
-MAX_PICTURES = 8
-"""Pictures that the vision encoder takes at a time."""
 _log = logging.getLogger("florence_onnx")
 
 

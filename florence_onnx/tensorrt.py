@@ -25,14 +25,13 @@ from florence_onnx import cuda
 from florence_onnx.bundle import DECODER_TOP, DESCRIPTION, TEXT_ENCODER, VISION_ENCODER, Bundle
 from florence_onnx.cuda import Card
 from florence_onnx.errors import ProviderError
+from florence_onnx.memory import MAX_PICTURES
 
 ENGINES = "engines"
 """Folder of a bundle, or of the user's cache, that holds folders of engines."""
 ENVIRONMENT_VARIABLE = "FLORENCE_ONNX_ENGINE_CACHE"
 CONTEXT_SUFFIX = "_ctx.onnx"
 DEFAULT_MAX_BATCH = 8
-MAX_PICTURES = 8
-"""Pictures at a time; what `resident_model` gives the vision encoder at most."""
 MAX_TOKENS = 16
 """Tokens of a prompt in one step: its beams, or a token and what is drafted behind it. The logits of all are in an engine's memory."""
 CAPACITIES = (64, 4096)

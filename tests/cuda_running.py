@@ -6,6 +6,7 @@ and replayed is what it would be on a card. cuDNN's convolutions do not get thro
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions
 from florence_onnx.errors import FlorenceError
+from florence_onnx.memory import CONTEXT_BYTES, MAX_PICTURES, estimate
 from florence_onnx.prediction import EncodedImage
 from tests.cuda_stub import Counters
 
@@ -120,7 +122,26 @@ def too_small() -> Any:
     return found
 
 
-STEPS = {step.__name__: step for step in (steady, without_graphs, through_the_host, full, too_small)}
+def memory() -> Any:
+    """Bytes of the card in use after so many prompts with three beams, and what was reckoned with."""
+    found = {}
+    for count in (1, 8, 32):
+        asked = Asked(max_batch=count)
+        asked.run(count)
+        bundle = asked.model._bundle
+        need = estimate(bundle, count, 3, capacity=asked.decoder.capacity)
+        assert need is not None
+        before = asked.counters.memory_in_use
+        # what the vision encoder, whose convolutions do not get through the stub, would take besides
+        pictures = min(count, MAX_PICTURES)
+        vision = bundle.memory["picture"] * pictures + 4 * pictures * 3 * bundle.sizes.image_size[0] ** 2
+        found[str(count)] = [before, need.total - CONTEXT_BYTES - vision]
+        del asked
+        gc.collect()
+    return found
+
+
+STEPS = {step.__name__: step for step in (steady, without_graphs, through_the_host, full, too_small, memory)}
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)

@@ -250,6 +250,13 @@ class Counters:
         """Calls of a function, or bytes, such as `"bytes host to device"`."""
         return int(self._library.stub_count(name.encode()))
 
+    @property
+    def memory_in_use(self) -> int:
+        """Bytes of the card."""
+        left, size = ctypes.c_size_t(), ctypes.c_size_t()
+        self._library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
+        return size.value - left.value
+
     def reset(self) -> None:
         """All to zero."""
         self._library.stub_reset()

@@ -250,7 +250,7 @@ def test_device_auto_goes_on_when_an_accelerator_does_not_start(
 
 def test_device_auto_prefers_accelerators_and_ends_at_the_cpu() -> None:
     available = ["OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert providers.candidates(available) == ["cuda", "cpu"]
+    assert providers.candidates(available) == ["cuda", "openvino", "cpu"]
     assert providers.candidates(["CPUExecutionProvider"]) == ["cpu"]
     assert providers.candidates(available, "bf16") == ["openvino"]
 

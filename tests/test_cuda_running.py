@@ -121,3 +121,9 @@ def test_a_card_that_is_full_is_a_clear_error() -> None:
         name, text = found[step]
         assert name == "DeviceMemoryError"
         assert "a smaller max_batch, fewer beams or an fp16 bundle need less" in text
+
+
+def test_the_memory_that_is_taken_is_what_was_reckoned_with() -> None:
+    """All that ONNX Runtime takes of the card, by number of prompts, against `florence_onnx.memory`."""
+    for count, (taken, reckoned) in run("memory").items():
+        assert 0.8 * reckoned < taken < 1.2 * reckoned, count

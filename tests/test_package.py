@@ -78,9 +78,9 @@ MAY_IMPORT = {
     "generation": {"beam_search", "greedy_search", "options", "scores", "search"},
     "cpu": set(),
     "cuda": set(),
-    "tensorrt": {"bundle", "cuda", "errors"},
+    "tensorrt": {"bundle", "cuda", "errors", "memory"},
     "cudart": {"errors"},
-    "memory": set(),
+    "memory": {"bundle"},
     "device_memory": {"numpy"},
     "graph_cache": {"cpu", "errors"},
     "providers": {"bundle", "cpu", "errors"},
@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "resident_decoder": {"bundle", "decoder", "device_memory", "engine", "prompt_rows", "scores", "numpy"},
     "continuous_batching": {"device_memory", "errors", "prompt_rows", "scores", "search"},
     "resident_model": {
-        *("continuous_batching", "device_memory", "engine", "errors", "resident_decoder", "search", "numpy"),
+        *("continuous_batching", "device_memory", "engine", "errors", "memory", "resident_decoder", "search", "numpy"),
     },
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
     "bundle": {"errors", "options"},
@@ -105,8 +105,8 @@ MAY_IMPORT = {
         *("numpy", "PIL"),
     },
     "device_answering": {
-        *("answering", "bundle", "continuous_batching", "device_memory", "errors", "image", "options", "prediction"),
-        *("resident_model", "search", "workers", "PIL"),
+        *("answering", "bundle", "continuous_batching", "device_memory", "errors", "image", "memory", "options"),
+        *("prediction", "resident_model", "search", "workers", "PIL"),
     },
     "hub": {"bundle", "errors", "huggingface_hub"},
 }
