@@ -91,7 +91,7 @@ def activation_bytes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...
     """
     sizes = _sizes(model, inputs)
     kept = {value.name for value in (*model.graph.input, *model.graph.output)}
-    kept |= {tensor.name for tensor in model.graph.initializer}
+    kept |= _constants(model)
     owners: dict[str, str] = {}
     last: dict[str, int] = {}
     for at, node in enumerate(model.graph.node):
@@ -101,16 +101,21 @@ def activation_bytes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...
             owners[node.output[0]] = owners.get(node.input[0], node.input[0])
     alive = peak = 0
     for at, node in enumerate(model.graph.node):
-        new = [
-            name
-            for name in node.output
-            if name and name not in owners and name not in kept and node.op_type != "Constant"
-        ]
+        new = [name for name in node.output if name and name not in owners and name not in kept]
         alive += sum(sizes.get(name, 0) for name in new)
         peak = max(peak, alive)
         ended = {owners.get(name, name) for name in node.input} | set(new)
         alive -= sum(sizes.get(name, 0) for name in ended if last.get(name, at) == at and name not in kept)
     return peak
+
+
+def _constants(model: onnx.ModelProto) -> set[str]:
+    """Weights, and what follows from them alone, which is computed when the graph is loaded."""
+    found = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" or (node.input and all(name in found for name in node.input if name)):
+            found.update(node.output)
+    return found
 
 
 def _sizes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

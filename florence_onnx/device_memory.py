@@ -1,34 +1,35 @@
 """Tensors that stay where the kernels are: in a card's memory, or on the host for the CPU provider.
 
-Everything is ONNX Runtime's own: it allocates, and copies from and to numpy. Graphs read and write by address, so a part of a
-tensor along its first axis is a tensor too, and nothing is copied to make a batch or to take one apart.
+Graphs read and write by address, so a part of a tensor along its first axis is a tensor too, and nothing is copied to make a batch or to
+take one apart.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-CopyRows = Callable[[int, int, int, int, int, int], None]
-"""Copies `rows` of `width` bytes within one memory: target address, target pitch, source address, source pitch, width, rows."""
 
 
 class Block:
-    """Memory allocated at once."""
+    """Memory that was taken at once, and is given back with the last tensor in it."""
 
-    def __init__(self, memory: DeviceMemory, value: Any) -> None:
-        """Args: value, an `OrtValue` of bytes."""
+    def __init__(self, memory: DeviceMemory, address: int, owner: object = None) -> None:
+        """Args:
+        memory: Of which it is a part.
+        address: Where it begins.
+        owner: What must live as long.
+        """
         self.memory = memory
-        self.value = value
-        self.address = int(value.data_ptr())
+        self.address = address
+        self.owner = owner
 
 
 @dataclass(frozen=True)
@@ -54,54 +55,28 @@ class DeviceArray:
     def __getitem__(self, first: slice) -> DeviceArray:
         """Entries along the first axis, without a step."""
         start, stop, _ = first.indices(self.shape[0])
-        step = self.nbytes // self.shape[0]
-        return DeviceArray(self.block, self.address + start * step, (stop - start, *self.shape[1:]), self.dtype)
-
-    def reshape(self, *shape: int) -> DeviceArray:
-        """The same numbers, or the first of them, in another shape."""
-        assert math.prod(shape) * self.dtype.itemsize <= self.nbytes
-        return DeviceArray(self.block, self.address, shape, self.dtype)
+        size = self.nbytes // self.shape[0]
+        return DeviceArray(self.block, self.address + start * size, (stop - start, *self.shape[1:]), self.dtype)
 
     def upload(self, values: Array) -> None:
-        """Takes over a host array of the same number of bytes; the tensor is all of its block."""
-        self.block.value.update_inplace(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        """Takes over a host array of the same number of bytes; done when it returns."""
+        assert values.nbytes == self.nbytes
+        self.memory.write(self.address, np.ascontiguousarray(values))
 
     def download(self) -> Array:
-        """A copy on the host; reads the block as a whole."""
-        content = self.block.value.numpy()
-        start = self.address - self.block.address
-        # a copy: on the host ONNX Runtime gives the memory itself
-        found: Array = content[start : start + self.nbytes].copy().view(self.dtype).reshape(self.shape)
+        """A copy on the host."""
+        found = np.empty(self.shape, dtype=self.dtype)
+        self.memory.read(self.address, found)
         return found
 
 
-class DeviceMemory:
+class DeviceMemory(ABC):
     """The memory of one device."""
 
-    def __init__(
-        self,
-        ort: ModuleType,
-        device: str,
-        index: int,
-        copy_rows: CopyRows,
-        guarded: Callable[[Callable[[], Any]], Any],
-    ) -> None:
-        """Args:
-        ort: The module onnxruntime.
-        device: `"cpu"` or `"cuda"`, as `OrtValue` has them.
-        index: Which card.
-        copy_rows: Copies within it.
-        guarded: Calls something of ONNX Runtime's, and raises errors of ours.
-        """
-        self._guarded = guarded
-        self.device = device
-        self.index = index
-        self._ort = ort
-        self._copy_rows = copy_rows
-
-    def is_same(self, other: DeviceMemory) -> bool:
-        """Whether addresses of both mean the same."""
-        return (self.device, self.index) == (other.device, other.index)
+    device: str
+    """`"cpu"` or `"cuda"`, as ONNX Runtime has them."""
+    index: int
+    """Which card."""
 
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new tensor of zeros: what is masked is multiplied by zero, which a leftover NaN would survive.
@@ -110,18 +85,15 @@ class DeviceMemory:
             DeviceMemoryError: There is not enough memory.
         """
         kind = np.dtype(dtype)
-        size = max(1, math.prod(shape) * kind.itemsize)
-        value = self._guarded(lambda: self._new_value(size))
-        block = Block(self, value)
+        block = self.new_block(max(1, math.prod(shape) * kind.itemsize))
         return DeviceArray(block, block.address, shape, kind)
 
-    def _new_value(self, size: int) -> Any:
-        value = self._ort.OrtValue.ortvalue_from_shape_and_type([size], np.uint8, self.device, self.index)
-        value.update_inplace(np.zeros(size, dtype=np.uint8))
-        return value
+    def is_same(self, other: DeviceMemory) -> bool:
+        """Whether addresses of both mean the same."""
+        return (self.device, self.index) == (other.device, other.index)
 
     def copy(self, source: DeviceArray, target: DeviceArray, num_axes: int = 0) -> None:
-        """Copies the source's rows to the starts of the target's.
+        """Copies the source's rows to the starts of the target's; done when it returns.
 
         Args:
             source: A row is what lies below the first `num_axes` axes.
@@ -131,10 +103,41 @@ class DeviceMemory:
         rows = math.prod(source.shape[:num_axes])
         width = source.nbytes // rows
         pitch = target.nbytes // math.prod(target.shape[:num_axes])
-        self._copy_rows(target.address, pitch, source.address, width, width, rows)
+        self.copy_rows(target.address, pitch, source.address, width, rows)
+
+    @abstractmethod
+    def new_block(self, size: int) -> Block:
+        """So many bytes, all zero."""
+
+    @abstractmethod
+    def write(self, address: int, values: Array) -> None:
+        """Copies a host array to the device."""
+
+    @abstractmethod
+    def read(self, address: int, target: Array) -> None:
+        """Copies from the device to a host array."""
+
+    @abstractmethod
+    def copy_rows(self, target: int, pitch: int, source: int, width: int, rows: int) -> None:
+        """Copies `rows` adjacent rows of `width` bytes to addresses that are `pitch` bytes apart."""
 
 
-def copy_rows_on_host(target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-    """`CopyRows` for the host's own memory."""
-    for row in range(rows):
-        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+class HostMemory(DeviceMemory):
+    """The host's own, for providers that compute there."""
+
+    device = "cpu"
+    index = 0
+
+    def new_block(self, size: int) -> Block:
+        values = np.zeros(size, dtype=np.uint8)
+        return Block(self, values.ctypes.data, values)
+
+    def write(self, address: int, values: Array) -> None:
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+    def read(self, address: int, target: Array) -> None:
+        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+
+    def copy_rows(self, target: int, pitch: int, source: int, width: int, rows: int) -> None:
+        for row in range(rows):
+            ctypes.memmove(target + row * pitch, source + row * width, width)

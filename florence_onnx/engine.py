@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from florence_onnx import cpu
 from florence_onnx import providers as provider_presets
-from florence_onnx.cudart import CudaRuntime
-from florence_onnx.device_memory import DeviceArray, DeviceMemory, copy_rows_on_host
+from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.device_memory import DeviceArray, DeviceMemory, HostMemory
 from florence_onnx.errors import (
     BundleFileMissingError,
     CorruptGraphError,
@@ -190,22 +190,14 @@ class OnnxEngine:
 
     @cached_property
     def memory(self) -> DeviceMemory:
-        """Where the graph's buffers are best."""
-        runtime = self.cuda_runtime
-        if runtime is None:
-            return DeviceMemory(self._ort, "cpu", 0, copy_rows_on_host, self.guarded)
-        return DeviceMemory(self._ort, "cuda", self._device_index, runtime.copy_rows, self.guarded)
-
-    @cached_property
-    def cuda_runtime(self) -> CudaRuntime | None:
-        """CUDA's runtime library; None for a provider that does not run on a card.
+        """Where the graph's buffers are best.
 
         Raises:
-            ProviderError: It is not there.
+            ProviderError: CUDA's runtime library is not there.
         """
         if self.provider not in CUDA_PROVIDERS:
-            return None
-        return CudaRuntime(str(self._ort.cuda_version), self._device_index)
+            return HostMemory()
+        return CudaMemory(str(self._ort.cuda_version), self._device_index)
 
     @property
     def num_runs(self) -> int:

@@ -84,8 +84,10 @@ def estimate(
     pictures = min(MAX_PICTURES, batch)
     width, height = sizes.image_size
     features = 4 * sizes.num_image_tokens * sizes.width
-    tokens = num_beams + 2  # the usual step, and the one that opens an answer, have their logits each
-    activations = facts["picture"] * pictures + _of_text(facts, num_prompt_tokens) + facts["token"] * num_beams * batch
+    tokens = (
+        num_beams + 2
+    )  # the usual step and the one that opens an answer: what one needs seldom fits into what the other left
+    activations = facts["picture"] * pictures + _of_text(facts, num_prompt_tokens) + facts["token"] * tokens * batch
     buffers = (
         pictures * (4 * 3 * width * height + features) + (batch + 1) * features + 4 * sizes.vocab_size * tokens * batch
     )

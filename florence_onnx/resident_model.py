@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from florence_onnx.continuous_batching import ContinuousBatch, Job
-from florence_onnx.device_memory import DeviceArray
+from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.engine import OnnxBinding, OnnxEngine
 from florence_onnx.errors import ProviderError
 from florence_onnx.resident_decoder import ResidentDecoder, ResidentSizes
@@ -66,7 +65,7 @@ class _VisionBatch:
         memory = engine.memory
         self._memory = memory
         self._staging: Floats = np.zeros((count, *picture), dtype=np.float32)
-        _pin(self, engine, self._staging)
+        _pin(memory, self._staging)
         self._pixels = memory.allocate(self._staging.shape, np.float32)
         self._features = memory.allocate((count, sizes.num_image_tokens, sizes.width), np.float32)
         self._binding: OnnxBinding = engine.bind()
@@ -88,26 +87,13 @@ class _VisionBatch:
         return found
 
 
-def _pin(owner: object, engine: OnnxEngine, array: npt.NDArray[Any]) -> None:
-    """Lets a card read host memory by itself, for as long as its owner lives; slower where that is refused."""
-    runtime = engine.cuda_runtime
-    if runtime is None:
-        return
-    address = array.ctypes.data
-    try:
-        runtime.register(address, array.nbytes)
-    except ProviderError as error:
-        _log.info("pictures are copied to the device from memory that is not pinned: %s", error)
-        return
-    weakref.finalize(owner, _unpin, runtime.unregister, address, array)
-
-
-def _unpin(unregister: Any, address: int, array: object) -> None:
-    """Args: array, which must not go before its memory is unpinned."""
-    try:
-        unregister(address)
-    except ProviderError as error:
-        _log.info("%s", error)
+def _pin(memory: DeviceMemory, array: Floats) -> None:
+    """Lets a card read a host array by itself; where that is refused, copies are slower."""
+    if isinstance(memory, CudaMemory):
+        try:
+            memory.pin(array)
+        except ProviderError as error:
+            _log.info("pictures are copied to the device from memory that is not pinned: %s", error)
 
 
 class ResidentModel:

