@@ -16,6 +16,7 @@ from florence_onnx.errors import CheckpointError, FlorenceError
 from .checkpoint import load_checkpoint
 from .optimize import PRECISIONS, VISION_PRECISIONS
 from .photograph import PHOTOGRAPH
+from .tensorrt import build_engines, check_tensorrt
 from .transformers_js import export_transformers_js
 from .write_bundle import export_bundle, export_bundles
 
@@ -51,6 +52,10 @@ def export(
         list[Path] | None,
         typer.Option(help="Picture to verify on; may be repeated. Default: a photograph that comes along."),
     ] = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Build TensorRT engines for the card of this machine too.")
+    ] = False,
+    max_batch: Annotated[int, typer.Option(help="Most prompts that the engines take together.", min=1)] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
     """Turns a Florence-2 checkpoint into ONNX, and proves that it answers as before.
@@ -60,6 +65,8 @@ def export(
     With `verify` as the first argument, measures instead how much bundles agree with fp32: see `verify --help`.
     """
     try:
+        if tensorrt:
+            check_tensorrt(precision or ["fp32"], layout is Layout.BUNDLE, max_batch)
         with _console.status(f"loading {checkpoint}") as status:
             loaded = load_checkpoint(checkpoint, revision=revision)
 
@@ -80,11 +87,14 @@ def export(
             else:
                 common["vision_precision"] = vision_precision
                 written = export_bundles(loaded, output, precisions=precisions, **common)
+            engines = [build_engines(bundle, max_batch, progress) for bundle in written] if tensorrt else []
     except (FlorenceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)  # not through rich, which would take [cpu] for markup
         raise typer.Exit(1) from error
     for bundle in written:
         _console.print(_report(bundle))
+    for each in engines:
+        _console.print(f"TensorRT engines: {each.folder}", markup=False)
     typer.echo(output)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `demo`, `run`, `tasks`, `info` and `bench-fal`.
+"""The command line: `demo`, `run`, `tasks`, `info`, `build-engines` and those of other packages, `serve` and `bench-fal`.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error. Exit codes: 0 all well, 1
 some pictures could not be read, 2 stopped because of the arguments, the model or the disk.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ SAMPLES = Path(__file__).parent / "demo" / "samples"
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _ModelOption = Annotated[str, typer.Option(help="Bundle directory, hub repository (owner/name), or demo.")]
+_BundleArgument = Annotated[str, typer.Argument(help="Bundle directory, hub repository (owner/name), or demo.")]
 _PrecisionOption = Annotated[
     str | None, typer.Option(help="Which files to take where a model has several: fp32, fp16, …")
 ]
@@ -114,14 +116,30 @@ def list_tasks() -> None:
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="Bundle directory, hub repository (owner/name), or demo.")] = DEMO,
+    model: _BundleArgument = DEMO,
     precision: _PrecisionOption = None,
     device: _DeviceOption = "auto",
 ) -> None:
-    """Show a model's sizes, precision, origin and what its verification measured, as JSON."""
+    """Show a model's sizes, precision, origin, what its verification measured and what memory it needs on a card, as JSON."""
     with exit_on_error():
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))
+
+
+@app.command(name="build-engines")
+def build_engines(
+    model: _BundleArgument = DEMO,
+    precision: _PrecisionOption = None,
+    max_batch: Annotated[int, typer.Option(help="Most prompts that the engines take together.", min=1)] = 8,
+) -> None:
+    """Build the TensorRT engines of a bundle for the card of this machine, for `--device tensorrt` and `auto`."""
+    from florence_onnx import hub, loading
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # what is being built: it takes minutes
+    with exit_on_error():
+        found = hub.resolve(model, precision=precision, preferred=("fp16", "fp32"))
+        engines = loading.build_engines(found, max_batch)
+    typer.echo(engines.folder)
 
 
 _ELSEWHERE: dict[str, Any] = {

@@ -71,6 +71,7 @@ class Florence2:
         self._provider = provider
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
+        self._resident = resident
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
@@ -160,6 +161,11 @@ class Florence2:
                 max_batch=max_batch,
             )
         )
+
+    @property
+    def max_batch(self) -> int:
+        """Most prompts decoded together, those of other threads included; 0 where every call is decoded by itself."""
+        return 0 if self._resident is None else self._resident.max_batch
 
     # ------------------------------------------------------------------------------------------------------- asking
 
@@ -340,6 +346,7 @@ class Florence2:
             "precision": self._precision,
             "vision_precision": bundle.vision_precision or self._precision,
             "provider": self._provider,
+            "max_batch": self.max_batch,
             "model": dict(vars(sizes)),
             "generation": vars(bundle.generation.resolve(None)),
             "source": dict(bundle.source),

@@ -44,6 +44,10 @@ def without_picture(prediction: Prediction[Any]) -> None:
     """No annotated picture: `image` is null."""
 
 
+DEVICE_WORKERS = 4
+"""Batches at a time of a model on a card."""
+
+
 @dataclass(frozen=True)
 class ServiceSettings:
     """How much a service takes on."""
@@ -53,8 +57,9 @@ class ServiceSettings:
     """Requests that wait; more are refused."""
     max_batch: int = 8
     """Requests that run together."""
-    workers: int = 1
-    """Batches at a time. Each uses all of the model's threads: more than one pays only where batches leave cores idle."""
+    workers: int | None = None
+    """Batches at a time. None: `DEVICE_WORKERS` where the model decodes prompts of all callers together, which late ones join, so that
+    more are in flight; else 1, since each batch uses all of the model's threads."""
     loaders: int = 4
     """Pictures that are fetched and decoded at a time."""
     max_loaded: int = 8
@@ -96,7 +101,9 @@ class Service:
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
         self._is_open = True
         self._drawers = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
-        loops = [self._load_loop] * self.settings.loaders + [self._answer_loop] * self.settings.workers
+        loops = [self._load_loop] * self.settings.loaders + [self._answer_loop] * (
+            self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1)
+        )
         # daemons: an interpreter that ends does not wait for requests that nobody asks for any more; `close` does
         self._threads = [threading.Thread(target=loop, name=f"florence{loop.__name__}", daemon=True) for loop in loops]
         for thread in self._threads:

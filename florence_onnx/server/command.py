@@ -36,7 +36,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as Authorization: Key …", envvar="FLORENCE_ONNX_API_KEY")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Batches at a time, in this process, with one model.", min=1)] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Batches at a time, in this process, with one model. Default: 4 on a card, else 1.", min=1),
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
     cache_mb: Annotated[
