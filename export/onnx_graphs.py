@@ -111,6 +111,7 @@ def _decoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:
     axes: dict[str, dict[int, str]] = {
         "input_ids": tokens,
         "positions": tokens,
+        "slots": tokens,
         "visible": tokens | {2: "capacity"},
         "encoder_attention_mask": {0: "prompts", 1: "encoder_length"},
         "logits": tokens,
@@ -143,11 +144,12 @@ def _decoder_inputs(
     # each token sees some of the history and itself, and not the other new ones: what beams do
     visible = torch.rand(prompts, num_tokens, capacity, generator=generator) < 0.6
     visible[..., first:] = False
-    visible[:, torch.arange(num_tokens), first + torch.arange(num_tokens)] = True
+    slots = first + torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(prompts)])
+    visible.scatter_(2, slots[..., None], True)
     inputs = {
         "input_ids": torch.randint(3, text.vocab_size, (prompts, num_tokens), generator=generator),
         "positions": torch.randint(0, capacity, (prompts, num_tokens), generator=generator),
-        "slots": torch.tensor([first]),
+        "slots": slots,
         "visible": visible,
         "encoder_attention_mask": mask,
     }

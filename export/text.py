@@ -157,10 +157,11 @@ class _Slots:
     """`(P, 1, 1, E)`, the same for the encoder's positions."""
 
 
-def _places(slots: Tensor, prompts: int, heads: int, length: int) -> Tensor:
-    """Args: slots `(1,)`, the first to write to."""
+def _places(slots: Tensor, heads: int) -> Tensor:
+    """Args: slots `(P, S)`."""
+    prompts, length = slots.shape
     sizes = prompts, heads, length
-    axes = torch.arange(prompts)[:, None, None], torch.arange(heads)[:, None], slots + torch.arange(length)
+    axes = torch.arange(prompts)[:, None, None], torch.arange(heads)[:, None], slots[:, None]
     return torch.stack([axis.expand(sizes) for axis in axes], dim=-1)
 
 
@@ -195,9 +196,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """One decoder call: S new tokens of every prompt in, logits after each of them out, the cache written in place.
 
-    Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(1,)`, where in
-    the cache the first of them is written, the others behind it; `visible` `(P, S, C)` bool, which slots a token
-    attends, its own among them; `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value
+    Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(P, S)`, where in
+    the cache each is written; `visible` `(P, S, C)` bool, which slots a token attends, its own among them; `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value
     `(P, H, E, d)`, self key and value `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys
     and values in the same shapes.
 
@@ -223,9 +223,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         decoder, num_layers = self.decoder, len(self.layers)
         cross, past = caches[: 2 * num_layers], caches[2 * num_layers :]
-        prompts, length = input_ids.shape
         shared = _Slots(
-            _places(slots, prompts, past[0].shape[1], length),
+            _places(slots, past[0].shape[1]),
             _masking_bias(visible[:, None]),
             _masking_bias(encoder_attention_mask[:, None, None, :] != 0),
         )

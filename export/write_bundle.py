@@ -27,6 +27,7 @@ from .checkpoint_files import write_json
 from .onnx_graphs import OPSET, export_graphs, plans
 from .optimize import PRECISIONS, VISION_PRECISIONS
 from .photograph import PHOTOGRAPH
+from .top_scores import add_top_scores
 from .weights import gather_weights
 
 Progress = Callable[[str], None]
@@ -197,7 +198,8 @@ def _finish(
     own = precision if precision == "fp32" else vision_precision or precision
     graphs = graphs | _convert_graphs(checkpoint, directory, {bundles.VISION_ENCODER: own}, precision, progress)
     progress("sharing weights")
-    gather_weights([directory / graph for graph in bundles.GRAPHS], directory / bundles.WEIGHTS)
+    gather_weights([directory / plan.name for plan in plans(checkpoint)], directory / bundles.WEIGHTS)
+    graphs |= _add_top_scores(checkpoint, directory, precision)
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
@@ -233,6 +235,14 @@ def _convert_graphs(
         conversion(directory / plan.name)
         found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
     return found
+
+
+def _add_top_scores(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[str, Any]:
+    """Writes the accelerators' decoder beside the other, and checks it by the same module and bound."""
+    path = directory / bundles.DECODER_TOP
+    add_top_scores(directory / bundles.DECODER, path)
+    plan = next(plan for plan in plans(checkpoint) if plan.name == bundles.DECODER)
+    return {path.name: verify.check_graph(path.name, verify.compare_graph(plan, path), precision)}
 
 
 def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,88 +9,11 @@ import numpy.typing as npt
 
 from florence_onnx.logits_processors import LogitsProcessors
 from florence_onnx.options import SearchConfig
+from florence_onnx.scores import LogProbs, StepScores
 from florence_onnx.search import Continuation, Floats, GeneratedSequence, Ids, opening
-
-BLOCK = 128
-"""Tokens whose greatest score is found first; only the blocks that can hold a candidate are looked at again."""
 
 _UNREACHABLE = np.float32(-1.0e9)
 """Score of a beam that must not be chosen, as in transformers; finite, so that sums stay comparable."""
-
-
-class BlockedLogProbs:
-    """Log-probabilities of some rows, with the greatest of every block, in buffers that are reused.
-
-    A block is every n-th token, so that the maxima of all n blocks are elementwise maxima of `BLOCK` vectors. The
-    tokens left over form a tail that is always looked at.
-    """
-
-    def __init__(self, block: int = BLOCK) -> None:
-        self._block = block
-        self._scratch: Floats = np.zeros((0, 0), dtype=np.float32)
-
-    def read(self, logits: Floats) -> None:
-        """Args: logits `(R, V)`, float32; taken over and overwritten."""
-        if self._scratch.shape != logits.shape:
-            self._scratch = np.empty(logits.shape, dtype=np.float32)
-        num_blocks = logits.shape[1] // self._block
-        blocked = num_blocks * self._block
-        self._values = logits
-        self._blocks = logits[:, :blocked].reshape(len(logits), self._block, num_blocks)
-        self._tail = logits[:, blocked:]
-        self._maxima: Floats = self._blocks.max(axis=1)
-        greatest = np.max(self._maxima, axis=1, initial=-np.inf)
-        greatest = np.maximum(greatest, np.max(self._tail, axis=1, initial=-np.inf))[:, None]
-        self._values -= greatest
-        self._maxima -= greatest
-        np.exp(self._values, out=self._scratch)
-        # what is left to subtract; doing so candidate by candidate rounds as doing so for all would
-        self._log_sums: Floats = np.log(self._scratch.sum(axis=1, keepdims=True))
-
-    def ban(self, row: int, tokens: Sequence[int]) -> None:
-        """Makes tokens of a row impossible."""
-        for token in tokens:
-            self._values[row, token] = -np.inf
-            if token < self._blocks[0].size:
-                block = token % self._maxima.shape[1]
-                self._maxima[row, block] = self._blocks[row, :, block].max()
-
-    def force(self, row: int, token: int) -> None:
-        """Makes a token of a row certain and all others impossible."""
-        self._values[row] = self._maxima[row] = -np.inf
-        self._values[row, token] = self._log_sums[row] = 0
-        if token < self._blocks[0].size:
-            self._maxima[row, token % self._maxima.shape[1]] = 0
-
-    def best(self, first_row: int, scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
-        """The k best continuations of some beams, the lower beam and token first among equals.
-
-        Args:
-            first_row: Row of the first beam.
-            scores: `(K,)` of the beams so far; their rows follow each other.
-            k: How many; at most the number of all continuations.
-            is_shared: Whether all beams read the first row.
-
-        Returns:
-            Score, beam and token of each, `(k,)`.
-        """
-        rows = np.full(len(scores), first_row) if is_shared else np.arange(first_row, first_row + len(scores))
-        beam, log_sum = scores[:, None], self._log_sums[rows]
-        maxima = (self._maxima[rows] - log_sum) + beam
-        # each of the k best blocks holds a token with its score, so no token below the k-th of them is among the k best
-        least = np.partition(maxima, maxima.size - k, axis=None)[maxima.size - k] if maxima.size > k else -np.inf
-        beams, blocks = np.nonzero(maxima >= least)
-        inside = (self._blocks[rows[beams], :, blocks] - log_sum[beams]) + beam[beams]
-        tail = (self._tail[rows] - log_sum) + beam
-        vocab, num_blocks = self._values.shape[1], self._maxima.shape[1]
-        places = (beams * vocab + blocks)[:, None] + num_blocks * np.arange(self._block)
-        tail_places = vocab * np.arange(len(scores))[:, None] + np.arange(vocab - tail.shape[1], vocab)
-        found = np.concatenate([inside.ravel(), tail.ravel()])
-        candidates = np.flatnonzero(found >= least)
-        found = found[candidates]
-        place = np.concatenate([places.ravel(), tail_places.ravel()])[candidates]
-        order = np.lexsort((place, -found))[:k]
-        return found[order], place[order] // vocab, place[order] % vocab
 
 
 @dataclass(frozen=True)
@@ -120,7 +42,7 @@ class _BeamState:
         """Tokens of every running row."""
         return len(self.rows[0])
 
-    def process(self, log_probs: BlockedLogProbs, first_row: int, width: int) -> None:
+    def process(self, log_probs: LogProbs, first_row: int, width: int) -> None:
         """Applies the logits processors to the first `width` beams, whose rows of scores start at `first_row`."""
         forced = self.processors.forced(self.length)
         for place, tokens in enumerate(self.rows[:width]):
@@ -194,7 +116,6 @@ class BeamSearch:
 
     def __init__(self, num_prompts: int, config: SearchConfig) -> None:
         self._config = config
-        self._log_probs = BlockedLogProbs()
         self._states = [_BeamState(config) for _ in range(num_prompts)]
         self._active = list(self._states)
         self._is_started = False
@@ -202,19 +123,18 @@ class BeamSearch:
     def start(self) -> Ids:
         return np.array([state.rows[0] for state in self._states], dtype=np.int64)
 
-    def advance(self, logits: Floats) -> Continuation | None:
+    def advance(self, scores: StepScores) -> Continuation | None:
         k = self._config.num_beams
         width = k if self._is_started else 1  # the opening is fed once per prompt: its beams are all alike
-        last = logits[:, -1]
-        ends = self._model_ends(last)
-        self._log_probs.read(last)
+        ends = self._model_ends(scores, len(self._active) * width)
+        log_probs = scores.log_probs(2 * k)
         rows: list[Ids] = []
         tokens: list[Ids] = []
         kept: list[int] = []
         for place, state in enumerate(self._active):
             first_row = place * width
-            state.process(self._log_probs, first_row, width)
-            best = self._log_probs.best(first_row, state.scores, 2 * k, is_shared=width < k)
+            state.process(log_probs, first_row, width)
+            best = log_probs.best(first_row, state.scores, 2 * k, is_shared=width < k)
             own_ends = np.resize(ends[first_row : first_row + width], k)
             step = state.advance(*best, own_ends)
             if step is not None:
@@ -227,11 +147,12 @@ class BeamSearch:
             return None
         return Continuation(np.concatenate(rows), np.array(kept), np.concatenate(tokens)[:, None])
 
-    def _model_ends(self, logits: Floats) -> npt.NDArray[np.bool_]:
+    def _model_ends(self, scores: StepScores, num_rows: int) -> npt.NDArray[np.bool_]:
         """Whether each row would end now of its own accord; asked only where the limit is about to end it."""
-        if self._active[0].length + 1 < self._config.max_length:
-            return np.zeros(len(logits), dtype=bool)
-        ends: npt.NDArray[np.bool_] = logits.argmax(axis=-1) == self._config.eos_token_id
+        ends = np.zeros(num_rows, dtype=bool)
+        if self._active[0].length + 1 >= self._config.max_length:
+            last = scores.num_tokens - 1
+            ends[:] = [scores.best_token(row, last) == self._config.eos_token_id for row in range(num_rows)]
         return ends
 
     def results(self) -> list[GeneratedSequence]:

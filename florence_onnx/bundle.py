@@ -1,6 +1,7 @@
 """The model on disk: what a bundle consists of, how it is read, checked and described.
 
-A bundle is a directory with `florence_onnx.json`, three graphs, `tokenizer.json` and `generation_config.json`. The
+A bundle is a directory with `florence_onnx.json`, three graphs, of the decoder another form for accelerators,
+`tokenizer.json` and `generation_config.json`. The
 directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
@@ -23,13 +24,18 @@ from florence_onnx.errors import (
 )
 from florence_onnx.options import GenerationDefaults, GenerationOptions
 
-FORMAT_VERSION = 2
-"""2: the decoder has a cache of slots and a mask of what each token attends."""
+FORMAT_VERSION = 3
+"""3: every token has a slot of the decoder's cache to itself, and accelerators have a decoder that looks for the best tokens."""
 DESCRIPTION = "florence_onnx.json"
 VISION_ENCODER = "vision_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 DECODER = "decoder.onnx"
-GRAPHS = (VISION_ENCODER, TEXT_ENCODER, DECODER)
+DECODER_TOP = "decoder_top.onnx"
+"""The decoder that also gives the best logits, `TOP_VALUES` and so on: what an accelerator runs instead of `DECODER`."""
+GRAPHS = (VISION_ENCODER, TEXT_ENCODER, DECODER, DECODER_TOP)
+TOP_VALUES = "top_values"
+TOP_IDS = "top_ids"
+LOG_SUMS = "log_sums"
 WEIGHTS = "weights.data"
 """The large tensors of all graphs, each stored once."""
 TOKENIZER = "tokenizer.json"
@@ -47,6 +53,7 @@ KEY_INPUTS: dict[str, tuple[str, ...]] = {
     VISION_ENCODER: ("pixel_values",),
     TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
     DECODER: ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key"),
+    DECODER_TOP: ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key"),
     "vision_encoder": ("pixel_values",),
     "embed_tokens": ("input_ids",),
     "encoder_model": ("attention_mask", "inputs_embeds"),
@@ -137,6 +144,17 @@ class Bundle:
     def graphs(self) -> dict[str, Path]:
         """Names and paths of all graphs: first the vision encoder, then the text graphs."""
         return {name: self.graph(name) for name in (GRAPHS if self.layout == "florence_onnx" else JS_GRAPHS)}
+
+    def stages(self, *, is_resident: bool = False) -> dict[str, Path]:
+        """Names and paths of the graphs that a model runs, in the order of `graphs`.
+
+        Args:
+            is_resident: Whether everything between the graphs stays in a device's memory.
+        """
+        if self.layout != "florence_onnx":
+            return self.graphs
+        skipped = DECODER if is_resident else DECODER_TOP
+        return {name: path for name, path in self.graphs.items() if name != skipped}
 
     @property
     def tokenizer(self) -> Path:

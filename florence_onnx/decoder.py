@@ -210,7 +210,7 @@ class _Call:
         self._input_ids: Ids = np.zeros((prompts, total), dtype=np.int64)
         self._positions: Ids = np.zeros((prompts, total), dtype=np.int64)
         self._offsets = np.arange(num_tokens)
-        self._slots: Ids = np.zeros(1, dtype=np.int64)
+        self._slots: Ids = np.zeros((prompts, total), dtype=np.int64)
         self._visible: Bools = np.zeros((prompts, total, capacity), dtype=np.bool_)
         # (K, n, S): a token attends itself and those before it in its own row, of those that are fed with it
         causal = np.tri(num_tokens, dtype=np.bool_)
@@ -247,7 +247,7 @@ class _Call:
         np.add(lengths[..., None], self._offsets, out=positions)
         # what pads a short draft may lie beyond the last position; nobody reads its logits
         np.minimum(positions, max_positions - 1, out=positions)
-        self._slots[0] = first
+        self._slots[:] = np.arange(first, first + self._slots.shape[1])
         masks = self._visible.reshape(*self._sizes, -1)
         masks[:] = visible[:, :, None]
         masks[..., first : first + self.own.shape[2]] |= self.own

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -14,7 +16,17 @@ import numpy.typing as npt
 
 from florence_onnx import cpu, cuda, graph_cache
 from florence_onnx import providers as provider_presets
-from florence_onnx.errors import BundleFileMissingError, CorruptGraphError, InputError, MissingExtraError, ProviderError
+from florence_onnx.cudart import CudaRuntime
+from florence_onnx.device_memory import DeviceArray, DeviceMemory, copy_rows_on_host
+from florence_onnx.errors import (
+    BundleFileMissingError,
+    CorruptGraphError,
+    DeviceMemoryError,
+    InputError,
+    MissingExtraError,
+    ProviderError,
+)
+from florence_onnx.memory import is_out_of_memory
 from florence_onnx.providers import Options, Provider
 
 Array = npt.NDArray[Any]
@@ -30,10 +42,14 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 CPU = "CPUExecutionProvider"
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
+"""The provider option that lets a session capture CUDA graphs."""
+NO_CAPTURE = "-1"
+"""Run config entry `gpu_graph_id` of a run that is neither captured nor replayed."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry, since ONNX Runtime 1.24: note which provider took which nodes."""
 _log = logging.getLogger("florence_onnx")
-_LOAD_ERRORS = (
+_ERRORS = (
     "Fail",
     "InvalidArgument",
     "InvalidGraph",
@@ -106,6 +122,7 @@ class OnnxEngine:
         session_options: SessionOptions | None = None,
         kept: Path | None = None,
         expected_inputs: Sequence[str] = (),
+        cuda_graphs: bool = False,
     ) -> None:
         """Loads a graph.
 
@@ -118,6 +135,7 @@ class OnnxEngine:
             session_options: Overrides of `default_session_options`.
             kept: Folder of `graph_cache`, used with the CPU provider alone; None does without.
             expected_inputs: Names that must be among the graph's inputs.
+            cuda_graphs: Whether bindings may capture CUDA graphs, on a card; `provider_options` have the last word.
 
         Raises:
             BundleFileMissingError: There is no such file.
@@ -137,7 +155,17 @@ class OnnxEngine:
             num_threads=cpu.num_cores(),
         )
         self._ort = ort
-        self._session = _open_session(ort, path, chosen, session_options, kept)
+        self._lock = threading.Lock()
+        self._graph_ids = itertools.count(1)
+        name = CUDA_GRAPHS.get(chosen[0][0], "")
+        if cuda_graphs and name:
+            chosen[0][1].setdefault(name, "1")
+        self.captures = str(chosen[0][1].get(name, "0")) in ("1", "True", "true")
+        """Whether bindings may become CUDA graphs."""
+        self.capture_refusal = ""
+        """Why not, where it was wanted."""
+        self._session = self._open(path, chosen, session_options, kept)
+        self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = _check_provider(ort, self._session.get_providers(), chosen)
         self.nodes: Mapping[str, int] = _count_nodes(self._session) if self.provider != CPU else {}
         _report_nodes(path, self.provider, self.nodes)
@@ -145,8 +173,63 @@ class OnnxEngine:
         _check_interface(path, {node.name: node.type for node in nodes}, expected_inputs)
         self.inputs: dict[str, np.dtype[Any]] = {node.name: np.dtype(_DTYPES[node.type]) for node in nodes}
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
+        self.output_shapes: dict[str, list[int | str]] = {
+            node.name: list(node.shape) for node in self._session.get_outputs()
+        }
+        """By name; axes without a fixed size by their names."""
         self._num_runs = 0
-        self._lock = threading.Lock()
+
+    def _open(
+        self,
+        path: Path,
+        chosen: provider_presets.ProviderList,
+        session_options: SessionOptions | None,
+        kept: Path | None,
+    ) -> Any:
+        """Opens the session; without CUDA graphs where ONNX Runtime refuses to capture this one."""
+        try:
+            return _open_session(self._ort, path, chosen, session_options, kept)
+        except ProviderError as error:
+            if not self.captures or "graph" not in str(error).lower():
+                raise
+            chosen[0][1][CUDA_GRAPHS[chosen[0][0]]] = "0"
+            session = _open_session(self._ort, path, chosen, session_options, kept)
+            self.refuse_capture(path.name, error)
+            return session
+
+    def refuse_capture(self, what: str, reason: BaseException) -> None:
+        """Goes on without CUDA graphs, and says so."""
+        self.captures = False
+        self.capture_refusal = str(reason)
+        _log.warning("%s runs without a CUDA graph, which costs time at every step: %s", what, reason)
+
+    def new_graph_id(self) -> int:
+        """A number for a CUDA graph of this session."""
+        return next(self._graph_ids)
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether an output may be bound to an input's memory: an engine of TensorRT's does not promise to read first."""
+        return self.provider != "TensorrtExecutionProvider"
+
+    @cached_property
+    def memory(self) -> DeviceMemory:
+        """Where the graph's buffers are best."""
+        runtime = self.cuda_runtime
+        if runtime is None:
+            return DeviceMemory(self._ort, "cpu", 0, copy_rows_on_host, self.guarded)
+        return DeviceMemory(self._ort, "cuda", self._device_index, runtime.copy_rows, self.guarded)
+
+    @cached_property
+    def cuda_runtime(self) -> CudaRuntime | None:
+        """CUDA's runtime library; None for a provider that does not run on a card.
+
+        Raises:
+            ProviderError: It is not there.
+        """
+        if self.provider not in CUDA_PROVIDERS:
+            return None
+        return CudaRuntime(str(self._ort.cuda_version), self._device_index)
 
     @property
     def num_runs(self) -> int:
@@ -160,30 +243,104 @@ class OnnxEngine:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         typed = {name: np.ascontiguousarray(value, dtype=self.inputs[name]) for name, value in feeds.items()}
         self.count_run()
-        return dict(zip(self.outputs, self._session.run(None, typed), strict=True))
+        options = self.run_options()
+        outputs = self.guarded(lambda: self._session.run(None, typed, options))
+        return dict(zip(self.outputs, outputs, strict=True))
 
-    def bind(self) -> Binding:
-        return _OnnxBinding(self, self._session)
+    def run_options(self, graph_id: str = NO_CAPTURE) -> Any:
+        """`RunOptions` for a CUDA graph; None where there are none, since other providers need none."""
+        if not self.captures:
+            return None
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", graph_id)
+        return options
+
+    def guarded(self, run: Callable[[], Any]) -> Any:
+        """Calls ONNX Runtime, and gives what a device raises our names.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory; all that was allocated before is still there.
+            ProviderError: The provider failed.
+        """
+        # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
+        try:
+            return run()
+        except (*_errors(self._ort), RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise DeviceMemoryError(
+                    f"{self.provider} has not enough memory: {error}; a smaller max_batch, fewer beams or an fp16 bundle "
+                    "need less, and `florence-onnx info` tells how much"
+                ) from error
+            if self.provider == CPU:
+                raise
+            raise ProviderError(f"{self.provider} failed while running: {error}") from error
+
+    def bind(self) -> OnnxBinding:
+        return OnnxBinding(self, self._session)
 
 
-class _OnnxBinding:
+class OnnxBinding:
+    """Buffers on the host or on a device, as `Binding`; on a card its runs may be one CUDA graph."""
+
     def __init__(self, engine: OnnxEngine, session: Any) -> None:
         self._engine = engine
         self._session = session
         self._binding = session.io_binding()
-        self._arrays: dict[str, Array] = {}  # the session holds bare addresses: the arrays must live as long
+        self._arrays: dict[str, Array | DeviceArray] = {}  # the session holds bare addresses: these must live as long
+        self._graph_id: int | None = None
+        self._options = engine.run_options()
 
-    def bind_input(self, name: str, array: Array) -> None:
+    def bind_input(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"input {name}"] = array
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._binding.bind_input(name, *_place(array))
 
-    def bind_output(self, name: str, array: Array) -> None:
+    def bind_output(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"output {name}"] = array
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._binding.bind_output(name, *_place(array))
+
+    def capture(self) -> None:
+        """Makes the runs from now on one CUDA graph, if the engine captures any; the buffers stay what and where they are."""
+        if self._engine.captures:
+            self._graph_id = self._engine.new_graph_id()
+            self._options = self._engine.run_options(str(self._graph_id))
+
+    def release(self) -> None:
+        """Forgets the CUDA graph; no more runs."""
+        if self._graph_id is not None and hasattr(self._session, "release_captured_graph"):
+            self._session.release_captured_graph(self._graph_id)
+        self._graph_id = None
 
     def run(self) -> None:
+        """Runs the graph once on the present content of the buffers; where that cannot be captured, without a CUDA graph.
+
+        Raises:
+            DeviceMemoryError: The device has not enough memory; what was allocated before is still there.
+            ProviderError: The provider failed.
+        """
         self._engine.count_run()
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._run()
+        except DeviceMemoryError:
+            raise
+        except ProviderError as error:
+            if self._graph_id is None:
+                raise
+            self._graph_id, self._options = None, self._engine.run_options()
+            self._run()  # raises if the graph was not the reason
+            self._engine.refuse_capture("a graph", error)
+
+    def _run(self) -> None:
+        if not self._engine.captures and self._graph_id is not None:  # another binding was refused
+            self._graph_id, self._options = None, self._engine.run_options()
+        self._engine.guarded(lambda: self._session.run_with_iobinding(self._binding, self._options))
+
+
+def _place(array: Array | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """Where a tensor is, as `io_binding` takes it: device, its number, dtype, shape, address."""
+    if isinstance(array, DeviceArray):
+        memory = array.memory
+        return memory.device, memory.index, array.dtype.type, array.shape, array.address
+    return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
 
 
 def load_engines(paths: Sequence[Path], expected_inputs: Sequence[Sequence[str]], **arguments: Any) -> list[OnnxEngine]:
@@ -277,7 +434,7 @@ def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
 
 def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.ProviderList, options: Any) -> Any:
     state = ort.capi.onnxruntime_pybind11_state
-    errors = tuple(getattr(state, name) for name in _LOAD_ERRORS if hasattr(state, name))
+    errors = _errors(ort)
     if chosen[0][0] != CPU:  # what the start of a GPU provider raises is not always one of ONNX Runtime's own classes
         errors += (RuntimeError, ValueError)
     try:
@@ -292,6 +449,12 @@ def _create_session(ort: ModuleType, path: Path, chosen: provider_presets.Provid
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
+
+
+def _errors(ort: ModuleType) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises."""
+    state = ort.capi.onnxruntime_pybind11_state
+    return tuple(getattr(state, name) for name in _ERRORS if hasattr(state, name))
 
 
 def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[str]) -> None:

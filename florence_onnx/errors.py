@@ -18,6 +18,7 @@ FlorenceError
 │   ├── BundleFormatError (ValueError)      unreadable, or of another version
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            an execution provider that was asked for and cannot run
+│   └── DeviceMemoryError (MemoryError)     a device's memory is full; the model stays usable
 ├── MissingExtraError (ImportError)         an optional dependency; names the `pip install` line
 └── CheckpointError (ValueError)            export: a checkpoint that cannot be converted
     └── VerificationError                   export: the graphs do not reproduce the checkpoint
@@ -93,6 +94,10 @@ class CorruptGraphError(BundleError, ValueError):
 
 class ProviderError(FlorenceError, RuntimeError):
     """An execution provider that was asked for cannot run here."""
+
+
+class DeviceMemoryError(ProviderError, MemoryError):
+    """The memory of the device, or the part of it that is allowed, does not suffice; the model stays usable."""
 
 
 class MissingExtraError(FlorenceError, ImportError):

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from florence_onnx.beam_search import BeamSearch
 from florence_onnx.greedy_search import GreedySearch
 from florence_onnx.options import SearchConfig
+from florence_onnx.scores import AllScores
 from florence_onnx.search import Floats, GeneratedSequence, Ids, Search
 
 
@@ -56,35 +57,56 @@ def generate(
 ) -> list[GeneratedSequence]:
     """Decodes every prompt of a session.
 
-    Greedy search drafts tokens by prompt lookup where the session can verify them. A draft never changes what is
+    Args:
+        session: Decoder that holds `num_prompts` encoded prompts and no token yet.
+        num_prompts: Number of prompts.
+        config: How to search.
+        given: As for `new_search`; only a `VerifyingSession` makes use of it.
+
+    Returns:
+        One sequence per prompt.
+    """
+    return drive(session, new_search(num_prompts, config, given if isinstance(session, VerifyingSession) else None))
+
+
+def new_search(num_prompts: int, config: SearchConfig, given: Sequence[Sequence[int]] | None) -> Search:
+    """The search that a configuration asks for.
+
+    Greedy search drafts tokens by prompt lookup where it is given something. A draft never changes what is
     chosen: every token is the greedy choice, with all processors, after the tokens before it. What a draft may change
     is the rounding of that choice's logits, because a product of several rows sums in another order than that of one;
     between tokens that are equally likely to within that rounding (about 1e-6 of the logits in fp32; more where
     activations are quantized over all rows of a call) either may come out, as it may on another machine.
 
     Args:
-        session: Decoder that holds `num_prompts` encoded prompts and no token yet.
         num_prompts: Number of prompts.
         config: How to search.
         given: For each prompt, token ids that its answer may repeat (a caption, a region), as the answer would write
-            them; None: no drafts.
+            them; None: no drafts, for decoders that cannot verify them.
+    """
+    if config.num_beams > 1:
+        return BeamSearch(num_prompts, config)
+    return GreedySearch(num_prompts, config, given)
+
+
+def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:
+    """Steps a session through a search.
+
+    Args:
+        session: Decoder that holds the prompts and no token yet.
+        search: Of as many prompts.
 
     Returns:
         One sequence per prompt.
     """
     verifying = session if isinstance(session, VerifyingSession) else None
-    search: Search
-    if config.num_beams > 1:
-        search = BeamSearch(num_prompts, config)
-    else:
-        search = GreedySearch(num_prompts, config, None if verifying is None else given)
-    logits = session.step(search.start())[:, None]
-    while (continuation := search.advance(logits)) is not None:
+    scores = AllScores().read(session.step(search.start())[:, None])
+    while (continuation := search.advance(scores)) is not None:
         if continuation.kept is not None and verifying is not None:
             verifying.keep(continuation.kept)
         session.reorder(continuation.rows, continuation.prompts)
         if verifying is not None and continuation.token_ids.shape[1] > 1:
-            logits = verifying.verify(continuation.token_ids)
+            scores.read(verifying.verify(continuation.token_ids))
         else:
-            logits = session.step(continuation.token_ids)[:, None]
+            scores.read(session.step(continuation.token_ids)[:, None])
     return search.results()

@@ -9,7 +9,8 @@ import numpy as np
 from florence_onnx.logits_processors import LogitsProcessors
 from florence_onnx.options import SearchConfig
 from florence_onnx.prompt_lookup import PromptLookup
-from florence_onnx.search import Continuation, Floats, GeneratedSequence, Ids, opening
+from florence_onnx.scores import StepScores
+from florence_onnx.search import Continuation, GeneratedSequence, Ids, opening
 
 
 class _Row:
@@ -25,18 +26,19 @@ class _Row:
         self._draft: list[int] = []
         self.answer: GeneratedSequence | None = None
 
-    def take(self, logits: Floats) -> int:
+    def take(self, scores: StepScores, row: int) -> int:
         """Chooses tokens while the drafted ones turn out to be the choice.
 
         Args:
-            logits: `(S, V)`, a row for the last token and for each drafted one; overwritten.
+            scores: A place for the last token and for each drafted one.
+            row: This one's row in them.
 
         Returns:
             How many of the tokens that were fed belong to the answer.
         """
         num_kept = 0
         for drafted in (*self._draft, None):
-            self._take_one(logits[num_kept])
+            self._take_one(scores, row, num_kept)
             num_kept += 1
             if self.answer is not None or self.tokens[-1] != drafted:
                 break
@@ -45,15 +47,13 @@ class _Row:
             self._lookup.settle(num_kept - 1)
         return num_kept
 
-    def _take_one(self, logits: Floats) -> None:
+    def _take_one(self, scores: StepScores, row: int, place: int) -> None:
         config, tokens = self._config, self.tokens
         at_limit = len(tokens) + 1 >= config.max_length
-        unforced = int(logits.argmax()) if at_limit else config.eos_token_id
+        unforced = scores.best_token(row, place) if at_limit else config.eos_token_id
         token = self._processors.forced(len(tokens))
         if token is None:
-            for banned in self._processors.banned(tokens):
-                logits[banned] = -np.inf
-            token = int(logits.argmax())
+            token = scores.best_token(row, place, self._processors.banned(tokens))
         tokens.append(token)
         self._processors.add(tokens)
         if self._lookup is not None:
@@ -85,15 +85,15 @@ class GreedySearch:
     def start(self) -> Ids:
         return np.array([row.tokens for row in self._rows], dtype=np.int64)
 
-    def advance(self, logits: Floats) -> Continuation | None:
+    def advance(self, scores: StepScores) -> Continuation | None:
         active = self._active
-        kept = [row.take(row_logits) for row, row_logits in zip(active, logits, strict=True)]
+        kept = [row.take(scores, place) for place, row in enumerate(active)]
         staying = [place for place, row in enumerate(active) if row.answer is None]
         if not staying:
             return None
         self._active = [active[place] for place in staying]
         rows = np.array(staying, dtype=np.int64)
-        return Continuation(rows, rows, self._feed(), np.array(kept, dtype=np.int64) if logits.shape[1] > 1 else None)
+        return Continuation(rows, rows, self._feed(), np.array(kept, dtype=np.int64) if scores.num_tokens > 1 else None)
 
     def _feed(self) -> Ids:
         """Drafts are padded with their row's last token to the length of the longest; the padding is never kept."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from florence_onnx import providers as provider_presets
 from florence_onnx.bundle import KEY_INPUTS, Bundle
 from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import Engine, SessionOptions, load_engines, onnxruntime
+from florence_onnx.engine import CUDA_PROVIDERS, Engine, OnnxEngine, SessionOptions, load_engines, onnxruntime
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
 from florence_onnx.providers import BF16, Options, Provider, candidates
 from florence_onnx.tokenizer import PromptTokenizer
 from florence_onnx.transformers_js import TransformersJsTextModel
 
+if TYPE_CHECKING:
+    from florence_onnx.resident_model import ResidentModel
+
+DEFAULT_MAX_BATCH = 32
+"""Prompts decoded together on a card: a step reads all weights, whether for one prompt or for thirty."""
 _log = logging.getLogger("florence_onnx")
 
 
@@ -30,6 +35,8 @@ class Stages(NamedTuple):
     precision: str
     """What is computed in: the bundle's, or bf16."""
     tokenizer: PromptTokenizer
+    resident: ResidentModel | None = None
+    """The same graphs with everything between them on the device, where that was asked for or is worth it."""
 
 
 def load(
@@ -41,6 +48,7 @@ def load(
     provider_options: Options | None,
     session_options: SessionOptions | None,
     kept: Path | None,
+    max_batch: int | None,
 ) -> Stages:
     """Loads all stages; arguments as for `Florence2.from_pretrained`, `kept` as for `OnnxEngine`.
 
@@ -51,7 +59,13 @@ def load(
     """
     if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
         raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
-    arguments = {"precision": precision, "session_options": session_options, "kept": kept}
+    _check_max_batch(max_batch, bundle)
+    arguments = {
+        "precision": precision,
+        "session_options": session_options,
+        "kept": kept,
+        "max_batch": max_batch,
+    }
     if device == "auto" and providers is None:
         if provider_options:
             raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
@@ -85,16 +99,55 @@ def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
     return _load(bundle, {**arguments, "device": last})
 
 
+def _check_max_batch(max_batch: int | None, bundle: Bundle) -> None:
+    if max_batch is None:
+        return
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 0:
+        raise InputError(f"max_batch must be a whole number, 0 for no continuous batching; got {max_batch!r}")
+    if max_batch and bundle.layout != "florence_onnx":
+        raise InputError(f"max_batch needs a bundle of this project's; {bundle.path} has the layout of {bundle.layout}")
+
+
 def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
     from concurrent.futures import ThreadPoolExecutor
 
-    names = [KEY_INPUTS[graph] for graph in bundle.graphs]
+    max_batch = _max_batch(bundle, arguments)
+    graphs = bundle.stages(is_resident=max_batch > 0)
+    names = [KEY_INPUTS[graph] for graph in graphs]
+    options = {name: value for name, value in arguments.items() if name != "max_batch"}
     with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
         tokenizer = pool.submit(load_tokenizer, bundle)
-        vision_encoder, *text = load_engines(list(bundle.graphs.values()), names, **arguments)
+        vision_encoder, *text = load_engines(list(graphs.values()), names, cuda_graphs=max_batch > 0, **options)
     precision = arguments["precision"] or bundle.precision
     backend = text_backend(bundle, text)
-    return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result())
+    resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
+    return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
+
+
+def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
+    from florence_onnx.resident_decoder import ResidentSizes
+    from florence_onnx.resident_model import ResidentModel
+
+    sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
+    return ResidentModel(engines, sizes, max_batch)
+
+
+def _max_batch(bundle: Bundle, arguments: Mapping[str, Any]) -> int:
+    """Most prompts in flight; 0 where everything passes through the host."""
+    if arguments["max_batch"] is not None:
+        return int(arguments["max_batch"])
+    available = onnxruntime().get_available_providers()
+    chosen = provider_presets.resolve(arguments.get("device", "auto"), arguments.get("providers"), available)
+    is_on_card = chosen[0][0] in CUDA_PROVIDERS and bundle.layout == "florence_onnx"
+    return DEFAULT_MAX_BATCH if is_on_card else 0
+
+
+def decoder_shape(bundle: Bundle) -> DecoderShape:
+    """The sizes of a bundle's decoder."""
+    sizes = bundle.sizes
+    return DecoderShape(
+        sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
+    )
 
 
 def text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
@@ -111,9 +164,7 @@ def text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
             f"{bundle.path}: the decoder has {found // per_layer} layers, its description says {sizes.decoder_layers}; "
             "export or download it again"
         )
-    shape = DecoderShape(
-        sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
-    )
+    shape = decoder_shape(bundle)
     if bundle.layout == "transformers.js":
         embed_tokens, encoder, decoder = engines
         return TransformersJsTextModel(embed_tokens, encoder, decoder, shape)

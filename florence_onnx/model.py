@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,12 @@ from PIL import Image as PILImage
 from florence_onnx import bundle as bundles
 from florence_onnx import graph_cache as graph_caches
 from florence_onnx import hub, image, tasks
+from florence_onnx.answering import Answering, HostAnswering
 from florence_onnx.bundle import Bundle
 from florence_onnx.decoder import TextBackend
 from florence_onnx.engine import Engine, SessionOptions
 from florence_onnx.errors import InputError, TextInputError
-from florence_onnx.generation import DecoderSession, generate
+from florence_onnx.generation import new_search
 from florence_onnx.image import ImageInput
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.locations import Region
@@ -27,9 +28,12 @@ from florence_onnx.options import GenerationOptions
 from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.providers import BF16, Options, Provider
-from florence_onnx.search import GeneratedSequence
+from florence_onnx.search import GeneratedSequence, GivenAnswer, Search
 from florence_onnx.tasks import Task
 from florence_onnx.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from florence_onnx.resident_model import ResidentModel
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
@@ -57,6 +61,7 @@ class Florence2:
         provider: str,
         precision: str | None = None,
         tokenizer: PromptTokenizer | None = None,
+        resident: ResidentModel | None = None,
     ) -> None:
         """Wires loaded stages; use `from_pretrained`."""
         self._bundle = bundle
@@ -65,6 +70,12 @@ class Florence2:
         self._provider = provider
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
+        if resident is None:
+            self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
+        else:
+            from florence_onnx.device_answering import DeviceAnswering  # not for those who have a CPU
+
+            self._answering = DeviceAnswering(bundle.sizes, resident)
 
     @classmethod
     def from_pretrained(
@@ -77,6 +88,7 @@ class Florence2:
         provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
         graph_cache: bool | str | os.PathLike[str] | None = None,
+        max_batch: int | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Florence2:
@@ -97,6 +109,9 @@ class Florence2:
             graph_cache: Keeps the optimised graphs, on the CPU, for a faster start and weights that processes share, at
                 twice the bundle's size on disk: a folder, True (`~/.cache/florence_onnx/graphs`), False, or None for
                 what the environment variable `FLORENCE_ONNX_GRAPH_CACHE` says.
+            max_batch: Most prompts decoded together, those of other threads included: whoever is done leaves, whoever waits
+                enters, and all that lies between the graphs stays on the device. None: 32 on a card, none of this on a CPU,
+                where 0 means none as well. Its memory: `florence-onnx info`.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept.
 
@@ -115,6 +130,7 @@ class Florence2:
             provider_options=provider_options,
             session_options=session_options,
             graph_cache=graph_cache,
+            max_batch=max_batch,
         )
 
     @classmethod
@@ -128,6 +144,7 @@ class Florence2:
         provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
         graph_cache: bool | str | os.PathLike[str] | None = None,
+        max_batch: int | None = None,
     ) -> Florence2:
         """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
         return cls(
@@ -139,6 +156,7 @@ class Florence2:
                 provider_options=provider_options,
                 session_options=session_options,
                 kept=graph_caches.folder(graph_cache),
+                max_batch=max_batch,
             )
         )
 
@@ -181,7 +199,7 @@ class Florence2:
             allowed_hosts=allowed_hosts,
         )
         # a copy of a caller's own picture: what is drawn later must be what was seen
-        return EncodedImage(self._features(loaded), loaded.copy() if loaded is picture else loaded)
+        return self._answering.encode(loaded.copy() if loaded is picture else loaded)
 
     @overload
     def run(
@@ -260,10 +278,13 @@ class Florence2:
         config = self._bundle.generation.resolve(options)
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         self._check_length(requests, attention_mask)
-        encoded = self._encode_all([request.image for request in requests])
-        session = self._start_session(input_ids, attention_mask, encoded)
         given = [self._tokenizer.encode_text(request.given) for request in requests]
-        sequences = generate(session, len(requests), config, given)
+
+        def search(places: Sequence[int]) -> Search:
+            return new_search(len(places), config, [given[place] for place in places])
+
+        pictures = [request.image for request in requests]
+        encoded, sequences = self._answering.answer(pictures, input_ids, attention_mask, search)
         return [
             self._prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
@@ -297,11 +318,10 @@ class Florence2:
         self._check_tokens(token_ids)
         input_ids, attention_mask = self._tokenizer.encode([requests[0].prompt])
         self._check_length(requests, attention_mask)
-        session = self._start_session(input_ids, attention_mask, self._encode_all([image]))
-        logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
-        for row, token in zip(logits, token_ids, strict=False):  # nothing follows the last token
-            row[:] = session.step(np.array([[token]], dtype=np.int64))[0]
-        return logits
+        answer = GivenAnswer(token_ids, self._bundle.sizes.vocab_size)
+        if len(token_ids) > 1:  # nothing follows the last token
+            self._answering.answer([image], input_ids, attention_mask, lambda _: answer)
+        return answer.logits
 
     def warm_up(self) -> None:
         """Runs every stage once on a blank picture, so that the first real call is not the slow one."""
@@ -325,36 +345,6 @@ class Florence2:
         }
 
     # ------------------------------------------------------------------------------------------------------- stages
-
-    def _features(self, picture: PILImage.Image) -> npt.NDArray[np.float32]:
-        sizes = self._bundle.sizes
-        pixel_values = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
-        features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
-        return np.asarray(features[0], dtype=np.float32)
-
-    def _encode_all(self, pictures: Sequence[ImageInput | EncodedImage]) -> list[EncodedImage]:
-        # One picture a call: on a CPU a batch is no faster, and what a picture gives must not depend on its neighbours.
-        keys = [os.fspath(picture) if isinstance(picture, str | os.PathLike) else id(picture) for picture in pictures]
-        encoded: dict[str | int, EncodedImage] = {}
-        for key, picture in zip(keys, pictures, strict=True):
-            if key not in encoded:
-                encoded[key] = self._accept(picture) if isinstance(picture, EncodedImage) else self.encode(picture)
-        return [encoded[key] for key in keys]
-
-    def _accept(self, encoded: EncodedImage) -> EncodedImage:
-        sizes, shape = self._bundle.sizes, encoded.image_features.shape
-        if shape != (sizes.num_image_tokens, sizes.width):
-            raise InputError(
-                f"this picture was encoded by another model: its features are {shape}, here they are "
-                f"{(sizes.num_image_tokens, sizes.width)}; encode it again"
-            )
-        return encoded
-
-    def _start_session(
-        self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64], encoded: Sequence[EncodedImage]
-    ) -> DecoderSession:
-        image_features = np.stack([each.image_features for each in encoded])
-        return self._text_model.start(input_ids, attention_mask, image_features)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         sizes = self._bundle.sizes

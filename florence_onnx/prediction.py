@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
+from florence_onnx.device_memory import DeviceArray
 from florence_onnx.errors import InputError
 from florence_onnx.results import Image, to_dict
 from florence_onnx.tasks import Task
@@ -29,10 +31,15 @@ def encode_png(picture: PILImage.Image) -> bytes:
 class EncodedImage:
     """A picture after the vision encoder, to be asked any number of tasks."""
 
-    image_features: npt.NDArray[np.float32]
-    """`(N, D)`."""
+    stored: npt.NDArray[np.float32] | DeviceArray = field(repr=False)
+    """`(N, D)`, where the vision encoder left them: for a card, in its memory."""
     picture: PILImage.Image = field(repr=False)
     """The picture itself, RGB."""
+
+    @cached_property
+    def image_features(self) -> npt.NDArray[np.float32]:
+        """`(N, D)` on the host; copied there when first asked for."""
+        return self.stored.download() if isinstance(self.stored, DeviceArray) else self.stored
 
     @property
     def size(self) -> tuple[int, int]:

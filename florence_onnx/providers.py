@@ -50,7 +50,13 @@ PRESETS: dict[str, Preset] = {
     "cuda": Preset(
         "CUDAExecutionProvider",
         "pip install 'florence-onnx[gpu]' in an environment without the CPU package onnxruntime",
-        {"cudnn_conv_algo_search": "HEURISTIC"},
+        {
+            "cudnn_conv_algo_search": "HEURISTIC",
+            # sums of the fused normalisation in fp32: in fp16 they are known to turn beams
+            "enable_skip_layer_norm_strict_mode": "1",
+            # no power of two more than is asked for, of a memory that others want too
+            "arena_extend_strategy": "kSameAsRequested",
+        },
     ),
     "tensorrt": Preset(
         "TensorrtExecutionProvider",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from florence_onnx.options import SearchConfig
+from florence_onnx.scores import Floats, Ids, StepScores
 
-Ids = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+__all__ = ["Continuation", "Floats", "GeneratedSequence", "GivenAnswer", "Ids", "Search", "opening"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,11 @@ class Search(Protocol):
     def start(self) -> Ids:
         """The tokens `(P, S)` that open every prompt's answer."""
 
-    def advance(self, logits: Floats) -> Continuation | None:
+    def advance(self, scores: StepScores) -> Continuation | None:
         """Takes the next decision.
 
         Args:
-            logits: `(rows, S, V)` after each token that was fed (after the last one only at the start); may be
-                overwritten.
+            scores: After each token that was fed; at the start after the last one only.
 
         Returns:
             How to go on, or None when all is done.
@@ -57,6 +56,34 @@ class Search(Protocol):
 
     def results(self) -> list[GeneratedSequence]:
         """One answer per prompt, in the order of the prompts."""
+
+
+class GivenAnswer:
+    """No search: one answer that is known, to see what the model expects at each of its places."""
+
+    def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
+        """Args:
+        token_ids: L tokens, from the decoder start token on.
+        vocab_size: V.
+        """
+        self._token_ids = list(token_ids)
+        self.logits: Floats = np.empty((len(token_ids) - 1, vocab_size), dtype=np.float32)
+        """`(L - 1, V)`: row i is what the model expects after the first i + 1 tokens."""
+        self._num_done = 0
+
+    def start(self) -> Ids:
+        return np.array([self._token_ids[:1]], dtype=np.int64)
+
+    def advance(self, scores: StepScores) -> Continuation | None:
+        self.logits[self._num_done] = scores.logits(0, 0)
+        self._num_done += 1
+        if self._num_done == len(self.logits):
+            return None
+        only = np.zeros(1, dtype=np.int64)
+        return Continuation(only, only, np.array([[self._token_ids[self._num_done]]], dtype=np.int64))
+
+    def results(self) -> list[GeneratedSequence]:
+        return [GeneratedSequence(tuple(self._token_ids), False)]
 
 
 def opening(config: SearchConfig) -> list[int]:

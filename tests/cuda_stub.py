@@ -1,15 +1,17 @@
-"""CUDA libraries that do nothing, so that ONNX Runtime's CUDA provider starts on a machine without a card.
+"""CUDA libraries that compute nothing, so that ONNX Runtime's CUDA provider starts on a machine without a card.
 
     python -m tests.cuda_stub        # builds them and prints what to set
 
 Under them a session is planned as on a card: which provider takes which node, where copies between host and device are
-inserted, whether ONNX Runtime would capture a CUDA graph. Nothing is computed: a session must be created, never run.
+inserted, whether ONNX Runtime captures a CUDA graph. It can also be run: memory is the host's, copies are made, kernels do
+nothing, so that what a graph gives is what lay in its buffers before. Every call is counted, with the bytes of copies by direction.
 
 The loader reads LD_LIBRARY_PATH when a process starts, so the session belongs in a child process with `environment()`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -24,12 +26,23 @@ DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"
 """Opened by name since ONNX Runtime 1.28, before that linked."""
 OURS = re.compile(r"lib(cuda|cudart|cudnn|cublas|cublasLt|cufft|curand|nvrtc)\.so\.\d+$")
+RUNTIME = re.compile(r"libcudart\.so\.\d+$")
+MEMORY = "FLORENCE_ONNX_STUB_MEMORY"
+"""Environment variable: bytes of the pretended card, beyond which an allocation fails."""
 TOOLS = ("cc", "nm", "readelf")
+CALLED_BY_CTYPES = {
+    *("cudaMemcpy2D", "cudaDeviceSynchronize", "cudaSetDevice", "cudaHostRegister", "cudaHostUnregister"),
+    *("cudaGetErrorString", "cudaMemGetInfo"),
+}
+"""Functions of the runtime library that this package calls itself."""
 
 HEADER = """
 #include <stdlib.h>
 #include <string.h>
-/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the version of the card */
+long *stub_counter(const char *name);
+#define NOTE(name) do { static long *calls; if (!calls) calls = stub_counter(name); ++*calls; } while (0)
+/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the version of the card; behind it CUDA 12 has one
+   more than CUDA 13 before the number of multiprocessors; the last ones, limits of many kinds, only must not be zero */
 struct properties {
     char name[256], ids[24];
     unsigned node_mask;
@@ -39,29 +52,130 @@ struct properties {
     int threads, block[3], grid[3];
     size_t constants;
     int major, minor;
+    size_t alignments[2];
+    int multiprocessors[2], limits[80];
 };
+"""
+RUNTIME_HEADER = """
+#include <pthread.h>
+#include <stdio.h>
+static struct { char name[80]; long count; } counters[4096];
+static struct { char *start; size_t size; } blocks[65536];
+static size_t in_use;
+static int capturing;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+long *stub_counter(const char *name) {
+    pthread_mutex_lock(&lock);
+    int at = 0;
+    while (counters[at].name[0] && strcmp(counters[at].name, name)) ++at;
+    strncpy(counters[at].name, name, sizeof counters[at].name - 1);
+    pthread_mutex_unlock(&lock);
+    return &counters[at].count;
+}
+long stub_count(const char *name) { return *stub_counter(name); }
+void stub_reset(void) { for (int at = 0; at < 4096; ++at) counters[at].count = 0; }
+
+static size_t card_memory(void) {
+    const char *said = getenv("FLORENCE_ONNX_STUB_MEMORY");
+    return said ? strtoull(said, 0, 10) : (size_t)80 << 30;
+}
+static int is_on_card(const void *pointer) {
+    for (int at = 0; at < 65536 && blocks[at].start; ++at)
+        if ((char *)pointer >= blocks[at].start && (char *)pointer < blocks[at].start + blocks[at].size) return 1;
+    return 0;
+}
+static int take(void **memory, size_t size) {
+    pthread_mutex_lock(&lock);
+    int status = 2, at = 0;  /* cudaErrorMemoryAllocation */
+    if (in_use + size <= card_memory()) {
+        while (blocks[at].start && blocks[at].size) ++at;
+        blocks[at].start = *memory = aligned_alloc(256, (size / 256 + 1) * 256);
+        memset(*memory, 0, size);
+        blocks[at].size = size;
+        in_use += size;
+        status = 0;
+    }
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+static int give(void *memory) {
+    pthread_mutex_lock(&lock);
+    for (int at = 0; at < 65536 && blocks[at].start; ++at)
+        if (blocks[at].start == memory && blocks[at].size) {
+            in_use -= blocks[at].size;
+            blocks[at].size = 0;
+            free(memory);
+        }
+    pthread_mutex_unlock(&lock);
+    return 0;
+}
+static void note_copy(const void *target, const void *source, size_t size) {
+    static const char *names[] = {"bytes host to host", "bytes device to host", "bytes host to device", "bytes device to device"};
+    *stub_counter(names[2 * is_on_card(target) + is_on_card(source)]) += size;
+}
 """
 BODIES: tuple[tuple[str, str], ...] = (
     (r"__cudaRegisterFatBinary", "void **{}(void) {{ static void *handle; return &handle; }}"),
-    (r"\w+Get(Error|Status|LastError)(String|Name)", 'const char *{}(void) {{ return "none: this is a stub"; }}'),
+    (
+        r"\w+Get(Error|Status|LastError)(String|Name)",
+        'const char *{}(int status) {{ return status == 2 ? "out of memory" : "none: this is a stub"; }}',
+    ),
     (r"cudnnGet(Cudart)?Version", "size_t {}(void) {{ return 91000; }}"),
     (r"cudaGetDevice", "int {}(int *device) {{ *device = 0; return 0; }}"),
     (r"cudaGetDeviceCount|cuDeviceGetCount", "int {}(int *count) {{ *count = 1; return 0; }}"),
     (
         r"cudaGetDeviceProperties(_v2)?",
         "int {}(struct properties *card) {{ card->major = 9; card->minor = 0; card->warp = 32;"
+        " card->memory = (size_t)80 << 30; card->shared_memory = 49152; card->registers = 65536; card->threads = 1024;"
+        " for (int i = 0; i < 3; ++i) card->block[i] = card->grid[i] = 1024;"
+        " card->multiprocessors[0] = card->multiprocessors[1] = 132;"
+        " for (int i = 0; i < 80; ++i) card->limits[i] = 2048;"
         ' strcpy(card->name, "stub"); return 0; }}',
     ),
+    (r"cuDeviceGetName", 'int {}(char *name, int size, int device) {{ strncpy(name, "stub", size); return 0; }}'),
+    (r"cuDeviceTotalMem(_v2)?", "int {}(size_t *size, int device) {{ *size = (size_t)80 << 30; return 0; }}"),
     # 75 and 76 are the two halves of the compute capability
     (
-        r"cudaDeviceGetAttribute",
+        r"cu(da)?DeviceGetAttribute",
         "int {}(int *value, int which) {{ *value = which == 75 ? 9 : which == 76 ? 0 : 128; return 0; }}",
     ),
-    (r"cudaMemGetInfo", "int {}(size_t *left, size_t *all) {{ *left = *all = (size_t)80 << 30; return 0; }}"),
-    (r"\w+GetVersion", "int {}(int *version) {{ *version = 13000; return 0; }}"),
     (
-        r"cuda(Malloc|HostAlloc|MallocHost)",
+        r"cudaMemGetInfo",
+        "int {}(size_t *left, size_t *all) {{ *all = card_memory(); *left = *all - in_use; return 0; }}",
+    ),
+    (r"\w+GetVersion", "int {}(int *version) {{ *version = 13000; return 0; }}"),
+    (r"cudaMalloc(Async)?", 'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size); }}'),
+    (r"cudaFree(Async)?", 'int {0}(void *memory) {{ NOTE("{0}"); return give(memory); }}'),
+    (
+        r"cuda(HostAlloc|MallocHost)",
         "int {}(void **memory, size_t size) {{ *memory = calloc(1, size + 256); return 0; }}",
+    ),
+    (r"cudaFreeHost", "int {}(void *memory) {{ free(memory); return 0; }}"),
+    (
+        r"cudaMemcpy(Async)?",
+        'int {0}(void *target, const void *source, size_t size) {{ NOTE("{0}"); note_copy(target, source, size);'
+        " memmove(target, source, size); return 0; }}",
+    ),
+    (
+        r"cudaMemcpy2D(Async)?",
+        "int {0}(char *target, size_t target_pitch, const char *source, size_t source_pitch, size_t width, size_t rows)"
+        ' {{ NOTE("{0}"); note_copy(target, source, width * rows); for (size_t row = 0; row < rows; ++row)'
+        " memmove(target + row * target_pitch, source + row * source_pitch, width); return 0; }}",
+    ),
+    (
+        r"cudaMemset(Async)?",
+        'int {0}(void *memory, int value, size_t size) {{ NOTE("{0}"); memset(memory, value, size); return 0; }}',
+    ),
+    (r"cudaStreamBeginCapture", 'int {0}(void) {{ NOTE("{0}"); capturing = 1; return 0; }}'),
+    (
+        r"cudaStreamEndCapture",
+        'int {0}(void *stream, void **graph) {{ NOTE("{0}"); capturing = 0; *graph = calloc(1, 64); return 0; }}',
+    ),
+    (r"cudaStreamIsCapturing", "int {}(void *stream, int *status) {{ *status = capturing; return 0; }}"),
+    (
+        r"cudaGraphInstantiate(WithFlags)?",
+        'int {0}(void **made, void *graph) {{ NOTE("{0}"); *made = calloc(1, 64); return 0; }}',
     ),
     # handles, streams, events
     (
@@ -69,7 +183,7 @@ BODIES: tuple[tuple[str, str], ...] = (
         "int {}(void **made) {{ *made = calloc(1, 4096); return 0; }}",
     ),
 )
-"""C functions by pattern of their name, the first that fits; every other function answers 0, which is success."""
+"""C functions by pattern of their name, the first that fits; every other function is counted and answers 0, success."""
 
 
 def unavailable() -> str:
@@ -103,8 +217,11 @@ def build(cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        for library, functions in _functions(provider).items():
-            _compile(made / library, functions)
+        libraries = _functions(provider)
+        runtime = next(name for name in libraries if RUNTIME.match(name))
+        _compile(made / runtime, libraries.pop(runtime) | CALLED_BY_CTYPES)
+        for library, functions in libraries.items():
+            _compile(made / library, functions, runtime)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
@@ -117,6 +234,25 @@ def environment(folder: Path) -> dict[str, str]:
     """The environment of a process that is to find the libraries of `folder` before any others."""
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+class Counters:
+    """What the libraries were asked, in a process that runs under them."""
+
+    def __init__(self) -> None:
+        import onnxruntime
+
+        name = f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}"
+        self._library = ctypes.CDLL(name)
+        self._library.stub_count.restype = ctypes.c_long
+
+    def __getitem__(self, name: str) -> int:
+        """Calls of a function, or bytes, such as `"bytes host to device"`."""
+        return int(self._library.stub_count(name.encode()))
+
+    def reset(self) -> None:
+        """All to zero."""
+        self._library.stub_reset()
 
 
 def _provider() -> Path:
@@ -133,30 +269,36 @@ def _functions(provider: Path) -> dict[str, set[str]]:
         name, _, version = line.split()[-1].partition("@")
         library = version.strip("@") or (DRIVER if re.match(r"cu[A-Z]", name) else "")
         functions.get(library, set()).add(name)
-    functions[DRIVER] |= {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount"}  # what `florence_onnx.cuda` asks
+    # what `florence_onnx.cuda` asks
+    functions[DRIVER] |= {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"}
+    functions[DRIVER] |= {"cuDeviceGetAttribute", "cuDeviceTotalMem_v2"}
     # what is opened by name is looked up by name: a string among the provider's data
     names = re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", provider.read_bytes())
     functions[CUDNN].update(name.decode() for name in names)
     return functions
 
 
-def _compile(library: Path, functions: set[str]) -> None:
+def _compile(library: Path, functions: set[str], runtime: str = "") -> None:
+    """Args: runtime, the library that counts; empty for itself."""
     source, versions = library.with_suffix(".c"), library.with_suffix(".map")
-    source.write_text("\n".join([HEADER, *(_body(name) for name in sorted(functions))]))
+    source.write_text(
+        "\n".join([HEADER, "" if runtime else RUNTIME_HEADER, *(_body(name) for name in sorted(functions))])
+    )
     versions.write_text(
         f"{library.name} {{ global: *; }};\n"
     )  # the provider asks for symbols of a version by this name
     options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     if library.name != DRIVER:
         options.append(f"-Wl,--version-script={versions}")
-    _output("cc", *options, "-o", str(library), str(source))
+    counting = [f"-L{library.parent}", f"-l:{runtime}"] if runtime else []
+    _output("cc", *options, "-o", str(library), str(source), *counting)
     source.unlink()
     versions.unlink()
 
 
 def _body(name: str) -> str:
     found = (body for pattern, body in BODIES if re.fullmatch(pattern, name))
-    return next(found, "long {}(void) {{ return 0; }}").format(name)
+    return next(found, 'long {0}(void) {{ NOTE("{0}"); return 0; }}').format(name)
 
 
 def _output(*command: str) -> str:

@@ -140,7 +140,7 @@ def test_session_options_of_the_caller_win() -> None:
 
 
 def test_graphs_loaded_together_come_back_in_order() -> None:
-    graphs = bundle.read(DEMO).graphs
+    graphs = bundle.read(DEMO).stages()
     names = [bundle.KEY_INPUTS[name] for name in graphs]
     engines = engine.load_engines(list(graphs.values()), names, device="cpu")
     assert [set(wanted) <= set(loaded.inputs) for wanted, loaded in zip(names, engines, strict=True)] == [True] * 3
@@ -149,7 +149,7 @@ def test_graphs_loaded_together_come_back_in_order() -> None:
 
 def test_of_several_graphs_the_first_that_does_not_load_is_named(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(DEMO, tmp_path / "bundle"))
-    graphs = bundle.read(copy).graphs
+    graphs = bundle.read(copy).stages()
     (copy / bundle.TEXT_ENCODER).unlink()
     (copy / bundle.DECODER).unlink()
     with pytest.raises(BundleFileMissingError, match=bundle.TEXT_ENCODER):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from florence_onnx import GenerationOptions, OptionsError
-from florence_onnx.beam_search import BlockedLogProbs
 from florence_onnx.generation import generate
 from florence_onnx.logits_processors import NoRepeatNGram
 from florence_onnx.options import DEFAULT_PROMPT_LOOKUP, GenerationDefaults, SearchConfig
+from florence_onnx.scores import BlockedLogProbs
 
 START, BOS, EOS, VOCAB, PERIOD = 2, 0, 2, 30, 13
 

@@ -33,6 +33,7 @@ PUBLIC = [
     "ImageNotFoundError",
     "ImageTooLargeError",
     "InputError",
+    "DeviceMemoryError",
     "MissingExtraError",
     "OCRBoundingBox",
     "OCRBoundingBoxSingle",
@@ -65,24 +66,48 @@ MAY_IMPORT = {
     "tasks": {"errors", "locations", "postprocess", "results"},
     "image": {"download", "errors", "url", "numpy", "PIL"},
     "draw": {"errors", "results", "PIL"},
-    "prediction": {"draw", "errors", "results", "tasks", "numpy", "PIL"},
+    "prediction": {"device_memory", "draw", "errors", "results", "tasks", "numpy", "PIL"},
     "tokenizer": {"errors", "numpy", "tokenizers"},
     "options": {"errors", "numpy"},
-    "search": {"options", "numpy"},
+    "scores": {"numpy"},
+    "search": {"options", "scores", "numpy"},
     "logits_processors": {"options"},
     "prompt_lookup": set(),
-    "greedy_search": {"logits_processors", "options", "prompt_lookup", "search", "numpy"},
-    "beam_search": {"logits_processors", "options", "search", "numpy"},
-    "generation": {"beam_search", "greedy_search", "options", "search"},
+    "greedy_search": {"logits_processors", "options", "prompt_lookup", "scores", "search", "numpy"},
+    "beam_search": {"logits_processors", "options", "scores", "search", "numpy"},
+    "generation": {"beam_search", "greedy_search", "options", "scores", "search"},
     "cpu": set(),
     "cuda": set(),
+    "cudart": {"errors"},
+    "memory": set(),
+    "device_memory": {"numpy"},
     "graph_cache": {"cpu", "errors"},
     "providers": {"bundle", "cpu", "errors"},
-    "engine": {"cpu", "cuda", "errors", "graph_cache", "providers", "numpy", "onnxruntime"},
+    "engine": {
+        *("cpu", "cuda", "cudart", "device_memory", "errors", "graph_cache", "memory", "providers"),
+        *("numpy", "onnxruntime"),
+    },
     "decoder": {"engine", "generation", "numpy"},
+    "prompt_rows": {"numpy"},
+    "resident_decoder": {"bundle", "decoder", "device_memory", "engine", "prompt_rows", "scores", "numpy"},
+    "continuous_batching": {"device_memory", "errors", "prompt_rows", "scores", "search"},
+    "resident_model": {
+        *("continuous_batching", "device_memory", "engine", "errors", "resident_decoder", "search", "numpy"),
+    },
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
     "bundle": {"errors", "options"},
-    "loading": {"bundle", "decoder", "engine", "errors", "providers", "tokenizer", "transformers_js"},
+    "loading": {
+        *("bundle", "decoder", "engine", "errors", "providers", "resident_decoder", "resident_model", "tokenizer"),
+        "transformers_js",
+    },
+    "workers": {"cpu"},
+    "answering": {
+        *("bundle", "decoder", "engine", "errors", "generation", "image", "prediction", "search", "numpy", "PIL"),
+    },
+    "device_answering": {
+        *("answering", "bundle", "continuous_batching", "image", "prediction", "resident_model", "search", "workers"),
+        "PIL",
+    },
     "hub": {"bundle", "errors", "huggingface_hub"},
 }
 """Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""
@@ -136,7 +161,10 @@ def test_only_the_command_line_knows_the_server_and_the_comparison_with_fal() ->
     assert knowing == {"cli"}
 
 
-LAZY = {"__main__", "addresses", "cli", "connection", "download", "draw", "matching"}
+LAZY = {
+    *("__main__", "addresses", "cli", "connection", "download", "draw", "matching"),
+    *("continuous_batching", "device_answering", "prompt_rows", "resident_decoder", "resident_model", "workers"),
+}
 """Modules of the package that `import florence_onnx` leaves for later."""
 
 HEAVY = {

@@ -40,4 +40,4 @@ class FeatureCache:
 
 def _num_bytes(encoded: EncodedImage) -> int:
     width, height = encoded.size
-    return encoded.image_features.nbytes + 3 * width * height
+    return encoded.stored.nbytes + 3 * width * height

@@ -1,0 +1,201 @@
+"""The stages with everything on the device: pictures in, features that stay there, answers out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from florence_onnx.continuous_batching import ContinuousBatch, Job
+from florence_onnx.device_memory import DeviceArray
+from florence_onnx.engine import OnnxBinding, OnnxEngine
+from florence_onnx.errors import ProviderError
+from florence_onnx.resident_decoder import ResidentDecoder, ResidentSizes
+from florence_onnx.search import GeneratedSequence
+
+Floats = npt.NDArray[np.float32]
+
+MAX_PICTURES = 8
+"""Pictures that the vision encoder takes at a time."""
+_log = logging.getLogger("florence_onnx")
+
+
+class ResidentVision:
+    """The vision encoder, from pixels on the host to features on the device."""
+
+    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, device: AbstractContextManager[object]) -> None:
+        """Args:
+        engine: `vision_encoder.onnx`.
+        sizes: Of the model.
+        device: Held while the device works.
+        """
+        self._engine = engine
+        self._sizes = sizes
+        self._device = device
+        self._batches: dict[int, _VisionBatch] = {}
+
+    def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
+        """Encodes up to `MAX_PICTURES` pictures in one run.
+
+        Args:
+            pixel_values: `(1, 3, H, W)` each.
+
+        Returns:
+            Features `(N, D)` float32 of each.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory.
+            ProviderError: The provider failed.
+        """
+        count = 1 << (len(pixel_values) - 1).bit_length()
+        with self._device:
+            batch = self._batches.get(count)
+            if batch is None:
+                batch = self._batches[count] = _VisionBatch(self._engine, self._sizes, count, pixel_values[0].shape[1:])
+            return batch.run(pixel_values)
+
+
+class _VisionBatch:
+    """Buffers and binding for so many pictures."""
+
+    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, count: int, picture: tuple[int, ...]) -> None:
+        memory = engine.memory
+        self._memory = memory
+        self._staging: Floats = np.zeros((count, *picture), dtype=np.float32)
+        _pin(self, engine, self._staging)
+        self._pixels = memory.allocate(self._staging.shape, np.float32)
+        self._features = memory.allocate((count, sizes.num_image_tokens, sizes.width), np.float32)
+        self._binding: OnnxBinding = engine.bind()
+        self._binding.bind_input("pixel_values", self._pixels)
+        self._binding.bind_output("image_features", self._features)
+        self._binding.capture()
+
+    def run(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
+        """Args: pixel_values, as many as the batch is for or fewer."""
+        for place, pixels in enumerate(pixel_values):
+            self._staging[place] = pixels[0]
+        self._pixels.upload(self._staging)
+        self._binding.run()
+        found = []
+        for place in range(len(pixel_values)):
+            features = self._memory.allocate(self._features.shape[1:], np.float32)
+            self._memory.copy(self._features[place : place + 1], features)
+            found.append(features)
+        return found
+
+
+def _pin(owner: object, engine: OnnxEngine, array: npt.NDArray[Any]) -> None:
+    """Lets a card read host memory by itself, for as long as its owner lives; slower where that is refused."""
+    runtime = engine.cuda_runtime
+    if runtime is None:
+        return
+    address = array.ctypes.data
+    try:
+        runtime.register(address, array.nbytes)
+    except ProviderError as error:
+        _log.info("pictures are copied to the device from memory that is not pinned: %s", error)
+        return
+    weakref.finalize(owner, _unpin, runtime.unregister, address, array)
+
+
+def _unpin(unregister: Any, address: int, array: object) -> None:
+    """Args: array, which must not go before its memory is unpinned."""
+    try:
+        unregister(address)
+    except ProviderError as error:
+        _log.info("%s", error)
+
+
+class ResidentModel:
+    """Vision and text on one device, for many threads."""
+
+    def __init__(
+        self, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], sizes: ResidentSizes, max_batch: int
+    ) -> None:
+        """Args:
+        engines: `vision_encoder.onnx`, `text_encoder.onnx`, `decoder_top.onnx`.
+        sizes: Of the model.
+        max_batch: Most prompts decoded together.
+        """
+        vision_encoder, text_encoder, decoder = engines
+        # One at a time on the device: while one thread captures a CUDA graph, no other may call CUDA.
+        device = threading.Lock()
+        self.max_batch = max_batch
+        self._memory = vision_encoder.memory
+        self._vision = ResidentVision(vision_encoder, sizes, device)
+        self._device = device
+        self._batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, sizes), max_batch, device)
+
+    def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
+        """As `ResidentVision.encode`."""
+        return self._vision.encode(pixel_values)
+
+    def upload(self, image_features: Floats | DeviceArray) -> DeviceArray:
+        """Features on this device, copied there if they are elsewhere.
+
+        Args:
+            image_features: `(N, D)`.
+        """
+        if isinstance(image_features, DeviceArray):
+            if image_features.memory.is_same(self._memory):
+                return image_features
+            image_features = image_features.download()
+        with self._device:
+            features = self._memory.allocate(image_features.shape, np.float32)
+            features.upload(np.asarray(image_features, dtype=np.float32))
+        return features
+
+    def answer(self, jobs: Sequence[Job]) -> list[GeneratedSequence]:
+        """Answers prompts, beside those of other threads.
+
+        Raises:
+            FlorenceError: The device failed, or its memory is full.
+        """
+        for job in jobs:
+            self._batch.submit(job)
+        try:
+            self._batch.wait(lambda: _all_done(jobs))
+            return [job.result() for job in jobs]
+        finally:
+            self._batch.discard(jobs)
+
+    def answer_all(self, arriving: Iterable[Sequence[Job]]) -> list[GeneratedSequence]:
+        """Answers prompts while more of them are made: pictures are encoded while others are asked about.
+
+        Args:
+            arriving: Jobs in portions; iterated over in a thread of its own.
+
+        Returns:
+            Answers in the order of the jobs.
+
+        Raises:
+            FlorenceError: As `answer`; or whatever iterating raised.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        jobs: list[Job] = []
+        with ThreadPoolExecutor(1) as feeder:
+            fed = feeder.submit(self._feed, arriving, jobs)
+            fed.add_done_callback(lambda _: self._batch.notify())
+            try:
+                self._batch.wait(lambda: fed.done() and (fed.exception() is not None or _all_done(jobs)))
+                fed.result()
+                return [job.result() for job in jobs]
+            finally:
+                self._batch.discard(jobs)
+
+    def _feed(self, arriving: Iterable[Sequence[Job]], jobs: list[Job]) -> None:
+        for portion in arriving:
+            for job in portion:
+                jobs.append(job)
+                self._batch.submit(job)
+
+
+def _all_done(jobs: Sequence[Job]) -> bool:
+    return all(job.is_done for job in jobs)
