@@ -22,8 +22,8 @@ NUM_SHOWN = 12
 class Effort:
     """How carefully is measured."""
 
-    warm_ups: int = 2
-    """Calls that are not counted: CUDA graphs are captured at the second."""
+    warm_ups: int = 3
+    """Calls that are not counted: CUDA graphs are captured in the first ones."""
     at_least: int = 5
     """Calls that are."""
     seconds: float = 0.7
