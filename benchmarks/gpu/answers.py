@@ -104,13 +104,12 @@ def own_variants(device: str, sources: Sources) -> dict[str, dict[str, Any]]:
     return found
 
 
-def compare_demo(device: str, sources: Sources, num_pictures: int, figures: Figures) -> None:
+def compare_demo(device: str, sources: Sources, asked: Sequence[Question], figures: Figures) -> None:
     """Compares answers and logits of everybody with two references: our CPU provider, and transformers in fp32 on the device.
 
     Figures are named `WHO against REFERENCE`, with the shares of equal answers by search and the error of the logits along the
     reference's own answers.
     """
-    asked = questions(num_pictures)
     kind = "fp32" if sources.has(DEMO, "fp32") else "fp16"
     reference = _Ours(Florence2.from_pretrained(sources.bundle(DEMO, kind), device="cpu"), asked)
     figures.add("reference", f"ours on the cpu, {kind}")

@@ -186,7 +186,8 @@ def _write_weights(path: Path, content: dict[str, Any], constants: bytes, seed: 
             target[:] = np.frombuffer(constants[start : start + entry["length"]], dtype=np.uint8)
         elif "source" in entry:
             assert donor is not None, f"{entry['name']} is in a checkpoint, and none was given"
-            target[:] = np.frombuffer(donor.take(*entry["source"], entry["dtype"]), dtype=np.uint8)
+            name, is_transposed = entry["source"]
+            target[:] = np.frombuffer(donor.take(name, is_transposed, entry["dtype"]), dtype=np.uint8)
         else:
             target.view(entry["dtype"])[:] = _draw(entry, seed)
 

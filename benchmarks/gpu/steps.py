@@ -15,7 +15,6 @@ from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
 from benchmarks.gpu.timing import QUICK, Effort, timed
 from florence_onnx import bundle as bundles
 
-
 RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
 """They take half a second where we take a few milliseconds, and device time is short."""
 
@@ -107,7 +106,8 @@ def _start(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _answers(step: Step, settings: Settings, figures: Figures) -> None:
-    answers.compare_demo(settings.device, settings.sources, 1 if settings.is_quick else settings.num_pictures, figures)
+    asked = answers.questions(1)[::5] if settings.is_quick else answers.questions(settings.num_pictures)
+    answers.compare_demo(settings.device, settings.sources, asked, figures)
 
 
 def _check(step: Step, settings: Settings, figures: Figures) -> None:
@@ -153,7 +153,7 @@ def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
 
 def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
     sources, load = settings.sources, settings.load
-    if step.variant == "compile":  # every batch and every length is compiled anew
+    if step.variant == "compile" or settings.is_quick:  # every batch and every length is compiled anew
         load = Load(batches=(1,), **_lengths(load))
     pytorch.measure(
         sources.checkpoint(step.size),
