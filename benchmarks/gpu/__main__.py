@@ -69,7 +69,10 @@ class Report:
 
 def _relative(argument: str) -> str:
     """A path without this machine in it."""
-    return os.path.relpath(argument, ROOT) if argument.startswith("/") else argument
+    if not argument.startswith("/"):
+        return argument
+    path = Path(argument)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def run_step(step: Step, settings: Settings, timeout: float, scratch: Path) -> dict[str, Any]:
@@ -103,13 +106,15 @@ def _environment(step: Step) -> dict[str, str]:
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
-    """The exit code; None where the process, with its own children, had to be ended."""
+    """The exit code; None where the process, with its own children, had to be ended, as it is when this one is interrupted."""
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(_GRACE_S)
         return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(_GRACE_S)
 
 
 def _parse() -> argparse.Namespace:
@@ -147,6 +152,7 @@ def main() -> None:
         print("\n".join(step.name for step in steps))
         return
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step in progress is ended too
     kept = Report(arguments.out, arguments.device)
     settings = Settings(
         arguments.device,

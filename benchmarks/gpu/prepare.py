@@ -104,13 +104,12 @@ def command(folder: str, arguments: str = "large base", budget_s: int = 540) -> 
         arguments: Of `benchmarks.gpu`.
         budget_s: Seconds after which no step goes on.
     """
-    parts = [
-        f"cp -r {folder}/{PREVIOUS}/. $OUT/ 2>/dev/null; export PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/ortgpu",
-        f"python3 {folder}/{UNPACK} {folder} /tmp/ortgpu",
-        f"timeout {budget_s + 30} python3 -m benchmarks.gpu {arguments} --device cuda --out $OUT --carried {folder}"
-        f" --work /tmp/gpu-work --budget-s {budget_s} 2>&1 | tee $OUT/log.txt",
-    ]
-    return "; ".join(parts)
+    return (
+        f"cp -r {folder}/{PREVIOUS}/. $OUT/ 2>/dev/null; export PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/ortgpu; "
+        f"python3 {folder}/{UNPACK} {folder} /tmp/ortgpu && "
+        f"python3 -m benchmarks.gpu {arguments} --device cuda --out $OUT --carried {folder} "
+        f"--work /tmp/gpu-work --budget-s {budget_s} 2>&1 | tee $OUT/log.txt"
+    )
 
 
 def travelling_bytes(folder: Path) -> dict[str, int]:
