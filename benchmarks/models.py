@@ -73,7 +73,8 @@ class Models:
         if kind == "checkpoint":
             return self.checkpoint()
         if kind == "transformers.js":
-            return self._export("transformers.js", "--layout", "transformers.js")
+            chosen = ("--precision", precision) if precision else ()
+            return self._export("-".join([kind, *chosen[1:]]), "--layout", "transformers.js", *chosen)
         if precision in self._bundles:
             return self._bundles[precision].resolve()
         return self._export(precision, "--precision", precision)

@@ -10,6 +10,8 @@ from tests.conftest import NO_TORCH
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 pytest.importorskip("transformers", reason=NO_TORCH)
+from transformers.models.florence2.modeling_florence2 import Florence2VisionChannelAttention  # noqa: E402
+
 from export import vision  # noqa: E402
 from tests import checkpoints  # noqa: E402
 
@@ -82,3 +84,19 @@ def test_the_cheaper_form_is_taken(tower: Any) -> None:
         few = vision.channel_attention(channel.channel_attn, channels // 2)
         many = vision.channel_attention(channel.channel_attn, channels * 4)
         assert isinstance(few, vision.DirectChannelAttention) and isinstance(many, vision.ChannelAttention)
+
+
+@torch.inference_mode()
+def test_sums_over_all_tokens_of_a_full_size_picture_fit_into_fp16() -> None:
+    """Florence-2-base's first stage, 192 x 192 tokens of a size that normalisation gives: `x'x` itself is beyond 65504."""
+    torch.manual_seed(0)
+    config = checkpoints.full_size_config("base").vision_config
+    config._attn_implementation = "eager"
+    attention = Florence2VisionChannelAttention(config, 0)
+    states = 1.5 * random_tokens(192, 128)[:1]
+    assert (states.transpose(1, 2) @ states).max() > 65504
+    rewritten = vision.ChannelAttention(attention, 192**2)
+    expected = rewritten(states)
+    assert_close(expected, attention(states))
+    found = rewritten.half()(states.half()).float()
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()

@@ -1,0 +1,217 @@
+"""This runtime, from the outside: what a caller waits for, alone and in batches."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.gpu.card import Memory
+from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.timing import Effort, device_time, timed
+from export.photograph import PHOTOGRAPH
+from florence_onnx import Florence2, GenerationOptions, image, tasks
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "cpu-resident": {"device": "cpu", "max_batch": 32},
+    "cuda": {"device": "cuda", "provider_options": {"enable_cuda_graph": 0}},
+    "cuda-graphs": {"device": "cuda"},
+    "cuda-host": {"device": "cuda", "max_batch": 0},
+    "tensorrt": {"device": "tensorrt"},
+}
+"""Arguments of `from_pretrained`. `cuda-host` lets everything pass through the host, the same graphs."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is asked."""
+
+    batches: Sequence[int] = (1, 8, 32)
+    """The first must be 1: the peak memory of a single request is read after it."""
+    caption_tokens: int = 16
+    long_tokens: int = 128
+    object_tokens: int = 64
+    """Of an object detection: ten objects of a word or two, four locations each."""
+    num_beams: int = 3
+    pictures: int = 64
+    """Of the throughput mode."""
+
+
+SMALL = Load(batches=(1, 2), caption_tokens=5, long_tokens=6, object_tokens=6, pictures=2)
+
+
+def forced(num_beams: int, num_tokens: int) -> GenerationOptions:
+    """Exactly so many tokens, the forced end token included; none guessed, which random weights would never confirm."""
+    lookup = 0 if num_beams == 1 else None
+    return GenerationOptions(
+        num_beams=num_beams,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens - 1,
+        prompt_lookup_num_tokens=lookup,
+    )
+
+
+class Caller:
+    """A loaded model and the pictures to ask about."""
+
+    def __init__(self, bundle: Path, variant: str, load: Load, precision: str | None) -> None:
+        arguments = {**VARIANTS[variant], "precision": precision}
+        self._load = load
+        begin = time.perf_counter()
+        self.model = Florence2.from_pretrained(bundle, **arguments)
+        self.load_s = time.perf_counter() - begin
+        info = self.model.info()
+        self._size: tuple[int, int] = tuple(info["model"]["image_size"])
+        self._pixels = {"mean": info["model"]["image_mean"], "std": info["model"]["image_std"]}
+        with Image.open(PHOTOGRAPH) as opened:
+            self._photograph = opened.convert("RGB")
+        self.picture = self._photograph.resize(self._size)
+
+    def describe(self) -> dict[str, Any]:
+        """What the runtime says of itself."""
+        info = self.model.info()
+        return {name: value for name, value in info.items() if name not in ("path", "model", "source", "verification")}
+
+    def preprocess(self) -> None:
+        image.preprocess(self.picture, size=self._size, **self._pixels)
+
+    def encode(self) -> Any:
+        return self.model.encode(self.picture)
+
+    def answers(self, pictures: Sequence[Any], num_beams: int, num_tokens: int, task: tasks.Task[Any]) -> int:
+        """Asks about all pictures, and returns the number of tokens of the first answer."""
+        found = self.model.run_batch(task, pictures, options=forced(num_beams, num_tokens))
+        return len(found[0].token_ids) - 1
+
+    def different_pictures(self, count: int) -> list[Image.Image]:
+        """Pictures of the model's size that are no copies of one another."""
+        return [self.picture.rotate(360 * index / count) for index in range(count)]
+
+    def files(self, count: int) -> list[bytes]:
+        """As JPEG, so that decoding and scaling are part of the work."""
+        found = []
+        for index in range(count):
+            buffer = io.BytesIO()
+            self._photograph.rotate(360 * index / count).resize((800, 600)).save(buffer, "JPEG", quality=90)
+            found.append(buffer.getvalue())
+        return found
+
+
+def measure(
+    bundle: Path,
+    variant: str,
+    load: Load,
+    effort: Effort,
+    figures: Figures,
+    *,
+    with_device: bool,
+    precision: str | None = None,
+) -> None:
+    """Times one variant; the names of the figures are those of `pytorch.measure` too.
+
+    Args:
+        bundle: Directory of a bundle, of either layout.
+        variant: Key of `VARIANTS`.
+        load: How much is asked.
+        effort: Of each figure.
+        figures: Where they go.
+        with_device: Whether there is a card whose work can be seen.
+        precision: For the layout of transformers.js, where fp32 is what is taken otherwise.
+    """
+    with Memory() as memory:
+        caller = Caller(bundle, variant, load, precision)
+        figures.add("load_s", caller.load_s)
+        figures.attempt("warm_up_s", lambda: timed(caller.model.warm_up, Effort(0, 1, 0))["ms"] / 1e3)
+        _measure_single(caller, load, effort, figures)
+        figures.add("memory_b1", memory.peak())
+        for batch in load.batches[1:]:
+            _measure_batch(caller, load, batch, effort, figures)
+        _measure_throughput(caller, load, figures)
+        figures.add("memory_all", memory.peak())
+    figures.attempt("info", caller.describe)
+    if with_device:  # last: the profiler takes memory, and some time off every launch
+        _measure_device(caller, load, figures)
+
+
+def _measure_single(caller: Caller, load: Load, effort: Effort, figures: Figures) -> None:
+    beams = load.num_beams
+    figures.attempt("preprocess", lambda: timed(caller.preprocess, effort))
+    figures.attempt("encode_b1", lambda: timed(caller.encode, effort))
+    figures.attempt("vision_b1", lambda: _difference(figures, "encode_b1", "preprocess"))
+    _measure_steps(caller, load, 1, effort, figures)
+    whole = {
+        "caption_b1": partial(caller.answers, [caller.picture], beams, load.caption_tokens, tasks.CAPTION),
+        "caption_greedy_b1": partial(caller.answers, [caller.picture], 1, load.caption_tokens, tasks.CAPTION),
+        "greedy128_b1": partial(caller.answers, [caller.picture], 1, load.long_tokens, tasks.CAPTION),
+    }
+    for name, call in whole.items():
+        figures.attempt(name, partial(timed, call, effort))
+
+
+def _measure_batch(caller: Caller, load: Load, batch: int, effort: Effort, figures: Figures) -> None:
+    pictures = caller.different_pictures(batch)
+    _measure_steps(caller, load, batch, effort, figures)
+    for name, beams in (("caption", load.num_beams), ("caption_greedy", 1)):
+        call = partial(caller.answers, pictures, beams, load.caption_tokens, tasks.CAPTION)
+        figures.attempt(f"{name}_b{batch}", partial(timed, call, effort))
+
+
+def _measure_steps(caller: Caller, load: Load, batch: int, effort: Effort, figures: Figures) -> None:
+    """A decode step is the difference of two lengths, without the prompt's part; the pictures are encoded already."""
+    encoded = [caller.model.encode(picture) for picture in caller.different_pictures(batch)]
+    for search, beams in (("greedy", 1), ("beams", load.num_beams)):
+        short, long = (f"answer_{search}_{count}_b{batch}" for count in (2, load.object_tokens))
+        for name, tokens in ((short, 2), (long, load.object_tokens)):
+            call = partial(caller.answers, encoded, beams, tokens, tasks.CAPTION)
+            figures.attempt(name, partial(timed, call, effort))
+        figures.attempt(f"step_{search}_b{batch}", partial(_difference, figures, long, short, load.object_tokens - 2))
+
+
+def _difference(figures: Figures, long: str, short: str, parts: int = 1) -> dict[str, float]:
+    """Of two figures, divided by a number of parts."""
+    found = figures.found
+    return {name: (found[long][name] - found[short][name]) / parts for name in ("ms", "min_ms")}
+
+
+def _measure_throughput(caller: Caller, load: Load, figures: Figures) -> None:
+    files = caller.files(load.pictures)
+    jobs: dict[str, tuple[int, int, tasks.Task[Any]]] = {
+        "captions": (load.num_beams, load.caption_tokens, tasks.CAPTION),
+        "captions_greedy": (1, load.caption_tokens, tasks.CAPTION),
+        "objects": (load.num_beams, load.object_tokens, tasks.OBJECT_DETECTION),
+        "objects_greedy": (1, load.object_tokens, tasks.OBJECT_DETECTION),
+    }
+    for name, (beams, tokens, task) in jobs.items():
+        call = partial(caller.answers, files, beams, tokens, task)
+        figures.attempt(f"throughput_{name}", partial(_rate, call, len(files)))
+
+
+def _rate(call: Callable[[], object], count: int) -> dict[str, float]:
+    found = timed(call, Effort(1, 2, 0))
+    return {"per_s": count / found["min_ms"] * 1e3, "ms": found["ms"]}
+
+
+def _measure_device(caller: Caller, load: Load, figures: Figures) -> None:
+    figures.attempt("encode_b1_device", partial(device_time, caller.encode))
+    encoded = [caller.encode()]
+    for search, beams in (("greedy", 1), ("beams", load.num_beams)):
+        short, long = (f"answer_{search}_{count}_b1_device" for count in (2, load.object_tokens))
+        for name, tokens in ((short, 2), (long, load.object_tokens)):
+            call = partial(caller.answers, encoded, beams, tokens, tasks.CAPTION)
+            figures.attempt(name, partial(device_time, call))
+        figures.attempt(f"step_{search}_b1_device", partial(_device_step, figures, short, long, load.object_tokens - 2))
+    pictures = caller.different_pictures(8)
+    call = partial(caller.answers, pictures, 1, 2, tasks.CAPTION)
+    figures.attempt("two_tokens_of_8_pictures_device", partial(device_time, call))
+
+
+def _device_step(figures: Figures, short: str, long: str, steps: int) -> dict[str, float]:
+    names = ("device_ms", "copies_ms", "kernels")
+    return {name: (figures.found[long][name] - figures.found[short][name]) / steps for name in names}

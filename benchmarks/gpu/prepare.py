@@ -1,0 +1,155 @@
+"""The folder that travels to a machine with a card and without a network: `python -m benchmarks.gpu.prepare`.
+
+It holds skeletons of the models (`skeleton.py`) and onnxruntime-gpu without the kernels of other cards, packed by the scripts in `--tools`,
+which lie beside the project and not in it. What is there already is not made again. At the end it prints the command for the
+device machine, and how much travels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import skeleton
+from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, PLAIN
+from benchmarks.models import ROOT, Models
+
+MAX_TRAVEL_BYTES = 64 * 2**20
+"""What the device machine takes, the tracked files included."""
+MAX_COMMAND = 2000
+UNPACK = "unpack_ort_gpu.py"
+PREVIOUS = "previous"
+"""Results of earlier calls, below the folder."""
+NEEDLESS = re.compile(r"^onnxruntime/(transformers|quantization|tools|backend|datasets)/|\.(h|md|txt)$")
+"""Of onnxruntime-gpu: nothing that a session needs."""
+_XZ: list[dict[str, Any]] = [
+    {"id": lzma.FILTER_X86},
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**28},
+]
+"""Two MiB less than xz's own default; three minutes."""
+
+
+def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
+    """Writes the skeletons: of every size in fp16 and as plain ONNX, of the demo model in fp32.
+
+    Args:
+        sizes: Keys of `benchmarks.checkpoints.SIZES`.
+        folder: Where they go.
+        work: Where checkpoints and exports are kept.
+    """
+    kinds = {"fp16": "bundle:fp16", PLAIN: "transformers.js:fp16"}
+    jobs = [(f"{size}-{kind}", size, model) for size in sizes for kind, model in kinds.items()]
+    for name, source, model in [(f"{DEMO}-fp32", str(DEMO_CHECKPOINT), "bundle:fp32"), *jobs]:
+        target = folder / f"{name}.tar.xz"
+        if target.is_file():
+            continue
+        print(f"making {target.name}", flush=True)
+        models = Models(source, work, progress=print)
+        is_demo = source == str(DEMO_CHECKPOINT)
+        skeleton.pack(models.path(model), target, models.path("checkpoint"), exact=is_demo)
+
+
+def pack_runtime(tools: Path, folder: Path, work: Path) -> None:
+    """Writes onnxruntime-gpu as `ortgpu.json` and `ortgpu.tar.xz.000`, and the script that unpacks it.
+
+    Args:
+        tools: Folder with `pack_ort_gpu.py` and `unpack_ort_gpu.py`.
+        folder: Where they go.
+        work: Where the wheel, a quarter of a gigabyte, is kept.
+
+    Raises:
+        FileNotFoundError: The scripts are not there.
+    """
+    shutil.copy(tools / UNPACK, folder / UNPACK)
+    if (folder / "ortgpu.json").is_file():
+        return
+    packed = work / "ortgpu"
+    if not (packed / "ortgpu.json").is_file():
+        subprocess.run([sys.executable, str(tools / "pack_ort_gpu.py"), str(packed)], check=True)
+    description = json.loads((packed / "ortgpu.json").read_text(encoding="utf-8"))
+    parts = b"".join((packed / part["name"]).read_bytes() for part in description["parts"])
+    print("packing onnxruntime-gpu anew, smaller", flush=True)
+    data = lzma.compress(_without_needless(lzma.decompress(parts)), filters=_XZ)
+    name = "ortgpu.tar.xz.000"
+    (folder / name).write_bytes(data)
+    part = {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "ortgpu.json").write_text(json.dumps({**description, "parts": [part], "xz": len(data)}))
+
+
+def _without_needless(archive: bytes) -> bytes:
+    """The same tar without the files that `NEEDLESS` names."""
+    kept = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(archive)) as source, tarfile.open(fileobj=kept, mode="w") as target:
+        for member in source:
+            if not NEEDLESS.search(member.name):
+                target.addfile(member, source.extractfile(member))
+    return kept.getvalue()
+
+
+def command(folder: str, arguments: str = "large base", budget_s: int = 540) -> str:
+    """What the device machine runs, in the root of the project.
+
+    Args:
+        folder: The carried one, relative to the root.
+        arguments: Of `benchmarks.gpu`.
+        budget_s: Seconds after which no step goes on.
+    """
+    return (
+        f"cp -r {folder}/{PREVIOUS}/. $OUT/ 2>/dev/null; export PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/ortgpu; "
+        f"python3 {folder}/{UNPACK} {folder} /tmp/ortgpu && "
+        f"python3 -m benchmarks.gpu {arguments} --device cuda --out $OUT --carried {folder} "
+        f"--work /tmp/gpu-work --budget-s {budget_s} 2>&1 | tee $OUT/log.txt"
+    )
+
+
+def travelling_bytes(folder: Path) -> dict[str, int]:
+    """Sizes of what travels: tracked and other files that git does not ignore, and the folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    names = [name for name in listed.stdout.decode().split("\0") if name]
+    tree = sum((ROOT / name).stat().st_size for name in names if (ROOT / name).is_file())
+    carried = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"tree": tree, "carried": carried}
+
+
+def main() -> None:
+    """Exit code 1: too much would travel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=["large", "base"])
+    parser.add_argument("--folder", type=Path, default=ROOT / ".gpu", help="ignored by git; named in `carry`")
+    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work", help="exports; they are used again")
+    parser.add_argument("--tools", type=Path, default=ROOT.parent / "shared" / "tools" / "gpu")
+    parser.add_argument("--without-runtime", action="store_true", help="the models alone")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    (folder / PREVIOUS).mkdir(parents=True, exist_ok=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    pack_models(arguments.sizes, folder, arguments.work)
+    if not arguments.without_runtime:
+        pack_runtime(arguments.tools, folder, arguments.work)
+    sizes = travelling_bytes(folder)
+    line = command(folder.name, " ".join(arguments.sizes))
+    assert len(line) <= MAX_COMMAND, len(line)
+    total = sum(sizes.values())
+    print(f"\ntravels: {', '.join(f'{name} {size / 2**20:.2f} MiB' for name, size in sizes.items())}, of 64 in all")
+    print(f"\nrun, with timeout_s 590 and carry [{json.dumps(folder.name)}]:\n\n{line}\n")
+    print(f"before the next call: copy gpu-cuda.json of this one to {folder.name}/{PREVIOUS}/")
+    sys.exit(1 if total > MAX_TRAVEL_BYTES else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""transformers on the card, eager and compiled: the same pictures, prompts, searches and numbers of tokens."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks.gpu.card import Memory
+from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.ours import Load, _difference
+from benchmarks.gpu.timing import Effort, device_time, timed
+from export.photograph import PHOTOGRAPH
+from florence_onnx import bundle as bundles
+from florence_onnx import image, tasks
+from florence_onnx.tokenizer import PromptTokenizer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16": {"dtype": "float16"},
+    "bf16": {"dtype": "bfloat16"},
+    "compile": {"dtype": "float16", "is_compiled": True},
+    "fp32": {"dtype": "float32"},
+}
+SEARCH = ("no_repeat_ngram_size", "length_penalty", "early_stopping", "forced_bos_token_id", "forced_eos_token_id")
+"""What every peer is told of the checkpoint's way to search."""
+
+
+class Transformers:
+    """`Florence2ForConditionalGeneration` on a device."""
+
+    def __init__(
+        self, checkpoint: Path, bundle: bundles.Bundle, device: str, *, dtype: str, is_compiled: bool = False
+    ) -> None:
+        """Loads a checkpoint, or makes one of its config where it has no weights.
+
+        Args:
+            checkpoint: Folder with `config.json` of transformers' native layout.
+            bundle: The same model's, for sizes, tokenizer and search.
+            device: `cpu` or `cuda`.
+            dtype: Of weights and arithmetic, torch's name.
+            is_compiled: With a static cache and `torch.compile`.
+        """
+        import torch
+        from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+        self.torch: Any = torch
+        self.device = device
+        self._dtype = getattr(torch, dtype)
+        self.sizes = bundle.sizes
+        self._tokenizer = PromptTokenizer(bundle.tokenizer, pad_token_id=self.sizes.pad_token_id)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        if (checkpoint / "model.safetensors").is_file():
+            model = Florence2ForConditionalGeneration.from_pretrained(checkpoint, dtype=self._dtype).to(device)
+        else:
+            torch.manual_seed(0)
+            torch.set_default_dtype(self._dtype)  # made in fp32 first, the model would need twice its memory
+            with torch.device(device):
+                model = Florence2ForConditionalGeneration(Florence2Config.from_dict(config))
+            torch.set_default_dtype(torch.float32)
+        self.model: Any = model.eval()
+        stated = json.loads((bundle.path / bundles.GENERATION_CONFIG).read_text(encoding="utf-8"))
+        self._search = {name: stated[name] for name in SEARCH if stated.get(name) is not None}
+        self._ids = {
+            name: stated[name] for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+        }
+        self.is_compiled = is_compiled
+        self._static = {"cache_implementation": "static"} if is_compiled else {}
+        if is_compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        """The encoders; on a card `generate` compiles the decode step itself when its cache is static."""
+        self.torch._dynamo.config.recompile_limit = 64
+        backend = {"backend": "eager"} if self.device == "cpu" else {}  # without a compiler: only to see that it runs
+        for part in (self.model.model.vision_tower, self.model.model.language_model.encoder):
+            part.compile(dynamic=False, **backend)
+
+    def pixel_values(self, pictures: Sequence[Image.Image]) -> Any:
+        """`(B, 3, H, W)` on the device, made as our runtime makes them."""
+        sizes = self.sizes
+        arrays = [
+            image.preprocess(each, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+            for each in pictures
+        ]
+        return self.torch.from_numpy(np.concatenate(arrays)).to(self.device, self._dtype)
+
+    def synchronize(self) -> None:
+        if self.device != "cpu":
+            self.torch.cuda.synchronize()
+
+    def vision(self, pixel_values: Any) -> None:
+        with self.torch.inference_mode():
+            self.model.get_image_features(pixel_values)
+        self.synchronize()
+
+    def inputs(self, pixel_values: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        """What `generate` takes."""
+        ids, mask = self._tokenizer.encode(prompts)
+        tokens = self.sizes.num_image_tokens
+        marks = np.full((len(ids), tokens), self.model.config.image_token_id, dtype=np.int64)
+        both = np.concatenate([marks, ids], axis=1)
+        whole = np.concatenate([np.ones_like(marks), mask], axis=1)
+        return {
+            "input_ids": self.torch.from_numpy(both).to(self.device),
+            "attention_mask": self.torch.from_numpy(whole).to(self.device),
+            "pixel_values": pixel_values,
+        }
+
+    def generate(self, inputs: dict[str, Any], num_beams: int, **lengths: int) -> list[list[int]]:
+        """Ids from the decoder start token on, padded to the longest."""
+        with self.torch.inference_mode():
+            tokens = self.model.generate(
+                **inputs, **self._search, **self._ids, **self._static, num_beams=num_beams, do_sample=False, **lengths
+            )
+        rows: list[list[int]] = tokens.tolist()
+        return rows
+
+    def answers(self, pictures: Sequence[Image.Image], num_beams: int, num_tokens: int) -> int:
+        """From pictures to exactly so many tokens; returns their number."""
+        inputs = self.inputs(self.pixel_values(pictures), [tasks.CAPTION.format_prompt()] * len(pictures))
+        found = self.generate(inputs, num_beams, max_new_tokens=num_tokens, min_new_tokens=num_tokens - 1)
+        return len(found[0]) - 1
+
+    def score(self, inputs: dict[str, Any], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The logits `(L - 1, V)` at every position of a given answer, in one pass."""
+        ids = self.torch.tensor([list(token_ids[:-1])], device=self.device)
+        with self.torch.inference_mode():
+            logits = self.model(**inputs, decoder_input_ids=ids, use_cache=False).logits
+        found: npt.NDArray[np.float32] = logits[0].float().cpu().numpy()
+        return found
+
+
+def measure(
+    checkpoint: Path, bundle: Path, variant: str, device: str, load: Load, effort: Effort, figures: Figures
+) -> None:
+    """Times one variant, see `ours.measure`; a throughput is the largest batch, again and again."""
+    with Memory() as memory:
+        begin = time.perf_counter()
+        peer = Transformers(checkpoint, bundles.read(bundle), device, **VARIANTS[variant])
+        figures.add("load_s", time.perf_counter() - begin)
+        with Image.open(PHOTOGRAPH) as opened:
+            picture = opened.convert("RGB").resize(peer.sizes.image_size)
+        for batch in load.batches:
+            _measure_batch(peer, [picture] * batch, load, effort, figures)
+            if batch == 1:
+                figures.add("memory_b1", memory.peak())
+        figures.add("memory_all", memory.peak())
+    if device != "cpu":
+        _measure_device(peer, picture, load, figures)
+
+
+def _measure_batch(
+    peer: Transformers, pictures: list[Image.Image], load: Load, effort: Effort, figures: Figures
+) -> None:
+    batch = len(pictures)
+    pixel_values = peer.pixel_values(pictures)
+    figures.attempt(f"vision_b{batch}", lambda: timed(lambda: peer.vision(pixel_values), effort))
+    for search, beams, counts in _searches(peer, batch, load):
+        names = [_name(search, count, batch, load) for count in counts]
+        for name, count in zip(names, counts, strict=True):
+            figures.attempt(name, partial(timed, partial(peer.answers, pictures, beams, count), effort))
+        if len(counts) > 1:
+            steps = counts[-1] - counts[0]
+            figures.attempt(f"step_{search}_b{batch}", partial(_difference, figures, names[-1], names[0], steps))
+    caption = figures.found.get(f"caption_b{batch}")
+    if caption and batch == load.batches[-1]:
+        figures.add("throughput_captions", {"per_s": batch / caption["min_ms"] * 1e3})
+
+
+def _searches(peer: Transformers, batch: int, load: Load) -> list[tuple[str, int, list[int]]]:
+    """Name, beams and numbers of tokens. Every length of a static cache is compiled anew, so that peer is asked few."""
+    caption, long = load.caption_tokens, load.long_tokens
+    greedy = [caption, long] if batch == 1 else [caption] if peer.is_compiled else [2, caption]
+    return [("greedy", 1, greedy), ("beams", load.num_beams, [caption] if peer.is_compiled else [2, caption])]
+
+
+def _name(search: str, count: int, batch: int, load: Load) -> str:
+    if count == load.long_tokens:
+        return f"greedy128_b{batch}"
+    if count == load.caption_tokens:
+        return f"caption{'_greedy' if search == 'greedy' else ''}_b{batch}"
+    return f"whole_{search}_{count}_b{batch}"
+
+
+def _measure_device(peer: Transformers, picture: Image.Image, load: Load, figures: Figures) -> None:
+    pixel_values = peer.pixel_values([picture])
+    figures.attempt("encode_b1_device", partial(device_time, lambda: peer.vision(pixel_values)))
+    call = partial(peer.answers, [picture], load.num_beams, load.caption_tokens)
+    figures.attempt("caption_b1_device", partial(device_time, call))

@@ -1,0 +1,181 @@
+"""The steps by name, in the order in which they are worth their time, and what each of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.costs import Costs
+from benchmarks.gpu import answers, card, graphs, ours, pytorch
+from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.ours import Load
+from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
+from benchmarks.gpu.timing import QUICK, Effort, timed
+from florence_onnx import bundle as bundles
+
+RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
+"""They take half a second where we take a few milliseconds, and device time is short."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process."""
+
+    name: str
+    kind: str
+    """Key of `RUNNERS`."""
+    size: str = ""
+    """`demo`, `base` or `large`."""
+    variant: str = ""
+    timeout_s: float = 240.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all steps are told; travels to their processes as JSON."""
+
+    device: str
+    carried: str
+    work: str
+    is_quick: bool = False
+    """Each figure once, tiny batches: to see whether the code runs."""
+    num_pictures: int = 3
+    """Sample pictures that are asked about."""
+    batches: Sequence[int] = field(default_factory=lambda: (1, 8, 32))
+
+    @property
+    def sources(self) -> Sources:
+        return Sources(Path(self.carried), Path(self.work))
+
+    @property
+    def effort(self) -> Effort:
+        return QUICK if self.is_quick else Effort()
+
+    @property
+    def load(self) -> Load:
+        return ours.SMALL if self.is_quick else Load(batches=tuple(self.batches))
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(device: str, sizes: Sequence[str]) -> list[Step]:
+    """All steps for a device.
+
+    Args:
+        device: `cpu` or `cuda`.
+        sizes: Of the models that are timed, the most important first.
+    """
+    steps = [Step("card", "card"), Step("rates", "rates"), Step("start", "start"), Step("answers", "answers")]
+    is_cpu = device == "cpu"
+    own = ("cpu", "cpu-resident") if is_cpu else ("cuda-graphs", "cuda")
+    more = () if is_cpu else ("tensorrt", "cuda-host")
+    for size in sizes:
+        steps.append(Step(f"floors:{size}", "floors", size))
+        steps += [Step(f"ours:{size}:{variant}", "ours", size, variant) for variant in own]
+        steps.append(Step(f"transformers:{size}:fp16", "transformers", size, "fp16"))
+        steps.append(Step(f"graphs:{size}", "graphs", size))
+        steps.append(Step(f"transformers:{size}:compile", "transformers", size, "compile", timeout_s=360.0))
+        steps.append(Step(f"check:{size}", "check", size))
+        steps.append(Step(f"plain:{size}", "plain", size))
+        steps += [Step(f"ours:{size}:{variant}", "ours", size, variant, 360.0) for variant in more]
+        steps.append(Step(f"transformers:{size}:bf16", "transformers", size, "bf16"))
+    return steps
+
+
+def _card(step: Step, settings: Settings, figures: Figures) -> None:
+    for name, value in card.describe().items():
+        figures.add(name, value)
+
+
+def _rates(step: Step, settings: Settings, figures: Figures) -> None:
+    is_small = settings.is_quick or settings.device == "cpu"
+    sizes = {"copy_bytes": 2**26, "size": 256} if is_small else {}
+    figures.attempt("rates", lambda: card.measure_rates(settings.device, settings.effort, **sizes))
+
+
+def _start(step: Step, settings: Settings, figures: Figures) -> None:
+    """Whether a session of the device starts as a user would start it: this process has no library path of ours."""
+    from florence_onnx import Florence2
+
+    model = Florence2.from_pretrained(DEMO, device=settings.device)
+    figures.add("provider", model.info()["provider"])
+    figures.attempt("warm_up", lambda: timed(model.warm_up, QUICK))
+
+
+def _answers(step: Step, settings: Settings, figures: Figures) -> None:
+    asked = answers.questions(1)[::5] if settings.is_quick else answers.questions(settings.num_pictures)
+    answers.compare_demo(settings.device, settings.sources, asked, figures)
+
+
+def _check(step: Step, settings: Settings, figures: Figures) -> None:
+    bundle = settings.sources.bundle(step.size, "fp16")
+    answers.compare_full_size(bundle, settings.device, 6 if settings.is_quick else 10, figures)
+
+
+def _floors(step: Step, settings: Settings, figures: Figures) -> None:
+    figures.add("costs", card.costs(Costs.read(settings.sources.checkpoint(step.size))))
+
+
+def _ours(step: Step, settings: Settings, figures: Figures) -> None:
+    if step.variant == "tensorrt" and not card.find_tensorrt():
+        raise MissingError("TensorRT 10 is not on this machine: libnvinfer.so.10 does not load")
+    bundle = settings.sources.bundle(step.size, "fp16")
+    has_card = settings.device != "cpu"
+    ours.measure(bundle, step.variant, settings.load, settings.effort, figures, with_device=has_card)
+
+
+def _plain(step: Step, settings: Settings, figures: Figures) -> None:
+    """The four graphs of transformers.js's layout, the same provider, arrays of the host in between."""
+    bundle = settings.sources.bundle(step.size, PLAIN)
+    variant = "cpu" if settings.device == "cpu" else "cuda"
+    load = Load(batches=settings.load.batches[:2], **_lengths(settings.load))
+    ours.measure(bundle, variant, load, settings.effort, figures, with_device=False, precision="fp16")
+
+
+def _lengths(load: Load) -> dict[str, int]:
+    names = ("caption_tokens", "long_tokens", "object_tokens", "num_beams", "pictures")
+    return {name: getattr(load, name) for name in names}
+
+
+def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
+    bundle = settings.sources.bundle(step.size, "fp16")
+    variants = ["cpu"]
+    if settings.device != "cpu":
+        has_tensorrt = bool(card.find_tensorrt())
+        variants = [name for name in graphs.VARIANTS if name != "cpu" and (name != "tensorrt" or has_tensorrt)]
+    sizes = bundles.read(bundle).sizes
+    batches = settings.load.batches[:2] if settings.is_quick else settings.batches
+    graphs.measure(bundle, sizes.num_image_tokens, settings.device, variants, batches, settings.effort, figures)
+
+
+def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
+    sources, load = settings.sources, settings.load
+    if step.variant == "compile" or settings.is_quick:  # every batch and every length is compiled anew
+        load = Load(batches=(1,), **_lengths(load))
+    pytorch.measure(
+        sources.checkpoint(step.size),
+        sources.bundle(step.size, "fp16"),
+        step.variant,
+        settings.device,
+        load,
+        QUICK if settings.is_quick else RIVALS_EFFORT,
+        figures,
+    )
+
+
+RUNNERS = {
+    "card": _card,
+    "rates": _rates,
+    "start": _start,
+    "answers": _answers,
+    "floors": _floors,
+    "check": _check,
+    "ours": _ours,
+    "plain": _plain,
+    "graphs": _graphs,
+    "transformers": _transformers,
+}
+"""By `Step.kind`."""
