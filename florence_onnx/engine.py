@@ -141,6 +141,7 @@ class OnnxEngine:
         self.capture_refusal = ""
         """Why not, where it was wanted."""
         self._session = self._open(path, chosen, session_options, kept)
+        self._names_graphs = self.captures
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
         self.nodes: Mapping[str, int] = count_nodes(self._session) if self.provider != CPU else {}
@@ -216,8 +217,8 @@ class OnnxEngine:
         return dict(zip(self.outputs, outputs, strict=True))
 
     def run_options(self, graph_id: str = NO_CAPTURE) -> Any:
-        """`RunOptions` for a CUDA graph; None where there are none, since other providers need none."""
-        if not self.captures:
+        """`RunOptions` for a CUDA graph; None for a session that never captures, and that needs to be told nothing."""
+        if not self._names_graphs:
             return None
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", graph_id)
