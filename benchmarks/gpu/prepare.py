@@ -1,7 +1,7 @@
 """The folder that travels to a machine with a card and without a network: `python -m benchmarks.gpu.prepare`.
 
 It holds skeletons of the models (`skeleton.py`) and onnxruntime-gpu without the kernels of other cards, packed by the scripts in `--tools`,
-which lie beside the project and not in it. What is there already is not made again. At the end it prints the command for the
+which lie beside the project and not in it. Exports and the packed runtime are not made again. At the end it prints the command for the
 device machine, and how much travels.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import skeleton
-from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, PLAIN
+from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, MODELS, PLAIN
 from benchmarks.models import ROOT, Models
 
 MAX_TRAVEL_BYTES = 64 * 2**20
@@ -48,15 +48,22 @@ def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
         work: Where checkpoints and exports are kept.
     """
     kinds = {"fp16": "bundle:fp16", PLAIN: "transformers.js:fp16"}
+    packed = []
     jobs = [(f"{size}-{kind}", size, model) for size in sizes for kind, model in kinds.items()]
     for name, source, model in [(f"{DEMO}-fp32", str(DEMO_CHECKPOINT), "bundle:fp32"), *jobs]:
-        target = folder / f"{name}.tar.xz"
-        if target.is_file():
-            continue
-        print(f"making {target.name}", flush=True)
+        target = work / f"{name}.tar"
         models = Models(source, work, progress=print)
         is_demo = source == str(DEMO_CHECKPOINT)
         skeleton.pack(models.path(model), target, models.path("checkpoint"), exact=is_demo)
+        packed.append(target)
+    write_archive(packed, folder / MODELS)
+
+
+def write_archive(skeletons: list[Path], output: Path) -> None:
+    """Puts skeletons into the one file that `Sources` reads."""
+    with tarfile.open(output, "w:xz", preset=9) as archive:
+        for path in skeletons:
+            archive.add(path, arcname=path.name)
 
 
 def pack_runtime(tools: Path, folder: Path, work: Path) -> None:
