@@ -21,7 +21,7 @@ pytest.importorskip("onnx", reason="pip install -e '.[export]'")
 from benchmarks.gpu import answers, bars, card, prepare, report, skeleton, timing  # noqa: E402
 from benchmarks.gpu.__main__ import run_step  # noqa: E402
 from benchmarks.gpu.figures import Figures  # noqa: E402
-from benchmarks.gpu.sources import DEMO_CHECKPOINT, MissingError, Sources  # noqa: E402
+from benchmarks.gpu.sources import DEMO_CHECKPOINT, MODELS, MissingError, Sources  # noqa: E402
 from benchmarks.gpu.steps import RUNNERS, Settings, Step, plan  # noqa: E402
 from florence_onnx import Florence2, GenerationOptions  # noqa: E402
 from florence_onnx.bundle import DEMO_DIRECTORY  # noqa: E402
@@ -85,8 +85,8 @@ def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path
     from export.transformers_js import export_transformers_js
 
     export_transformers_js(tiny.checkpoint, tmp_path / "plain", precision="fp16")
-    packed = Path(settings.carried) / "demo-plain.tar.xz"
-    skeleton.pack(tmp_path / "plain", packed, tiny.bundle.parent / "checkpoint")
+    packed = skeleton.pack(tmp_path / "plain", tmp_path / "demo-plain.tar", tiny.bundle.parent / "checkpoint")
+    prepare.write_archive([packed], Path(settings.carried) / MODELS)
     found = run_here(Step("plain:demo", "plain", "demo"), settings, tmp_path).found
     assert found["info"]["layout"] == "transformers.js"
     assert found["info"]["precision"] == "fp16"
@@ -94,7 +94,7 @@ def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path
 
 
 def test_what_was_not_carried_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"large-fp16\.tar\.xz was not carried: python -m benchmarks\.gpu\.prepare"):
+    with pytest.raises(MissingError, match=r"large-fp16\.tar was not carried: python -m benchmarks\.gpu\.prepare"):
         Sources(tmp_path, tmp_path).bundle("large", "fp16")
 
 
@@ -172,8 +172,10 @@ def test_random_weights_keep_their_statistics_and_give_finite_numbers(tmp_path: 
     listed = json.loads((one / "skeleton.json").read_text())["tensors"]
     largest = max((entry for entry in listed if "std" in entry), key=lambda entry: entry["length"])
     data = np.fromfile(one / "weights.data", largest["dtype"], math.prod(largest["shape"]), offset=largest["offset"])
-    assert data.mean() == pytest.approx(largest["mean"], abs=0.05 * largest["std"])
-    assert data.std(dtype=np.float64) == pytest.approx(largest["std"], rel=0.05)
+    assert data.mean(dtype=np.float64) == pytest.approx(largest["mean"][0], abs=0.05 * largest["std"][0])
+    assert data.std(dtype=np.float64) == pytest.approx(largest["std"][0], rel=0.05)
+    kernel = next(entry for entry in listed if entry.get("shape", [])[1:] == [1, 3, 3])
+    assert np.argmax(kernel["mean"]) == 4  # the residual connection in the middle
     model = Florence2.from_pretrained(one, device="cpu")
     assert "random numbers" in model.info()["source"]["name"]
     ids = model.run("<OD>", PICTURE, options=GenerationOptions(num_beams=1, max_new_tokens=4)).token_ids
@@ -260,6 +262,16 @@ def test_answers_in_fp32_must_be_equal_or_their_logits_near() -> None:
     }
     said = dict(bars.judge_answers({"answers": {"figures": figures}}))
     assert [text.rpartition("; ")[2] for text in said.values()] == ["MISSED", "met", "logits 1.0e-02"]
+
+
+def test_logits_at_full_size_must_be_near_and_numbers() -> None:
+    def checked(error: float, *, is_finite: bool) -> dict[str, Any]:
+        own = {"same_tokens": 1.0, "logits": {"relative": error}}
+        return {"check:base": {"figures": {"reference": {"is_finite": is_finite}, "ours": own}}}
+
+    found = [checked(0.001, is_finite=True), checked(0.001, is_finite=False), checked(0.2, is_finite=True)]
+    said = [bars.judge_checks(steps)[0][1].rpartition("; ")[2] for steps in found]
+    assert said == ["met", "MISSED", "MISSED"]
 
 
 def test_logits_that_are_no_numbers_are_near_nothing() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import card, report
-from benchmarks.gpu.bars import judge_answers
+from benchmarks.gpu.bars import judge_answers, judge_checks
 from benchmarks.gpu.steps import Settings, Step, plan
 from benchmarks.gpu.worker import SKIPPED
 from benchmarks.models import ROOT
@@ -145,7 +145,7 @@ def _chosen(arguments: argparse.Namespace) -> list[Step]:
 
 
 def main() -> None:
-    """Exit code 1: a step failed or was not reached, or an answer in fp32 is wrong."""
+    """Exit code 1: a step failed or was not reached, or an answer in fp32 or a logit at full size is wrong."""
     arguments = _parse()
     steps = _chosen(arguments)
     if arguments.list:
@@ -181,7 +181,7 @@ def main() -> None:
 
 def _exit_code(found: Mapping[str, Any], steps: list[Step]) -> int:
     is_finished = all(found.get(step.name, {}).get("status") in ("done", "skipped") for step in steps)
-    is_right = not any("MISSED" in said for _, said in judge_answers(found))
+    is_right = not any("MISSED" in said for _, said in [*judge_answers(found), *judge_checks(found)])
     return 0 if is_finished and is_right else 1
 
 

@@ -215,7 +215,8 @@ def compare_full_size(bundle: Path, device: str, num_tokens: int, figures: Figur
     )
     token_ids = cpu.run(tasks.CAPTION, PHOTOGRAPH, options=options).token_ids
     expected = cpu.score_tokens(tasks.CAPTION, PHOTOGRAPH, token_ids)
-    figures.add("reference", {"tokens": len(token_ids), "spread": float(expected.std())})
+    is_finite = bool(np.isfinite(expected).all())
+    figures.add("reference", {"tokens": len(token_ids), "spread": float(expected.std()), "is_finite": is_finite})
     arguments: dict[str, dict[str, Any]] = {"ours": {"device": device}}
     if device == "cpu":
         arguments = {"ours": {"device": "cpu", "max_batch": 4}}

@@ -14,6 +14,10 @@ EXACT_LOGITS = 1e-3
 """Relative error that fp32 stays far below; tf32 comes to about 3e-4 a product."""
 
 
+FULL_SIZE_LOGITS = 0.05
+"""The same for fp16 on the card against fp16 on the CPU provider, which computes much of it in fp32."""
+
+
 @dataclass(frozen=True)
 class Bar:
     """A limit on one figure."""
@@ -127,4 +131,19 @@ def judge_answers(steps: Steps) -> list[tuple[str, str]]:
             is_right = min(shares) == 1 or error < EXACT_LOGITS
             said += "; met" if is_right else "; MISSED"
         found.append((name, said))
+    return found
+
+
+def judge_checks(steps: Steps) -> list[tuple[str, str]]:
+    """Full size: the device's logits must be near those of the CPU provider, and numbers at all."""
+    found: list[tuple[str, str]] = []
+    for step, outcome in steps.items():
+        figures = outcome.get("figures", {}) if step.startswith("check:") else {}
+        for name, value in figures.items():
+            if "logits" not in value:
+                continue
+            error = value["logits"]["relative"]
+            status = "met" if figures["reference"]["is_finite"] and error < FULL_SIZE_LOGITS else "MISSED"
+            said = f"tokens {value['same_tokens']:.1%}, logits {error:.1e}; {status}"
+            found.append((f"{step} {name} against the cpu", said))
     return found

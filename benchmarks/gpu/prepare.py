@@ -1,8 +1,9 @@
 """The folder that travels to a machine with a card and without a network: `python -m benchmarks.gpu.prepare`.
 
-It holds skeletons of the models (`skeleton.py`) and onnxruntime-gpu without the kernels of other cards, packed by the scripts in `--tools`,
-which lie beside the project and not in it. What is there already is not made again. At the end it prints the command for the
-device machine, and how much travels.
+It holds skeletons of the models (`skeleton.py`) and onnxruntime-gpu without the kernels of other cards, packed by the scripts in
+`--tools`, which lie beside the project and not in it. Skeletons and the packed runtime that are in `--work` and `--folder` are
+not made again: remove them after a change of the export. At the end it prints the command for the device machine, and how much
+travels.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import skeleton
-from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, PLAIN
+from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, MODELS, PLAIN
 from benchmarks.models import ROOT, Models
 
 MAX_TRAVEL_BYTES = 64 * 2**20
@@ -45,18 +47,50 @@ def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
     Args:
         sizes: Keys of `benchmarks.checkpoints.SIZES`.
         folder: Where they go.
-        work: Where checkpoints and exports are kept.
+        work: Where checkpoints and skeletons are kept.
     """
-    kinds = {"fp16": "bundle:fp16", PLAIN: "transformers.js:fp16"}
-    jobs = [(f"{size}-{kind}", size, model) for size in sizes for kind, model in kinds.items()]
-    for name, source, model in [(f"{DEMO}-fp32", str(DEMO_CHECKPOINT), "bundle:fp32"), *jobs]:
-        target = folder / f"{name}.tar.xz"
-        if target.is_file():
-            continue
-        print(f"making {target.name}", flush=True)
-        models = Models(source, work, progress=print)
-        is_demo = source == str(DEMO_CHECKPOINT)
-        skeleton.pack(models.path(model), target, models.path("checkpoint"), exact=is_demo)
+    wanted = [(DEMO, "fp32"), *((size, kind) for size in sizes for kind in ("fp16", PLAIN))]
+    packed = []
+    for size, kind in wanted:
+        target = work / f"{size}-{kind}.tar"
+        if not target.is_file():
+            source = str(DEMO_CHECKPOINT) if size == DEMO else size
+            checkpoint = Models(source, work, progress=print).path("checkpoint")
+            with tempfile.TemporaryDirectory(dir=work) as staging:
+                exported = export(checkpoint, kind, Path(staging) / "bundle")
+                skeleton.pack(exported, target, checkpoint, exact=size == DEMO)
+        packed.append(target)
+    write_archive(packed, folder / MODELS)
+
+
+def export(checkpoint: Path, kind: str, output: Path) -> Path:
+    """Exports a model, each graph compared with torch, but no answers with transformers: those of random weights say nothing.
+
+    Args:
+        checkpoint: Its folder.
+        kind: `fp32`, `fp16`, or `plain` for the layout of transformers.js in fp16.
+        output: Folder to create.
+
+    Returns:
+        `output`.
+    """
+    from export.checkpoint import load_checkpoint
+    from export.transformers_js import export_transformers_js
+    from export.write_bundle import export_bundle
+
+    loaded = load_checkpoint(checkpoint)
+    if kind == PLAIN:
+        export_transformers_js(loaded, output, precision="fp16", pictures=(), progress=print)
+    else:
+        export_bundle(loaded, output, precision=kind, pictures=(), progress=print)
+    return output
+
+
+def write_archive(skeletons: list[Path], output: Path) -> None:
+    """Puts skeletons into the one file that `Sources` reads."""
+    with tarfile.open(output, "w:xz", preset=9) as archive:
+        for path in skeletons:
+            archive.add(path, arcname=path.name)
 
 
 def pack_runtime(tools: Path, folder: Path, work: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu.bars import Judged, figure, judge, judge_answers
+from benchmarks.gpu.bars import Judged, figure, judge, judge_answers, judge_checks
 
 Result = Mapping[str, Any]
 """What `__main__` writes: `device`, `created`, `command`, and `steps` by name."""
@@ -43,7 +43,7 @@ def markdown(result: Result) -> str:
         parts.append(_table(("graph, variant, size", "wall ms", "device ms", "kernels"), _graph_rows(steps, size)))
         parts.append(_floor_line(steps, size))
     parts.append("## Answers of the demo model, logits at full size")
-    parts.append(_table(("compared", "found"), [*judge_answers(steps), *_check_rows(steps)]))
+    parts.append(_table(("compared", "found"), [*judge_answers(steps), *judge_checks(steps)]))
     parts.append("## Steps\n\n" + "\n".join(_step_lines(steps)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -114,16 +114,6 @@ def _floor_line(steps: Mapping[str, Any], size: str) -> str:
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f} ms" for name, value in floor.items())
     work = f"{costs['vision_gflop']:.0f} GFLOP vision, {costs['text_encoder_gflop']:.0f} text encoder"
     return f"Floor in fp16 at the measured rates: {shown} ({work}, {costs['step_mb']['step_greedy']:.0f} MB a step)."
-
-
-def _check_rows(steps: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for step, found in steps.items():
-        for name, value in found.get("figures", {}).items() if step.startswith("check:") else ():
-            if "logits" in value:
-                said = f"tokens {value['same_tokens']:.1%}, logits {value['logits']['relative']:.1e}"
-                rows.append((f"{step} {name} against the cpu", said))
-    return rows
 
 
 def _step_lines(steps: Mapping[str, Any]) -> list[str]:

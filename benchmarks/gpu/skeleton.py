@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import tarfile
 import tempfile
@@ -42,6 +43,8 @@ MAX_CONSTANT_BYTES = 16 * 2**20
 """Kept as they are: indices, masks, tables. More means that the weights themselves are no floating-point numbers."""
 MIN_DISTINCT = 64
 """A tensor of fewer different values is a table, and not a weight."""
+MAX_POSITIONS = 64
+"""Of a kernel whose statistics are kept place by place."""
 MAX_SIGMA = 4.0
 """Where normal numbers are cut: fp16 must not overflow for one in a million."""
 
@@ -51,7 +54,7 @@ def pack(bundle: Path, output: Path, checkpoint: Path, *, exact: bool = False) -
 
     Args:
         bundle: Of either layout, in fp32 or fp16.
-        output: The `.tar.xz` to write.
+        output: The `.tar.xz` to write, or `.tar` where several are to be compressed together.
         checkpoint: What it was exported from.
         exact: Whether the weights are to be the checkpoint's.
 
@@ -77,7 +80,7 @@ def pack(bundle: Path, output: Path, checkpoint: Path, *, exact: bool = False) -
         (folder / CHECKPOINT).mkdir()
         for name in CONFIGS:
             shutil.copy(checkpoint / name, folder / CHECKPOINT / name)
-        with tarfile.open(output, "w:xz") as archive:
+        with tarfile.open(output, "w:xz" if output.suffix == ".xz" else "w") as archive:
             archive.add(folder, arcname=".")
     return output
 
@@ -141,9 +144,19 @@ def _entry(
         entry["kept_at"] = len(constants)
         constants.extend(raw.tobytes())
         return entry
-    values = raw.view(dtype).astype(np.float32)
-    moments = {"mean": float(values.mean(dtype=np.float64)), "std": float(values.std(dtype=np.float64))}
+    values = raw.view(dtype).astype(np.float64).reshape(-1, _period(tensor.dims))
+    moments = {"mean": values.mean(axis=0).tolist(), "std": values.std(axis=0).tolist()}
     return entry | {"dtype": dtype, "shape": list(tensor.dims)} | moments
+
+
+def _period(shape: Sequence[int]) -> int:
+    """After how many numbers a tensor's statistics repeat: those of small kernels are kept by their positions.
+
+    The depthwise convolutions hold a one in the middle, which is their residual connection; drawn with one mean for all nine places,
+    48 of them in a row overflow fp16.
+    """
+    inner = math.prod(shape[1:])
+    return inner if inner <= MAX_POSITIONS else 1
 
 
 def _is_table(values: npt.NDArray[Any]) -> bool:
@@ -165,7 +178,7 @@ def fill(skeleton: Path, output: Path, seed: int = 0, *, checkpoint: Path | None
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as staging:
         folder = Path(staging) / "bundle"
-        with tarfile.open(skeleton, "r:xz") as archive:
+        with tarfile.open(skeleton, "r:*") as archive:
             archive.extractall(folder, filter="data")
         content = json.loads((folder / LIST).read_text())
         weights = folder / content["weights"]
@@ -199,12 +212,14 @@ def _write_weights(path: Path, content: dict[str, Any], constants: bytes, seed: 
 def _draw(entry: dict[str, Any], seed: int) -> npt.NDArray[np.float32]:
     """Normal numbers with the mean and deviation of a tensor, the same whichever thread draws them."""
     size = entry["length"] // np.dtype(entry["dtype"]).itemsize
+    mean, std = (np.array(entry[name], dtype=np.float32) for name in ("mean", "std"))
     noise: npt.NDArray[np.float32] = np.random.default_rng([seed, entry["offset"]]).standard_normal(
         size, dtype=np.float32
     )
     np.clip(noise, -MAX_SIGMA, MAX_SIGMA, out=noise)
-    noise *= np.float32(entry["std"])
-    noise += np.float32(entry["mean"])
+    rows = noise.reshape(-1, len(mean))
+    rows *= std
+    rows += mean
     return noise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 from benchmarks.gpu import skeleton
@@ -10,6 +11,8 @@ from florence_onnx import bundle as bundles
 
 DEMO = bundles.DEMO
 DEMO_CHECKPOINT = ROOT / "export" / "demo" / "checkpoint"
+MODELS = "models.tar.xz"
+"""The skeletons in one archive: tokenizer and graphs of one are much like those of the next."""
 PLAIN = "plain"
 """The layout of transformers.js, in fp16."""
 
@@ -44,15 +47,25 @@ class Sources:
         path = self._work / f"{size}-{kind}"
         if path.is_dir():
             return path
-        packed = self._carried / f"{size}-{kind}.tar.xz"
-        if not packed.is_file():
-            raise MissingError(f"{packed.name} was not carried: python -m benchmarks.gpu.prepare makes it")
-        return skeleton.fill(packed, path, checkpoint=DEMO_CHECKPOINT if size == DEMO else None)
+        name = f"{size}-{kind}.tar"
+        if name not in self._packed():
+            raise MissingError(f"{name} was not carried: python -m benchmarks.gpu.prepare makes it")
+        self._work.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(self._carried / MODELS) as archive:
+            archive.extract(name, self._work, filter="data")
+        return skeleton.fill(self._work / name, path, checkpoint=DEMO_CHECKPOINT if size == DEMO else None)
 
     def has(self, size: str, kind: str) -> bool:
         """Whether `bundle` would find it."""
         is_there = (size, kind) == (DEMO, "fp16") or (self._work / f"{size}-{kind}").is_dir()
-        return is_there or (self._carried / f"{size}-{kind}.tar.xz").is_file()
+        return is_there or f"{size}-{kind}.tar" in self._packed()
+
+    def _packed(self) -> list[str]:
+        path = self._carried / MODELS
+        if not path.is_file():
+            return []
+        with tarfile.open(path) as archive:
+            return archive.getnames()
 
     def checkpoint(self, size: str) -> Path:
         """Folder with the configs of a checkpoint; that of the demo has its weights too."""
