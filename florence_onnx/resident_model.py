@@ -170,18 +170,24 @@ class ResidentModel:
         from concurrent.futures import ThreadPoolExecutor
 
         jobs: list[Job] = []
-        with ThreadPoolExecutor(1) as feeder:
-            fed = feeder.submit(self._feed, arriving, jobs)
-            fed.add_done_callback(lambda _: self._batch.notify())
-            try:
-                self._batch.wait(lambda: fed.done() and (fed.exception() is not None or _all_done(jobs)))
+        is_over = threading.Event()
+        try:
+            with ThreadPoolExecutor(1) as feeder:
+                fed = feeder.submit(self._feed, arriving, jobs, is_over)
+                fed.add_done_callback(lambda _: self._batch.notify())
+                try:
+                    self._batch.wait(lambda: fed.done() and (fed.exception() is not None or _all_done(jobs)))
+                finally:
+                    is_over.set()
                 fed.result()
-                return [job.result() for job in jobs]
-            finally:
-                self._batch.discard(jobs)
+            return [job.result() for job in jobs]
+        finally:
+            self._batch.discard(jobs)  # when nothing is submitted any more
 
-    def _feed(self, arriving: Iterable[Sequence[Job]], jobs: list[Job]) -> None:
+    def _feed(self, arriving: Iterable[Sequence[Job]], jobs: list[Job], is_over: threading.Event) -> None:
         for portion in arriving:
+            if is_over.is_set():
+                return
             for job in portion:
                 jobs.append(job)
                 self._batch.submit(job)

@@ -254,27 +254,37 @@ class _TopLogProbs:
         self._forced[row] = token
 
     def best(self, first_row: int, scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
-        found, place = [], []
-        for beam, score in enumerate(scores):
-            values, ids = self._candidates(first_row if is_shared else first_row + beam, k)
-            found.append(values + score)
-            place.append(ids + beam * self._vocab_size)
-        return _first(np.concatenate(found), np.concatenate(place), k, self._vocab_size)
+        rows = [first_row if is_shared else first_row + beam for beam in range(len(scores))]
+        found = [self._listed(row, k) for row in rows]
+        totals = [values + score for (values, _), score in zip(found, scores, strict=True)]
+        every = np.concatenate(totals)
+        least = np.partition(every, len(every) - k)[len(every) - k] if len(every) > k else -np.inf
+        for beam, row in enumerate(rows):
+            # what is not listed is at most what is listed last; an equal token of a lower id would come first
+            if not self._is_known(row) and self._shifted[row, -1] - self._log_sums[row] + scores[beam] >= least:
+                found[beam] = self._all_of(row)
+                totals[beam] = found[beam][0] + scores[beam]
+        place = [ids + beam * self._vocab_size for beam, (_, ids) in enumerate(found)]
+        return _first(np.concatenate(totals), np.concatenate(place), k, self._vocab_size)
 
-    def _candidates(self, row: int, k: int) -> tuple[Floats, Ids]:
-        """Log-probabilities and tokens of a row, among them its k best."""
+    def _listed(self, row: int, k: int) -> tuple[Floats, Ids]:
+        """Log-probabilities and tokens that are known of a row."""
         if row in self._forced:
             return self._only(self._forced[row], k)
-        banned = self._banned.get(row, [])
-        values, ids = self._shifted[row], self._ids[row]
-        allowed = values[~np.isin(ids, banned)] if banned else values
-        is_complete = len(ids) == self._vocab_size
-        if not is_complete and (len(allowed) < k or allowed[k - 1] == values[-1]):
-            logits = self._complete(row)
-            values, ids = logits - logits.max(), np.arange(self._vocab_size)
-        log_probs = values - self._log_sums[row]
-        if banned:
-            log_probs[np.isin(ids, banned)] = -np.inf
+        return self._log_probs(row, self._shifted[row], self._ids[row])
+
+    def _is_known(self, row: int) -> bool:
+        """Whether the list is all that there is to know."""
+        return row in self._forced or self._shifted.shape[1] == self._vocab_size
+
+    def _all_of(self, row: int) -> tuple[Floats, Ids]:
+        logits = self._complete(row)
+        return self._log_probs(row, logits - logits.max(), np.arange(self._vocab_size))
+
+    def _log_probs(self, row: int, shifted: Floats, ids: Ids) -> tuple[Floats, Ids]:
+        log_probs = shifted - self._log_sums[row]
+        if row in self._banned:
+            log_probs[np.isin(ids, self._banned[row])] = -np.inf
         return log_probs, ids
 
     def _only(self, token: int, k: int) -> tuple[Floats, Ids]:

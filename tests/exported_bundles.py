@@ -1,7 +1,6 @@
 """Bundles for the environments that have no PyTorch: `python -m tests.exported_bundles OUT` writes them and prints their paths.
 
-The smallest regular model and the one of which every size is unusual, both in fp32 and fp16, and the former in the layout of
-transformers.js; with `--base` also Florence-2-base with random weights in fp16, which takes minutes.
+The smallest regular model in fp32 and fp16 and in the layout of transformers.js, and the one of which every size is unusual in fp32.
 """
 
 from __future__ import annotations
@@ -12,45 +11,32 @@ from pathlib import Path
 
 from export.checkpoint import load_checkpoint
 from export.transformers_js import export_transformers_js
-from export.write_bundle import export_bundles
+from export.write_bundle import export_bundle
 from tests import checkpoints
-from tests.shared_data import FOLDER
-
-PRECISIONS = ("fp32", "fp16")
 
 
-def write(out: Path, *, with_base: bool = False) -> list[Path]:
-    """Writes the bundles that are not there yet.
-
-    Args:
-        out: Folder for all of them.
-        with_base: Whether Florence-2-base is among them.
-    """
+def write(out: Path) -> list[Path]:
+    """Writes the bundles that are not there yet into a folder for all of them."""
     found = []
-    for name, config in (("tiny", checkpoints.tiny_config), ("odd", checkpoints.odd_config)):
+    for name, config, precisions in (
+        ("tiny", checkpoints.tiny_config, ["fp32", "fp16"]),
+        ("odd", checkpoints.odd_config, ["fp32"]),
+    ):
         source = out / f"{name}-checkpoint"
         if not source.exists():
             checkpoints.build_checkpoint(source, config())
-        if not (out / name).exists():
-            export_bundles(load_checkpoint(source), out / name, precisions=PRECISIONS)
-        found += [out / name / precision for precision in PRECISIONS]
+        for precision in precisions:
+            if not (out / name / precision).exists():
+                export_bundle(load_checkpoint(source), out / name / precision, precision=precision)
+            found.append(out / name / precision)
     layout = out / "tiny-transformers-js"
     if not layout.exists():
         export_transformers_js(load_checkpoint(out / "tiny-checkpoint"), layout)
     found.append(layout)
-    if with_base:
-        source = out / "base-checkpoint"
-        if not source.exists():
-            checkpoints.build_full_size_checkpoint(source, "base", FOLDER / "tokenizer")
-        if not (out / "base").exists():
-            export_bundles(load_checkpoint(source), out / "base", precisions=["fp16"])
-        found.append(out / "base" / "fp16")
     return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--base", action="store_true")
-    arguments = parser.parse_args()
-    print(os.pathsep.join(map(str, write(arguments.out.resolve(), with_base=arguments.base))))
+    print(os.pathsep.join(map(str, write(parser.parse_args().out.resolve()))))

@@ -60,8 +60,9 @@ def test_the_best_continuations_are_the_same(case: dict[str, Any]) -> None:
     (expected, beams, tokens), (found, found_beams, found_tokens) = results
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     # sums in another order may turn what is equal but for the last bit
-    certain = np.abs(np.diff(expected, append=-np.inf)) > 1e-4
-    certain &= np.abs(np.diff(expected, prepend=np.inf)) > 1e-4
+    with np.errstate(invalid="ignore"):  # of two that are impossible
+        certain = np.abs(np.diff(expected, append=-np.inf)) > 1e-4
+        certain &= np.abs(np.diff(expected, prepend=np.inf)) > 1e-4
     is_sure = certain & np.isfinite(expected)
     np.testing.assert_array_equal(found_beams[is_sure], beams[is_sure])
     np.testing.assert_array_equal(found_tokens[is_sure], tokens[is_sure])
