@@ -17,6 +17,7 @@ from florence_onnx.bundle import LOG_SUMS, TOP_IDS, TOP_VALUES
 from florence_onnx.decoder import DecoderShape
 from florence_onnx.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.engine import OnnxBinding, OnnxEngine
+from florence_onnx.errors import DeviceMemoryError
 from florence_onnx.prompt_rows import CallInputs, PromptRows
 from florence_onnx.scores import Floats, Ids, TopScores
 
@@ -223,12 +224,19 @@ class ResidentDecoder:
         key = num_places, num_tokens
         call = self._calls.get(key)
         if call is None:
-            call = _Call(self._decoder, num_places, num_tokens, self._capacity, self._num_top, self._sizes)
-            mask = self._mask_on_device[:num_places]
-            tensors = {"encoder_attention_mask": mask, **_first(self._cross, num_places)}
-            phases = [_first(caches, num_places) for caches in self._caches]
-            call.bind(tensors, phases)
-            self._calls[key] = call
+            try:
+                call = self._new_call(num_places, num_tokens)
+            except DeviceMemoryError:  # what other shapes hold is given up for this one
+                self._drop_bindings(self._calls.values(), [])
+                self._calls = {}
+            self._calls[key] = call = call or self._new_call(num_places, num_tokens)
+        return call
+
+    def _new_call(self, num_places: int, num_tokens: int) -> _Call:
+        call = _Call(self._decoder, num_places, num_tokens, self._capacity, self._num_top, self._sizes)
+        mask = self._mask_on_device[:num_places]
+        tensors = {"encoder_attention_mask": mask, **_first(self._cross, num_places)}
+        call.bind(tensors, [_first(caches, num_places) for caches in self._caches])
         return call
 
     def _encoding(self, place: int) -> OnnxBinding:

@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "engine": {"cpu", "cuda_memory", "device_memory", "errors", "memory", "providers", "sessions", "numpy"},
     "decoder": {"engine", "generation", "numpy"},
     "prompt_rows": {"numpy"},
-    "resident_decoder": {"bundle", "decoder", "device_memory", "engine", "prompt_rows", "scores", "numpy"},
+    "resident_decoder": {"bundle", "decoder", "device_memory", "engine", "errors", "prompt_rows", "scores", "numpy"},
     "continuous_batching": {"device_memory", "errors", "prompt_rows", "scores", "search"},
     "resident_model": {
         *("continuous_batching", "cuda_memory", "device_memory", "engine", "errors", "memory", "resident_decoder"),
