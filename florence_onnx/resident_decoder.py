@@ -228,8 +228,9 @@ class ResidentDecoder:
                 call = self._new_call(num_places, num_tokens)
             except DeviceMemoryError:  # what other shapes hold is given up for this one
                 self._drop_bindings(self._calls.values(), [])
-                self._calls = {}
-            self._calls[key] = call = call or self._new_call(num_places, num_tokens)
+                self._calls.clear()
+                call = self._new_call(num_places, num_tokens)
+            self._calls[key] = call
         return call
 
     def _new_call(self, num_places: int, num_tokens: int) -> _Call:
