@@ -332,10 +332,15 @@ class Florence2:
         return logits
 
     def warm_up(self) -> None:
-        """Runs every stage once on a blank picture, so that the first real call is not the slow one."""
+        """Runs every stage once on a blank picture, so that the first real call is not the slow one.
+
+        On a card every shape of a step is captured when it first occurs: here those of a single prompt, greedy and with the
+        checkpoint's own beams.
+        """
         width, height = self._bundle.sizes.image_size
         blank = PILImage.new("RGB", (width, height))
-        self.run(tasks.CAPTION, blank, options=GenerationOptions(max_new_tokens=4))
+        for num_beams in (None, 1) if self.max_batch else (None,):
+            self.run(tasks.CAPTION, blank, options=GenerationOptions(num_beams, max_new_tokens=4, min_new_tokens=3))
 
     def info(self) -> dict[str, Any]:
         """What was loaded and where it runs, ready for JSON."""

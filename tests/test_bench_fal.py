@@ -25,6 +25,7 @@ pytest.importorskip("onnxruntime", reason="the demo model runs on ONNX Runtime: 
 from typer.testing import CliRunner, Result
 
 from florence_onnx import Florence2, Region, tasks
+from florence_onnx.answering import HostAnswering
 from florence_onnx.bench_fal import agreement
 from florence_onnx.bench_fal.budget import Budget, BudgetSpentError
 from florence_onnx.bench_fal.command import JOURNAL
@@ -395,13 +396,13 @@ def test_an_answer_that_is_no_json_is_an_error(serve: Callable[..., StandIn], tm
 
 
 def test_each_question_in_process_encodes_its_picture_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    encoded, original = [], Florence2._features
+    encoded, original = [], HostAnswering.encode
 
-    def count(self: Florence2, picture: Any) -> Any:
+    def count(self: HostAnswering, picture: Any) -> Any:
         encoded.append(picture.size)
         return original(self, picture)
 
-    monkeypatch.setattr(Florence2, "_features", count)
+    monkeypatch.setattr(HostAnswering, "encode", count)
     arguments = ("--targets", "in-process", "--tasks", "caption,object-detection", "--repeats", 2, "--device", "cpu")
     assert _bench(SCENES[0], *arguments, "--out", tmp_path).exit_code == 0
     assert len(encoded) == 4

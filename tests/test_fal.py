@@ -55,6 +55,8 @@ def arguments(task: tasks.Task[Any], picture: Path = SAMPLE) -> dict[str, Any]:
 class SlowModel:
     """A real model that waits at a gate, so that requests pile up behind it; notes its batches."""
 
+    max_batch = 0
+
     def __init__(self, model: Florence2) -> None:
         self._model = model
         self.gate = threading.Event()
