@@ -1,6 +1,7 @@
 """Prompts of any callers decoded together: whoever is done leaves, whoever waits enters, at every step.
 
-There is no thread of its own: of the threads that wait for answers, one at a time drives the decoder for all.
+One thread does all that a device is asked for: ONNX Runtime keeps the CUDA graphs that a thread captured for that thread alone, so
+that in each of several all would be captured anew.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from florence_onnx.device_memory import DeviceArray
-from florence_onnx.errors import DeviceMemoryError, FlorenceError
+from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.prompt_rows import PromptRows
 from florence_onnx.scores import Ids, TopScores
 from florence_onnx.search import GeneratedSequence, Search
 
 SHRINK_AFTER = 256
 """Prompts in a row that would fit shorter buffers, after which those are taken: new buffers mean new CUDA graphs."""
+T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
 
@@ -80,38 +81,59 @@ class Job:
         if isinstance(self.error, FlorenceError):
             raise type(self.error)(*self.error.args) from self.error  # one error may be many jobs': each raises its own
         if self.error is not None:
-            raise RuntimeError("the thread that drove this batch was stopped") from self.error
+            raise RuntimeError(f"decoding failed: {self.error}") from self.error
         return self.search.results()[0]
 
 
 class ContinuousBatch:
-    """The jobs in the places of a decoder, and those that wait for one."""
+    """The jobs in the places of a decoder, those that wait for one, and the thread that works for them."""
 
-    def __init__(self, decoder: PlacedDecoder, max_batch: int, device: AbstractContextManager[object]) -> None:
+    def __init__(self, decoder: PlacedDecoder, max_batch: int) -> None:
         """Args:
         decoder: Used by this object alone.
         max_batch: Most prompts in flight.
-        device: Held while the device works.
         """
         self._decoder = decoder
         self._max_batch = max_batch
-        self._device = device
         self._changed = threading.Condition()
+        self._calls: deque[Callable[[], None]] = deque()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
-        self._is_driven = False
+        self._is_open = True
         self._num_shorter = 0
+        # a daemon: an interpreter that ends does not wait for it, and `close` ends it before
+        self._thread = threading.Thread(target=self._work, name="florence-device", daemon=True)
+        self._thread.start()
 
-    @property
-    def num_in_flight(self) -> int:
-        """Jobs that have a place."""
-        return len(self._running)
+    def close(self) -> None:
+        """Ends the thread, after what it does now; jobs that have no answer yet fail."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
 
     def submit(self, job: Job) -> None:
-        """Lets a job wait for a place; some thread must `wait`."""
+        """Lets a job wait for a place."""
         with self._changed:
             self._waiting.append(job)
             self._changed.notify_all()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls a function in the thread that has the device, between two steps, and gives what it gives or raises."""
+        from concurrent.futures import Future
+
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the result
+                future.set_exception(error)
+
+        with self._changed:
+            assert self._is_open, "closed by what owns this object, when nobody has it any more"
+            self._calls.append(run)
+            self._changed.notify_all()
+        return future.result()
 
     def discard(self, jobs: Sequence[Job]) -> None:
         """Ends jobs whose answers nobody wants any more."""
@@ -121,53 +143,43 @@ class ContinuousBatch:
             self._waiting = deque(job for job in self._waiting if not job.is_done)
 
     def wait(self, is_over: Callable[[], bool]) -> None:
-        """Drives the decoder, or lets another thread do so, until a condition holds that jobs bring about.
-
-        Args:
-            is_over: Asked whenever jobs were submitted or ended.
-        """
+        """Returns when a condition holds that jobs bring about; it is asked whenever some have ended, and at `notify`."""
         with self._changed:
-            while not is_over():
-                if self._is_driven or not (self._waiting or self._running):
-                    self._changed.wait()
-                    continue
-                self._is_driven = True
-                try:
-                    self._drive(is_over)
-                finally:
-                    self._is_driven = False
-                    self._changed.notify_all()
+            self._changed.wait_for(is_over)
 
     def notify(self) -> None:
         """Makes those who wait ask their conditions again."""
         with self._changed:
             self._changed.notify_all()
 
-    # ---------------------------------------------------------------------------------- by the thread that drives
+    # ------------------------------------------------------------------------------------------- in its own thread
 
-    def _drive(self, is_over: Callable[[], bool]) -> None:
-        """Steps, without the lock, while there is something to do for the caller; called and left with the lock."""
-        while (self._waiting or self._running) and not is_over():
-            self._changed.release()
-            try:
-                has_ended = self._step_or_fail()
-            finally:
-                self._changed.acquire()
-            if has_ended:
-                self._changed.notify_all()
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._waiting or self._running or not self._is_open)
+                calls, self._calls = self._calls, deque()
+                is_open = self._is_open
+            while calls:
+                calls.popleft()()  # and no name for it: what it holds is the model that may be dropped next
+            if not is_open:
+                break
+            if (self._waiting or self._running) and self._step_or_fail():
+                self.notify()
+        self._fail_running(ProviderError("the model was closed"))
+        with self._changed:
+            for job in self._waiting:
+                job.error, job.is_done = ProviderError("the model was closed"), True
+            self._changed.notify_all()
 
     def _step_or_fail(self) -> bool:
         try:
             return self._step()
         except DeviceMemoryError as error:
             self._begin_again(error)
-            return True
-        except FlorenceError as error:
+        except Exception as error:  # noqa: BLE001 - raised by those whose answers it ends; the thread is for all others too
             self._fail_running(error)
-            return True
-        except BaseException as error:
-            self._fail_running(error)
-            raise
+        return True
 
     def _fail_running(self, error: BaseException) -> None:
         for place, job in list(self._running.items()):
@@ -199,11 +211,10 @@ class ContinuousBatch:
         for place, job in list(self._running.items()):
             if job.is_done:  # discarded
                 self._end(place, job)
-        with self._device:
-            has_ended = self._admit()
-            if not self._running:
-                return has_ended
-            found = self._decoder.step({place: job.next_tokens for place, job in self._running.items()})
+        has_ended = self._admit()
+        if not self._running:
+            return has_ended
+        found = self._decoder.step({place: job.next_tokens for place, job in self._running.items()})
         for place, job in list(self._running.items()):
             has_ended |= self._advance(place, job, found[place])
         return has_ended

@@ -3,14 +3,15 @@
 ONNX Runtime's own way to memory on a card, `OrtValue`, takes the next power of two, copies whole tensors only, and cannot copy rows to
 other distances, which a growing cache needs.
 
-Not for several threads at once, but for one: tensors may be dropped in any thread at any time. What they held is then kept for the next
-that needs as much, and given back to CUDA by whoever allocates: while a CUDA graph is being captured, no thread may free memory.
+While a CUDA graph is captured, no other thread of the process may call CUDA: whoever does, holds `LOCK`. Tensors may be dropped in any
+thread at any time; what they held is kept for the next that needs as much, and given back to CUDA by whoever allocates.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import weakref
 from collections import deque
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from florence_onnx.device_memory import Array, Block, DeviceMemory
 from florence_onnx.errors import DeviceMemoryError, ProviderError
 
+LOCK = threading.RLock()
+"""Held by this process's only thread that calls CUDA, or runs a session of ONNX Runtime's on a card."""
 TO_DEVICE, TO_HOST, WITHIN_DEVICE = 1, 2, 3
 """`cudaMemcpyHostToDevice` and so on."""
 OUT_OF_MEMORY = 2
@@ -56,11 +59,12 @@ class CudaMemory(DeviceMemory):
         self._dropped: deque[tuple[int, int]] = deque()  # whose append is safe in any thread, and in a finalizer
 
     def new_block(self, size: int) -> Block:
-        address = self._reuse(size) or self._malloc(size)
-        block = Block(self, address)
-        weakref.finalize(block, self._dropped.append, (size, address)).atexit = False
-        self._call("cudaMemset", address, 0, size)
-        self._call("cudaDeviceSynchronize")  # sessions have streams of their own, which wait for nobody
+        with LOCK:
+            address = self._reuse(size) or self._malloc(size)
+            block = Block(self, address)
+            weakref.finalize(block, self._dropped.append, (size, address)).atexit = False
+            self._call("cudaMemset", address, 0, size)
+            self._call("cudaDeviceSynchronize")  # sessions have streams of their own, which wait for nobody
         return block
 
     def _reuse(self, size: int) -> int | None:
@@ -101,16 +105,19 @@ class CudaMemory(DeviceMemory):
         return True
 
     def write(self, address: int, values: Array) -> None:
-        self._call("cudaMemcpy", address, values.ctypes.data, values.nbytes, TO_DEVICE)
-        # from memory that is not pinned it may still be under way
-        self._call("cudaDeviceSynchronize")
+        with LOCK:
+            self._call("cudaMemcpy", address, values.ctypes.data, values.nbytes, TO_DEVICE)
+            # from memory that is not pinned it may still be under way
+            self._call("cudaDeviceSynchronize")
 
     def read(self, address: int, target: Array) -> None:
-        self._call("cudaMemcpy", target.ctypes.data, address, target.nbytes, TO_HOST)
+        with LOCK:
+            self._call("cudaMemcpy", target.ctypes.data, address, target.nbytes, TO_HOST)
 
     def copy_rows(self, target: int, pitch: int, source: int, width: int, rows: int) -> None:
-        self._call("cudaMemcpy2D", target, pitch, source, width, width, rows, WITHIN_DEVICE)
-        self._call("cudaDeviceSynchronize")
+        with LOCK:
+            self._call("cudaMemcpy2D", target, pitch, source, width, width, rows, WITHIN_DEVICE)
+            self._call("cudaDeviceSynchronize")
 
     def pin(self, array: Array) -> None:
         """Lets the card read a host array by itself, at the speed of the bus, until the array is dropped.
@@ -118,8 +125,9 @@ class CudaMemory(DeviceMemory):
         Raises:
             ProviderError: CUDA refuses.
         """
-        self._call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
-        weakref.finalize(array, self._library.cudaHostUnregister, array.ctypes.data).atexit = False
+        with LOCK:
+            self._call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
+        weakref.finalize(array, _unpin, self._library, array.ctypes.data).atexit = False
 
     def _call(self, name: str, *arguments: int) -> None:
         self._check(int(getattr(self._library, name)(*arguments)))
@@ -129,6 +137,11 @@ class CudaMemory(DeviceMemory):
             self._library.cudaGetLastError()
             said = self._library.cudaGetErrorString(status) or b"unknown"
             raise ProviderError(f"CUDA failed with error {status}: {said.decode(errors='replace')}")
+
+
+def _unpin(library: Any, address: int) -> None:
+    with LOCK:
+        library.cudaHostUnregister(address)
 
 
 def _load(major: str) -> Any:

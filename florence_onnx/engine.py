@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from florence_onnx import cpu
 from florence_onnx import providers as provider_presets
-from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.cuda_memory import LOCK, CudaMemory
 from florence_onnx.device_memory import DeviceArray, DeviceMemory, HostMemory
 from florence_onnx.errors import (
     BundleFileMissingError,
@@ -140,7 +141,10 @@ class OnnxEngine:
         """Whether bindings may become CUDA graphs."""
         self.capture_refusal = ""
         """Why not, where it was wanted."""
-        self._session = self._open(path, chosen, session_options, kept)
+        # while one thread captures a CUDA graph, or takes memory for weights, no other may call CUDA
+        self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
+        with self._exclusive:
+            self._session = self._open(path, chosen, session_options, kept)
         self._names_graphs = self.captures
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
@@ -232,9 +236,10 @@ class OnnxEngine:
             ProviderError: The provider failed.
         """
         # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
-        expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError)
+        expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError, MemoryError)
         try:
-            return run()
+            with self._exclusive:
+                return run()
         except expected as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.provider, error) from error
@@ -274,7 +279,8 @@ class OnnxBinding:
     def release(self) -> None:
         """Forgets the CUDA graph; no more runs."""
         if self._graph_id is not None and hasattr(self._session, "release_captured_graph"):
-            self._session.release_captured_graph(self._graph_id)
+            release, graph_id = self._session.release_captured_graph, self._graph_id
+            self._engine.guarded(lambda: release(graph_id))
         self._graph_id = None
 
     def run(self) -> None:

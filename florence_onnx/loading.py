@@ -224,7 +224,7 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
 
 
 def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
-    from florence_onnx.resident_decoder import ResidentSizes
+    from florence_onnx.decoder_call import ResidentSizes
     from florence_onnx.resident_model import ResidentModel
 
     sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)

@@ -35,7 +35,7 @@ OUT_OF_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ONNX Runtime says that a device's memory, or the part of it that is allowed, is full."""
-    return any(said in str(error) for said in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

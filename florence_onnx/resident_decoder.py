@@ -6,77 +6,25 @@ gets one back (the best tokens of each row).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from florence_onnx.bundle import LOG_SUMS, TOP_IDS, TOP_VALUES
-from florence_onnx.decoder import DecoderShape
-from florence_onnx.device_memory import DeviceArray, DeviceMemory
+from florence_onnx.bundle import TOP_IDS
+from florence_onnx.decoder_call import DecoderCall, Packed, ResidentSizes
+from florence_onnx.device_memory import DeviceArray
 from florence_onnx.engine import OnnxBinding, OnnxEngine
 from florence_onnx.errors import DeviceMemoryError
-from florence_onnx.prompt_rows import CallInputs, PromptRows
-from florence_onnx.scores import Floats, Ids, TopScores
+from florence_onnx.prompt_rows import PromptRows
+from florence_onnx.scores import Ids, TopScores
 
 FIRST_CAPACITY = 64
 """Slots of a prompt's cache to begin with."""
+MAX_LOGITS_BYTES = 256 * 2**20
+"""Of the logits on the device that all shapes of a step together keep; a single one may need more."""
 GROWTH = 4
 """A cache that is too small becomes so many times as large: every size has its own CUDA graphs."""
-TEXT_LENGTHS = (16, 32, 64, 128, 256)
-"""Tokens to which prompts are padded, so that few shapes occur; the last is what the model has room for."""
-ALIGNMENT = 256
-"""Of tensors within a block, in bytes: what CUDA's own allocations have."""
-
-
-@dataclass(frozen=True)
-class ResidentSizes:
-    """Sizes that do not change."""
-
-    shape: DecoderShape
-    num_image_tokens: int
-    width: int
-    """Columns of the image features."""
-
-    def text_length(self, num_tokens: int) -> int:
-        """The padded length of a prompt."""
-        room = self.shape.max_positions - self.num_image_tokens
-        return next((length for length in TEXT_LENGTHS if num_tokens <= length < room), room)
-
-
-class _Packed:
-    """Tensors that cross between host and device together."""
-
-    def __init__(self, memory: DeviceMemory, fields: Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]) -> None:
-        """Args: fields, shape and dtype by name."""
-        offsets, size = {}, 0
-        for name, (shape, dtype) in fields.items():
-            offsets[name] = size
-            size += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
-        self._block = memory.allocate((size,), np.uint8)
-        self._content = np.zeros(size, dtype=np.uint8)
-        self._fields = {name: (offsets[name], shape, np.dtype(dtype)) for name, (shape, dtype) in fields.items()}
-
-    def on_device(self, name: str) -> DeviceArray:
-        """A tensor's place there."""
-        offset, shape, dtype = self._fields[name]
-        return DeviceArray(self._block.block, self._block.address + offset, shape, dtype)
-
-    def on_host(self, name: str) -> npt.NDArray[Any]:
-        """A tensor's place here: what `send` sends, what `receive` got."""
-        offset, shape, dtype = self._fields[name]
-        size = int(np.prod(shape)) * dtype.itemsize
-        return self._content[offset : offset + size].view(dtype).reshape(shape)
-
-    def send(self) -> None:
-        """Host to device."""
-        self._block.upload(self._content)
-
-    def receive(self) -> None:
-        """Device to host."""
-        self._content = self._block.download()
 
 
 class ResidentDecoder:
@@ -125,7 +73,8 @@ class ResidentDecoder:
             DeviceMemoryError: There is not enough memory; then there is no place at all.
         """
         assert not self._rows, "prompts are being answered"
-        if (num_places, text_length) == (self._num_places, self._text_length):
+        is_small = self._capacity <= GROWTH * FIRST_CAPACITY  # larger ones are for answers that are seldom so long
+        if (num_places, text_length) == (self._num_places, self._text_length) and is_small:
             return
         self.close()
         try:
@@ -220,21 +169,26 @@ class ResidentDecoder:
             for rows in self._rows.values():
                 rows.grow(capacity)
 
-    def _call(self, num_places: int, num_tokens: int) -> _Call:
+    def _call(self, num_places: int, num_tokens: int) -> DecoderCall:
         key = num_places, num_tokens
-        call = self._calls.get(key)
+        call = self._calls.pop(key, None)
         if call is None:
             try:
                 call = self._new_call(num_places, num_tokens)
             except DeviceMemoryError:  # what other shapes hold is given up for this one
-                self._drop_bindings(self._calls.values(), [])
-                self._calls.clear()
+                self._drop_calls(0)
                 call = self._new_call(num_places, num_tokens)
-            self._calls[key] = call
+            self._drop_calls(MAX_LOGITS_BYTES - call.logits_bytes)
+        self._calls[key] = call  # the last one used is the last one to go
         return call
 
-    def _new_call(self, num_places: int, num_tokens: int) -> _Call:
-        call = _Call(self._decoder, num_places, num_tokens, self._capacity, self._num_top, self._sizes)
+    def _drop_calls(self, allowed: int) -> None:
+        """Gives up shapes that were not used for the longest time, until the logits of the others have so many bytes at most."""
+        while self._calls and sum(call.logits_bytes for call in self._calls.values()) > allowed:
+            self._calls.pop(next(iter(self._calls))).release()
+
+    def _new_call(self, num_places: int, num_tokens: int) -> DecoderCall:
+        call = DecoderCall(self._decoder, num_places, num_tokens, self._capacity, self._num_top, self._sizes)
         mask = self._mask_on_device[:num_places]
         tensors = {"encoder_attention_mask": mask, **_first(self._cross, num_places)}
         call.bind(tensors, [_first(caches, num_places) for caches in self._caches])
@@ -243,13 +197,14 @@ class ResidentDecoder:
     def _encoding(self, place: int) -> OnnxBinding:
         binding = self._encodings.get(place)
         if binding is None:
-            binding = self._encodings[place] = self._text_encoder.bind()
+            binding = self._text_encoder.bind()
             for name in ("input_ids", "attention_mask"):
                 binding.bind_input(name, self._prompt.on_device(name))
             binding.bind_input("image_features", self._features)
             for name, cross in self._cross.items():
                 binding.bind_output(name, cross[place : place + 1])
             binding.capture()
+            self._encodings[place] = binding
         return binding
 
     # ---------------------------------------------------------------------------------------------------- buffers
@@ -260,7 +215,7 @@ class ResidentDecoder:
         self._phase = 0
         self._cross: dict[str, DeviceArray] = {}
         self._caches: list[dict[str, DeviceArray]] = []
-        self._calls: dict[tuple[int, int], _Call] = {}
+        self._calls: dict[tuple[int, int], DecoderCall] = {}
         self._encodings: dict[int, OnnxBinding] = {}
 
     @staticmethod
@@ -273,7 +228,7 @@ class ResidentDecoder:
     def _allocate(self, num_places: int, text_length: int) -> None:
         memory = self._memory
         encoder_length = self._sizes.num_image_tokens + text_length
-        self._prompt = _Packed(memory, dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64)))
+        self._prompt = Packed(memory, dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64)))
         self._cross = self._new_cross(num_places, encoder_length)
         sets = 1 if self._decoder.updates_in_place else 2
         self._caches = [self._new_caches(num_places, FIRST_CAPACITY) for _ in range(sets)]
@@ -318,96 +273,6 @@ class ResidentDecoder:
         self._drop_bindings(self._calls.values(), [])
         self._cross, self._caches, self._calls = cross, caches, {}
         self._num_places, self._capacity = num_places, capacity
-
-
-class _Call:
-    """Buffers and bindings of decoder calls of one shape."""
-
-    def __init__(
-        self,
-        engine: OnnxEngine,
-        num_places: int,
-        num_tokens: int,
-        capacity: int,
-        num_top: int,
-        sizes: ResidentSizes,
-    ) -> None:
-        """Args:
-        engine: `decoder_top.onnx`.
-        num_places: P, prompts from the first place on.
-        num_tokens: S, tokens of each.
-        capacity: C, slots of each.
-        num_top: Tokens that the engine gives back.
-        sizes: Of the model.
-        """
-        memory = engine.memory
-        self.num_places = num_places
-        self._engine = engine
-        tokens = num_places, num_tokens
-        self._vocab_size = sizes.shape.vocab_size
-        whole = dict.fromkeys(("input_ids", "positions", "slots"), (tokens, np.int64))
-        self._sent = _Packed(memory, {**whole, "visible": ((*tokens, capacity), np.bool_)})
-        best = *tokens, num_top
-        self._received = _Packed(
-            memory, {TOP_VALUES: (best, np.float32), TOP_IDS: (best, np.int64), LOG_SUMS: (tokens, np.float32)}
-        )
-        self._logits = memory.allocate((*tokens, self._vocab_size), np.float32)
-        self.inputs = CallInputs(*(self._sent.on_host(name) for name in (*whole, "visible")))
-        self._fetched: Floats | None = None
-        self._bindings: list[OnnxBinding] = []
-
-    def bind(self, tensors: Mapping[str, DeviceArray], phases: Sequence[Mapping[str, DeviceArray]]) -> None:
-        """Ties all buffers to the graph.
-
-        Args:
-            tensors: Inputs that it only reads.
-            phases: The self keys and values; of several sets each is read in turn while the next is written.
-        """
-        for phase, caches in enumerate(phases):
-            binding = self._engine.bind()
-            written = phases[(phase + 1) % len(phases)]
-            for name in ("input_ids", "positions", "slots", "visible"):
-                binding.bind_input(name, self._sent.on_device(name))
-            for name, array in (*tensors.items(), *caches.items()):
-                binding.bind_input(name, array)
-            for name, array in written.items():
-                binding.bind_output(name.replace("past_key_values", "present"), array)
-            for name in (TOP_VALUES, TOP_IDS, LOG_SUMS):
-                binding.bind_output(name, self._received.on_device(name))
-            binding.bind_output("logits", self._logits)
-            binding.capture()
-            self._bindings.append(binding)
-
-    def release(self) -> None:
-        """Forgets the CUDA graphs."""
-        for binding in self._bindings:
-            binding.release()
-
-    def run(self, phase: int) -> None:
-        """Sends the inputs, runs, receives the best tokens."""
-        self._fetched = None
-        self._sent.send()
-        self._bindings[phase].run()
-        self._received.receive()
-
-    def scores(self, place: int, shape: tuple[int, ...]) -> TopScores:
-        """What a prompt's `(W, n)` tokens led to."""
-        count = shape[0] * shape[1]
-        values, ids, log_sums = (
-            self._received.on_host(name)[place, :count].reshape(*shape, *inner)
-            for name, inner in ((TOP_VALUES, (-1,)), (TOP_IDS, (-1,)), (LOG_SUMS, ()))
-        )
-
-        def fetch() -> Floats:
-            return self._all_logits()[place, :count].reshape(*shape, -1)
-
-        return TopScores(values, ids, log_sums, self._vocab_size, fetch)
-
-    def _all_logits(self) -> Floats:
-        """The logits of all places, copied to the host when the first of them is asked for."""
-        if self._fetched is None:
-            self._fetched = self._logits.download()
-        return self._fetched
 
 
 def _names(prefix: str, num_layers: int) -> list[tuple[str, str]]:

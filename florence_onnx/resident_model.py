@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
 
 from florence_onnx.continuous_batching import ContinuousBatch, Job
 from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.decoder_call import ResidentSizes
 from florence_onnx.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.engine import OnnxBinding, OnnxEngine
-from florence_onnx.errors import ProviderError
-from florence_onnx.resident_decoder import ResidentDecoder, ResidentSizes
+from florence_onnx.errors import DeviceMemoryError, ProviderError
+from florence_onnx.resident_decoder import ResidentDecoder
 from florence_onnx.search import GeneratedSequence
 
 Floats = npt.NDArray[np.float32]
@@ -24,21 +25,19 @@ _log = logging.getLogger("florence_onnx")
 
 
 class ResidentVision:
-    """The vision encoder, from pixels on the host to features on the device."""
+    """The vision encoder, from pixels on the host to features on the device. For the thread that has the device."""
 
-    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, device: AbstractContextManager[object]) -> None:
+    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes) -> None:
         """Args:
         engine: `vision_encoder.onnx`.
         sizes: Of the model.
-        device: Held while the device works.
         """
         self._engine = engine
         self._sizes = sizes
-        self._device = device
         self._batches: dict[int, _VisionBatch] = {}
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Encodes up to `MAX_PICTURES` pictures in one run.
+        """Encodes up to `MAX_PICTURES` pictures in one run; in several where the memory does not suffice for one.
 
         Args:
             pixel_values: `(1, 3, H, W)` each.
@@ -47,15 +46,22 @@ class ResidentVision:
             Features `(N, D)` float32 of each.
 
         Raises:
-            DeviceMemoryError: There is not enough memory.
+            DeviceMemoryError: There is not enough memory for a single picture.
             ProviderError: The provider failed.
         """
         count = 1 << (len(pixel_values) - 1).bit_length()
-        with self._device:
+        try:
             batch = self._batches.get(count)
             if batch is None:
                 batch = self._batches[count] = _VisionBatch(self._engine, self._sizes, count, pixel_values[0].shape[1:])
             return batch.run(pixel_values)
+        except DeviceMemoryError as error:
+            self._batches.pop(count, None)
+            if len(pixel_values) == 1:
+                raise
+            _log.warning("%d pictures at a time do not fit: %s", len(pixel_values), error)
+        half = count // 2
+        return self.encode(pixel_values[:half]) + self.encode(pixel_values[half:])
 
 
 class _VisionBatch:
@@ -114,17 +120,15 @@ class ResidentModel:
         """
         self.max_tokens = max_tokens
         vision_encoder, text_encoder, decoder = engines
-        # One at a time on the device: while one thread captures a CUDA graph, no other may call CUDA.
-        device = threading.Lock()
         self.max_batch = max_batch
         self._memory = vision_encoder.memory
-        self._vision = ResidentVision(vision_encoder, sizes, device)
-        self._device = device
-        self._batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, sizes), max_batch, device)
+        self._vision = ResidentVision(vision_encoder, sizes)
+        self._batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, sizes), max_batch)
+        weakref.finalize(self, self._batch.close)
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
         """As `ResidentVision.encode`."""
-        return self._vision.encode(pixel_values)
+        return self._batch.call(lambda: self._vision.encode(pixel_values))
 
     def upload(self, image_features: Floats | DeviceArray) -> DeviceArray:
         """Features on this device, copied there if they are elsewhere.
@@ -136,9 +140,8 @@ class ResidentModel:
             if image_features.memory.is_same(self._memory):
                 return image_features
             image_features = image_features.download()
-        with self._device:
-            features = self._memory.allocate(image_features.shape, np.float32)
-            features.upload(np.asarray(image_features, dtype=np.float32))
+        features = self._memory.allocate(image_features.shape, np.float32)
+        features.upload(np.asarray(image_features, dtype=np.float32))
         return features
 
     def answer(self, jobs: Sequence[Job]) -> list[GeneratedSequence]:

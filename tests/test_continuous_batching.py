@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +25,7 @@ from florence_onnx import (
     tasks,
 )
 from florence_onnx.continuous_batching import SHRINK_AFTER, ContinuousBatch, Job
+from florence_onnx.engine import OnnxBinding
 from florence_onnx.prompt_rows import PromptRows
 from florence_onnx.scores import TopScores
 from florence_onnx.search import Continuation, GeneratedSequence
@@ -282,7 +283,7 @@ def full(allowed: int) -> Callable[..., None]:
 
 
 def new_batch(decoder: FakeDecoder, max_batch: int = 8) -> ContinuousBatch:
-    return ContinuousBatch(decoder, max_batch, contextlib.nullcontext())
+    return ContinuousBatch(decoder, max_batch)
 
 
 ANSWER = "(2,)"
@@ -396,46 +397,71 @@ def test_a_device_that_fails_ends_those_in_flight_and_no_others() -> None:
     assert answer(batch, job(), job(), job()) == ["ProviderError", "ProviderError", ANSWER]
 
 
-@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
-def test_a_driving_thread_that_is_stopped_leaves_nobody_stuck(kind: type[BaseException]) -> None:
-    driving, others = threading.Event(), threading.Event()
-
-    def stop(_: int) -> None:
-        driving.set()
-        others.wait(TIMEOUT)
+def test_an_error_that_nobody_expects_ends_those_in_flight_and_not_the_thread() -> None:
+    def fail(_: int) -> None:
         decoder.on.clear()
-        raise kind
+        raise ZeroDivisionError("in a search")
 
-    batch = new_batch(decoder := FakeDecoder(step=stop))
+    batch = new_batch(decoder := FakeDecoder(step=fail), 2)
+    jobs = [job(), job(), job()]
+    assert answer(batch, *jobs) == ["RuntimeError", "RuntimeError", ANSWER]
+    with pytest.raises(RuntimeError, match="decoding failed: in a search") as caught:
+        jobs[0].result()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_one_thread_has_the_device(batching: Florence2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime keeps the CUDA graphs of each thread apart: whoever asks, the same one runs them."""
+    seen = set()
+    run = OnnxBinding.run
+
+    def note(self: OnnxBinding) -> None:
+        seen.add(threading.current_thread().name)
+        run(self)
+
+    monkeypatch.setattr(OnnxBinding, "run", note)
+    in_threads([lambda picture=picture: batching.run("<CAPTION>", picture) for picture in SAMPLES[:3]])
+    batching.run_batch("<OD>", SAMPLES[:3])
+    assert seen == {"florence-device"}
+
+
+def test_between_two_steps_others_have_the_device() -> None:
+    batch = new_batch(FakeDecoder())
+    assert batch.call(lambda: threading.current_thread().name) == "florence-device"
+    with pytest.raises(ZeroDivisionError):
+        batch.call(lambda: 1 // 0)
+    assert answer(batch, job()) == [ANSWER], "the thread is there still"
+
+
+def test_a_model_that_is_dropped_ends_its_thread() -> None:
+    before = threading.active_count()
+    model = Florence2.from_pretrained("demo", device="cpu", max_batch=2)
+    thread = model._answering._resident._batch._thread  # type: ignore[attr-defined]
+    assert model.run("<CAPTION>", SAMPLES[0]).text
+    assert thread.is_alive()
+    del model
+    gc.collect()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+    assert threading.active_count() <= before
+
+
+def test_what_is_closed_fails_who_waits() -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def hold(_: int) -> None:
+        entered.set()
+        gate.wait(TIMEOUT)
+
+    batch = new_batch(FakeDecoder(step=hold), 1)
     jobs = [job(), job()]
-    raised: list[BaseException] = []
-
-    def drive() -> None:
-        try:
-            batch.wait(lambda: jobs[0].is_done)
-        except (ZeroDivisionError, KeyboardInterrupt) as error:
-            raised.append(error)
-
-    def follow() -> None:
-        driving.wait(TIMEOUT)
-        others.set()
-        batch.wait(lambda: jobs[1].is_done)
-
     for each in jobs:
         batch.submit(each)
-    in_threads([drive, follow])
-    assert [type(error) for error in raised] == [kind]
-    assert [outcome(each) for each in jobs] == ["RuntimeError", "RuntimeError"]
-    assert answer(batch, job()) == [ANSWER]
-
-
-def test_another_thread_goes_on_when_the_driving_one_is_done() -> None:
-    batch = new_batch(FakeDecoder())
-    short, long = job(2), job(50)
-    for each in (short, long):
-        batch.submit(each)
-    in_threads([lambda: batch.wait(lambda: short.is_done), lambda: batch.wait(lambda: long.is_done)])
-    assert (outcome(short), outcome(long)) == (ANSWER, ANSWER)
+    entered.wait(TIMEOUT)
+    batch.close()
+    gate.set()
+    in_threads([lambda: batch.wait(lambda: all(each.is_done for each in jobs))])
+    assert [outcome(each) for each in jobs] == ["ProviderError", "ProviderError"]
 
 
 def test_what_nobody_wants_any_more_leaves() -> None:

@@ -88,16 +88,26 @@ MAY_IMPORT = {
     "engine": {"cpu", "cuda_memory", "device_memory", "errors", "memory", "providers", "sessions", "numpy"},
     "decoder": {"engine", "generation", "numpy"},
     "prompt_rows": {"numpy"},
-    "resident_decoder": {"bundle", "decoder", "device_memory", "engine", "errors", "prompt_rows", "scores", "numpy"},
+    "decoder_call": {"bundle", "decoder", "device_memory", "engine", "prompt_rows", "scores", "numpy"},
+    "resident_decoder": {
+        "bundle",
+        "decoder_call",
+        "device_memory",
+        "engine",
+        "errors",
+        "prompt_rows",
+        "scores",
+        "numpy",
+    },
     "continuous_batching": {"device_memory", "errors", "prompt_rows", "scores", "search"},
     "resident_model": {
-        *("continuous_batching", "cuda_memory", "device_memory", "engine", "errors", "memory", "resident_decoder"),
-        *("search", "numpy"),
+        *("continuous_batching", "cuda_memory", "decoder_call", "device_memory", "engine", "errors", "memory"),
+        *("resident_decoder", "search", "numpy"),
     },
     "transformers_js": {"decoder", "engine", "generation", "numpy"},
     "bundle": {"errors", "options"},
     "loading": {
-        *("bundle", "cuda", "decoder", "engine", "errors", "providers", "resident_decoder", "resident_model"),
+        *("bundle", "cuda", "decoder", "decoder_call", "engine", "errors", "providers", "resident_model"),
         *("sessions", "tensorrt", "tokenizer", "transformers_js", "numpy"),
     },
     "workers": {"cpu"},
@@ -164,7 +174,8 @@ def test_only_the_command_line_knows_the_server_and_the_comparison_with_fal() ->
 
 LAZY = {
     *("__main__", "addresses", "cli", "connection", "download", "draw", "matching"),
-    *("continuous_batching", "device_answering", "prompt_rows", "resident_decoder", "resident_model", "workers"),
+    *("continuous_batching", "decoder_call", "device_answering", "prompt_rows", "resident_decoder", "resident_model"),
+    "workers",
 }
 """Modules of the package that `import florence_onnx` leaves for later."""
 

@@ -9,8 +9,9 @@ import pytest
 
 from florence_onnx import Florence2
 from florence_onnx.decoder import CachedDecoder
+from florence_onnx.decoder_call import ResidentSizes
 from florence_onnx.engine import OnnxEngine
-from florence_onnx.resident_decoder import FIRST_CAPACITY, ResidentDecoder, ResidentSizes
+from florence_onnx.resident_decoder import FIRST_CAPACITY, ResidentDecoder
 from florence_onnx.scores import TopScores
 
 TEXT_LENGTH = 16

@@ -18,7 +18,8 @@ import pytest
 
 from florence_onnx import Florence2, ProviderError, bundle, cuda, loading, tensorrt
 from florence_onnx.cuda import Card
-from florence_onnx.resident_decoder import FIRST_CAPACITY, TEXT_LENGTHS
+from florence_onnx.decoder_call import TEXT_LENGTHS
+from florence_onnx.resident_decoder import FIRST_CAPACITY
 from florence_onnx.tensorrt import Target
 
 pytest.importorskip("onnxruntime", reason="pip install 'florence-onnx[cpu]'")
