@@ -112,13 +112,30 @@ class ContinuousBatch:
             self._changed.notify_all()
 
     def submit(self, job: Job) -> None:
-        """Lets a job wait for a place."""
+        """Lets a job wait for a place.
+
+        Raises:
+            ProviderError: The thread has ended.
+        """
         with self._changed:
+            self._check_open()
             self._waiting.append(job)
             self._changed.notify_all()
 
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise ProviderError("this model is closed: its device failed; load it again")
+
     def call(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread that has the device, between two steps, and gives what it gives or raises."""
+        """Calls a function in the thread that has the device, between two steps.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            BaseException: What it raises.
+            ProviderError: The thread has ended.
+        """
         from concurrent.futures import Future
 
         future: Future[T] = Future()
@@ -130,7 +147,7 @@ class ContinuousBatch:
                 future.set_exception(error)
 
         with self._changed:
-            assert self._is_open, "closed by what owns this object, when nobody has it any more"
+            self._check_open()
             self._calls.append(run)
             self._changed.notify_all()
         return future.result()
@@ -155,6 +172,16 @@ class ContinuousBatch:
     # ------------------------------------------------------------------------------------------- in its own thread
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        finally:  # whatever happened, nobody may wait for ever
+            with self._changed:
+                self._is_open = False
+                for job in (*self._running.values(), *self._waiting):
+                    job.error, job.is_done = ProviderError("the model was closed"), True
+                self._changed.notify_all()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._waiting or self._running or not self._is_open)
@@ -163,14 +190,9 @@ class ContinuousBatch:
             while calls:
                 calls.popleft()()  # and no name for it: what it holds is the model that may be dropped next
             if not is_open:
-                break
+                return
             if (self._waiting or self._running) and self._step_or_fail():
                 self.notify()
-        self._fail_running(ProviderError("the model was closed"))
-        with self._changed:
-            for job in self._waiting:
-                job.error, job.is_done = ProviderError("the model was closed"), True
-            self._changed.notify_all()
 
     def _step_or_fail(self) -> bool:
         try:
@@ -186,20 +208,21 @@ class ContinuousBatch:
             self._end(place, job, error)
 
     def _begin_again(self, error: DeviceMemoryError) -> None:
-        """Lets all prompts in flight start anew, fewer at a time; a single one fails."""
-        jobs = list(self._running.values())
-        if len(jobs) < 2:
+        """Lets all prompts in flight start anew with half as many places; with a single place its prompt fails."""
+        places = self._decoder.places
+        if places < 2:
             self._fail_running(error)
+        jobs = list(self._running.values())
+        for job in jobs:
+            job.restart()
+        with self._changed:
+            self._waiting.extendleft(reversed(jobs))
         for place in self._running:
             self._decoder.remove(place)
         self._running.clear()
         self._decoder.close()
-        if len(jobs) > 1:
-            self._narrow(len(jobs) // 2, error)
-            for job in jobs:
-                job.restart()
-            with self._changed:
-                self._waiting.extendleft(reversed(jobs))
+        if places > 1:
+            self._narrow(places // 2, error)
 
     def _end(self, place: int, job: Job, error: BaseException | None = None) -> None:
         self._decoder.remove(place)
@@ -243,6 +266,8 @@ class ContinuousBatch:
                     return has_failed
                 place = self._decoder.add(job.prompt_ids, job.features)
             except FlorenceError as error:
+                if isinstance(error, DeviceMemoryError) and self._decoder.places > 1:
+                    raise  # with fewer places there is room to encode it
                 job.error, job.is_done = error, True
                 has_failed = True
             else:

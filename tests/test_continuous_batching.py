@@ -378,6 +378,36 @@ def test_a_single_prompt_that_does_not_fit_fails() -> None:
     assert answer(batch, job()) == [ANSWER]
 
 
+def test_a_prompt_that_does_not_fit_beside_so_many_places_is_added_with_fewer() -> None:
+    def check(place: int) -> None:
+        if decoder.places > 2:
+            raise DeviceMemoryError("full")
+
+    decoder = FakeDecoder(add=check)
+    assert answer(new_batch(decoder), *(job() for _ in range(8))) == [ANSWER] * 8
+    assert decoder.places == 2
+
+
+def test_a_prompt_that_does_not_fit_at_all_fails_and_the_next_is_tried() -> None:
+    batch = new_batch(decoder := FakeDecoder(add=full(-1)))
+    assert answer(batch, job(), job(), job()) == ["DeviceMemoryError"] * 3
+    decoder.on.clear()
+    assert answer(batch, job()) == [ANSWER]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_leaves_nobody_waiting() -> None:
+    """As where a device is so broken that not even its buffers can be given up."""
+    decoder = FakeDecoder(step=full(0))
+    decoder.close = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    batch = new_batch(decoder)
+    assert answer(batch, job(), job()) == ["ProviderError"] * 2
+    batch._thread.join(TIMEOUT)
+    for ask in (lambda: batch.submit(job()), lambda: batch.call(int)):
+        with pytest.raises(ProviderError, match="load it again"):
+            ask()
+
+
 def test_a_prompt_that_cannot_be_added_fails_alone() -> None:
     def refuse(place: int) -> None:
         if place == 1:
