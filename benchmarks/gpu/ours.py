@@ -175,9 +175,18 @@ def _measure_steps(caller: Caller, load: Load, batch: int, effort: Effort, figur
 
 
 def _difference(figures: Figures, long: str, short: str, parts: int = 1) -> dict[str, float]:
-    """Of two figures, divided by a number of parts."""
+    """Of two figures, divided by a number of parts.
+
+    Raises:
+        RuntimeError: It is not positive: what else the machine does is larger.
+    """
     found = figures.found
-    return {name: (found[long][name] - found[short][name]) / parts for name in ("ms", "min_ms")}
+    parted = {name: (found[long][name] - found[short][name]) / parts for name in ("ms", "min_ms")}
+    if min(parted.values()) <= 0:
+        raise RuntimeError(
+            f"{long} took no longer than {short}: the machine is too busy, or the repeats are too few, to tell"
+        )
+    return parted
 
 
 def _measure_throughput(caller: Caller, load: Load, figures: Figures) -> None:
