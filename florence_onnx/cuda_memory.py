@@ -21,6 +21,8 @@ from florence_onnx.errors import DeviceMemoryError, ProviderError
 
 LOCK = threading.RLock()
 """Held by this process's only thread that calls CUDA, or runs a session of ONNX Runtime's on a card."""
+MAJORS = ("13", "12", "11.0")
+"""Versions of CUDA by which its runtime library is looked for where ONNX Runtime does not say which it is for (before 1.21)."""
 TO_DEVICE, TO_HOST, WITHIN_DEVICE = 1, 2, 3
 """`cudaMemcpyHostToDevice` and so on."""
 OUT_OF_MEMORY = 2
@@ -48,7 +50,7 @@ class CudaMemory(DeviceMemory):
 
     def __init__(self, cuda_version: str, index: int = 0) -> None:
         """Args:
-        cuda_version: Of which CUDA the installed onnxruntime is, e.g. `"13.0"`.
+        cuda_version: Of which CUDA the installed onnxruntime is, e.g. `"13.0"`; empty where it does not say.
         index: Which card.
 
         Raises:
@@ -139,17 +141,25 @@ class CudaMemory(DeviceMemory):
             raise ProviderError(f"CUDA failed with error {status}: {said.decode(errors='replace')}")
 
 
+def _first(major: str) -> Any:
+    pattern = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
+    names = [pattern.format(version) for version in ([major] if major else MAJORS)]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise ProviderError(f"{' or '.join(names)} not found; it comes with: pip install nvidia-cuda-runtime")
+
+
 def _unpin(library: Any, address: int) -> None:
     with LOCK:
         library.cudaHostUnregister(address)
 
 
 def _load(major: str) -> Any:
-    name = f"cudart64_{major}.dll" if sys.platform == "win32" else f"libcudart.so.{major}"
-    try:
-        library: Any = ctypes.CDLL(name)
-    except OSError as error:
-        raise ProviderError(f"{name} not found ({error}); it comes with: pip install nvidia-cuda-runtime") from error
+    """Args: major, version of CUDA; empty where ONNX Runtime does not say."""
+    library = _first(major)
     for function, arguments in _SIGNATURES.items():
         getattr(library, function).argtypes = arguments
     library.cudaGetErrorString.restype = ctypes.c_char_p

@@ -202,7 +202,7 @@ class OnnxEngine:
         """
         if self.provider not in CUDA_PROVIDERS:
             return HostMemory()
-        return CudaMemory(str(self._ort.cuda_version), self._device_index)
+        return CudaMemory(str(getattr(self._ort, "cuda_version", "")), self._device_index)
 
     @property
     def num_runs(self) -> int:

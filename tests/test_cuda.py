@@ -195,6 +195,12 @@ def test_without_the_runtime_library_it_is_said(monkeypatch: pytest.MonkeyPatch)
         CudaMemory("99.0")
 
 
+@needs_stub
+def test_a_build_that_does_not_say_its_cuda_finds_the_library_too() -> None:
+    code = MEMORY + "print(json.dumps(CudaMemory('').allocate((2,), np.int64).download().tolist()))"
+    assert under_stub(code) == [0, 0]
+
+
 # ------------------------------------------------------------------------------------------------------- CUDA graphs
 
 
