@@ -28,6 +28,8 @@ TENSORRT = "TensorrtExecutionProvider"
 CUDA_PROVIDERS = ("CUDAExecutionProvider", TENSORRT)
 CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
 """The provider option that lets a session capture CUDA graphs."""
+LOG_ERRORS = 3
+"""ONNX Runtime's level of logging without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry, since ONNX Runtime 1.24: note which provider took which nodes."""
 _log = logging.getLogger("florence_onnx")
@@ -121,7 +123,7 @@ def open_session(
 
 def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_ERRORS
     for name, value in settings.items():
         if "." in name:
             options.add_session_config_entry(name, str(value))
@@ -141,6 +143,9 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
     if chosen[0][0] != CPU:  # what the start of a GPU provider raises is not always one of ONNX Runtime's own classes
         errors += (RuntimeError, ValueError)
     try:
+        if chosen[0][0] in CUDA_PROVIDERS:
+            # a kernel of theirs warns of repeated indices at every node that scatters, past the session's own level; ours are distinct
+            ort.set_default_logger_severity(LOG_ERRORS)
         # enable_fallback=0: a provider that does not start must not become the CPU behind the caller's back
         return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
     except state.NoSuchFile as error:
