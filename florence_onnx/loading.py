@@ -91,7 +91,8 @@ def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
 def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
     """Takes the first device that starts and runs, and says which."""
     *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
-    if TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, arguments):
+    may_be_resident = arguments["max_batch"] != 0
+    if may_be_resident and TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, arguments):
         accelerators.insert(0, "tensorrt")
     for device in accelerators:
         try:
@@ -166,6 +167,10 @@ def _load_tensorrt(
     bundle: Bundle, options: Mapping[str, Any], wanted_batch: int | None
 ) -> tuple[list[OnnxEngine], int]:
     """The engines of a bundle, built before if there are none, and how many prompts they take."""
+    if wanted_batch == 0:
+        raise InputError(
+            'max_batch=0 passes everything through the host, which device="tensorrt" does not do: take "cuda"'
+        )
     wanted = tensorrt.target(onnxruntime(), wanted_batch or 1)
     found = tensorrt.find(bundle, wanted)
     if found is None:
@@ -206,7 +211,8 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
         ProviderError: It failed.
     """
     sizes = bundle.sizes
-    ids = np.full((1, 16), sizes.pad_token_id, dtype=np.int64)
+    num_tokens = min(tensorrt.FIRST_TEXT_LENGTH, sizes.max_positions - sizes.num_image_tokens)
+    ids = np.full((1, num_tokens), sizes.pad_token_id, dtype=np.int64)
     given: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),

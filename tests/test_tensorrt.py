@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from florence_onnx import Florence2, ProviderError, bundle, cuda, loading, tensorrt
+from florence_onnx import Florence2, InputError, ProviderError, bundle, cuda, loading, tensorrt
 from florence_onnx.cuda import Card
 from florence_onnx.decoder_call import TEXT_LENGTHS
 from florence_onnx.resident_decoder import FIRST_CAPACITY
@@ -242,6 +242,21 @@ def test_auto_takes_engines_first_where_there_are_some(
         Florence2.from_bundle(copy)
     assert card == ["tensorrt", "cuda", "cpu"]
     assert "device auto: tensorrt is installed but cannot run: no card" in caplog.text
+
+
+def test_through_the_host_there_is_no_tensorrt(copy: bundle.Bundle, card: list[str]) -> None:
+    tensorrt.build(copy, TARGET, pretend)
+    with pytest.raises(StopIteration):
+        Florence2.from_bundle(copy, max_batch=0)
+    assert card == ["cuda", "cpu"]
+
+
+def test_tensorrt_through_the_host_is_refused(copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    with pytest.raises(InputError, match='take "cuda"'):
+        Florence2.from_bundle(copy, device="tensorrt", max_batch=0)
 
 
 def test_auto_builds_none(copy: bundle.Bundle, card: list[str], caplog: pytest.LogCaptureFixture) -> None:
