@@ -22,6 +22,7 @@ from florence_onnx.errors import (
     BundleFileMissingError,
     CorruptGraphError,
     DeviceMemoryError,
+    InputError,
     ProviderError,
 )
 from florence_onnx.memory import is_out_of_memory
@@ -30,6 +31,7 @@ from florence_onnx.sessions import (
     CPU,
     CUDA_GRAPHS,
     CUDA_PROVIDERS,
+    SINGLE_CUDA_GRAPH,
     SessionOptions,
     check_provider,
     count_nodes,
@@ -118,6 +120,7 @@ class OnnxEngine:
             BundleFileMissingError: There is no such file.
             CorruptGraphError: The file, or its external data, is not a graph that ONNX Runtime accepts, or it is another
                 graph than expected.
+            InputError: A provider option would make answers wrong.
             ProviderError: The execution provider did not start.
         """
         ort = onnxruntime()
@@ -131,13 +134,14 @@ class OnnxEngine:
             precision=precision,
             num_threads=cpu.num_cores(),
         )
+        _refuse_single_graph(chosen)
         self._ort = ort
         self._lock = threading.Lock()
         self._graph_ids = itertools.count(1)
         name = CUDA_GRAPHS.get(chosen[0][0], "")
         if cuda_graphs and name:
             chosen[0][1].setdefault(name, "1")
-        self.captures = str(chosen[0][1].get(name, "0")) in ("1", "True", "true")
+        self.captures = _is_on(chosen[0][1].get(name))
         """Whether bindings may become CUDA graphs."""
         self.capture_refusal = ""
         """Why not, where it was wanted."""
@@ -306,6 +310,19 @@ class OnnxBinding:
         if not self._engine.captures and self._graph_id is not None:  # another binding was refused
             self._graph_id, self._options = None, self._engine.run_options()
         self._engine.guarded(lambda: self._session.run_with_iobinding(self._binding, self._options))
+
+
+def _is_on(option: Any) -> bool:
+    return str(option) in ("1", "True", "true")
+
+
+def _refuse_single_graph(chosen: provider_presets.ProviderList) -> None:
+    """Raises InputError where a session would capture the first of its bindings and replay that for all others."""
+    if any(_is_on(options.get(SINGLE_CUDA_GRAPH)) for _, options in chosen):
+        raise InputError(
+            f"{SINGLE_CUDA_GRAPH} cannot be used: ONNX Runtime's TensorRT provider keeps one CUDA graph a session, and would "
+            "replay it for inputs of other shapes and addresses; leave it out"
+        )
 
 
 def _place(array: Array | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -26,8 +26,11 @@ SessionOptions = Mapping[str, Any]
 CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 CUDA_PROVIDERS = ("CUDAExecutionProvider", TENSORRT)
-CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
-"""The provider option that lets a session capture CUDA graphs."""
+CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph"}
+"""The provider option that lets a session capture CUDA graphs, one for each of its bindings."""
+SINGLE_CUDA_GRAPH = "trt_cuda_graph_enable"
+"""TensorRT's option of that kind. Its provider (as of ONNX Runtime 1.31) keeps one graph a session and does not read `gpu_graph_id`: every
+later run would replay that of the first binding, on the first binding's buffers."""
 LOG_ERRORS = 3
 """ONNX Runtime's level of logging without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
