@@ -171,7 +171,7 @@ def _load_tensorrt(
         raise InputError(
             'max_batch=0 passes everything through the host, which device="tensorrt" does not do: take "cuda"'
         )
-    wanted = tensorrt.target(onnxruntime(), wanted_batch or 1)
+    wanted = tensorrt.target(onnxruntime(), wanted_batch or 1, _tensorrt_options(options))
     found = tensorrt.find(bundle, wanted)
     if found is None:
         found = build_engines(bundle, wanted_batch or tensorrt.DEFAULT_MAX_BATCH, options)
@@ -198,10 +198,19 @@ def build_engines(bundle: Bundle, max_batch: int, options: Mapping[str, Any] | N
     def build(graphs: Mapping[str, Path], by_graph: Mapping[str, Mapping[str, str]]) -> None:
         for graph, path in graphs.items():  # one after the other: building needs a multiple of the memory of running
             _log.warning("building the engine of %s", graph)
-            more = {**by_graph[graph], **(given.get("provider_options") or {})}
+            more = {**by_graph[graph], **_tensorrt_options(given)}
             OnnxEngine(path, device="tensorrt", provider_options=more, session_options=given.get("session_options"))
 
-    return tensorrt.build(bundle, tensorrt.target(onnxruntime(), max_batch), build)
+    return tensorrt.build(bundle, tensorrt.target(onnxruntime(), max_batch, _tensorrt_options(given)), build)
+
+
+def _tensorrt_options(arguments: Mapping[str, Any]) -> Options:
+    """The caller's options of the TensorRT provider, however they were given."""
+    providers = arguments.get("providers")
+    if not providers:
+        return arguments.get("provider_options") or {}
+    available = onnxruntime().get_available_providers()
+    return dict(provider_presets.resolve("auto", providers, available)).get(TENSORRT, {})
 
 
 def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:

@@ -5,8 +5,10 @@ engine file (an EP context model); that is what is loaded afterwards. An engine 
 bundle and one set of shapes. All of these are in the name of its folder, so that a change of any makes another folder and never a wrong
 engine.
 
-Precision is that of the graphs: fp16 bundles for fp16 engines. int8 and fp8 vision encoders are not offered: for models of this kind
-gains of 5 to 20 % were reported, which has to be measured on a card before it is worth another precision's errors.
+Precision is that of the bundle, fp16 or fp32, but not of each node: ONNX Runtime's provider (1.31) builds weakly typed networks, in
+which TensorRT may compute in fp16 what an fp16 graph has in fp32. What that does to answers only a card can tell. int8 and fp8
+vision encoders are not offered: for models of this kind gains of 5 to 20 % were reported, which has to be measured on a card before
+it is worth another precision's errors.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from types import ModuleType
 from florence_onnx import cuda
 from florence_onnx.bundle import DECODER_TOP, DESCRIPTION, TEXT_ENCODER, VISION_ENCODER, Bundle
 from florence_onnx.cuda import Card
-from florence_onnx.errors import ProviderError
+from florence_onnx.errors import InputError, ProviderError
 from florence_onnx.memory import MAX_PICTURES
 
 ENGINES = "engines"
@@ -37,6 +39,8 @@ MAX_TOKENS = 16
 CAPACITIES = (64, 4096)
 """Slots of a prompt's cache at first and at most."""
 FIRST_TEXT_LENGTH = 16
+RUN_ONLY = ("device_id", "user_compute_stream", "has_user_compute_stream", "trt_context_memory_sharing_enable")
+"""Provider options that say where and how an engine runs, and nothing about what is built."""
 _log = logging.getLogger("florence_onnx")
 
 Build = Callable[[Mapping[str, Path], Mapping[str, Mapping[str, str]]], None]
@@ -53,6 +57,8 @@ class Target:
     onnxruntime: str
     max_batch: int = DEFAULT_MAX_BATCH
     """Most prompts decoded together."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Provider options of the caller's that an engine may depend on, in order; see `engine_options`."""
 
     def folder(self, bundle: Bundle) -> str:
         """Name of the folder of a bundle's engines."""
@@ -62,21 +68,30 @@ class Target:
         return "-".join((*parts, f"b{self.max_batch}", self._fingerprint(bundle)))
 
     def _fingerprint(self, bundle: Bundle) -> str:
-        """Of everything else that engines depend on: the bundle's files, whose hashes its description holds, and the shapes."""
+        """Of everything else that engines depend on: the bundle's files, whose hashes its description holds, shapes and other options."""
         digest = hashlib.sha256((bundle.path / DESCRIPTION).read_bytes())
-        digest.update(repr(profiles(bundle, self.max_batch)).encode())
+        own = {graph: build_options(bundle, graph, Path(), self.max_batch) for graph in graphs(bundle)}
+        digest.update(repr((own, self.options)).encode())
         return digest.hexdigest()[:12]
 
 
-def target(ort: ModuleType, max_batch: int = DEFAULT_MAX_BATCH, index: int = 0) -> Target:
+def engine_options(given: Mapping[str, object] | None) -> tuple[tuple[str, str], ...]:
+    """Of a caller's provider options those that an engine may depend on: all but the few that only say where and how it runs."""
+    return tuple(sorted((name, str(value)) for name, value in (given or {}).items() if name not in RUN_ONLY))
+
+
+def target(
+    ort: ModuleType, max_batch: int = DEFAULT_MAX_BATCH, provider_options: Mapping[str, object] | None = None
+) -> Target:
     """What engines of this machine are built for.
 
     Args:
         ort: The module onnxruntime.
         max_batch: Most prompts decoded together.
-        index: Which card.
+        provider_options: The caller's, of which `device_id` says which card.
 
     Raises:
+        InputError: `device_id` is no number.
         ProviderError: TensorRT or a card is missing; says what.
     """
     provider = "TensorrtExecutionProvider"
@@ -85,11 +100,21 @@ def target(ort: ModuleType, max_batch: int = DEFAULT_MAX_BATCH, index: int = 0) 
             f"{provider} is not in the installed onnxruntime; it comes with: pip install 'florence-onnx[gpu]'"
         )
     cuda.preload(ort)
+    index = _device_id(provider_options)
     found = cuda.card(index)
     missing = [*cuda.obstacles(str(getattr(ort, "cuda_version", ""))), *cuda.tensorrt_obstacles(ort)]
     if missing or found is None:
         raise ProviderError(f"engines cannot be built here: {'; '.join(missing) or f'there is no card {index}'}")
-    return Target(found, cuda.tensorrt_version(ort), str(ort.__version__), max_batch)
+    version = cuda.tensorrt_version(ort)
+    return Target(found, version, str(ort.__version__), max_batch, engine_options(provider_options))
+
+
+def _device_id(provider_options: Mapping[str, object] | None) -> int:
+    given = (provider_options or {}).get("device_id", 0)
+    try:
+        return int(str(given))
+    except ValueError as error:
+        raise InputError(f"device_id must be the number of a card, got {given!r}") from error
 
 
 def profiles(bundle: Bundle, max_batch: int) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
@@ -152,7 +177,7 @@ def build_options(bundle: Bundle, graph: str, folder: Path, max_batch: int) -> d
     return {
         **run_options(),
         "trt_fp16_enable": "1" if bundle.precision == "fp16" else "0",
-        # sums of normalisation in fp32, as the graphs have them everywhere else
+        # sums of normalisation in fp32 where it is spelt as Pow and ReduceMean, which is all that the provider looks for
         "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
         # no trt_engine_cache_path: the engine lies beside the context model, which names it by a relative path
@@ -224,17 +249,36 @@ def find(bundle: Bundle, wanted: Target) -> Engines | None:
     Args:
         bundle: The bundle.
         wanted: For what; they take at least its `max_batch` prompts.
+
+    Raises:
+        ProviderError: The bundle's layout or precision has no engines.
     """
+    graphs(bundle)
     found = []
     for place in places(bundle):
-        for folder in place.glob("*") if place.is_dir() else ():
+        for folder in _entries(place):
             batch = re.search(r"-b(\d+)-[0-9a-f]{12}$", folder.name)
             if batch is None or folder.name != replace(wanted, max_batch=int(batch[1])).folder(bundle):
                 continue
             engines = Engines(folder, int(batch[1]))
-            if engines.max_batch >= wanted.max_batch and all(map(Path.is_file, engines.graphs(bundle).values())):
+            if engines.max_batch >= wanted.max_batch and _is_complete(engines, bundle):
                 found.append(engines)
     return max(found, key=lambda engines: engines.max_batch, default=None)
+
+
+def _entries(place: Path) -> list[Path]:
+    try:
+        return list(place.iterdir())
+    except OSError:  # none there, or not for us
+        return []
+
+
+def _is_complete(engines: Engines, bundle: Bundle) -> bool:
+    try:
+        return all(path.is_file() for path in engines.graphs(bundle).values())
+    except OSError as error:
+        _log.warning("TensorRT engines in %s cannot be read: %s", engines.folder, error)
+        return False
 
 
 def build(bundle: Bundle, wanted: Target, build_engines: Build) -> Engines:
@@ -268,12 +312,26 @@ def build(bundle: Bundle, wanted: Target, build_engines: Build) -> Engines:
         missing = [graph for graph in sources if not (staging / context_model(graph)).is_file()]
         if missing:
             raise ProviderError(f"TensorRT built no engine of {missing[0]}: some of its nodes are not taken")
-        shutil.rmtree(folder, ignore_errors=True)  # one that lacks a file, or find would have had it
-        staging.rename(folder)
+        staging.chmod(0o755)  # mkdtemp's is for its maker alone, and others may load what root has built
+        _settle(staging, Engines(folder, wanted.max_batch), bundle)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _log.warning("engines built in %.0f s", time.monotonic() - begin)
     return Engines(folder, wanted.max_batch)
+
+
+def _settle(staging: Path, engines: Engines, bundle: Bundle) -> None:
+    """Gives a finished folder its name, unless another process was faster: its engines are as good, and may be in use."""
+    import shutil
+
+    if _is_complete(engines, bundle):
+        return
+    shutil.rmtree(engines.folder, ignore_errors=True)  # it lacks a file
+    try:
+        staging.rename(engines.folder)
+    except OSError as error:
+        if not _is_complete(engines, bundle):
+            raise ProviderError(f"TensorRT engines cannot be kept as {engines.folder}: {error}") from error
 
 
 def _writable(bundle: Bundle) -> Path:

@@ -1,6 +1,7 @@
 """TensorRT engines of a bundle, built without a card: `python -m tests.rtx_engines BUNDLE [GRAPH…]` prints a JSON object a graph.
 
 TensorRT for RTX parses and builds on a processor alone. Its parser is that of TensorRT; its engines are for RTX cards, and are not kept.
+Its networks are strongly typed, those of ONNX Runtime's TensorRT provider are not: which types an engine computes in is not shown.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from florence_onnx import Florence2, InputError, ProviderError, bundle, cuda, loading, tensorrt
+from florence_onnx import Florence2, InputError, ProviderError, bundle, cuda, engine, loading, tensorrt
 from florence_onnx.cuda import Card
 from florence_onnx.decoder_call import TEXT_LENGTHS
 from florence_onnx.resident_decoder import FIRST_CAPACITY
+from florence_onnx.sessions import SINGLE_CUDA_GRAPH
 from florence_onnx.tensorrt import Target
 
 pytest.importorskip("onnxruntime", reason="pip install 'florence-onnx[cpu]'")
@@ -44,6 +45,11 @@ def pretend(graphs: Mapping[str, Path], options: Mapping[str, Mapping[str, str]]
         Path(options[graph]["trt_ep_context_file_path"]).write_text(graph)
 
 
+def pretend_target(ort: Any, max_batch: int, provider_options: Mapping[str, object] | None = None) -> Target:
+    """What engines would be built for on a machine with that card."""
+    return replace(TARGET, max_batch=max_batch, options=tensorrt.engine_options(provider_options))
+
+
 # -------------------------------------------------------------------------------------------------------------- names
 
 
@@ -62,8 +68,9 @@ def test_a_folder_tells_what_its_engines_are_for() -> None:
         replace(TARGET, tensorrt="10.13.2"),
         replace(TARGET, onnxruntime="1.31.2"),
         replace(TARGET, max_batch=16),
+        replace(TARGET, options=(("trt_builder_optimization_level", "5"),)),
     ],
-    ids=["card", "capability", "tensorrt", "onnxruntime", "batch"],
+    ids=["card", "capability", "tensorrt", "onnxruntime", "batch", "options"],
 )
 def test_whatever_changes_makes_another_folder(other: Target, copy: bundle.Bundle) -> None:
     assert other.folder(copy) != TARGET.folder(copy)
@@ -89,6 +96,39 @@ def test_engines_for_more_prompts_serve_fewer(copy: bundle.Bundle) -> None:
         assert (engines.max_batch if engines else None) == found
 
 
+def test_options_of_a_build_by_another_release_make_another_folder(
+    copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt.build(copy, TARGET, pretend)
+    options = tensorrt.build_options
+    monkeypatch.setattr(tensorrt, "build_options", lambda *given: {**options(*given), "trt_bf16_enable": "1"})
+    assert tensorrt.find(copy, TARGET) is None
+
+
+def test_options_that_only_say_how_to_run_need_no_other_engines() -> None:
+    given = {"device_id": 1, "trt_context_memory_sharing_enable": 1, "trt_max_workspace_size": 1 << 30}
+    assert tensorrt.engine_options(given) == (("trt_max_workspace_size", "1073741824"),)
+
+
+def test_the_card_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(cuda, "card", lambda index: replace(H100, name=f"card {index}"))
+    monkeypatch.setattr(cuda, "obstacles", lambda version: [])
+    monkeypatch.setattr(cuda, "tensorrt_obstacles", lambda ort: [])
+    assert tensorrt.target(onnxruntime, 1, {"device_id": "3"}).card.name == "card 3"
+    assert tensorrt.target(onnxruntime, 1).card.name == "card 0"
+    with pytest.raises(InputError, match="device_id must be the number of a card, got 'first'"):
+        tensorrt.target(onnxruntime, 1, {"device_id": "first"})
+
+
+def test_a_layout_without_engines_is_said_beside_engines_of_others(copy: bundle.Bundle, tmp_path: Path) -> None:
+    (tmp_path / "cache" / TARGET.folder(copy)).mkdir(parents=True)
+    with pytest.raises(ProviderError, match=r"layout of transformers\.js"):
+        tensorrt.find(replace(copy, path=tmp_path / "elsewhere", layout="transformers.js"), TARGET)
+
+
 # ------------------------------------------------------------------------------------------------------------ building
 
 
@@ -101,6 +141,47 @@ def test_engines_appear_when_all_are_built(copy: bundle.Bundle, caplog: pytest.L
     }
     assert "this takes minutes" in caplog.text
     assert "engines built in" in caplog.text
+
+
+def test_engines_are_for_all_users_of_a_bundle(copy: bundle.Bundle) -> None:
+    assert tensorrt.build(copy, TARGET, pretend).folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_engines_that_cannot_be_read_are_none(
+    copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = tensorrt.build(copy, TARGET, pretend)
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent == engines.folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert tensorrt.find(copy, TARGET) is None
+    assert "cannot be read" in caplog.text
+
+
+def test_of_two_builds_at_once_the_slower_leaves_the_engines_of_the_faster(copy: bundle.Bundle) -> None:
+    made = []
+
+    def build_as_the_faster_one_ends(graphs: Mapping[str, Path], options: Mapping[str, Mapping[str, str]]) -> None:
+        pretend(graphs, options)
+        faster = tensorrt.build(copy, TARGET, pretend)
+        made.append((faster, faster.folder.stat().st_ino))
+
+    engines = tensorrt.build(copy, TARGET, build_as_the_faster_one_ends)
+    assert (engines, engines.folder.stat().st_ino) == made[0]
+    assert [path.name for path in engines.folder.parent.iterdir()] == [engines.folder.name]
+
+
+def test_engines_that_lack_a_file_are_replaced(copy: bundle.Bundle) -> None:
+    engines = tensorrt.build(copy, TARGET, pretend)
+    engines.graphs(copy)[bundle.DECODER_TOP].unlink()
+    assert tensorrt.find(copy, TARGET) is None
+    tensorrt.build(copy, TARGET, pretend)
+    assert tensorrt.find(copy, TARGET) == engines
 
 
 def test_a_build_that_fails_leaves_nothing(copy: bundle.Bundle) -> None:
@@ -152,12 +233,29 @@ def test_engines_are_opened_one_after_the_other_with_their_options(
         opened.append((path.name, provider_options))
         Path(provider_options["trt_ep_context_file_path"]).touch()
 
-    monkeypatch.setattr(tensorrt, "target", lambda ort, max_batch: replace(TARGET, max_batch=max_batch))
+    monkeypatch.setattr(tensorrt, "target", pretend_target)
     monkeypatch.setattr(loading, "OnnxEngine", open_engine)
     engines = loading.build_engines(copy, 4, {"provider_options": {"trt_builder_optimization_level": 5}})
     assert engines.max_batch == 4
     assert [name for name, _ in opened] == [bundle.VISION_ENCODER, bundle.TEXT_ENCODER, bundle.DECODER_TOP]
     assert {options["trt_builder_optimization_level"] for _, options in opened} == {5}
+    assert tensorrt.find(copy, replace(TARGET, max_batch=4)) is None, "these were built at another level"
+
+
+def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    opened: list[dict[str, Any]] = []
+
+    def open_engine(path: Path, *, device: str, provider_options: dict[str, Any], session_options: Any) -> None:
+        opened.append(provider_options)
+        Path(provider_options["trt_ep_context_file_path"]).touch()
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(tensorrt, "target", pretend_target)
+    monkeypatch.setattr(loading, "OnnxEngine", open_engine)
+    loading.build_engines(copy, 1, {"providers": [("TensorrtExecutionProvider", {"device_id": 2})]})
+    assert {options["device_id"] for options in opened} == {2}
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -185,8 +283,8 @@ def test_every_input_of_every_graph_has_shapes() -> None:
     model = Florence2.from_pretrained("demo", device="cpu", max_batch=1)
     text = model._text_model
     engines = (model._vision_encoder, text._text_encoder, text._decoder)  # type: ignore[attr-defined]
-    for graph, engine in zip(tensorrt.graphs(DEMO), engines, strict=True):
-        assert set(tensorrt.profiles(DEMO, 1)[graph]["max"]) == set(engine.inputs)
+    for graph, loaded in zip(tensorrt.graphs(DEMO), engines, strict=True):
+        assert set(tensorrt.profiles(DEMO, 1)[graph]["max"]) == set(loaded.inputs)
 
 
 def test_options_of_a_build(tmp_path: Path) -> None:
@@ -209,8 +307,54 @@ def test_the_installed_provider_knows_the_options(tmp_path: Path) -> None:
         pytest.skip("the installed onnxruntime has no TensorRT provider: pip install '.[gpu]' instead")
     content = provider.read_bytes()
     options = tensorrt.build_options(DEMO, bundle.TEXT_ENCODER, tmp_path, 8)
-    assert [name for name in (*options, "trt_cuda_graph_enable") if name.encode() not in content] == []
+    assert [name for name in (*options, SINGLE_CUDA_GRAPH) if name.encode() not in content] == []
     assert cuda._tensorrt_libraries(onnxruntime) == ("libnvinfer.so.10", "libnvonnxparser.so.10")
+
+
+def test_the_installed_provider_of_tensorrt_knows_no_graph_ids() -> None:
+    """Why it may not capture CUDA graphs. When this fails, ONNX Runtime has learnt it, and `SINGLE_CUDA_GRAPH` can go to `CUDA_GRAPHS`."""
+    import onnxruntime
+
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    contents = {}
+    for name in ("cuda", "tensorrt"):
+        provider = folder / f"libonnxruntime_providers_{name}.so"
+        if not provider.is_file():
+            pytest.skip("the installed onnxruntime has no TensorRT provider: pip install '.[gpu]' instead")
+        contents[name] = provider.read_bytes()
+    # eight bytes: compilers put short strings into the code, in pieces of that size
+    assert {name: b"gpu_grap" in content for name, content in contents.items()} == {"cuda": True, "tensorrt": False}
+
+
+@pytest.mark.parametrize("value", [1, "1", True])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_one_cuda_graph_for_all_bindings_is_refused(value: Any, as_list: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    name = "TensorrtExecutionProvider"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name])
+    options = {SINGLE_CUDA_GRAPH: value}
+    asked: dict[str, Any] = (
+        {"providers": [(name, options)]} if as_list else {"device": "tensorrt", "provider_options": options}
+    )
+    with pytest.raises(InputError, match="keeps one CUDA graph a session"):
+        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), **asked)
+
+
+def test_sessions_of_tensorrt_are_opened_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    opened: list[Any] = []
+
+    def open_session(ort: Any, path: Path, chosen: Any, overrides: Any, kept: Any) -> Any:
+        opened.extend(chosen)
+        raise ProviderError("no card")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(engine, "open_session", open_session)
+    with pytest.raises(ProviderError, match="no card"):
+        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), device="tensorrt", cuda_graphs=True)
+    assert opened == [("TensorrtExecutionProvider", {})]
 
 
 # ------------------------------------------------------------------------------------------------------- device = auto
@@ -229,7 +373,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(tensorrt, "target", lambda ort, max_batch: replace(TARGET, max_batch=max_batch))
+    monkeypatch.setattr(tensorrt, "target", pretend_target)
     monkeypatch.setattr(loading, "_load", load)
     return loaded
 
@@ -289,9 +433,9 @@ def test_tensorrt_builds_an_engine_of_every_graph(engines: dict[str, dict[str, A
     sizes = read.sizes
     built = engines[folder]
     assert set(built) == {bundle.VISION_ENCODER, bundle.TEXT_ENCODER, bundle.DECODER_TOP}
-    for graph, engine in built.items():
-        assert engine["bytes"] > 10_000
-        for name, shapes in engine["profile"].items():
+    for graph, made in built.items():
+        assert made["bytes"] > 10_000
+        for name, shapes in made["profile"].items():
             asked = tensorrt.profiles(read, 2)[graph]
             assert shapes == [list(asked[kind][name]) for kind in ("min", "opt", "max")]
     assert built[bundle.VISION_ENCODER]["outputs"] == {"image_features": [-1, sizes.num_image_tokens, sizes.width]}
