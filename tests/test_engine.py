@@ -175,10 +175,15 @@ def plain() -> Florence2:
 def test_openvino_gives_the_answers_of_the_cpu(openvino: Florence2, plain: Florence2, num_beams: int) -> None:
     assert openvino.info()["provider"] == OPENVINO
     options = GenerationOptions(num_beams=num_beams)
+    same = []
     for sample in sorted(SAMPLE.parent.glob("*.png"))[:3]:
         for task in (tasks.OBJECT_DETECTION, tasks.CAPTION):
-            answers = [model.run(task, sample, options=options).text for model in (plain, openvino)]
-            assert answers[0] == answers[1]
+            answers = [model.run(task, sample, options=options).token_ids for model in (plain, openvino)]
+            same.append(answers[0] == answers[1])
+            scores = [model.score_tokens(task, sample, answers[0]) for model in (plain, openvino)]
+            np.testing.assert_allclose(scores[1], scores[0], atol=0.02 * np.abs(scores[0]).max())
+    # the demo model is fp16, which OpenVINO computes in fp32 throughout: of two equally good bins each may take another
+    assert sum(same) >= len(same) - 1
 
 
 @needs_openvino
