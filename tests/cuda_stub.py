@@ -289,17 +289,17 @@ class Counters:
         import onnxruntime
 
         name = f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}"
-        self._library = ctypes.CDLL(name)
-        self._library.stub_count.restype = ctypes.c_long
-        self._library.stub_name.restype = ctypes.c_char_p
+        self.library = ctypes.CDLL(name)
+        self.library.stub_count.restype = ctypes.c_long
+        self.library.stub_name.restype = ctypes.c_char_p
 
     def __getitem__(self, name: str) -> int:
         """Calls of a function, or bytes, such as `"bytes host to device"`."""
-        return int(self._library.stub_count(name.encode()))
+        return int(self.library.stub_count(name.encode()))
 
     def asked(self) -> dict[str, int]:
         """All that is not zero, by name."""
-        names = (self._library.stub_name(at).decode() for at in itertools.count())
+        names = (self.library.stub_name(at).decode() for at in itertools.count())
         found = {name: self[name] for name in itertools.takewhile(bool, names)}
         return {name: count for name, count in found.items() if count}
 
@@ -312,12 +312,12 @@ class Counters:
     def memory_in_use(self) -> int:
         """Bytes of the card."""
         left, size = ctypes.c_size_t(), ctypes.c_size_t()
-        self._library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
+        self.library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
         return size.value - left.value
 
     def reset(self) -> None:
         """All to zero."""
-        self._library.stub_reset()
+        self.library.stub_reset()
 
 
 def _provider() -> Path:
