@@ -28,6 +28,8 @@ MANY = {"prompts": 64, "length": 1, "capacity": 1024, "encoder_length": 700}
 """Sizes whose scores, 64 x 4 x 700 in fp16 and more, do not fit beside the weights in `RUN_LIMIT`."""
 NO_WEIGHTS_LIMIT, RUN_LIMIT = 100_000, 3_000_000
 NO_CAPTURE = -1
+LOGITS = 1568
+"""Columns of the demo's."""
 
 
 class Decoder:
@@ -88,8 +90,10 @@ def values() -> Any:
     sent = np.arange(1000, dtype=np.float32)
     counters.reset()
     value = onnxruntime.OrtValue.ortvalue_from_numpy(sent, "cuda", 0)
+    asked = [counters.asked()]
+    counters.reset()
     equal = bool((value.numpy() == sent).all())
-    asked = counters.asked()
+    asked.append(counters.asked())
     kinds = {"OrtValue": _kind(library, value.data_ptr()), "numpy": _kind(library, sent.ctypes.data)}
     library.cudaHostRegister(ctypes.c_void_p(sent.ctypes.data), ctypes.c_size_t(sent.nbytes), 0)
     kinds["registered"] = _kind(library, sent.ctypes.data)
@@ -125,6 +129,27 @@ def plain() -> Any:
     """The third run without CUDA graphs."""
     decoder = Decoder(SIZES)
     return [decoder.asked() for _ in range(3)][-1]
+
+
+def host_buffers() -> Any:
+    """Bytes by direction while an input on the host is bound, in the next run, and in one after it changed; then the same of an output."""
+    decoder, counters = Decoder(SIZES), Counters()
+    ids, logits = np.zeros((2, 1), np.int64), np.zeros((2, 1, LOGITS), np.float32)
+    found: dict[str, Any] = {}
+
+    def note(name: str, step: Any) -> None:
+        counters.reset()
+        step()
+        found[name] = [counters[f"bytes {direction}"] for direction in ("host to device", "device to host")]
+
+    note("bind input", lambda: decoder.binding.bind_input("input_ids", "cpu", 0, np.int64, [2, 1], ids.ctypes.data))
+    note("run", decoder.run)
+    ids += 1
+    note("run after a change", decoder.run)
+    place = "cpu", 0, np.float32, [2, 1, LOGITS], logits.ctypes.data
+    note("bind output", lambda: decoder.binding.bind_output("logits", *place))
+    note("run to the host", decoder.run)
+    return found
 
 
 def captured() -> Any:
@@ -180,7 +205,7 @@ def _raised(step: Any) -> list[str]:
     return []
 
 
-STEPS = {step.__name__: step for step in (values, card, plain, captured, forbidden, limited, full)}
+STEPS = {step.__name__: step for step in (values, card, plain, host_buffers, captured, forbidden, limited, full)}
 
 if __name__ == "__main__":
     print(json.dumps(STEPS[sys.argv[1]]()))

@@ -65,7 +65,8 @@ def captured() -> list[tuple[int, dict[str, int]]]:
 def test_a_tensor_on_the_card_gives_back_what_was_uploaded() -> None:
     found = run("values")
     assert found["equal"]
-    assert found["asked"]["bytes host to device"] == found["asked"]["bytes device to host"] == 4000
+    for asked, direction in zip(found["asked"], ("host to device", "device to host"), strict=True):
+        assert {name: count for name, count in asked.items() if "bytes" in name} == {f"bytes {direction}": 4000}
 
 
 def test_cuda_knows_which_memory_is_the_cards() -> None:
@@ -88,6 +89,18 @@ def test_a_run_with_bound_buffers_copies_nothing_between_host_and_card(plain: di
     assert "bytes host to device" not in plain
     assert "bytes device to host" not in plain
     assert "cudaMalloc" not in plain
+
+
+def test_an_input_on_the_host_is_copied_when_it_is_bound_and_never_again() -> None:
+    """Whoever changes the array must bind it again; an output is copied at every run."""
+    ids, logits = 2 * 8, 2 * 1568 * 4
+    assert run("host_buffers") == {
+        "bind input": [ids, 0],
+        "run": [0, 0],
+        "run after a change": [0, 0],
+        "bind output": [0, 0],
+        "run to the host": [0, logits],
+    }
 
 
 def test_matrix_products_are_among_the_kernels(plain: dict[str, int]) -> None:
