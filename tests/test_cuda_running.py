@@ -109,6 +109,14 @@ def test_what_staying_on_the_device_saves(steady: dict[str, dict[str, int]]) -> 
         assert through_the_host[direction] > 20 * steady["clear scores, 1"][direction]
 
 
+def test_through_the_host_every_step_sends_what_it_is_fed() -> None:
+    """Ids, positions, masks, keys and values: all that the host holds, and not only what it held when buffers were bound."""
+    calls = run("through_the_host")
+    layers, heads, head_dim, num_encoded, capacity = 3, 4, 32, 65 + 4, 64
+    of_a_step = 2 * layers * heads * head_dim * (num_encoded + capacity) * 2
+    assert calls["bytes host to device"] > calls["steps"] * of_a_step
+
+
 def test_a_card_too_small_for_many_prompts_answers_them_fewer_at_a_time() -> None:
     found = run("full", memory=11_500_000)
     assert found["answers"] == [1, 16, 1]
