@@ -51,6 +51,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+HOST_PROVIDERS = (CPU, "OpenVINOExecutionProvider")
 NO_CAPTURE = "-1"
 """Run config entry `gpu_graph_id` of a run that is neither captured nor replayed."""
 _log = logging.getLogger("florence_onnx")
@@ -193,6 +194,11 @@ class OnnxEngine:
         return next(self._graph_ids)
 
     @property
+    def computes_on_host(self) -> bool:
+        """Whether kernels read the host's memory where it is."""
+        return self.provider in HOST_PROVIDERS
+
+    @property
     def updates_in_place(self) -> bool:
         """Whether an output may be bound to an input's memory: an engine of TensorRT's does not promise to read first."""
         return self.provider != "TensorrtExecutionProvider"
@@ -263,12 +269,17 @@ class OnnxBinding:
         self._session = session
         self._binding = session.io_binding()
         self._arrays: dict[str, Array | DeviceArray] = {}  # the session holds bare addresses: these must live as long
+        self._sent: dict[str, Array] = {}  # inputs that each run takes from the host to a device of its own memory
         self._graph_id: int | None = None
         self._options = engine.run_options()
 
     def bind_input(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"input {name}"] = array
-        self._binding.bind_input(name, *_place(array))
+        self._sent.pop(name, None)
+        if isinstance(array, DeviceArray) or self._engine.computes_on_host:
+            self._binding.bind_input(name, *_place(array))
+        else:
+            self._sent[name] = array
 
     def bind_output(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"output {name}"] = array
@@ -309,7 +320,12 @@ class OnnxBinding:
     def _run(self) -> None:
         if not self._engine.captures and self._graph_id is not None:  # another binding was refused
             self._graph_id, self._options = None, self._engine.run_options()
-        self._engine.guarded(lambda: self._session.run_with_iobinding(self._binding, self._options))
+        self._engine.guarded(self._send_and_run)
+
+    def _send_and_run(self) -> None:
+        for name, array in self._sent.items():  # ONNX Runtime copies a host input when it is bound, and never again
+            self._binding.bind_input(name, *_place(array))
+        self._session.run_with_iobinding(self._binding, self._options)
 
 
 def _is_on(option: Any) -> bool:

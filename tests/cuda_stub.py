@@ -5,6 +5,7 @@
 Under them a session is planned as on a card: which provider takes which node, where copies between host and device are
 inserted, whether ONNX Runtime captures a CUDA graph. It can also be run: memory is the host's, copies are made, kernels do
 nothing, so that what a graph gives is what lay in its buffers before. Every call is counted, with the bytes of copies by direction.
+What is captured is counted when it is captured; launching a CUDA graph does nothing.
 
 The loader reads LD_LIBRARY_PATH when a process starts, so the session belongs in a child process with `environment()`.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -33,14 +35,23 @@ TOOLS = ("cc", "nm", "readelf")
 CALLED_BY_CTYPES = {
     *("cudaMalloc", "cudaFree", "cudaMemset", "cudaMemcpy", "cudaMemcpy2D", "cudaDeviceSynchronize", "cudaSetDevice"),
     *("cudaHostRegister", "cudaHostUnregister", "cudaGetErrorString", "cudaGetLastError", "cudaMemGetInfo"),
+    "cudaPointerGetAttributes",
 }
-"""Functions of the runtime library that this package calls itself."""
+"""Functions of the runtime library that this package and its tests call themselves."""
+NOT_CAPTURABLE = "calls that no capture allows"
+"""Counter: taking memory, and copies and waits for the whole card, while a CUDA graph is captured; a real card answers with an error."""
+KERNELS = re.compile(r"(__)?cu(da)?Launch\w*Kernel\w*|cu(blas|dnn)(?!\w*(Create|Destroy|Set|Get|Init|Finalize))\w+")
+"""Functions that make the card compute: launches, and what cuBLAS and cuDNN launch themselves."""
 
 HEADER = """
 #include <stdlib.h>
 #include <string.h>
 long *stub_counter(const char *name);
-#define NOTE(name) do { static long *calls; if (!calls) calls = stub_counter(name); ++*calls; } while (0)
+#define ADD(counter, amount) __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED)
+#define NOTE(name) do { static long *calls; if (!calls) calls = stub_counter(name); ADD(calls, 1); } while (0)
+size_t stub_memory(void);
+/* the first members of cudaPointerAttributes; the kinds are 0 for what CUDA does not know, 1 for the host, 2 for a card */
+struct attributes { int kind, device; const void *on_device, *on_host; };
 /* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the version of the card; behind it CUDA 12 has one
    more than CUDA 13 before the number of multiprocessors; the last ones, limits of many kinds, only must not be zero */
 struct properties {
@@ -59,10 +70,12 @@ struct properties {
 RUNTIME_HEADER = """
 #include <pthread.h>
 #include <stdio.h>
-static struct { char name[80]; long count; } counters[4096];
-static struct { char *start; size_t size; } blocks[65536];
+#include <sys/mman.h>
+enum { COUNTERS = 4096, BLOCKS = 65536, UNKNOWN = 0, HOST = 1, CARD = 2, INVALID_VALUE = 1, OUT_OF_MEMORY = 2 };
+static struct { char name[80]; long count; } counters[COUNTERS];
+static struct { char *start; size_t size; int kind, is_ours; } blocks[BLOCKS];
 static size_t in_use;
-static int capturing;
+static void *capturing;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 long *stub_counter(const char *name) {
@@ -73,46 +86,61 @@ long *stub_counter(const char *name) {
     pthread_mutex_unlock(&lock);
     return &counters[at].count;
 }
+const char *stub_name(int at) { return counters[at].name; }
 long stub_count(const char *name) { return *stub_counter(name); }
-void stub_reset(void) { for (int at = 0; at < 4096; ++at) counters[at].count = 0; }
+void stub_reset(void) { for (int at = 0; at < COUNTERS; ++at) counters[at].count = 0; }
+static void not_while_capturing(void) { if (capturing) NOTE("calls that no capture allows"); }
+/* whatever is not asynchronous waits for the card, or for a stream that waits for the captured one */
+#define WAITS(name) do { if (!strstr(name, "Async")) not_while_capturing(); } while (0)
 
-static size_t card_memory(void) {
+size_t stub_memory(void) {
     const char *said = getenv("FLORENCE_ONNX_STUB_MEMORY");
     return said ? strtoull(said, 0, 10) : (size_t)80 << 30;
 }
-static int is_on_card(const void *pointer) {
-    for (int at = 0; at < 65536 && blocks[at].start; ++at)
-        if ((char *)pointer >= blocks[at].start && (char *)pointer < blocks[at].start + blocks[at].size) return 1;
-    return 0;
-}
-static int take(void **memory, size_t size) {
+static int kind_of(const void *pointer) {
+    int kind = UNKNOWN;
     pthread_mutex_lock(&lock);
-    int status = 2, at = 0;  /* cudaErrorMemoryAllocation */
-    if (in_use + size <= card_memory()) {
-        while (blocks[at].start && blocks[at].size) ++at;
-        blocks[at].start = *memory = aligned_alloc(256, (size / 256 + 1) * 256);
-        memset(*memory, 0, size);
+    for (int at = 0; at < BLOCKS && blocks[at].start && !kind; ++at)
+        if ((char *)pointer >= blocks[at].start && (char *)pointer < blocks[at].start + blocks[at].size)
+            kind = blocks[at].kind;
+    pthread_mutex_unlock(&lock);
+    return kind;
+}
+/* pages of zeros, which cost the host nothing until they are written to; with `registered`, memory that is there already */
+static int take(void **memory, size_t size, int kind, void *registered) {
+    not_while_capturing();
+    pthread_mutex_lock(&lock);
+    int at = 0;
+    void *start = MAP_FAILED;
+    while (at < BLOCKS && blocks[at].kind) ++at;
+    if (at < BLOCKS && (kind == HOST || in_use + size <= stub_memory()))
+        start = registered ? registered : mmap(0, size + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start != MAP_FAILED) {
+        blocks[at].start = *memory = start;
         blocks[at].size = size;
-        in_use += size;
-        status = 0;
+        blocks[at].kind = kind;
+        blocks[at].is_ours = !registered;
+        if (kind == CARD) in_use += size;
+    }
+    pthread_mutex_unlock(&lock);
+    return start == MAP_FAILED ? OUT_OF_MEMORY : 0;
+}
+static int give(void *memory) {
+    not_while_capturing();
+    pthread_mutex_lock(&lock);
+    int at = 0, status = memory ? INVALID_VALUE : 0;
+    while (at < BLOCKS && blocks[at].start && !(blocks[at].kind && blocks[at].start == memory)) ++at;
+    if (memory && at < BLOCKS && blocks[at].start) {
+        if (blocks[at].kind == CARD) in_use -= blocks[at].size;
+        if (blocks[at].is_ours) munmap(memory, blocks[at].size + 1);
+        blocks[at].size = blocks[at].kind = status = 0;
     }
     pthread_mutex_unlock(&lock);
     return status;
 }
-static int give(void *memory) {
-    pthread_mutex_lock(&lock);
-    for (int at = 0; at < 65536 && blocks[at].start; ++at)
-        if (blocks[at].start == memory && blocks[at].size) {
-            in_use -= blocks[at].size;
-            blocks[at].size = 0;
-            free(memory);
-        }
-    pthread_mutex_unlock(&lock);
-    return 0;
-}
 static void note_copy(const void *target, const void *source, size_t size) {
     static const char *names[] = {"bytes host to host", "bytes device to host", "bytes host to device", "bytes device to device"};
-    *stub_counter(names[2 * is_on_card(target) + is_on_card(source)]) += size;
+    ADD(stub_counter(names[2 * (kind_of(target) == CARD) + (kind_of(source) == CARD)]), size);
 }
 """
 BODIES: tuple[tuple[str, str], ...] = (
@@ -127,14 +155,14 @@ BODIES: tuple[tuple[str, str], ...] = (
     (
         r"cudaGetDeviceProperties(_v2)?",
         "int {}(struct properties *card) {{ card->major = 9; card->minor = 0; card->warp = 32;"
-        " card->memory = (size_t)80 << 30; card->shared_memory = 49152; card->registers = 65536; card->threads = 1024;"
+        " card->memory = stub_memory(); card->shared_memory = 49152; card->registers = 65536; card->threads = 1024;"
         " for (int i = 0; i < 3; ++i) card->block[i] = card->grid[i] = 1024;"
         " card->multiprocessors[0] = card->multiprocessors[1] = 132;"
         " for (int i = 0; i < 80; ++i) card->limits[i] = 2048;"
         ' strcpy(card->name, "stub"); return 0; }}',
     ),
     (r"cuDeviceGetName", 'int {}(char *name, int size, int device) {{ strncpy(name, "stub", size); return 0; }}'),
-    (r"cuDeviceTotalMem(_v2)?", "int {}(size_t *size, int device) {{ *size = (size_t)80 << 30; return 0; }}"),
+    (r"cuDeviceTotalMem(_v2)?", "int {}(size_t *size, int device) {{ *size = stub_memory(); return 0; }}"),
     # 75 and 76 are the two halves of the compute capability
     (
         r"cu(da)?DeviceGetAttribute",
@@ -142,37 +170,55 @@ BODIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"cudaMemGetInfo",
-        "int {}(size_t *left, size_t *all) {{ *all = card_memory(); *left = *all - in_use; return 0; }}",
+        "int {}(size_t *left, size_t *all) {{ *all = stub_memory(); *left = *all - in_use; return 0; }}",
     ),
     (r"\w+GetVersion", "int {}(int *version) {{ *version = 13000; return 0; }}"),
-    (r"cudaMalloc(Async)?", 'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size); }}'),
-    (r"cudaFree(Async)?", 'int {0}(void *memory) {{ NOTE("{0}"); return give(memory); }}'),
+    (
+        r"cudaMalloc(Async|FromPoolAsync)?",
+        'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size, CARD, 0); }}',
+    ),
     (
         r"cuda(HostAlloc|MallocHost)",
-        "int {}(void **memory, size_t size) {{ *memory = calloc(1, size + 256); return 0; }}",
+        'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size, HOST, 0); }}',
     ),
-    (r"cudaFreeHost", "int {}(void *memory) {{ free(memory); return 0; }}"),
+    (
+        r"cudaHostRegister",
+        'int {0}(void *memory, size_t size) {{ NOTE("{0}"); return take(&memory, size, HOST, memory); }}',
+    ),
+    (
+        r"cuda(Free(Async|Host)?|HostUnregister)",
+        'int {0}(void *memory) {{ NOTE("{0}"); return give(memory); }}',
+    ),
+    (
+        r"cudaPointerGetAttributes",
+        "int {}(struct attributes *found, const void *pointer) {{ found->kind = kind_of(pointer); found->device = 0;"
+        " found->on_device = found->kind ? pointer : 0; found->on_host = found->kind == CARD ? 0 : pointer; return 0; }}",
+    ),
     (
         r"cudaMemcpy(Async)?",
-        'int {0}(void *target, const void *source, size_t size) {{ NOTE("{0}"); note_copy(target, source, size);'
+        'int {0}(void *target, const void *source, size_t size) {{ NOTE("{0}"); WAITS("{0}"); note_copy(target, source, size);'
         " memmove(target, source, size); return 0; }}",
     ),
     (
         r"cudaMemcpy2D(Async)?",
         "int {0}(char *target, size_t target_pitch, const char *source, size_t source_pitch, size_t width, size_t rows)"
-        ' {{ NOTE("{0}"); note_copy(target, source, width * rows); for (size_t row = 0; row < rows; ++row)'
+        ' {{ NOTE("{0}"); WAITS("{0}"); note_copy(target, source, width * rows); for (size_t row = 0; row < rows; ++row)'
         " memmove(target + row * target_pitch, source + row * source_pitch, width); return 0; }}",
     ),
     (
         r"cudaMemset(Async)?",
-        'int {0}(void *memory, int value, size_t size) {{ NOTE("{0}"); memset(memory, value, size); return 0; }}',
+        'int {0}(void *memory, int value, size_t size) {{ NOTE("{0}"); WAITS("{0}"); memset(memory, value, size); return 0; }}',
     ),
-    (r"cudaStreamBeginCapture", 'int {0}(void) {{ NOTE("{0}"); capturing = 1; return 0; }}'),
+    (r"cudaDeviceSynchronize", 'int {0}(void) {{ NOTE("{0}"); WAITS("{0}"); return 0; }}'),
+    (r"cudaStreamBeginCapture", 'int {0}(void *stream) {{ NOTE("{0}"); capturing = stream; return 0; }}'),
     (
         r"cudaStreamEndCapture",
         'int {0}(void *stream, void **graph) {{ NOTE("{0}"); capturing = 0; *graph = calloc(1, 64); return 0; }}',
     ),
-    (r"cudaStreamIsCapturing", "int {}(void *stream, int *status) {{ *status = capturing; return 0; }}"),
+    (
+        r"cudaStreamIsCapturing",
+        "int {}(void *stream, int *status) {{ *status = capturing && stream == capturing; return 0; }}",
+    ),
     (
         r"cudaGraphInstantiate(WithFlags)?",
         'int {0}(void **made, void *graph) {{ NOTE("{0}"); *made = calloc(1, 64); return 0; }}',
@@ -243,23 +289,35 @@ class Counters:
         import onnxruntime
 
         name = f"libcudart.so.{str(onnxruntime.cuda_version).partition('.')[0]}"
-        self._library = ctypes.CDLL(name)
-        self._library.stub_count.restype = ctypes.c_long
+        self.library = ctypes.CDLL(name)
+        self.library.stub_count.restype = ctypes.c_long
+        self.library.stub_name.restype = ctypes.c_char_p
 
     def __getitem__(self, name: str) -> int:
         """Calls of a function, or bytes, such as `"bytes host to device"`."""
-        return int(self._library.stub_count(name.encode()))
+        return int(self.library.stub_count(name.encode()))
+
+    def asked(self) -> dict[str, int]:
+        """All that is not zero, by name."""
+        names = (self.library.stub_name(at).decode() for at in itertools.count())
+        found = {name: self[name] for name in itertools.takewhile(bool, names)}
+        return {name: count for name, count in found.items() if count}
+
+    @property
+    def num_kernels(self) -> int:
+        """Kernels that were launched one by one, as part of a capture or not."""
+        return sum(count for name, count in self.asked().items() if KERNELS.fullmatch(name))
 
     @property
     def memory_in_use(self) -> int:
         """Bytes of the card."""
         left, size = ctypes.c_size_t(), ctypes.c_size_t()
-        self._library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
+        self.library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
         return size.value - left.value
 
     def reset(self) -> None:
         """All to zero."""
-        self._library.stub_reset()
+        self.library.stub_reset()
 
 
 def _provider() -> Path:

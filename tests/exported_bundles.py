@@ -1,6 +1,6 @@
 """Bundles for the environments that have no PyTorch: `python -m tests.exported_bundles OUT` writes them and prints their paths.
 
-The smallest regular model in fp32 and fp16 and in the layout of transformers.js, and the one of which every size is unusual in fp32.
+The smallest regular model in fp32 and fp16, both also in the layout of transformers.js, and the one of which every size is unusual in fp32.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def write(out: Path) -> list[Path]:
             if not (out / name / precision).exists():
                 export_bundle(load_checkpoint(source), out / name / precision, precision=precision)
             found.append(out / name / precision)
-    layout = out / "tiny-transformers-js"
-    if not layout.exists():
-        export_transformers_js(load_checkpoint(out / "tiny-checkpoint"), layout)
-    found.append(layout)
+    for precision in ("fp32", "fp16"):
+        layout = out / "tiny-transformers-js" / precision
+        if not layout.exists():
+            export_transformers_js(load_checkpoint(out / "tiny-checkpoint"), layout, precision=precision)
+        found.append(layout)
     return found
 
 
