@@ -12,6 +12,7 @@ from rich.table import Table
 
 from florence_onnx.bundle import Bundle
 from florence_onnx.errors import CheckpointError, FlorenceError
+from florence_onnx.tensorrt import DEFAULT_MAX_BATCH
 
 from .checkpoint import load_checkpoint
 from .optimize import PRECISIONS, VISION_PRECISIONS
@@ -55,7 +56,9 @@ def export(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build TensorRT engines for the card of this machine too.")
     ] = False,
-    max_batch: Annotated[int, typer.Option(help="Most prompts that the engines take together.", min=1)] = 8,
+    max_batch: Annotated[
+        int, typer.Option(help="Most prompts that the engines take together.", min=1)
+    ] = DEFAULT_MAX_BATCH,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
     """Turns a Florence-2 checkpoint into ONNX, and proves that it answers as before.

@@ -25,6 +25,7 @@ from florence_onnx import Florence2, GenerationOptions, Prediction, Region, __ve
 from florence_onnx.bundle import DEMO
 from florence_onnx.errors import FlorenceError, ImageError, InputError
 from florence_onnx.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
+from florence_onnx.tensorrt import DEFAULT_MAX_BATCH
 
 _DEMO_NOTE = "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
 SAMPLES = Path(__file__).parent / "demo" / "samples"
@@ -130,7 +131,9 @@ def info(
 def build_engines(
     model: _BundleArgument = DEMO,
     precision: _PrecisionOption = None,
-    max_batch: Annotated[int, typer.Option(help="Most prompts that the engines take together.", min=1)] = 8,
+    max_batch: Annotated[
+        int, typer.Option(help="Most prompts that the engines take together.", min=1)
+    ] = DEFAULT_MAX_BATCH,
 ) -> None:
     """Build the TensorRT engines of a bundle for the card of this machine, for `--device tensorrt` and `auto`."""
     from florence_onnx import hub, loading

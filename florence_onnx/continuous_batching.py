@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
+from florence_onnx.decoder_call import padded_count
 from florence_onnx.device_memory import DeviceArray
 from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.prompt_rows import PromptRows
@@ -301,7 +302,7 @@ class ContinuousBatch:
         length = max([length, *lengths])
         if self._num_shorter < SHRINK_AFTER:
             length = max(length, decoder.text_length)
-        places = max(decoder.places, min(self._max_batch, _power_of_two(len(lengths))))
+        places = max(decoder.places, min(self._max_batch, padded_count(len(lengths))))
         while True:
             try:
                 return decoder.open(places, length)
@@ -324,8 +325,3 @@ class ContinuousBatch:
         self._max_batch = places
         _log.warning("no more than %d prompts at a time from now on: %s", places, error)
         return places
-
-
-def _power_of_two(count: int) -> int:
-    """The least that is not below."""
-    return 1 << (max(1, count) - 1).bit_length()

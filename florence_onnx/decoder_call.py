@@ -22,6 +22,11 @@ ALIGNMENT = 256
 """Of tensors within a block, in bytes: what CUDA's own allocations have."""
 
 
+def padded_count(count: int) -> int:
+    """As how many prompts or pictures so many are run, so that few shapes occur: the least power of two."""
+    return 1 << (max(1, count) - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class ResidentSizes:
     """Sizes that do not change."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from florence_onnx.bundle import TOP_IDS
-from florence_onnx.decoder_call import DecoderCall, Packed, ResidentSizes
+from florence_onnx.decoder_call import DecoderCall, Packed, ResidentSizes, padded_count
 from florence_onnx.device_memory import DeviceArray
 from florence_onnx.engine import OnnxBinding, OnnxEngine
 from florence_onnx.errors import DeviceMemoryError
@@ -150,7 +150,7 @@ class ResidentDecoder:
         """
         num_tokens = max(tokens.size for tokens in token_ids.values())
         self._reserve(num_tokens)
-        call = self._call(min(self._num_places, _power_of_two(max(token_ids) + 1)), num_tokens)
+        call = self._call(min(self._num_places, padded_count(max(token_ids) + 1)), num_tokens)
         for place in range(call.num_places):
             if place in token_ids:
                 self._rows[place].feed(token_ids[place], call.inputs, place)
@@ -282,8 +282,3 @@ def _names(prefix: str, num_layers: int) -> list[tuple[str, str]]:
 
 def _first(arrays: Mapping[str, DeviceArray], count: int) -> dict[str, DeviceArray]:
     return {name: array[:count] for name, array in arrays.items()}
-
-
-def _power_of_two(count: int) -> int:
-    """The least that is not below."""
-    return 1 << (count - 1).bit_length()

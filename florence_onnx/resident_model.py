@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from florence_onnx.continuous_batching import ContinuousBatch, Job
 from florence_onnx.cuda_memory import CudaMemory
-from florence_onnx.decoder_call import ResidentSizes
+from florence_onnx.decoder_call import ResidentSizes, padded_count
 from florence_onnx.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.engine import OnnxBinding, OnnxEngine
 from florence_onnx.errors import DeviceMemoryError, ProviderError
@@ -49,7 +49,7 @@ class ResidentVision:
             DeviceMemoryError: There is not enough memory for a single picture.
             ProviderError: The provider failed.
         """
-        count = 1 << (len(pixel_values) - 1).bit_length()
+        count = padded_count(len(pixel_values))
         try:
             batch = self._batches.get(count)
             if batch is None:

@@ -1,4 +1,4 @@
-"""What the CUDA provider is asked while a model answers: one JSON object, `python -m tests.cuda_running STEP`, under the stub.
+"""What the CUDA provider is asked while a model answers: one JSON object, `python -m tests.cuda_running STEP [BUNDLE…]`, under the stub.
 
 Kernels do nothing there, so answers mean nothing; how often memory is taken, what crosses between host and device, and what is captured
 and replayed is what it would be on a card. cuDNN's convolutions do not get through the stub: features come from the host.
@@ -33,8 +33,8 @@ NUM_TOKENS = 12
 class Asked:
     """A model on the pretended card, and a picture that was encoded elsewhere."""
 
-    def __init__(self, **arguments: Any) -> None:
-        self.model = Florence2.from_pretrained("demo", device="cuda", **arguments)
+    def __init__(self, bundle: str = "demo", **arguments: Any) -> None:
+        self.model = Florence2.from_pretrained(bundle, device="cuda", **arguments)
         sizes = self.model._bundle.sizes
         features: Any = np.zeros((sizes.num_image_tokens, sizes.width), dtype=np.float32)
         if arguments.get("max_batch") != 0:
@@ -142,8 +142,21 @@ def memory() -> Any:
     return found
 
 
-STEPS = {step.__name__: step for step in (steady, without_graphs, through_the_host, full, too_small, memory)}
+def kernels(*bundles: str) -> Any:
+    """Kernels of the text encoder for a prompt, and of a decoder step of three beams, by bundle; the opening step included."""
+    found = {}
+    for bundle in bundles or ("demo",):
+        asked = Asked(bundle, provider_options={"enable_cuda_graph": 0})
+        calls = [asked.run() for _ in range(2)][-1]
+        asked.counters.reset()
+        asked.decoder._encoding(0).run()
+        text = asked.counters.num_kernels
+        found[bundle] = {"text encoder": text, "step": (calls["kernels"] - text) / calls["steps"]}
+    return found
+
+
+STEPS = {step.__name__: step for step in (steady, without_graphs, through_the_host, full, too_small, memory, kernels)}
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    print(json.dumps(STEPS[sys.argv[1]]()))
+    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))

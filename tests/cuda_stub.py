@@ -16,13 +16,16 @@ import ctypes
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"
@@ -280,6 +283,23 @@ def environment(folder: Path) -> dict[str, str]:
     """The environment of a process that is to find the libraries of `folder` before any others."""
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
+
+
+def run(*arguments: str, memory: int | None = None) -> Any:
+    """What Python prints as JSON in a process that runs under the libraries.
+
+    Args:
+        arguments: Of Python, such as `-m` and a module.
+        memory: Bytes of the card.
+    """
+    variables = environment(build())
+    if memory is not None:
+        variables[MEMORY] = str(memory)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 class Counters:

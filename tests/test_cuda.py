@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,7 @@ needs_stub = pytest.mark.skipif(bool(cuda_stub.unavailable()), reason=cuda_stub.
 
 def under_stub(code: str, memory: int | None = None) -> Any:
     """What code prints as JSON in a process under the do-nothing libraries."""
-    environment = cuda_stub.environment(cuda_stub.build())
-    if memory is not None:
-        environment[cuda_stub.MEMORY] = str(memory)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return cuda_stub.run("-c", code, memory=memory)
 
 
 # -------------------------------------------------------------------------------------------------------------- facts

@@ -6,10 +6,7 @@ These tests say where nodes go, and nothing about what the kernels compute.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +54,7 @@ GRAPHS = [
 
 def plan(graphs: list[str]) -> dict[str, dict[str, Any]]:
     """The placements of graphs by their paths, made in a process under the stub."""
-    command = [sys.executable, "-m", "tests.cuda_placement", *graphs]
-    environment = cuda_stub.environment(cuda_stub.build())
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    found: dict[str, dict[str, Any]] = cuda_stub.run("-m", "tests.cuda_placement", *graphs)
     return found
 
 

@@ -6,10 +6,6 @@ captured and replayed is.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,20 +22,8 @@ RECEIVED = 512 + 768 + 256
 
 
 def run(step: str, memory: int | None = None) -> Any:
-    """What `tests.cuda_running` found.
-
-    Args:
-        step: Which of its steps.
-        memory: Bytes of the card.
-    """
-    environment = cuda_stub.environment(cuda_stub.build())
-    if memory is not None:
-        environment[cuda_stub.MEMORY] = str(memory)
-    command = [sys.executable, "-m", "tests.cuda_running", step]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What `tests.cuda_running` found in one of its steps; `memory`, bytes of the card."""
+    return cuda_stub.run("-m", "tests.cuda_running", step, memory=memory)
 
 
 @pytest.fixture(scope="module")

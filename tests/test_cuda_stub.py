@@ -14,10 +14,6 @@ Where `florence_onnx` turns a full card into `DeviceMemoryError`, this is what a
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,18 +33,8 @@ RUNS_TO_CAPTURE = 3
 
 
 def run(step: str, memory: int = 10**9) -> Any:
-    """What `tests.cuda_session` found.
-
-    Args:
-        step: Which of its steps.
-        memory: Bytes of the card.
-    """
-    environment = {**cuda_stub.environment(cuda_stub.build()), cuda_stub.MEMORY: str(memory)}
-    command = [sys.executable, "-m", "tests.cuda_session", step]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What `tests.cuda_session` found in one of its steps; `memory`, bytes of the card."""
+    return cuda_stub.run("-m", "tests.cuda_session", step, memory=memory)
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ MAY_IMPORT = {
         "scores",
         "numpy",
     },
-    "continuous_batching": {"device_memory", "errors", "prompt_rows", "scores", "search"},
+    "continuous_batching": {"decoder_call", "device_memory", "errors", "prompt_rows", "scores", "search"},
     "resident_model": {
         *("continuous_batching", "cuda_memory", "decoder_call", "device_memory", "engine", "errors", "memory"),
         *("resident_decoder", "search", "numpy"),
