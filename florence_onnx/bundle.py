@@ -49,11 +49,12 @@ MAX_HASHED_BYTES = 32 * 2**20
 JS_VERIFICATION = "verification.json"
 """Where an export in the layout of transformers.js notes what it measured; that layout has no place for it."""
 
+_DECODER_INPUTS = ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key")
 KEY_INPUTS: dict[str, tuple[str, ...]] = {
     VISION_ENCODER: ("pixel_values",),
     TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
-    DECODER: ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key"),
-    DECODER_TOP: ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key"),
+    DECODER: _DECODER_INPUTS,
+    DECODER_TOP: _DECODER_INPUTS,
     "vision_encoder": ("pixel_values",),
     "embed_tokens": ("input_ids",),
     "encoder_model": ("attention_mask", "inputs_embeds"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -127,13 +127,13 @@ def compare_demo(device: str, sources: Sources, asked: Sequence[Question], figur
             figures.attempt(f"{name} against {other}", partial(_compare, found[0], each, asked))
 
 
-class _Answers:
+class _Answers(Protocol):
     """Everybody's tokens by search, and the logits along given answers."""
 
     tokens: Mapping[str, list[Tokens]]
 
     def score(self, place: int, token_ids: Tokens) -> npt.NDArray[np.float32]:
-        raise NotImplementedError
+        """The logits `(L - 1, V)` of one question, along L tokens."""
 
 
 class _Ours(_Answers):
