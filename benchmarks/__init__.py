@@ -1,1 +1,1 @@
-"""Timing: stages of our own runtime (pytest-benchmark), and `python -m benchmarks.compare` against its peers."""
+"""Timing: stages of our own runtime (pytest-benchmark), and `python -m benchmarks.cpu.compare` against its peers."""

@@ -48,7 +48,7 @@ def _build(size: str, folder: Path) -> None:
 def _convert(source: Path, folder: Path) -> None:
     from transformers import CLIPImageProcessor
 
-    from export.checkpoint import load_checkpoint
+    from export.checkpoints.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(source)
     checkpoint.model.save_pretrained(folder)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from florence_onnx import cpu
+from florence_onnx.runtime import cpu
 
 _FLAGS = re.compile(r"avx|f16c|fma|sse4_2|amx|bf16|vnni|asimd|sve|i8mm|neon")
 """What the kernels of the runtimes ask for."""

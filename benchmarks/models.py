@@ -13,8 +13,9 @@ from PIL import Image
 
 from benchmarks.checkpoints import SIZES
 from benchmarks.costs import Costs
-from florence_onnx import bundle, image
+from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
+from florence_onnx.images import image
 
 ROOT = Path(__file__).resolve().parents[1]
 _GENERATION = (

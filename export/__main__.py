@@ -18,9 +18,9 @@ def main() -> None:
     """
     try:
         if sys.argv[1:2] == ["verify"]:  # needs no torch where the reference is a bundle
-            from .verify_command import main as run
+            from .commands.verify import main as run
         else:
-            from .cli import main as run
+            from .commands.export import main as run
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_PACKAGES:

@@ -2,6 +2,17 @@
 
 from florence_onnx import tasks
 from florence_onnx._version import __version__
+from florence_onnx.answers.locations import Region
+from florence_onnx.answers.results import (
+    BoundingBox,
+    BoundingBoxes,
+    Image,
+    OCRBoundingBox,
+    OCRBoundingBoxSingle,
+    Point,
+    Polygon,
+    PolygonOutput,
+)
 from florence_onnx.errors import (
     BundleError,
     BundleFileMissingError,
@@ -25,20 +36,9 @@ from florence_onnx.errors import (
     UnknownTaskError,
     VerificationError,
 )
-from florence_onnx.locations import Region
+from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.model import Florence2
-from florence_onnx.options import GenerationOptions
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.results import (
-    BoundingBox,
-    BoundingBoxes,
-    Image,
-    OCRBoundingBox,
-    OCRBoundingBoxSingle,
-    Point,
-    Polygon,
-    PolygonOutput,
-)
 
 __all__ = [
     "BoundingBox",

@@ -13,7 +13,7 @@ _CLI_PACKAGES = ("typer", "rich")
 def main() -> None:
     """Runs the command line; without the packages of the `cli` extra it says how to install them and exits with 2."""
     try:
-        from florence_onnx import cli
+        from florence_onnx.commands import main as cli
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _CLI_PACKAGES:

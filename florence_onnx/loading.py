@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from florence_onnx import cuda, tensorrt
-from florence_onnx import providers as provider_presets
-from florence_onnx.bundle import KEY_INPUTS, Bundle
-from florence_onnx.decoder import DecoderShape, TextBackend, TextModel
-from florence_onnx.engine import Engine, OnnxEngine, load_engines
+from florence_onnx.bundles.bundle import KEY_INPUTS, Bundle
+from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
-from florence_onnx.providers import BF16, Options, Provider, candidates
-from florence_onnx.sessions import CUDA_PROVIDERS, TENSORRT, SessionOptions, onnxruntime
-from florence_onnx.tokenizer import PromptTokenizer
-from florence_onnx.transformers_js import TransformersJsTextModel
+from florence_onnx.inference.decoder import DecoderShape, TextBackend, TextModel
+from florence_onnx.inference.transformers_js import TransformersJsTextModel
+from florence_onnx.runtime import cuda, tensorrt
+from florence_onnx.runtime import providers as provider_presets
+from florence_onnx.runtime.engine import Engine, OnnxEngine, load_engines
+from florence_onnx.runtime.providers import BF16, Options, Provider, candidates
+from florence_onnx.runtime.sessions import CUDA_PROVIDERS, TENSORRT, SessionOptions, onnxruntime
 
 if TYPE_CHECKING:
-    from florence_onnx.resident_model import ResidentModel
+    from florence_onnx.inference.resident_model import ResidentModel
 
 DEFAULT_MAX_BATCH = 32
 """Prompts decoded together on a card: a step reads all weights, whether for one prompt or for thirty."""
@@ -239,8 +239,8 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
 
 
 def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
-    from florence_onnx.decoder_call import ResidentSizes
-    from florence_onnx.resident_model import ResidentModel
+    from florence_onnx.inference.decoder_call import ResidentSizes
+    from florence_onnx.inference.resident_model import ResidentModel
 
     sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
     max_tokens = tensorrt.MAX_TOKENS if engines[-1].provider == TENSORRT else None

@@ -12,29 +12,31 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
-from florence_onnx import bundle as bundles
-from florence_onnx import graph_cache as graph_caches
-from florence_onnx import hub, image, memory, tasks
-from florence_onnx.answering import Answering, HostAnswering
-from florence_onnx.bundle import Bundle
-from florence_onnx.decoder import TextBackend
-from florence_onnx.engine import Engine
+from florence_onnx import tasks
+from florence_onnx.answers.locations import Region
+from florence_onnx.answers.postprocess import parse
+from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles import hub, memory
+from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
-from florence_onnx.generation import new_search
-from florence_onnx.image import ImageInput
+from florence_onnx.generation.generate import new_search
+from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.search import GeneratedSequence, GivenAnswer, Search
+from florence_onnx.images import image
+from florence_onnx.images.image import ImageInput
+from florence_onnx.inference.answering import Answering, HostAnswering
+from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
-from florence_onnx.locations import Region
-from florence_onnx.options import GenerationOptions
-from florence_onnx.postprocess import parse
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.providers import BF16, Options, Provider
-from florence_onnx.search import GeneratedSequence, GivenAnswer, Search
-from florence_onnx.sessions import SessionOptions
+from florence_onnx.runtime import graph_cache as graph_caches
+from florence_onnx.runtime.engine import Engine
+from florence_onnx.runtime.providers import BF16, Options, Provider
+from florence_onnx.runtime.sessions import SessionOptions
 from florence_onnx.tasks import Task
-from florence_onnx.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from florence_onnx.resident_model import ResidentModel
+    from florence_onnx.inference.resident_model import ResidentModel
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
@@ -75,7 +77,7 @@ class Florence2:
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
-            from florence_onnx.device_answering import DeviceAnswering  # not for those who have a CPU
+            from florence_onnx.inference.device_answering import DeviceAnswering  # not for those who have a CPU
 
             self._answering = DeviceAnswering(bundle.sizes, resident)
 

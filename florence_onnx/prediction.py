@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
-from florence_onnx.device_memory import DeviceArray
+from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.errors import InputError
-from florence_onnx.results import Image, to_dict
+from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.tasks import Task
 
 R = TypeVar("R")
@@ -52,7 +52,7 @@ class Prediction(Generic[R]):
     """One answer."""
 
     results: R
-    """The answer in fal's shape; see `florence_onnx.results`."""
+    """The answer in fal's shape; see `florence_onnx.answers.results`."""
     task: Task[R]
     """The task that was asked."""
     text: str
@@ -88,7 +88,7 @@ class Prediction(Generic[R]):
         """
         if isinstance(self.results, str):
             raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
-        from florence_onnx import draw  # fonts and drawing: not for those who only want results
+        from florence_onnx.answers import draw  # fonts and drawing: not for those who only want results
 
         return draw.draw(self.picture, self.results)
 

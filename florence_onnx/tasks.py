@@ -19,10 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from florence_onnx import postprocess
+from florence_onnx.answers import postprocess
+from florence_onnx.answers.locations import Region, Size
+from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 from florence_onnx.errors import InputError, RegionError, TextInputError, UnknownTaskError
-from florence_onnx.locations import Region, Size
-from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 
 R = TypeVar("R")
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from export.checkpoint import Checkpoint
+    from export.checkpoints.checkpoint import Checkpoint
 
 NO_TORCH = "needs torch and transformers: pip install -e '.[export]'"
 
@@ -41,8 +41,8 @@ class Exported:
 def _export(directory: Path, config_name: str, precision: str = "fp32") -> Exported:
     pytest.importorskip("torch", reason=NO_TORCH)
     pytest.importorskip("optimum.exporters", reason=NO_TORCH)
-    from export.checkpoint import load_checkpoint
-    from export.write_bundle import export_bundle
+    from export.bundles.write_bundle import export_bundle
+    from export.checkpoints.checkpoint import load_checkpoint
     from tests import checkpoints
 
     source = directory / "checkpoint"

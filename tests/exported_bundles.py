@@ -9,9 +9,9 @@ import argparse
 import os
 from pathlib import Path
 
-from export.checkpoint import load_checkpoint
-from export.transformers_js import export_transformers_js
-from export.write_bundle import export_bundle
+from export.bundles.write_bundle import export_bundle
+from export.checkpoints.checkpoint import load_checkpoint
+from export.transformers_js.export import export_transformers_js
 from tests import checkpoints
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, GenerationOptions, Region, bundle, tasks
+from florence_onnx import Florence2, GenerationOptions, Region, tasks
+from florence_onnx.bundles import bundle
 
 pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
 from export.demo import metrics
-from florence_onnx import matching
+from florence_onnx.answers import matching
 
 UNSEEN_SEED = 20250817
 """Neither training's nor that of any published figure."""

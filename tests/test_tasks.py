@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florence_onnx import postprocess, tasks
+from florence_onnx import tasks
+from florence_onnx.answers import postprocess
+from florence_onnx.answers.locations import Region
 from florence_onnx.errors import InputError, RegionError, TextInputError, UnknownTaskError
-from florence_onnx.locations import Region
 from florence_onnx.tasks import TASKS, Task
 from tests.shared_data import rows
 

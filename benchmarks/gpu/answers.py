@@ -19,9 +19,9 @@ from PIL import Image
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.sources import DEMO, Sources
 from benchmarks.models import ROOT
-from export.photograph import PHOTOGRAPH
+from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import Florence2, GenerationOptions, Region, tasks
-from florence_onnx import bundle as bundles
+from florence_onnx.bundles import bundle as bundles
 
 SAMPLES = ROOT / "florence_onnx" / "demo" / "samples"
 GIVEN: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import onnxruntime
 from benchmarks.gpu.card import PROMPT_TOKENS
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.timing import Effort, device_time, timed
-from florence_onnx import bundle as bundles
+from florence_onnx.bundles import bundle as bundles
 
 CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "enable_skip_layer_norm_strict_mode": "1"}
 """What the runtime sets too."""

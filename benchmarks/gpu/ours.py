@@ -15,8 +15,9 @@ from PIL import Image
 from benchmarks.gpu.card import Memory
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.timing import Effort, device_time, timed
-from export.photograph import PHOTOGRAPH
-from florence_onnx import Florence2, GenerationOptions, image, tasks
+from export.verification.photograph import PHOTOGRAPH
+from florence_onnx import Florence2, GenerationOptions, tasks
+from florence_onnx.images import image
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "cpu": {"device": "cpu"},

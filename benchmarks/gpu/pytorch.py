@@ -17,10 +17,11 @@ from benchmarks.gpu.card import Memory
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.ours import Load, _difference
 from benchmarks.gpu.timing import Effort, device_time, timed
-from export.photograph import PHOTOGRAPH
-from florence_onnx import bundle as bundles
-from florence_onnx import image, tasks
-from florence_onnx.tokenizer import PromptTokenizer
+from export.verification.photograph import PHOTOGRAPH
+from florence_onnx import tasks
+from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles.tokenizer import PromptTokenizer
+from florence_onnx.images import image
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "float16"},

@@ -29,8 +29,8 @@ import onnx
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
-from florence_onnx import bundle as bundles
-from florence_onnx import cpu
+from florence_onnx.bundles import bundle as bundles
+from florence_onnx.runtime import cpu
 
 LIST = "skeleton.json"
 CONSTANTS = "constants.bin"
@@ -70,7 +70,7 @@ def pack(bundle: Path, output: Path, checkpoint: Path, *, exact: bool = False) -
         graphs = sorted(folder.rglob("*.onnx"))
         weights = graphs[0].parent / bundles.WEIGHTS
         if not weights.is_file():  # the layout of transformers.js has them inside the graphs
-            from export.weights import gather_weights
+            from export.bundles.weights import gather_weights
 
             gather_weights(graphs, weights)
         content, constants = _describe(graphs, weights, _Donor(checkpoint) if exact else None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.gpu import skeleton
 from benchmarks.models import ROOT
-from florence_onnx import bundle as bundles
+from florence_onnx.bundles import bundle as bundles
 
 DEMO = bundles.DEMO
 DEMO_CHECKPOINT = ROOT / "export" / "demo" / "checkpoint"

@@ -13,7 +13,7 @@ from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.ours import Load
 from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
 from benchmarks.gpu.timing import QUICK, Effort, timed
-from florence_onnx import bundle as bundles
+from florence_onnx.bundles import bundle as bundles
 
 RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
 """They take half a second where we take a few milliseconds, and device time is short."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from florence_onnx import tasks
-from florence_onnx.locations import Region
+from florence_onnx.answers.locations import Region
 from florence_onnx.tasks import TASKS
 
 from .scenes import COLOURS, SHAPE_KINDS, Box, Scene, Shape, Word

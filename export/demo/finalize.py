@@ -19,9 +19,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from florence_onnx.postprocess import BANNED_PHRASES
+from florence_onnx.answers.postprocess import BANNED_PHRASES
 
-from ..checkpoint_files import write_json  # noqa: TID252 - the package has two names, in a checkout and installed
+from ..checkpoints.files import write_json
 from .architecture import GRID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_model
 
 NUM_IMAGE_TOKENS = GRID * GRID + 1

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from florence_onnx.matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box
-from florence_onnx.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
+from florence_onnx.answers.matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box
+from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 
 from .answers import TASK_TOKENS, Question, ask
 from .scenes import Box, Scene, draw_mask, make_scene

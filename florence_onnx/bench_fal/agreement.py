@@ -14,7 +14,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from florence_onnx.matching import LabelledBox, draw_polygons, mask_iou, overlap, pair_boxes, quad_to_box
+from florence_onnx.answers.matching import LabelledBox, draw_polygons, mask_iou, overlap, pair_boxes, quad_to_box
 
 THRESHOLDS = (0.5, 0.75, 0.9)
 """From these overlaps (IoU) on a box counts as found."""

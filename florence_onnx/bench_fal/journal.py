@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from florence_onnx.bench_fal.plan import Call
 from florence_onnx.errors import InputError
-from florence_onnx.url import is_data_uri
+from florence_onnx.images.url import is_data_uri
 
 _PASSING = frozenset({401, 402, 403, 408, 409, 425, 429})
 """Client errors that may be gone the next time: the key, the account, the load."""

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from florence_onnx import image, tasks, url
+from florence_onnx import tasks
+from florence_onnx.answers.locations import Region
 from florence_onnx.errors import ImageNotFoundError, InputError
 from florence_onnx.fal.contract import APP
-from florence_onnx.locations import Region
+from florence_onnx.images import image, url
 
 NOT_AT_FAL = frozenset({tasks.REGION_TO_OCR.slug})
 """Tasks of the model for which fal has no endpoint."""

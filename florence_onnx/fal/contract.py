@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from florence_onnx import tasks
+from florence_onnx.answers.locations import NUM_BINS, Region
 from florence_onnx.errors import RegionError, TextInputError
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import field_error
-from florence_onnx.locations import NUM_BINS, Region
 from florence_onnx.tasks import Task
 
 APP = "fal-ai/florence-2-large"

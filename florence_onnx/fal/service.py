@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
 from florence_onnx.fal.feature_cache import FeatureCache
+from florence_onnx.fal.images import PictureLimits, PictureReader
 from florence_onnx.fal.jobs import Answer, Figures, Job, Priority
-from florence_onnx.fal.pictures import PictureLimits, PictureReader
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.results import BoundingBoxes, OCRBoundingBox, to_dict
 
 _log = logging.getLogger("florence_onnx")
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
 from florence_onnx.fal.service import Publish, Service, as_data_uri, without_picture
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import Prediction, encode_png
-from florence_onnx.results import Image, to_dict
 from florence_onnx.server.file_store import FileStore
 from florence_onnx.server.metrics import Metrics
 from florence_onnx.server.results_store import ResultsStore

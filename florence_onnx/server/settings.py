@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from florence_onnx.download import parse_hosts
 from florence_onnx.errors import InputError
-from florence_onnx.fal.pictures import PictureLimits
+from florence_onnx.fal.images import PictureLimits
 from florence_onnx.fal.service import ServiceSettings
+from florence_onnx.images.download import parse_hosts
 
 Images = Literal["url", "data", "none"]
 FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media")

@@ -1,4 +1,4 @@
-/** Colours of labels: the same as in the picture that the server draws (`florence_onnx/draw.py`). */
+/** Colours of labels: the same as in the picture that the server draws (`florence_onnx/answers/draw.py`). */
 
 const NUM_HUES = 24;
 const LIGHTNESSES = [46, 62];

@@ -1,0 +1,114 @@
+"""Time per stage and per task: `pytest benchmarks/cpu/bench_stages.py --bundle BUNDLE --picture car.jpg`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from florence_onnx import Florence2, GenerationOptions, Region, tasks
+from florence_onnx.answers.postprocess import parse
+from florence_onnx.generation.generate import DecoderSession
+from florence_onnx.images import image
+from florence_onnx.prediction import EncodedImage
+
+Ids = npt.NDArray[np.int64]
+
+NUM_TOKENS = 64
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "text": {"text_input": "a red circle above a green square"},
+    "region": {"region": Region(52, 332, 932, 774)},
+}
+"""By what a task needs."""
+ANSWERS = {
+    "<OD>": "car<loc_52><loc_332><loc_932><loc_774>wheel<loc_100><loc_600><loc_200><loc_700>" * 4,
+    "<OCR_WITH_REGION>": "STOP" + "".join(f"<loc_{bin}>" for bin in range(100, 900, 100)),
+    "<REGION_TO_SEGMENTATION>": "".join(f"<loc_{bin}>" for bin in range(0, 1000, 8)),
+    "<CAPTION>": "a car is parked in front of a house" * 4,
+}
+"""One of every grammar."""
+
+
+def prompt(model: Florence2) -> tuple[Ids, Ids]:
+    """Ids and mask of an object detection."""
+    return model._tokenizer.encode([tasks.OBJECT_DETECTION.format_prompt()])
+
+
+def start(model: Florence2, encoded: EncodedImage) -> DecoderSession:
+    """The text encoder, and a decoder that has seen no token."""
+    return model._text_model.start(*prompt(model), encoded.image_features[None])
+
+
+def prefill(session: DecoderSession, num_beams: int) -> Ids:
+    """Feeds what opens every answer, and gives the tokens that `num_beams` rows are fed next."""
+    session.step(np.array([[2, 0]]))
+    session.reorder(np.zeros(num_beams, dtype=np.int64), np.arange(1))
+    return np.full((num_beams, 1), 5, dtype=np.int64)
+
+
+def test_preprocess(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+    width, height = model.info()["model"]["image_size"]
+    pixel_values = benchmark(image.preprocess, picture, size=(width, height))
+    assert pixel_values.shape == (1, 3, height, width)
+
+
+def test_vision_encoder(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+    size = model.info()["model"]["image_size"]
+    pixel_values = image.preprocess(picture, size=size)
+    found = benchmark(model._vision_encoder.run, {"pixel_values": pixel_values})
+    assert found["image_features"].ndim == 3
+
+
+def test_encode(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+    """Both of the above, as a caller does it."""
+    encoded = benchmark(model.encode, picture)
+    assert encoded.size == picture.size
+
+
+def test_text_encoder(benchmark: Any, model: Florence2, encoded: EncodedImage) -> None:
+    benchmark(start, model, encoded)
+
+
+def test_prefill(benchmark: Any, model: Florence2, encoded: EncodedImage) -> None:
+    """The first decoder call; its session is made outside of the time."""
+    benchmark.pedantic(prefill, setup=lambda: ((start(model, encoded), 1), {}), rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_step(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
+    """`NUM_TOKENS` decode steps in each round; logits only, no choosing of tokens. Divide by `NUM_TOKENS`."""
+
+    def steps(session: DecoderSession, token_ids: Ids) -> npt.NDArray[np.float32]:
+        for _ in range(NUM_TOKENS):
+            logits = session.step(token_ids)
+        return logits
+
+    def fresh() -> tuple[tuple[DecoderSession, Ids], dict[str, Any]]:
+        session = start(model, encoded)
+        return (session, prefill(session, num_beams)), {}
+
+    logits = benchmark.pedantic(steps, setup=fresh, rounds=5, warmup_rounds=1)
+    assert logits.shape[0] == num_beams
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_answer_of_an_encoded_picture(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
+    """Text encoder, prefill, steps and the choosing of tokens."""
+    options = GenerationOptions(num_beams=num_beams, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS - 1)
+    prediction = benchmark(model.run, tasks.OBJECT_DETECTION, encoded, options=options)
+    assert len(prediction.token_ids) == NUM_TOKENS + 1
+
+
+@pytest.mark.parametrize("token", list(ANSWERS))
+def test_postprocess(benchmark: Any, token: str) -> None:
+    benchmark(parse, tasks.get(token), ANSWERS[token], (1024, 768))
+
+
+@pytest.mark.parametrize("slug", list(tasks.TASKS))
+def test_end_to_end(benchmark: Any, model: Florence2, picture: Image.Image, slug: str) -> None:
+    prediction = benchmark(model.run, slug, picture, **ARGUMENTS[tasks.TASKS[slug].needs])
+    assert prediction.task.slug == slug

@@ -1,0 +1,36 @@
+"""Which bundle and picture are timed."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from florence_onnx import Florence2
+from florence_onnx.bundles.bundle import DEMO, DEMO_DIRECTORY
+from florence_onnx.images import image
+from florence_onnx.prediction import EncodedImage
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bundle", default=DEMO, help="bundle directory, hub repository or demo")
+    parser.addoption(
+        "--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about"
+    )
+    parser.addoption("--device", default="cpu", help="device of the model")
+    parser.addoption("--threads", type=int, default=0, help="threads of ONNX Runtime; 0 means its own choice")
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> Florence2:
+    bundle, device, threads = (request.config.getoption(f"--{name}") for name in ("bundle", "device", "threads"))
+    return Florence2.from_pretrained(bundle, device=device, session_options={"intra_op_num_threads": threads})
+
+
+@pytest.fixture(scope="session")
+def picture(request: pytest.FixtureRequest) -> Image.Image:
+    return image.load(request.config.getoption("--picture"))
+
+
+@pytest.fixture(scope="session")
+def encoded(model: Florence2, picture: Image.Image) -> EncodedImage:
+    return model.encode(picture)

@@ -1,0 +1,143 @@
+"""Static against dynamic 8 bits in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE PICTURE [PICTURE…]`.
+
+Static quantization (ONNX Runtime's QDQ form, ranges from a calibration on pictures) saves finding the range of every activation at
+run time, and pays with ranges that a new picture may leave. Both forms quantize the same `Gemm` nodes with 7-bit weights per
+channel. Printed: the time of each, in turn, and how far the features are from fp32's on pictures that were not calibrated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from PIL import ImageOps
+
+from export.precisions.quantize import to_dynamic_int8
+from florence_onnx.bundles import bundle
+from florence_onnx.images import image
+from florence_onnx.runtime import cpu
+
+Floats = npt.NDArray[np.float32]
+FORMS = ("fp32", "dynamic", "static")
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
+    def __init__(self, pictures: Sequence[Floats]) -> None:
+        self._pictures = iter(pictures)
+
+    def get_next(self) -> dict[str, Floats] | None:
+        picture = next(self._pictures, None)
+        return None if picture is None else {"pixel_values": picture}
+
+
+def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
+    """A picture whole, its four quarters, and mirrored: `(1, 3, H, W)` each."""
+    picture = image.load(path)
+    width, height = picture.size
+    boxes = [(0, 0, width, height)]
+    boxes += [(x, y, x + width // 2, y + height // 2) for x in (0, width // 2) for y in (0, height // 2)]
+    for box in boxes:
+        yield image.preprocess(picture.crop(box), size=size)
+    yield image.preprocess(ImageOps.mirror(picture), size=size)
+
+
+def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> dict[str, Path]:
+    """The three graphs, each in a folder of its own beside a copy of the weights.
+
+    Args:
+        source: An fp32 bundle.
+        calibration: Pictures as `pixel_values`.
+        folder: Where to write.
+    """
+    paths = {form: folder / form / bundle.VISION_ENCODER for form in FORMS}
+    for path in paths.values():
+        path.parent.mkdir()
+        for name in (bundle.VISION_ENCODER, bundle.WEIGHTS):
+            shutil.copy2(source / name, path.parent / name)
+    to_dynamic_int8(paths["dynamic"], kinds=("Gemm",))
+    quantize_static(
+        paths["fp32"],
+        paths["static"],
+        _Reader(calibration),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Gemm"],
+        per_channel=True,
+        reduce_range=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return paths
+
+
+def measure(paths: dict[str, Path], pictures: Sequence[Floats], rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds and relative errors of each form."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    sessions = {
+        form: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for form, path in paths.items()
+    }
+    features = {form: [run(session, picture) for picture in pictures] for form, session in sessions.items()}
+    seconds: dict[str, list[float]] = {form: [] for form in sessions}
+    for _ in range(rounds):
+        for form, session in sessions.items():
+            start = time.perf_counter()
+            run(session, pictures[0])
+            seconds[form].append(time.perf_counter() - start)
+    return {
+        form: {
+            "min_s": min(seconds[form]),
+            "median_s": float(np.median(seconds[form])),
+            "relative_error": float(
+                np.mean([_distance(own, exact) for own, exact in zip(features[form], features["fp32"], strict=True)])
+            ),
+        }
+        for form in sessions
+    }
+
+
+def run(session: onnxruntime.InferenceSession, picture: Floats) -> Floats:
+    """The features of one picture."""
+    features: Floats = session.run(None, {"pixel_values": picture})[0]
+    return features
+
+
+def _distance(own: Floats, exact: Floats) -> float:
+    """Root mean square of the difference, relative to that of the exact ones."""
+    return float(np.linalg.norm(own - exact) / np.linalg.norm(exact))
+
+
+def main() -> None:
+    """Prints a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path, help="an fp32 bundle")
+    parser.add_argument("pictures", type=Path, nargs="+", help="the last is kept for the errors and the timing")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=cpu.num_cores())
+    arguments = parser.parse_args()
+    if len(arguments.pictures) < 2:
+        parser.error("name at least two pictures: one to calibrate on, one that was not")
+    size = bundle.read(arguments.bundle).sizes.image_size
+    *seen, unseen = ([*views(path, size)] for path in arguments.pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = make_graphs(arguments.bundle, [view for each in seen for view in each], Path(folder))
+        found = measure(paths, unseen, arguments.rounds, arguments.threads)
+    print("| vision encoder | min s | median s | error of the features |\n|---|---|---|---|")
+    for form, row in found.items():
+        print(f"| {form} | {row['min_s']:.3f} | {row['median_s']:.3f} | {row['relative_error']:.4f} |")
+    print(json.dumps({"onnxruntime": onnxruntime.__version__, "threads": arguments.threads, **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What a server holds: `python -m benchmarks.serving.load [--model BUNDLE]`: requests/s and latencies at 1, 4, 16 and 64 clients.
+
+Every client sends its next request when it has the answer to the last, over one kept connection. Every picture differs from every other by
+its bytes, so that no features are taken from the cache. Clients and server share the machine's cores: with more of them, both get
+less. The first seconds at each number of clients are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import itertools
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.models import ROOT
+from benchmarks.serving.servers import Server, serve
+from florence_onnx import Florence2
+from florence_onnx.fal.contract import APP
+
+SAMPLES = ROOT / "florence_onnx" / "demo" / "samples"
+_ids = itertools.count()
+
+
+@dataclass
+class Tally:
+    """What the clients saw."""
+
+    begin: float
+    seconds: list[float] = field(default_factory=list)
+    failures: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, started: float, status: int) -> None:
+        """Notes one answer; those that began too early only warm up."""
+        now = time.monotonic()
+        with self.lock:
+            if status != 200:
+                self.failures[str(status)] = self.failures.get(str(status), 0) + 1
+            elif started >= self.begin:
+                self.seconds.append(now - started)
+
+
+def make_body(picture: bytes) -> bytes:
+    """A request whose picture no other request has: what follows a picture's end is not looked at."""
+    unique = picture + next(_ids).to_bytes(8, "big")
+    return json.dumps({"image_url": "data:image/png;base64," + base64.b64encode(unique).decode()}).encode()
+
+
+def ask_on(server: Server, task: str, pictures: Sequence[bytes], tally: Tally, end: float) -> None:
+    """One client, until the end."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=120)
+    for picture in itertools.cycle(pictures):
+        if time.monotonic() > end:
+            break
+        body = make_body(picture)
+        started = time.monotonic()
+        connection.request("POST", f"/{APP}/{task}", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        tally.add(started, response.status)
+    connection.close()
+
+
+def measure(server: Server, task: str, num_clients: int, pictures: Sequence[bytes], seconds: float) -> dict[str, Any]:
+    """One row of the table."""
+    begin = time.monotonic() + min(2.0, seconds / 4)
+    tally = Tally(begin)
+    arguments = (server, task, pictures, tally, begin + seconds)
+    threads = [threading.Thread(target=ask_on, args=arguments) for _ in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    p50, p95, p99 = (float(value) for value in np.percentile(tally.seconds, (50, 95, 99)) * 1000)
+    return {
+        "clients": num_clients,
+        "requests_per_second": len(tally.seconds) / (time.monotonic() - begin),
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "answers": len(tally.seconds),
+        "failures": tally.failures,
+        "memory_mb": server.memory_bytes() / 1e6,
+    }
+
+
+def in_process(model: str, task: str, pictures: Sequence[Path], repeats: int) -> float:
+    """Milliseconds of the same question without a server, median."""
+    florence = Florence2.from_pretrained(model)
+    florence.warm_up()
+    taken = []
+    for picture in itertools.islice(itertools.cycle(pictures), repeats):
+        started = time.monotonic()
+        florence.run(task, picture).to_dict()
+        taken.append(time.monotonic() - started)
+    return float(np.median(taken)) * 1000
+
+
+def main() -> None:
+    """Prints a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--task", default="object-detection")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--pictures", type=Path, nargs="+", default=sorted(SAMPLES.glob("*.png")))
+    arguments, options = parser.parse_known_args()
+    alone = in_process(arguments.model, arguments.task, arguments.pictures, 40)
+    pictures = [path.read_bytes() for path in arguments.pictures]
+    rows = []
+    with serve(arguments.model, *options) as server:
+        for clients in arguments.clients:
+            rows.append(measure(server, arguments.task, clients, pictures, arguments.seconds))
+    print(f"In process, without a picture drawn: {alone:.1f} ms a request (median).\n")
+    print(
+        "| clients | requests/s | p50 ms | p95 ms | p99 ms | answers | failures | server MB |\n|---|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        figures = " | ".join(f"{row[name]:.0f}" for name in ("p50_ms", "p95_ms", "p99_ms", "answers"))
+        failures = ", ".join(f"{count} x {status}" for status, count in row["failures"].items()) or "none"
+        print(
+            f"| {row['clients']} | {row['requests_per_second']:.1f} | {figures} | {failures} | {row['memory_mb']:.0f} |"
+        )
+    print(json.dumps({"machine": machine.describe(), "options": options, "in_process_ms": alone, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What a checkpoint says besides its weights: how it generates, and how a picture becomes `pixel_values`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Florence2Config
+
+from florence_onnx.errors import CheckpointError
+
+from .files import read_json
+
+_BICUBIC = 3
+_RESCALE_FACTOR = 1 / 255
+
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "decoder_start_token_id": 2,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+"""transformers' own defaults, and Florence-2's token ids: what holds where a checkpoint says nothing."""
+
+_GENERATION_EXTRAS: dict[str, Any] = {
+    "max_new_tokens": None,
+    "max_length": 20,
+    "min_new_tokens": None,
+    "min_length": 0,
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+}
+"""Passed on only where a checkpoint departs from transformers' default: they change the answer."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
+
+    Example: `Preprocessing((768, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
+    """
+
+    image_size: tuple[int, int]
+    """Width and height in pixels, which are equal."""
+    image_mean: tuple[float, float, float]
+    """Per channel, of values 0 to 1."""
+    image_std: tuple[float, float, float]
+    """Per channel."""
+    resample: int
+    """Pillow's filter number; 3 is bicubic."""
+    rescale_factor: float
+    """From bytes to 0 to 1."""
+
+
+def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool) -> dict[str, Any]:
+    """The generation defaults that the checkpoint's own `generate` would use.
+
+    Microsoft's `generate` is that of the inner language model, so it follows `text_config` and never reads the repository's
+    generation_config.json (which says `early_stopping: false`, against `true` in effect). The native one follows
+    generation_config.json; what that leaves out is filled from `text_config`, then from the top of config.json, because
+    transformers 5 writes configs without generation settings.
+
+    Args:
+        folder: Of the checkpoint.
+        config: Its config.json.
+        is_microsoft: Which layout it is.
+
+    Returns:
+        All keys of `GENERATION_DEFAULTS`, and of the rest those that depart from transformers' defaults.
+    """
+    own = None if is_microsoft else read_json(folder, "generation_config.json")
+    # Both classes of text config default to it; only a generation_config.json can leave it out.
+    implied = {"forced_eos_token_id": 2} if own is None else {}
+    sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
+    known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}
+    extras = {key: _first(key, sources, default) for key, default in _GENERATION_EXTRAS.items()}
+    return {**known, **{key: value for key, value in extras.items() if value != _GENERATION_EXTRAS[key]}}
+
+
+def _first(key: str, sources: Iterable[dict[str, Any]], default: Any) -> Any:
+    return next((source[key] for source in sources if source.get(key) is not None), default)
+
+
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """From preprocessor_config.json, or from processor_config.json, where transformers 5 keeps the same values.
+
+    Raises:
+        CheckpointError: Neither exists, a value is missing, or a step is asked for that Florence-2 does not do.
+    """
+    name = "preprocessor_config.json"
+    values = read_json(folder, name)
+    if values is None:
+        name = "processor_config.json"
+        values = (read_json(folder, name) or {}).get("image_processor")
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{folder} has no preprocessor_config.json (nor a processor_config.json with an image_processor); "
+            "copy it from the base model, e.g. microsoft/Florence-2-base"
+        )
+    _check_steps(name, values)
+    side = _side(name, values)
+    return Preprocessing(
+        (side, side),
+        _channels(name, values, "image_mean"),
+        _channels(name, values, "image_std"),
+        _BICUBIC,
+        _RESCALE_FACTOR,
+    )
+
+
+def _check_steps(name: str, values: dict[str, Any]) -> None:
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not values.get(step, True):
+            raise CheckpointError(f"{name}: {step} is false; Florence-2's preprocessing needs it")
+    if values.get("resample", _BICUBIC) != _BICUBIC:
+        raise CheckpointError(f"{name}: resample is {values['resample']}; Florence-2's is {_BICUBIC} (bicubic)")
+    if abs(values.get("rescale_factor", _RESCALE_FACTOR) - _RESCALE_FACTOR) > 1e-9:
+        raise CheckpointError(f"{name}: rescale_factor is {values['rescale_factor']}; Florence-2's is 1/255")
+    if values.get("do_center_crop") and values.get("crop_size") != values.get("size"):
+        raise CheckpointError(f"{name}: do_center_crop with a crop_size other than size is not supported")
+
+
+def _side(name: str, values: dict[str, Any]) -> int:
+    size = values.get("size")
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and isinstance(size.get("height"), int) and size.get("height") == size.get("width"):
+        return int(size["height"])
+    raise CheckpointError(
+        f"{name}: size is {size}; Florence-2 takes square pictures, e.g. {{'height': 768, 'width': 768}}"
+    )
+
+
+def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float, float]:
+    numbers = values.get(key)
+    if not isinstance(numbers, list | tuple) or len(numbers) != 3:
+        raise CheckpointError(f"{name}: {key} is {numbers}; expected three numbers")
+    red, green, blue = (float(number) for number in numbers)
+    return red, green, blue
+
+
+def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
+    """Image tokens of a square picture: the cells of the last stage and one for their mean.
+
+    Raises:
+        CheckpointError: More cells than the position embedding has rows, or none.
+    """
+    vision = config.vision_config
+    side = image_size[0]
+    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        side = (side + 2 * padding - kernel) // stride + 1
+    if not 0 < side <= vision.max_position_embeddings:
+        raise CheckpointError(
+            f"pictures of {image_size[0]} pixels give {side} cells a side; the checkpoint has positions for 1 to "
+            f"{vision.max_position_embeddings}: check `size` in preprocessor_config.json"
+        )
+    return side * side + 1

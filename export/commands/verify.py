@@ -1,0 +1,183 @@
+"""`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on a user's own pictures.
+
+Exit codes: 0 all well, 1 below a bar, 2 stopped because of the arguments, a model or the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from florence_onnx import tasks
+from florence_onnx.errors import FlorenceError, InputError
+from florence_onnx.generation.options import GenerationOptions
+
+from ..verification.agreement import Comparison
+from ..verification.agreement_report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
+from ..verification.answering import (
+    Answerer,
+    BundleAnswerer,
+    compare_models,
+    open_bundle,
+    open_reference,
+    resolve_searches,
+)
+from ..verification.photograph import PHOTOGRAPH
+from ..verification.questions import Question, find_pictures, load_pictures, make_questions
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_Share = Annotated[float | None, typer.Option(min=0, max=1, help="From 0 to 1.")]
+
+
+@app.callback()
+def florence_onnx_export() -> None:
+    """Measures what was exported; `florence-onnx-export CHECKPOINT OUT` exports."""
+
+
+@app.command()
+def verify(
+    bundle: Annotated[
+        list[str], typer.Argument(help="Bundle directories, hub repositories, or demo.", metavar="BUNDLE")
+    ],
+    reference: Annotated[
+        str, typer.Option(help="What they should agree with: a checkpoint (folder or hub id), or its fp32 bundle.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures. Default: a photograph that comes along.", metavar="DIR")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures to take.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Slug or token; may be repeated. Default: all tasks.")] = None,
+    beams: Annotated[
+        list[int] | None, typer.Option(help="1 is greedy; may be repeated. Default: greedy, and the checkpoint's own.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Which files to take where a bundle has several.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Also write the figures as JSON; - is standard output.", metavar="FILE")
+    ] = None,
+    min_token_agreement: _Share = None,
+    min_box_f1: Annotated[float | None, typer.Option(min=0, max=1, help="From 0 to 1, at IoU 0.5.")] = None,
+    min_text_similarity: _Share = None,
+    max_logit_error: Annotated[float | None, typer.Option(min=0, help="Largest absolute error.")] = None,
+) -> None:
+    """Measures how much bundles of any precision agree with fp32, task by task.
+
+    Tasks that need text or a region get them from what the reference itself sees: its caption, its first object. Logits are
+    compared where both models are fed the reference's answer. A bar (--min-…, --max-…) must be cleared by every task; if one is
+    not, the command exits with 1.
+    """
+    bars = _bars(min_token_agreement, min_box_f1, min_text_similarity, max_logit_error)
+    try:
+        asked = [tasks.get(name) for name in dict.fromkeys(task or tasks.TASKS)]
+        pictures = _find(images, limit)
+        candidates = [open_bundle(name, precision=precision, device=device) for name in dict.fromkeys(bundle)]
+        judge = open_reference(reference, candidates[0].generation, device=device)
+        searches = resolve_searches(judge.generation, beams or (), max_new_tokens)
+        questions = _questions(judge, pictures, asked, searches[0])
+        agreements = _measure(judge, candidates, questions, searches)
+        failures = find_failures(agreements, bars)
+        _print_tables(agreements, to_stderr=json_file == "-")
+        report = _report(judge, len(pictures), agreements, bars, failures)
+        _write_json(report, json_file)
+    except (FlorenceError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    for failure in failures:
+        typer.echo(f"below the bar: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _bars(tokens: float | None, boxes: float | None, texts: float | None, logits: float | None) -> list[Bar]:
+    bars = (
+        ("--min-token-agreement", "token_agreement", tokens, False),
+        ("--min-box-f1", "box_f1_50", boxes, False),
+        ("--min-text-similarity", "text_similarity", texts, False),
+        ("--max-logit-error", "logit_max_abs", logits, True),
+    )
+    return [Bar(option, field, value, maximum) for option, field, value, maximum in bars if value is not None]
+
+
+def _find(folder: Path | None, limit: int | None) -> list[Path]:
+    if folder is None:
+        return [PHOTOGRAPH]
+    found, others = find_pictures(folder, limit)
+    if others:
+        typer.echo(f"not read as pictures: {len(others)} files, such as {others[0]}", err=True)
+    return found
+
+
+def _questions(
+    judge: Answerer, pictures: Sequence[Path], asked: Sequence[tasks.Task[Any]], options: GenerationOptions
+) -> Iterator[Question]:
+    console = Console(stderr=True)
+    loaded = track(
+        load_pictures(pictures), "pictures", total=len(pictures), console=console, disable=not console.is_terminal
+    )
+    for picture in loaded:
+        yield from make_questions(picture, asked, lambda question: judge.answer(question, options))
+
+
+def _measure(
+    judge: Answerer,
+    candidates: Sequence[Answerer],
+    questions: Iterator[Question],
+    searches: Sequence[GenerationOptions],
+) -> list[Agreement]:
+    found: dict[tuple[str, int], dict[str, list[Comparison]]] = defaultdict(lambda: defaultdict(list))
+    for each in compare_models(judge, candidates, questions, searches):
+        found[each.candidate.name, each.num_beams][each.question.task.slug].append(each.comparison)
+    return [
+        make_agreement(candidate.name, candidate.precision, num_beams, found[candidate.name, num_beams])
+        for candidate in candidates
+        for num_beams in (options.num_beams or 1 for options in searches)
+    ]
+
+
+def _print_tables(agreements: Sequence[Agreement], *, to_stderr: bool) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    # when piped, rich would fold the rows at 80 columns
+    console = Console(file=stream, width=None if stream.isatty() else 200, markup=False, emoji=False, highlight=False)
+    for agreement in agreements:
+        console.print(tasks_table(agreement))
+    if len(agreements) > 1:
+        console.print(bundles_table(agreements))
+
+
+def _report(
+    judge: Answerer, num_pictures: int, agreements: Sequence[Agreement], bars: Sequence[Bar], failures: Sequence[str]
+) -> dict[str, Any]:
+    kind = "bundle" if isinstance(judge, BundleAnswerer) else "checkpoint"
+    return {
+        "reference": {"name": judge.name, "kind": kind},
+        "num_pictures": num_pictures,
+        "bundles": [agreement.to_dict() for agreement in agreements],
+        "bars": {bar.option: bar.value for bar in bars},
+        "failures": list(failures),
+    }
+
+
+def _write_json(report: dict[str, Any], file: str | None) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    if file == "-":
+        typer.echo(text)
+    elif file is not None:
+        try:
+            Path(file).write_text(f"{text}\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from None
+
+
+def main() -> None:
+    """Runs the command line, whose first argument is `verify`."""
+    app()

@@ -1,0 +1,308 @@
+"""One torch module becomes one ONNX file, through optimum's exporter, and is compared with torch at once.
+
+optimum is built around whole transformers models: an `OnnxConfig` that invents dummy inputs, a model patcher, a validation that
+reruns both sides. `export_graph` hands it any module with explicit example tensors instead. What had to be known to do so:
+
+* optimum validates on the shapes that it traced with, which proves nothing about the dynamic axes. Here it validates on other
+  sizes of every dynamic axis, and in this process: its default is a spawned one, which needs a `__main__` guard in the caller.
+* While it exports and validates, optimum patches torch and transformers (masks without vmap, `use_cache` of every config). The
+  figures of the report are therefore measured on the untouched module.
+* Its validation knows one absolute bound for all outputs of a graph, whatever their scale. It is given twice what was measured
+  and accepted output by output, and so checks names, shapes, axes and the patched model on top.
+* torch folds the transpose of a `Linear` into a new initializer, so a tied embedding would be stored twice. `tidy` undoes that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from optimum.exporters.error_utils import AtolError, OutputMatchError, ShapeError
+from optimum.exporters.onnx import OnnxConfig, export_models, validate_models_outputs
+from optimum.utils import NormalizedConfig
+from optimum.utils import logging as optimum_logging
+from transformers import PretrainedConfig
+
+from florence_onnx.errors import VerificationError
+from florence_onnx.runtime.engine import OnnxEngine
+
+from .files import tidy
+
+DynamicAxes = Mapping[str, Mapping[int, str]]
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far one output of a graph is from torch.
+
+    Example: `OutputError(max_abs=2.4e-06, max_rel=3.1e-07)`
+    """
+
+    max_abs: float
+    """Largest absolute difference."""
+    max_rel: float
+    """`max_abs` divided by the largest magnitude of torch's output: element-wise ratios are meaningless near zero."""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What `export_graph` wrote and measured.
+
+    Example: `GraphReport(path=Path("vision_encoder.onnx"), outputs={"image_features": OutputError(2.4e-06, 3.1e-07)})`
+    """
+
+    path: Path
+    outputs: dict[str, OutputError]
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute difference of all outputs."""
+        return max(error.max_abs for error in self.outputs.values())
+
+    @property
+    def max_rel(self) -> float:
+        """Largest relative difference of all outputs."""
+        return max(error.max_rel for error in self.outputs.values())
+
+
+def export_graph(
+    module: torch.nn.Module,
+    path: Path,
+    *,
+    inputs: Tensors,
+    outputs: Sequence[str],
+    dynamic_axes: DynamicAxes,
+    opset: int,
+    atol: float = 1e-4,
+    rtol: float = 1e-4,
+    check_inputs: Sequence[Tensors] = (),
+) -> GraphReport:
+    """Export `module` to `path` and verify the file against the module.
+
+    Args:
+        module: Called as `module(*inputs.values())`; returns one tensor, or a tuple in the order of `outputs`. In eval mode.
+        path: The `.onnx` file to write; beyond 2 GB the weights go to `<path>_data` beside it.
+        inputs: Example tensors by input name (dots are allowed), in call order. Axes that share a name share their size. Use
+            sizes of at least 2: torch traces an axis of size 1 as a constant where it broadcasts.
+        outputs: Output names.
+        dynamic_axes: Input or output name -> axis -> axis name. Axes not named here are fixed.
+        opset: ONNX operator set; the TorchScript exporter knows up to 20.
+        atol: Absolute difference that always passes.
+        rtol: Bound on `OutputError.max_rel` where the difference is larger: fp32 sums in another order differ by about 1e-6 of
+            the largest value, so a bound that ignores the scale of the output refuses sound exports of large models.
+        check_inputs: Input sets to verify on besides the automatic one, which is `inputs` with every dynamic axis one longer
+            (see `resized`). Needed where a valid input cannot be made by repeating content.
+
+    Returns:
+        The largest errors over all input sets.
+
+    Raises:
+        VerificationError: The file does not reproduce the module.
+    """
+    adapter = _NamedModule(module.eval(), tuple(inputs), tuple(outputs))
+    config = _ExplicitConfig(inputs, outputs, dynamic_axes)
+    models = {path.stem: (adapter, config)}
+    with _quiet(), _kept_configs(module):
+        export_models(models, output_dir=path.parent, output_names=[path.name], opset=opset)
+        tidy(path)
+    batches = [resized(inputs, dynamic_axes), *check_inputs]
+    report = GraphReport(path, worst(compare(module, path, batch, outputs) for batch in batches))
+    _check(report, atol, rtol)
+    with _quiet(), _kept_configs(module):
+        _validate(models, path, list(outputs), max(atol, 2 * report.max_abs))
+    return report
+
+
+def compare(
+    module: Callable[..., Any],
+    path: Path,
+    inputs: Tensors,
+    outputs: Sequence[str],
+) -> dict[str, OutputError]:
+    """Run a graph on the CPU provider and the module on the same inputs.
+
+    The graph may be of another precision: what it takes is cast to its own types.
+
+    Args:
+        module: As for `export_graph`.
+        path: The `.onnx` file.
+        inputs: Tensors by input name. What the graph does not take (an input folded away) is given to the module only.
+        outputs: Output names, in the module's order.
+
+    Returns:
+        The errors by output name.
+
+    Raises:
+        VerificationError: Shapes differ.
+    """
+    engine = OnnxEngine(path, device="cpu")
+    found = engine.run({name: value.numpy() for name, value in inputs.items() if name in engine.inputs})
+    with torch.inference_mode():
+        expected = module(*inputs.values())
+    tensors = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    return {
+        name: _difference(path, name, reference.numpy(), found[name])
+        for name, reference in zip(outputs, tensors, strict=True)
+    }
+
+
+def resized(inputs: Tensors, dynamic_axes: DynamicAxes, extra: int = 1) -> dict[str, torch.Tensor]:
+    """The same inputs with every dynamic axis `extra` longer, filled by repeating from the start.
+
+    Repeating keeps masks, positions and token ids valid, which drawing new numbers would not.
+    """
+    result = {}
+    for name, value in inputs.items():
+        for axis in dynamic_axes.get(name, {}):
+            size = value.shape[axis]
+            value = value.index_select(axis, torch.arange(size + extra) % max(size, 1)) if size else value
+        result[name] = value.contiguous()
+    return result
+
+
+class _NamedModule(torch.nn.Module):
+    """Gives a module the signature that optimum wants: one parameter per input name, a dict of named outputs.
+
+    The parameters are called `in_0`, `in_1`…: ONNX input names may hold dots, and names such as `past_key_values` make
+    optimum's patcher rewrite the value.
+    """
+
+    def __init__(self, module: torch.nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.config = PretrainedConfig()
+
+        def forward(*values: torch.Tensor, **named: torch.Tensor) -> dict[str, torch.Tensor]:
+            result = module(*values, *named.values())
+            return dict(zip(outputs, [result] if isinstance(result, torch.Tensor) else result, strict=True))
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _places(inputs)]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        setattr(self, "forward", forward)  # noqa: B010 - mypy forbids assigning a method
+
+
+class _ExplicitConfig(OnnxConfig):  # type: ignore[misc]  # optimum is untyped
+    """An `OnnxConfig` made of explicit tensors and axes instead of generators."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+
+    def __init__(self, inputs: Tensors, outputs: Sequence[str], dynamic_axes: DynamicAxes) -> None:
+        super().__init__(PretrainedConfig())
+        self._tensors = inputs
+        self._output_names = outputs
+        self._axes = dynamic_axes
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {name: dict(self._axes.get(name, {})) for name in self._tensors}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {name: dict(self._axes.get(name, {})) for name in self._output_names}
+
+    def ordered_inputs(self, model: torch.nn.Module) -> dict[str, dict[int, str]]:
+        """optimum orders by the forward's parameter names; here the order is given."""
+        return self.inputs
+
+    def generate_dummy_inputs(self, framework: str = "pt", extra: int = 0, **_: object) -> dict[str, Any]:
+        """The example tensors; `extra` arrives through optimum's `input_shapes`."""
+        tensors = resized(self._tensors, self._axes, extra) if extra else dict(self._tensors)
+        if framework == "np":
+            return {name: value.numpy() for name, value in tensors.items()}
+        return dict(zip(_places(tuple(tensors)), tensors.values(), strict=True))
+
+    def generate_dummy_inputs_for_validation(
+        self, reference_model_inputs: dict[str, Any], onnx_input_names: list[str]
+    ) -> dict[str, Any]:
+        """From parameter names to ONNX names, without those that the graph lost as unused."""
+        named = dict(zip(self._tensors, reference_model_inputs.values(), strict=True))
+        return {name: value for name, value in named.items() if name in onnx_input_names}
+
+
+def _places(names: tuple[str, ...]) -> list[str]:
+    return [f"in_{index}" for index in range(len(names))]
+
+
+def _validate(models: dict[str, Any], path: Path, outputs: list[str], atol: float) -> None:
+    try:
+        validate_models_outputs(
+            models,
+            onnx_named_outputs=[outputs],
+            output_dir=path.parent,
+            onnx_files_subpaths=[path.name],
+            atol=atol,
+            input_shapes={"extra": 1},
+            use_subprocess=False,
+        )
+    except (AtolError, OutputMatchError, ShapeError) as error:
+        raise VerificationError(f"{path.name} does not reproduce the checkpoint: {error}") from error
+
+
+def _difference(path: Path, name: str, expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> OutputError:
+    if expected.shape != found.shape:
+        raise VerificationError(f"{path.name}: output {name} has shape {found.shape}, torch gives {expected.shape}")
+    if expected.size == 0:
+        return OutputError(0.0, 0.0)
+    max_abs = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max())
+    if not np.isfinite(max_abs):  # a NaN would be within every bound that asks whether it is larger
+        max_abs = float("inf")
+    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+    return OutputError(max_abs, max_abs / scale)
+
+
+def worst(measured: Iterable[dict[str, OutputError]]) -> dict[str, OutputError]:
+    """The largest errors of each output over several comparisons."""
+    found: dict[str, OutputError] = {}
+    for errors in measured:
+        for name, error in errors.items():
+            before = found.get(name, error)
+            found[name] = OutputError(max(before.max_abs, error.max_abs), max(before.max_rel, error.max_rel))
+    return found
+
+
+def _check(report: GraphReport, atol: float, rtol: float) -> None:
+    bad = {name: error for name, error in report.outputs.items() if not _is_close(error, atol, rtol)}
+    if bad:
+        text = ", ".join(f"{name}: abs {error.max_abs:.3g}, rel {error.max_rel:.3g}" for name, error in bad.items())
+        raise VerificationError(
+            f"{report.path.name} differs from torch beyond abs {atol:g} / rel {rtol:g} in {text}; "
+            "this is a defect of the export, not of the checkpoint: please report it"
+        )
+
+
+def _is_close(error: OutputError, atol: float, rtol: float) -> bool:
+    return error.max_abs <= atol or error.max_rel <= rtol
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracer and deprecation warnings of torch, and optimum's log, say nothing that the verification does not check."""
+    level = optimum_logging.get_verbosity()
+    optimum_logging.set_verbosity(50)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optimum_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _kept_configs(module: torch.nn.Module) -> Iterator[None]:
+    """optimum's patcher sets `use_cache` of every config it meets to False for good; the checkpoint's must stay."""
+    found: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    configs = [config for config in found if hasattr(config, "use_cache")]
+    before = [config.use_cache for config in configs]
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value

@@ -1,0 +1,161 @@
+"""The three graphs of a bundle: names, example inputs and dynamic axes, exported through optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from florence_onnx.bundles import bundle
+
+from ..checkpoints.checkpoint import Checkpoint
+from .export import DynamicAxes, GraphReport, export_graph
+from .text import Decoder, TextEncoder
+from .vision import VisionEncoder
+
+OPSET = 18
+"""The oldest with everything needed (LayerNormalization is 17), so that TensorRT 10.3 and ONNX Runtime 1.18 can read it."""
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What one graph is exported from."""
+
+    name: str
+    """File name in the bundle."""
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+    dynamic_axes: DynamicAxes
+    check_inputs: tuple[dict[str, Tensor], ...] = ()
+
+
+def plans(checkpoint: Checkpoint) -> list[GraphPlan]:
+    """The plans of the vision encoder, the text encoder and the decoder."""
+    vision = VisionEncoder(checkpoint.model, checkpoint.preprocessing.image_size)
+    num_image_tokens = vision.num_image_tokens
+    return [
+        _vision_plan(vision, checkpoint.preprocessing.image_size),
+        _text_encoder_plan(checkpoint, num_image_tokens),
+        _decoder_plan(checkpoint, num_image_tokens),
+    ]
+
+
+def export_graphs(
+    checkpoint: Checkpoint, directory: Path, *, progress: Callable[[str], None] = lambda step: None
+) -> Iterator[GraphReport]:
+    """Exports every graph in fp32 and compares each with torch.
+
+    Args:
+        checkpoint: The model.
+        directory: Where the `.onnx` files go.
+        progress: Called with a graph's name before it is exported.
+
+    Yields:
+        The errors of each graph.
+
+    Raises:
+        VerificationError: A graph does not reproduce the model.
+    """
+    for plan in plans(checkpoint):
+        progress(plan.name)
+        yield export_graph(
+            plan.module,
+            directory / plan.name,
+            inputs=plan.inputs,
+            outputs=plan.outputs,
+            dynamic_axes=plan.dynamic_axes,
+            opset=OPSET,
+            check_inputs=plan.check_inputs,
+        )
+
+
+def _vision_plan(module: VisionEncoder, image_size: tuple[int, int]) -> GraphPlan:
+    width, height = image_size
+    pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    axes = {"pixel_values": {0: "batch"}, "image_features": {0: "batch"}}
+    return GraphPlan(bundle.VISION_ENCODER, module, {"pixel_values": pixels}, ["image_features"], axes)
+
+
+def cache_names(prefix: str, num_layers: int) -> list[str]:
+    """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, …"""
+    return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+def _text_encoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:
+    text = checkpoint.model.config.text_config
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    inputs = {
+        "input_ids": torch.randint(3, text.vocab_size, (2, 7), generator=generator),
+        "attention_mask": mask,
+        "image_features": torch.randn(2, num_image_tokens, text.d_model, generator=generator),
+    }
+    prompt = {0: "prompts", 1: "text_length"}
+    axes = {"input_ids": prompt, "attention_mask": prompt, "image_features": {0: "prompts"}}
+    outputs = cache_names("cross_key_values", text.decoder_layers)
+    axes |= {name: {0: "prompts", (3 if name.endswith(".key") else 2): "encoder_length"} for name in outputs}
+    return GraphPlan(bundle.TEXT_ENCODER, TextEncoder(checkpoint.model), inputs, outputs, axes)
+
+
+def _decoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:
+    layers = checkpoint.model.config.text_config.decoder_layers
+    cross, past = cache_names("cross_key_values", layers), cache_names("past_key_values", layers)
+    present = cache_names("present", layers)
+    length = num_image_tokens + 5
+    tokens = {0: "prompts", 1: "length"}
+    axes: dict[str, dict[int, str]] = {
+        "input_ids": tokens,
+        "positions": tokens,
+        "slots": tokens,
+        "visible": tokens | {2: "capacity"},
+        "encoder_attention_mask": {0: "prompts", 1: "encoder_length"},
+        "logits": tokens,
+    }
+    axes |= {name: {0: "prompts", (3 if name.endswith(".key") else 2): "encoder_length"} for name in cross}
+    axes |= {name: {0: "prompts", 2: "capacity"} for name in (*past, *present)}
+    return GraphPlan(
+        bundle.DECODER,
+        Decoder(checkpoint.model),
+        _decoder_inputs(checkpoint, prompts=2, num_tokens=2, length=length, capacity=16),
+        ["logits", *present],
+        axes,
+        check_inputs=(
+            _decoder_inputs(checkpoint, prompts=2, num_tokens=1, length=length + 3, capacity=24),
+            _decoder_inputs(checkpoint, prompts=1, num_tokens=1, length=length, capacity=8),
+            _decoder_inputs(checkpoint, prompts=1, num_tokens=5, length=length, capacity=12),
+        ),
+    )
+
+
+def _decoder_inputs(
+    checkpoint: Checkpoint, *, prompts: int, num_tokens: int, length: int, capacity: int
+) -> dict[str, Tensor]:
+    text = checkpoint.model.config.text_config
+    layers, heads = text.decoder_layers, text.decoder_attention_heads
+    size, first = text.d_model // heads, 3
+    generator = torch.Generator().manual_seed(prompts * num_tokens)
+    mask = torch.ones(prompts, length, dtype=torch.long)
+    mask[-1, -2:] = 0
+    # each token sees some of the history and itself, and not the other new ones: what beams do
+    visible = torch.rand(prompts, num_tokens, capacity, generator=generator) < 0.6
+    visible[..., first:] = False
+    slots = first + torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(prompts)])
+    visible.scatter_(2, slots[..., None], True)
+    inputs = {
+        "input_ids": torch.randint(3, text.vocab_size, (prompts, num_tokens), generator=generator),
+        "positions": torch.randint(0, capacity, (prompts, num_tokens), generator=generator),
+        "slots": slots,
+        "visible": visible,
+        "encoder_attention_mask": mask,
+    }
+    for name in cache_names("cross_key_values", layers):
+        inner = (size, length) if name.endswith(".key") else (length, size)
+        inputs[name] = torch.randn(prompts, heads, *inner, generator=generator)
+    for name in cache_names("past_key_values", layers):
+        inputs[name] = torch.randn(prompts, heads, capacity, size, generator=generator)
+    return inputs

@@ -1,0 +1,125 @@
+"""Answers of transformers itself, for comparison: same pixels, same prompts, same options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from florence_onnx.generation.options import GenerationOptions
+
+from ..checkpoints.checkpoint import Checkpoint
+
+
+def image_features(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32]) -> torch.Tensor:
+    """The vision encoder's output `(B, N, D)` for `pixel_values` `(B, 3, height, width)`."""
+    with torch.inference_mode():
+        features: torch.Tensor = checkpoint.model.get_image_features(torch.from_numpy(pixel_values))
+    return features
+
+
+def generate(
+    checkpoint: Checkpoint,
+    pixel_values: npt.NDArray[np.float32],
+    prompts: Sequence[str],
+    options: GenerationOptions | None = None,
+) -> list[tuple[int, ...]]:
+    """Token ids that `Florence2ForConditionalGeneration.generate` gives.
+
+    Args:
+        checkpoint: The model.
+        pixel_values: `(B, 3, height, width)`, one picture per prompt.
+        prompts: B prompts, padded on the right to the longest.
+        options: What is not None overrides the checkpoint's defaults; -1 forces no token.
+
+    Returns:
+        Per prompt the ids from the decoder start token to the end token, without padding.
+    """
+    return search(checkpoint, encode(checkpoint, pixel_values, prompts), options)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures and prompts after transformers' encoder."""
+
+    hidden_states: torch.Tensor
+    """`(B, N + T, D)`."""
+    attention_mask: torch.Tensor
+    """`(B, N + T)`, 0 for padding."""
+
+
+def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompts: Sequence[str]) -> Encoded:
+    """Runs the vision encoder and the text encoder once, for any number of searches; arguments as for `generate`."""
+    model = checkpoint.model
+    ids = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(list(prompts))]
+    pad = model.config.text_config.pad_token_id
+    longest = max(map(len, ids))
+    rows = [
+        [model.config.image_token_id] * checkpoint.num_image_tokens + row + [pad] * (longest - len(row)) for row in ids
+    ]
+    mask = [[1] * (checkpoint.num_image_tokens + len(row)) + [0] * (longest - len(row)) for row in ids]
+    attention_mask = torch.tensor(mask)
+    with torch.inference_mode():
+        # with a decoder input, or transformers makes one up from embeddings that it does not have
+        outputs = model.model(
+            input_ids=torch.tensor(rows),
+            attention_mask=attention_mask,
+            pixel_values=torch.from_numpy(pixel_values),
+            decoder_input_ids=torch.full((len(rows), 1), model.generation_config.decoder_start_token_id),
+        )
+    return Encoded(outputs.encoder_last_hidden_state, attention_mask)
+
+
+def search(checkpoint: Checkpoint, encoded: Encoded, options: GenerationOptions | None = None) -> list[tuple[int, ...]]:
+    """What `generate` returns, for what was encoded before."""
+    model = checkpoint.model
+    with torch.inference_mode():
+        tokens = model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_states),
+            attention_mask=encoded.attention_mask,
+            do_sample=False,
+            **_arguments(checkpoint, options or GenerationOptions()),
+        )
+    end = model.generation_config.eos_token_id
+    return [_until_end(row, end) for row in tokens.tolist()]
+
+
+def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The logits at every position of a given answer, in one pass.
+
+    Args:
+        checkpoint: The model.
+        encoded: One picture and prompt.
+        token_ids: L tokens from the decoder start token on.
+
+    Returns:
+        `(L - 1, V)`: row i is what the model expects after the first i + 1 tokens.
+    """
+    with torch.inference_mode():
+        outputs = checkpoint.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_states),
+            attention_mask=encoded.attention_mask,
+            decoder_input_ids=torch.tensor([list(token_ids[:-1])]),
+            use_cache=False,
+        )
+    logits: npt.NDArray[np.float32] = outputs.logits[0].numpy()
+    return logits
+
+
+def _arguments(checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
+    """Keyword arguments, which transformers obeys, unlike fields of a GenerationConfig that equal its defaults (4.57)."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    known = {name: checkpoint.generation[name] for name in vars(options) if checkpoint.generation.get(name) is not None}
+    merged = {"max_new_tokens": 1024} | known | given
+    return {name: None if name.startswith("forced_") and value == -1 else value for name, value in merged.items()}
+
+
+def _until_end(row: list[int], end: int) -> tuple[int, ...]:
+    """Cuts padding. The decoder start token equals the end token in Florence-2, hence the search from the second."""
+    length = row.index(end, 1) + 1 if end in row[1:] else len(row)
+    return tuple(row[:length])

@@ -1,0 +1,448 @@
+"""The model on disk: what a bundle consists of, how it is read, checked and described.
+
+A bundle is a directory with `florence_onnx.json`, three graphs, of the decoder another form for accelerators,
+`tokenizer.json` and `generation_config.json`. The
+directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from florence_onnx.errors import (
+    BundleFileMissingError,
+    BundleFormatError,
+    BundleNotFoundError,
+    CorruptGraphError,
+    OptionsError,
+)
+from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
+
+FORMAT_VERSION = 3
+"""3: every token has a slot of the decoder's cache to itself, and accelerators have a decoder that looks for the best tokens."""
+DESCRIPTION = "florence_onnx.json"
+VISION_ENCODER = "vision_encoder.onnx"
+TEXT_ENCODER = "text_encoder.onnx"
+DECODER = "decoder.onnx"
+DECODER_TOP = "decoder_top.onnx"
+"""The decoder that also gives the best logits, `TOP_VALUES` and so on: what an accelerator runs instead of `DECODER`."""
+GRAPHS = (VISION_ENCODER, TEXT_ENCODER, DECODER, DECODER_TOP)
+TOP_VALUES = "top_values"
+TOP_IDS = "top_ids"
+LOG_SUMS = "log_sums"
+WEIGHTS = "weights.data"
+"""The large tensors of all graphs, each stored once."""
+TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
+DEMO = "demo"
+DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
+
+JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
+MAX_HASHED_BYTES = 32 * 2**20
+"""Largest file whose content is checked at every load; hashing gigabytes would be felt."""
+JS_VERIFICATION = "verification.json"
+"""Where an export in the layout of transformers.js notes what it measured; that layout has no place for it."""
+
+_DECODER_INPUTS = ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key")
+KEY_INPUTS: dict[str, tuple[str, ...]] = {
+    VISION_ENCODER: ("pixel_values",),
+    TEXT_ENCODER: ("input_ids", "attention_mask", "image_features"),
+    DECODER: _DECODER_INPUTS,
+    DECODER_TOP: _DECODER_INPUTS,
+    "vision_encoder": ("pixel_values",),
+    "embed_tokens": ("input_ids",),
+    "encoder_model": ("attention_mask", "inputs_embeds"),
+    "decoder_model_merged": ("inputs_embeds", "encoder_hidden_states", "use_cache_branch"),
+}
+"""Inputs that tell whether a file is the graph that its name says."""
+
+JS_SUFFIXES = {
+    "fp32": "",
+    "fp16": "_fp16",
+    "int8": "_int8",
+    "uint8": "_uint8",
+    "q4": "_q4",
+    "q4f16": "_q4f16",
+    "bnb4": "_bnb4",
+}
+"""File name suffix of each precision in the layout of transformers.js."""
+
+PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
+"""Which bundle of several is taken on a CPU: first the fastest of those whose answers were found as good as fp32's."""
+
+Layout = Literal["florence_onnx", "transformers.js"]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Everything about the model that the runtime must know."""
+
+    image_size: tuple[int, int]
+    """`(width, height)` in pixels that the vision encoder takes."""
+    image_mean: tuple[float, float, float]
+    """Subtracted from channels scaled to 0..1."""
+    image_std: tuple[float, float, float]
+    """Divides the centred channels."""
+    decoder_layers: int
+    decoder_heads: int
+    head_dim: int
+    max_positions: int
+    """Most tokens of the encoder (image and text) and of the decoder."""
+    vocab_size: int
+    """Rows of the language model head, padding rows included."""
+    num_image_tokens: int
+    """Rows of `image_features` per picture."""
+    pad_token_id: int
+
+    @property
+    def width(self) -> int:
+        """Columns of `image_features`."""
+        return self.decoder_heads * self.head_dim
+
+    def __post_init__(self) -> None:
+        """Raises BundleFormatError for values of a wrong kind, which would otherwise fail far from here."""
+        for name, value in vars(self).items():
+            length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
+            numbers = (value,) if length is None else value
+            kinds = (int, float) if length == 3 else (int,)
+            if length not in (None, len(numbers) if isinstance(numbers, tuple) else -1) or not all(
+                isinstance(number, kinds) and not isinstance(number, bool) for number in numbers
+            ):
+                raise BundleFormatError(f"{name} cannot be {value!r}")
+            if length != 3 and name != "pad_token_id" and min(numbers) < 1:
+                raise BundleFormatError(f"{name} must be positive, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model directory, read and checked, no graph loaded."""
+
+    path: Path
+    layout: Layout
+    precision: str
+    sizes: ModelSizes
+    generation: GenerationDefaults
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What it was exported from."""
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    """What its export measured."""
+    vision_precision: str | None = None
+    """Of the vision encoder, where it is not `precision`."""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    """What its graphs need on a device; see `florence_onnx.bundles.memory`. Empty where that is not known."""
+
+    def graph(self, name: str) -> Path:
+        """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
+        if self.layout == "florence_onnx":
+            return self.path / name
+        return self.path / "onnx" / f"{name}{JS_SUFFIXES[self.precision]}.onnx"
+
+    @property
+    def graphs(self) -> dict[str, Path]:
+        """Names and paths of all graphs: first the vision encoder, then the text graphs."""
+        return {name: self.graph(name) for name in (GRAPHS if self.layout == "florence_onnx" else JS_GRAPHS)}
+
+    def stages(self, *, is_resident: bool = False) -> dict[str, Path]:
+        """Names and paths of the graphs that a model runs, in the order of `graphs`.
+
+        Args:
+            is_resident: Whether everything between the graphs stays in a device's memory.
+        """
+        if self.layout != "florence_onnx":
+            return self.graphs
+        skipped = DECODER if is_resident else DECODER_TOP
+        return {name: path for name, path in self.graphs.items() if name != skipped}
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / TOKENIZER
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> Bundle:
+    """Reads a bundle directory of either layout, or one of several bundles that lie in it by their precision.
+
+    Args:
+        path: The directory.
+        precision: Required precision; None takes what is there (fp32 in the transformers.js layout).
+        preferred: Which of several bundles to take when `precision` is None, best first.
+
+    Raises:
+        BundleNotFoundError: It is not a bundle.
+        BundleFileMissingError: A file is missing.
+        BundleFormatError: The description is unreadable, of another format, or of another precision.
+        CorruptGraphError: A file does not have its recorded size, or (up to `MAX_HASHED_BYTES`) its recorded content.
+    """
+    if (path / DESCRIPTION).is_file():
+        return _read_own(path, precision)
+    if (path / "onnx").is_dir() and (path / "config.json").is_file():
+        return _read_transformers_js(path, precision or "fp32")
+    chosen = choose(path, precision, preferred)
+    if chosen is not None:
+        return _read_own(path / chosen, chosen)
+    raise BundleNotFoundError(
+        f"{path} is not a bundle: it has neither {DESCRIPTION} nor onnx/. {_checkpoint_hint(path)}"
+    )
+
+
+def choose(path: Path, precision: str | None, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> str | None:
+    """Which of the bundles that lie in a directory, each in one named after its precision, is meant.
+
+    Args:
+        path: The directory.
+        precision: The one that must be there, or None.
+        preferred: Best first, when `precision` is None.
+
+    Returns:
+        Its precision, or None where no bundles lie in `path`.
+
+    Raises:
+        BundleFormatError: There are bundles, none of that precision.
+    """
+    found = sorted({entry.parent.name for entry in path.glob(f"*/{DESCRIPTION}")} & set(PREFERRED_PRECISIONS))
+    if not found:
+        return None
+    if precision is not None and precision not in found:
+        raise BundleFormatError(
+            f"{path} has precisions {', '.join(found)}, not {precision}; export it with --precision {precision}"
+        )
+    return precision or next((name for name in preferred if name in found), found[0])
+
+
+def _checkpoint_hint(path: Path) -> str:
+    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")) or (path / "config.json").is_file():
+        return f"It looks like a PyTorch checkpoint; convert it with: florence-onnx-export {path} OUT"
+    return "Export one with: florence-onnx-export CHECKPOINT OUT"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        BundleFileMissingError: There is no such file.
+        BundleFormatError: It does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleFormatError(
+            f"{path} cannot be read as JSON ({error}); export or download the bundle again"
+        ) from error
+    if not isinstance(value, dict):
+        raise BundleFormatError(f"{path} must hold a JSON object, it holds {type(value).__name__}")
+    return value
+
+
+def _read_own(path: Path, precision: str | None) -> Bundle:
+    described = read_json(path / DESCRIPTION)
+    _check_version(path, described.get("format_version"))
+    try:
+        check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
+        values: dict[str, Any] = described["model"]
+        model = ModelSizes(**{name: _as_tuple(value) for name, value in values.items()})
+        found = str(described["precision"])
+    except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
+        raise BundleFormatError(
+            f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
+        ) from error
+    if precision not in (None, found):
+        raise BundleFormatError(
+            f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
+        )
+    return Bundle(
+        path,
+        "florence_onnx",
+        found,
+        model,
+        generation_defaults(read_json(path / GENERATION_CONFIG), model, path),
+        described.get("source", {}),
+        described.get("verification", {}),
+        described.get("vision_precision"),
+        described.get("memory") or {},
+    )
+
+
+def _check_version(path: Path, version: object) -> None:
+    if version == FORMAT_VERSION and not isinstance(version, bool):
+        return
+    said = f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads {FORMAT_VERSION}; "
+    if isinstance(version, int) and 1 <= version < FORMAT_VERSION:
+        raise BundleFormatError(f"{said}export it again: florence-onnx-export CHECKPOINT OUT")
+    raise BundleFormatError(f"{said}upgrade it with: pip install --upgrade florence-onnx")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashed_bytes: int | None = None) -> None:
+    """Compares the files of a bundle with what was recorded when they were written.
+
+    Args:
+        path: The bundle.
+        files: `size` in bytes and `sha256` by name.
+        max_hashed_bytes: Larger files are compared by size only; None compares the content of all.
+
+    Raises:
+        BundleFileMissingError: A file is missing.
+        CorruptGraphError: A file is not the one that was written.
+    """
+    for name, facts in files.items():
+        if not (path / name).is_file():
+            raise BundleFileMissingError(f"{path / name} is missing; export or download the bundle again")
+        size = (path / name).stat().st_size
+        if size != facts["size"]:
+            raise CorruptGraphError(
+                f"{path / name} has {size} bytes instead of {facts['size']}; export or download the bundle again"
+            )
+        is_hashed = max_hashed_bytes is None or size <= max_hashed_bytes
+        if is_hashed and sha256(path / name) != facts["sha256"]:
+            raise CorruptGraphError(
+                f"{path / name} is damaged: its content is not what was written; export or download the bundle again"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
+
+
+def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
+    """The decoding defaults that a `generation_config.json` states.
+
+    Args:
+        config: Its content.
+        sizes: Of the model.
+        path: The bundle's directory, for messages.
+
+    Raises:
+        BundleFormatError: They make no sense.
+    """
+    # max_new_tokens is not inherited: the checkpoints that carry one mean a sample, not a limit
+    options = {
+        name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
+    }
+    options = {name: _single(value) for name, value in options.items()}
+    start = _single(config.get("decoder_start_token_id", 2))
+    eos = _single(config.get("eos_token_id", 2))
+    if not isinstance(start, int) or not isinstance(eos, int):
+        raise BundleFormatError(
+            f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids"
+        )
+    defaults = GenerationDefaults(start, eos, sizes.max_positions, sizes.vocab_size, GenerationOptions(**options))
+    try:
+        defaults.resolve(None)
+    except OptionsError as error:
+        raise BundleFormatError(f"{path / GENERATION_CONFIG}: {error}") from error
+    return defaults
+
+
+def _single(value: Any) -> Any:
+    """transformers allows a list of token ids; Florence-2 has one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _read_transformers_js(path: Path, precision: str) -> Bundle:
+    if precision not in JS_SUFFIXES:
+        raise BundleFormatError(
+            f"unknown precision {precision!r}; the layout of transformers.js has {', '.join(JS_SUFFIXES)}"
+        )
+    config = read_json(path / "config.json")
+    text = config.get("text_config", {})
+    images = read_json(path / "preprocessor_config.json")
+    has_generation = (path / GENERATION_CONFIG).is_file()
+    generation = read_json(path / GENERATION_CONFIG) if has_generation else {}
+    try:
+        model = ModelSizes(
+            image_size=(int(images["size"]["width"]), int(images["size"]["height"])),
+            image_mean=tuple(images["image_mean"]),
+            image_std=tuple(images["image_std"]),
+            decoder_layers=int(text["decoder_layers"]),
+            decoder_heads=int(text["decoder_attention_heads"]),
+            head_dim=int(text["d_model"]) // int(text["decoder_attention_heads"]),
+            max_positions=int(text["max_position_embeddings"]),
+            vocab_size=int(text.get("vocab_size", config.get("vocab_size", 0))),
+            num_image_tokens=_count_image_tokens(config, int(images["size"]["width"])),
+            pad_token_id=int(text.get("pad_token_id", config.get("pad_token_id", 1))),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, BundleFormatError) as error:
+        raise BundleFormatError(
+            f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
+        ) from error
+    measured = read_json(path / JS_VERIFICATION) if (path / JS_VERIFICATION).is_file() else {}
+    bundle = Bundle(
+        path,
+        "transformers.js",
+        precision,
+        model,
+        generation_defaults(_merge_generation(config, generation), model, path),
+        measured.get("source", {}),
+        measured.get("verification", {}),
+    )
+    for graph in bundle.graphs.values():
+        if not graph.is_file():
+            raise BundleFileMissingError(f"{graph} is missing; this repository may lack precision {precision}")
+    return bundle
+
+
+def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What the original's `generate` follows.
+
+    In Microsoft's layout that is `text_config`, which its generation_config.json contradicts and completes; in
+    transformers' it is generation_config.json, which `text_config` completes. Both force the end token at the limit.
+    """
+    text = {name: value for name, value in config.get("text_config", {}).items() if value is not None}
+    own = {name: value for name, value in generation.items() if value is not None}
+    is_microsoft = "dim_embed" in config.get("vision_config", {})
+    merged = {**own, **text} if is_microsoft else {**text, **own}
+    is_stated = "forced_eos_token_id" in generation
+    return merged if is_stated else {"forced_eos_token_id": merged.get("eos_token_id", 2), **merged}
+
+
+def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:
+    """Cells of the last stage's grid, and one token for their mean."""
+    strides = config["vision_config"].get("patch_stride", (4, 2, 2, 2))
+    return int((side // math.prod(strides)) ** 2 + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def describe(
+    *,
+    precision: str,
+    vision_precision: str | None = None,
+    sizes: ModelSizes,
+    source: Mapping[str, Any],
+    verification: Mapping[str, Any],
+    memory: Mapping[str, Any] | None,
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `florence_onnx.json`, in the form that `read` takes."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "precision": precision,
+        "vision_precision": vision_precision,
+        "model": asdict(sizes),
+        "source": dict(source),
+        "verification": dict(verification),
+        "memory": memory,
+        "files": dict(files),
+    }

@@ -1,0 +1,263 @@
+"""The command line of the comparison: `florence-onnx bench-fal` and `python -m benchmarks.serving.compare_fal`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from florence_onnx.bundles.bundle import DEMO
+from florence_onnx.commands.main import exit_on_error, parse_region
+from florence_onnx.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:  # these need the extra
+    from florence_onnx.bench_fal.budget import Budget
+    from florence_onnx.bench_fal.figures import Rates
+    from florence_onnx.bench_fal.journal import Journal
+    from florence_onnx.bench_fal.pace import Clock
+    from florence_onnx.bench_fal.plan import Call
+    from florence_onnx.bench_fal.targets import Chosen, ClientTarget, Target
+
+JOURNAL = "journal.jsonl"
+_PACKAGES = {"fal_client": "fal-client", "rapidfuzz": "rapidfuzz"}
+_GUESSED_SECONDS = 5.0
+"""Of a call to fal, for the estimate before anything was measured."""
+_NO_KEY = "none"
+"""Where no key is needed, or none is there and nothing will be sent."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(name="bench-fal")
+def bench_fal(
+    pictures: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="PICTURE…")],
+    tasks: Annotated[
+        str, typer.Option(help="Slugs or tokens, comma-separated.", metavar="TASK,…")
+    ] = "object-detection,ocr-with-region,caption",
+    repeats: Annotated[int, typer.Option(help="How often each question is asked.", min=1)] = 3,
+    targets: Annotated[
+        str,
+        typer.Option(
+            help="fal, in-process, NAME=http://HOST:PORT (a `serve --cache-mb 0`); comma-separated.",
+            metavar="TARGET,…",
+        ),
+    ] = "in-process,fal",
+    model: Annotated[str, typer.Option(help="In process: bundle directory, hub repository, or demo.")] = DEMO,
+    precision: Annotated[str | None, typer.Option(help="In process: fp32, fp16, int8, …")] = None,
+    device: Annotated[str, typer.Option(help="In process: auto, cpu, cuda, …")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of journal and report; the same one goes on.")] = Path("bench-fal"),
+    max_calls: Annotated[
+        int | None, typer.Option(help="Most requests to fal, over all runs with this --out. Needed for fal.", min=0)
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Most calls a minute to fal.", min=0.01)] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds of silence until a call is given up.", min=1)] = 300.0,
+    text: Annotated[str | None, typer.Option(help="Text, for the tasks that need one.")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Region, for the tasks that need one: bins 0 to 999.", metavar="X1,Y1,X2,Y2")
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help='JSON: {"PICTURE or *": {"TASK or *": {"text_input": "…" or "region": [x1, y1, x2, y2]}}}.'),
+    ] = None,
+    fal_rate: Annotated[float, typer.Option(help="Dollars a second of compute at fal.", min=0)] = 0.00125,
+    own_rate: Annotated[float, typer.Option(help="Dollars an hour of our machine.", min=0)] = 0.50,
+    is_confirmed: Annotated[bool, typer.Option("--yes", help="Send to fal without asking.")] = False,
+    fal_url: Annotated[str, typer.Option(hidden=True, help="Stands in for fal, in tests.")] = "",
+) -> None:
+    """Ask fal and this package the same, and compare times, prices and answers.
+
+    Calls to fal cost money: they need FAL_KEY in the environment, --max-calls, and a yes. Every answer is in
+    OUT/journal.jsonl before the next call; the same command again goes on where it was interrupted.
+
+    Exits with 1 if calls are left without an answer.
+    """
+    with exit_on_error():
+        _require_extra()
+        from florence_onnx.bench_fal.figures import Rates
+        from florence_onnx.bench_fal.plan import Inputs, make_plan, read_inputs
+        from florence_onnx.bench_fal.targets import FAL_URL, parse_targets
+
+        given = Inputs(text, parse_region(region), read_inputs(inputs) if inputs else {})
+        options = Options(
+            plan=make_plan(pictures, tasks.split(","), given, repeats),
+            chosen=parse_targets(targets),
+            out=out,
+            model=model,
+            precision=precision,
+            device=device,
+            max_calls=max_calls,
+            rate=rate,
+            timeout=timeout,
+            rates=Rates(fal_rate, own_rate),
+            fal_url=fal_url or FAL_URL,
+        )
+        num_missing = compare(options, confirm=_yes if is_confirmed else _ask_person)
+    if num_missing:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison was asked for."""
+
+    plan: Sequence[Call]
+    chosen: Sequence[Chosen]
+    out: Path
+    model: str
+    precision: str | None
+    device: str
+    max_calls: int | None
+    rate: float
+    """Calls a minute to fal."""
+    timeout: float
+    """Seconds."""
+    rates: Rates
+    fal_url: str
+
+
+def compare(options: Options, *, confirm: Callable[[str], bool], clock: Clock | None = None) -> int:
+    """Makes the calls that are not finished and writes the report.
+
+    Args:
+        options: What is compared.
+        confirm: Asked, with what it would cost, before anything is sent to fal.
+        clock: Takes the times; the machine's own by default.
+
+    Returns:
+        How many calls have no answer.
+
+    Raises:
+        InputError: There is no key or no --max-calls, nobody agreed, or the journal cannot be used.
+    """
+    from florence_onnx.bench_fal.journal import Journal
+    from florence_onnx.bench_fal.pace import SystemClock
+    from florence_onnx.bench_fal.runner import Runner
+    from florence_onnx.bench_fal.targets import find_key, find_own_key, split_key
+
+    clock = clock or SystemClock()
+    secrets = [*split_key(find_key()), *split_key(find_own_key())]
+    with Journal(options.out / JOURNAL, secrets=secrets) as journal:
+        targets, fal, budget = _make_targets(options, journal, clock)
+        if fal is not None:
+            _agree(options, fal, journal, budget, confirm)
+        runner = Runner(targets, journal, clock, lambda line: typer.echo(line, err=True))
+        try:
+            runner.run(options.plan)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+        return _report(options, targets, journal, runner.stopped)
+
+
+def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[list[Target], ClientTarget | None, Budget]:
+    """All targets, fal among them by itself, and what limits it; nothing is loaded or connected yet."""
+    from florence_onnx.bench_fal.budget import Budget
+    from florence_onnx.bench_fal.pace import Pace
+    from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key, find_own_key
+
+    # without --max-calls nothing can be sent at all
+    budget = Budget(options.max_calls or 0, journal, Pace(options.rate, clock, journal.last_sent), clock)
+    targets: list[Target] = []
+    fal = None
+    for chosen in options.chosen:
+        if chosen.url is not None:
+            targets.append(ClientTarget(chosen.name, chosen.url, find_own_key() or _NO_KEY, timeout=options.timeout))
+        elif chosen.name == FAL:
+            fal = ClientTarget(
+                FAL,
+                options.fal_url,
+                find_key() or _NO_KEY,
+                timeout=options.timeout,
+                budget=budget,
+                trust_env=options.fal_url == FAL_URL,
+            )
+            targets.append(fal)
+        else:
+            targets.append(InProcessTarget(options.model, device=options.device, precision=options.precision))
+    return targets, fal, budget
+
+
+def _agree(
+    options: Options, fal: ClientTarget, journal: Journal, budget: Budget, confirm: Callable[[str], bool]
+) -> None:
+    """Makes sure that whoever pays wants it, where there is anything left to send."""
+    from florence_onnx.bench_fal.plan import NOT_AT_FAL
+    from florence_onnx.bench_fal.runner import outstanding
+    from florence_onnx.bench_fal.targets import require_key
+
+    left = outstanding(options.plan, fal, journal)
+    if not left:
+        return
+    if absent := {call.task.slug for call in left} & NOT_AT_FAL:
+        raise InputError(
+            f"fal has no endpoint for {', '.join(absent)}; leave it out of --tasks or fal out of --targets"
+        )
+    require_key()
+    if options.max_calls is None:
+        raise InputError(
+            f"calls to fal cost money: say with --max-calls how many may be sent; {len(left)} are left to do"
+        )
+    num_calls = min(len(left), budget.num_left)
+    if num_calls and not confirm(_estimate(options, fal, journal, num_calls, len(left))):
+        raise InputError("nothing was sent: calls to fal need a yes (or --yes)")
+
+
+def _estimate(options: Options, fal: ClientTarget, journal: Journal, num_calls: int, num_left: int) -> str:
+    found = [journal.find(call, fal.identity) for call in options.plan]
+    known = [each.seconds for each in found if each is not None and each.error is None]
+    seconds = sum(known) / len(known) if known else _GUESSED_SECONDS
+    price = num_calls * seconds * options.rates.fal
+    return (
+        f"{num_calls} of {num_left} outstanding calls will be sent to fal ({journal.num_sent} were sent before, "
+        f"--max-calls {options.max_calls}): about ${price:.3f} at ${options.rates.fal:g} a second and {seconds:.1f} s a call "
+        f"({'measured' if known else 'a guess'}), one every {60 / options.rate:.1f} s or slower."
+    )
+
+
+def _yes(question: str) -> bool:
+    typer.echo(question, err=True)
+    return True
+
+
+def _ask_person(question: str) -> bool:
+    typer.echo(question, err=True)
+    return sys.stdin.isatty() and typer.confirm("Send them?", err=True)
+
+
+def _report(options: Options, targets: Sequence[Target], journal: Journal, stopped: dict[str, str]) -> int:
+    from florence_onnx.bench_fal import figures, report
+
+    timing = figures.timing_rows(options.plan, targets, journal, options.rates)
+    found = [(target.name, journal.find(call, target.identity)) for target in targets for call in options.plan]
+    result = report.Result(
+        settings={
+            "pictures": list(dict.fromkeys(call.picture.name for call in options.plan)),
+            "tasks": list(dict.fromkeys(call.task.slug for call in options.plan)),
+            "repeats": 1 + max(call.repeat for call in options.plan),
+            "targets": {target.name: target.identity for target in targets},
+            "max_calls": options.max_calls,
+            "calls_per_minute": options.rate,
+        },
+        rates=options.rates,
+        timing=timing,
+        agreement=figures.agreement_rows(options.plan, targets, journal),
+        errors=[(name, each) for name, each in found if each is not None and each.error is not None],
+        stopped=stopped,
+        num_sent=journal.num_sent,
+        num_missing=sum(each is None or each.error is not None for _, each in found),
+    )
+    report.write(result, options.out)
+    report.print_to(Console(width=None if sys.stdout.isatty() else 240, highlight=False), result)
+    typer.echo(f"journal and report: {options.out}", err=True)
+    return result.num_missing
+
+
+def _require_extra() -> None:
+    for module, package in _PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(package, "fal")

@@ -1,0 +1,129 @@
+"""Pictures from `http(s)`, with nothing but the standard library.
+
+Imported at the first download: `http.client`, `ssl` and what they need take as long to import as the rest of this package.
+"""
+
+from __future__ import annotations
+
+import http.client
+import string
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Collection
+
+from florence_onnx.errors import ImageDownloadError, ImageTooLargeError, InputError
+from florence_onnx.images import addresses
+from florence_onnx.images.connection import RefusedError, Rules, make_opener
+from florence_onnx.images.url import check_length, shorten
+
+_CHUNK_BYTES = 1 << 16
+_HEADERS = {"User-Agent": "florence-onnx", "Accept": "image/*, */*;q=0.5"}
+_MAX_REDIRECTS = 5
+_MAX_URL_LENGTH = 16_384  # a request that fits into a socket's buffer cannot be held up
+_REDIRECTIONS = (301, 302, 303, 307, 308)
+# what may stand in a URL as it is; everything else (spaces, letters beyond ASCII) is percent-encoded
+_URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
+
+
+def download(
+    url: str, *, max_bytes: int, timeout: float, public_only: bool = False, allowed_hosts: Collection[str] = ()
+) -> bytes:
+    """Fetches a URL.
+
+    Only http and https are followed, also in redirects, of which there may be 5. No credentials are sent.
+
+    With `public_only`, as a server needs that takes URLs from strangers, nothing inside your own network is asked: at
+    every redirect anew the host is resolved once, all its addresses must be public ones, and the connection goes to
+    one of these. Its port must be 80, 443 or at least 1024. Proxies of the environment are not used, because a proxy
+    resolves names by itself. What was refused is logged (INFO); the error does not tell to which address a name leads.
+
+    Args:
+        url: An `http(s)` URL.
+        max_bytes: Most bytes of content to accept.
+        timeout: Seconds for the whole download, redirects included. Only the system's resolver has limits of its own.
+        public_only: Refuse hosts that are not on the public internet.
+        allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold. Compared
+            with what the URL says, letter by letter but for case.
+
+    Returns:
+        The content.
+
+    Raises:
+        ImageDownloadError: It was refused, or could not be fetched in time, or at all.
+        ImageTooLargeError: There is more than `max_bytes`.
+        InputError: `allowed_hosts` is malformed.
+    """
+    rules = Rules(time.monotonic() + timeout, public_only, parse_hosts(allowed_hosts))
+    try:
+        return _fetch(url, max_bytes, rules)
+    except ImageTooLargeError:  # a ValueError as well, and no failure of the download
+        raise
+    except TimeoutError:
+        reason = f"no complete answer within {timeout:g} s; raise timeout"
+    except urllib.error.URLError as error:
+        timed_out = isinstance(error.reason, TimeoutError)
+        reason = f"no connection within {timeout:g} s; raise timeout" if timed_out else str(error.reason)
+    except (RefusedError, OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(error)[:200] or type(error).__name__
+    raise ImageDownloadError(f"cannot download {shorten(url)}: {reason}")
+
+
+def parse_hosts(entries: Collection[str]) -> frozenset[tuple[str, int]]:
+    """Reads `allowed_hosts`.
+
+    Returns:
+        Host and port of each.
+
+    Raises:
+        InputError: One is malformed.
+    """
+    if isinstance(entries, str):
+        raise InputError(f"allowed_hosts must be a list of hosts, got the string {entries!r}")
+    try:
+        return frozenset().union(*map(addresses.parse_host, entries))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _fetch(url: str, max_bytes: int, rules: Rules) -> bytes:
+    opener = make_opener(rules)
+    current = url
+    for _ in range(1 + _MAX_REDIRECTS):
+        with opener.open(_make_request(current), timeout=rules.seconds_left()) as response:
+            location = response.headers.get("Location")
+            if response.status not in _REDIRECTIONS or location is None:
+                return _read(response, max_bytes, url)
+        # headers come as Latin-1, whatever their bytes mean
+        current = urllib.parse.urljoin(current, urllib.parse.quote(location, string.punctuation, encoding="latin-1"))
+    raise OSError(f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _make_request(url: str) -> urllib.request.Request:
+    if len(url) > _MAX_URL_LENGTH:
+        raise RefusedError(f"the URL has {len(url):,} characters, allowed are {_MAX_URL_LENGTH:,}")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise RefusedError("only http and https are allowed")
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    plain = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
+    request = urllib.request.Request(urllib.parse.quote(plain, _URL_CHARACTERS), headers=_HEADERS)
+    if "@" in (request.host or ""):
+        raise RefusedError("a user name or password in the URL is not allowed")
+    return request
+
+
+def _read(response: http.client.HTTPResponse, max_bytes: int, url: str) -> bytes:
+    if not 200 <= response.status < 300:
+        raise OSError(f"the server answered {response.status} {response.reason}")
+    announced = response.headers.get("Content-Length", "")
+    num_announced = int(announced) if announced.isdecimal() else 0
+    check_length(num_announced, max_bytes, url)
+    content = bytearray()
+    while chunk := response.read1(_CHUNK_BYTES):
+        content += chunk
+        check_length(len(content), max_bytes, url)
+    if len(content) < num_announced:
+        raise OSError(f"the connection closed after {len(content)} of {num_announced} bytes")
+    return bytes(content)

@@ -1,0 +1,284 @@
+"""Reading bundles: what is refused, with which words, and how names are resolved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florence_onnx import (
+    BundleFileMissingError,
+    BundleFormatError,
+    BundleNotFoundError,
+    CorruptGraphError,
+    Florence2,
+    InputError,
+    MissingExtraError,
+    ProviderError,
+)
+from florence_onnx.bundles import bundle, hub
+from florence_onnx.runtime import providers
+
+DEMO = bundle.DEMO_DIRECTORY
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
+
+
+def change_description(path: Path, **changes: object) -> None:
+    described = json.loads((path / bundle.DESCRIPTION).read_text())
+    (path / bundle.DESCRIPTION).write_text(json.dumps({**described, **changes}))
+
+
+def change_generation(path: Path, **changes: object) -> None:
+    config = json.loads((path / bundle.GENERATION_CONFIG).read_text())
+    (path / bundle.GENERATION_CONFIG).write_text(json.dumps({**config, **changes}))
+    forget_hashes(path)
+
+
+def forget_hashes(path: Path) -> None:
+    """For damage that the hashes would notice first."""
+    change_description(path, files={})
+
+
+@pytest.mark.parametrize("name", [*bundle.GRAPHS, bundle.WEIGHTS, bundle.TOKENIZER, bundle.GENERATION_CONFIG])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(BundleFileMissingError, match=name) as caught:
+        Florence2.from_pretrained(copy)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", [*bundle.GRAPHS, bundle.WEIGHTS])
+def test_a_shortened_file_is_named(copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptGraphError, match=rf"{name} has \d+ bytes instead of {len(content)}"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", bundle.GRAPHS)
+def test_a_graph_of_the_right_length_with_wrong_content_is_named(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[:4000] = bytes(4000)
+    (copy / name).write_bytes(content)
+    with pytest.raises(CorruptGraphError, match=rf"{name} is damaged"):
+        Florence2.from_pretrained(copy)
+    forget_hashes(copy)
+    # of the two decoders a model on a device loads the one, a model that passes through the host the other
+    max_batch = 1 if name == bundle.DECODER_TOP else None
+    with pytest.raises(CorruptGraphError, match=rf"{name} does not load") as caught:
+        Florence2.from_pretrained(copy, device="cpu", max_batch=max_batch)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
+    change_description(copy, format_version=bundle.FORMAT_VERSION + 1)
+    with pytest.raises(BundleFormatError, match="pip install --upgrade florence-onnx"):
+        Florence2.from_pretrained(copy)
+
+
+def test_an_older_format_asks_for_another_export(copy: Path) -> None:
+    change_description(copy, format_version=bundle.FORMAT_VERSION - 1)
+    with pytest.raises(BundleFormatError, match=r"has format version 2.*export it again: florence-onnx-export"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("version", [None, True, "2", 2.5, 0])
+def test_a_format_that_is_no_version_is_refused(copy: Path, version: object) -> None:
+    change_description(copy, format_version=version)
+    with pytest.raises(BundleFormatError, match="has format version"):
+        bundle.read(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ufeff{}x"])
+def test_an_unreadable_description_is_refused(copy: Path, text: str) -> None:
+    (copy / bundle.DESCRIPTION).write_text(text)
+    with pytest.raises(BundleFormatError, match=bundle.DESCRIPTION):
+        bundle.read(copy)
+
+
+@pytest.mark.parametrize("model", [None, {}, {"image_size": [768, 768]}, {"unknown": 1}])
+def test_an_incomplete_description_is_refused(copy: Path, model: object) -> None:
+    change_description(copy, model=model)
+    with pytest.raises(BundleFormatError, match="incomplete"):
+        bundle.read(copy)
+
+
+@pytest.mark.parametrize("files", [None, [], {"decoder.onnx": 3}, {"decoder.onnx": {}}])
+def test_a_damaged_list_of_files_is_refused(copy: Path, files: object) -> None:
+    change_description(copy, files=files)
+    with pytest.raises(BundleFormatError, match="incomplete"):
+        bundle.read(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", "128"),
+        ("image_size", [128]),
+        ("image_mean", [0.5, 0.5, "x"]),
+        ("decoder_layers", 0),
+        ("vocab_size", 1.5),
+        ("decoder_heads", None),
+    ],
+)
+def test_a_size_that_makes_no_sense_is_named(copy: Path, name: str, value: object) -> None:
+    described = json.loads((copy / bundle.DESCRIPTION).read_text())
+    change_description(copy, model={**described["model"], name: value})
+    with pytest.raises(BundleFormatError, match=name):
+        bundle.read(copy)
+
+
+def test_layers_that_the_decoder_does_not_have_are_noticed_at_load(copy: Path) -> None:
+    described = json.loads((copy / bundle.DESCRIPTION).read_text())
+    change_description(copy, model={**described["model"], "decoder_layers": 99})
+    with pytest.raises(BundleFormatError, match="the decoder has 3 layers, its description says 99"):
+        Florence2.from_pretrained(copy)
+
+
+def test_damaged_weights_of_the_right_size_are_noticed(copy: Path) -> None:
+    weights = copy / bundle.WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[1_000_000] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CorruptGraphError, match=r"weights\.data is damaged"):
+        Florence2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("changes", [{"eos_token_id": [2, 3]}, {"num_beams": 0}, {"forced_eos_token_id": 10**6}])
+def test_generation_defaults_that_make_no_sense_are_refused(copy: Path, changes: dict[str, Any]) -> None:
+    change_generation(copy, **changes)
+    with pytest.raises(BundleFormatError, match=bundle.GENERATION_CONFIG):
+        bundle.read(copy)
+
+
+def test_lists_of_one_token_id_are_read_as_transformers_does(copy: Path) -> None:
+    change_generation(copy, eos_token_id=[2], forced_eos_token_id=[2])
+    assert bundle.read(copy).generation.options.forced_eos_token_id == 2
+
+
+def test_a_broken_tokenizer_is_named(copy: Path) -> None:
+    (copy / bundle.TOKENIZER).write_text("{}")
+    forget_hashes(copy)
+    with pytest.raises(BundleFormatError, match="tokenizer"):
+        Florence2.from_pretrained(copy)
+
+
+def test_another_precision_than_the_bundle_has_is_refused(copy: Path) -> None:
+    with pytest.raises(BundleFormatError, match="--precision int8"):
+        Florence2.from_pretrained(copy, precision="int8")
+
+
+@pytest.mark.parametrize("name", ["no/such/place", "nowhere", "./owner/name", ""])
+def test_a_name_that_is_nothing_says_what_names_there_are(name: str) -> None:
+    with pytest.raises(BundleNotFoundError, match="directory"):
+        hub.resolve(name)
+
+
+def test_a_checkpoint_is_recognised_and_the_export_command_given(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(BundleNotFoundError, match="florence-onnx-export"):
+        hub.resolve(tmp_path)
+
+
+def test_an_unavailable_provider_is_an_error_that_says_what_brings_it() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider compiled in")
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .* pip install 'florence-onnx\[gpu\]'"):
+        Florence2.from_pretrained("demo", device="cuda")
+    with pytest.raises(ProviderError, match="NoSuchProvider"):
+        Florence2.from_pretrained("demo", providers=["NoSuchProvider"])
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        Florence2.from_pretrained("demo", device="gpu")
+
+
+def test_session_options_reach_onnxruntime() -> None:
+    model = Florence2.from_pretrained("demo", device="cpu", session_options={"intra_op_num_threads": 1})
+    assert model._vision_encoder._session.get_session_options().intra_op_num_threads == 1  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="no attribute 'threads'"):
+        Florence2.from_pretrained("demo", session_options={"threads": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"providers": []}, "providers must be a list"),
+        ({"providers": "CPUExecutionProvider"}, "providers must be a list"),
+        ({"providers": [None]}, "a provider is a name"),
+        ({"session_options": {"intra_op_num_threads": "x"}}, "intra_op_num_threads cannot be 'x'"),
+        ({"session_options": {"add_session_config_entry": 1}}, "no attribute"),
+        ({"session_options": 3}, "session_options must be a dict"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Florence2.from_pretrained("demo", device="cpu", **arguments)
+
+
+def test_device_auto_goes_on_when_an_accelerator_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import onnxruntime
+
+    start = onnxruntime.InferenceSession
+
+    def no_card(path: str, options: Any, providers: list[Any], **rest: Any) -> Any:
+        if providers[0][0] != "CPUExecutionProvider":
+            raise RuntimeError("CUDA_PATH is set but CUDA wasnt able to be loaded")
+        return start(path, options, providers=providers, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", no_card)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    assert Florence2.from_pretrained("demo").info()["provider"] == "CPUExecutionProvider"
+    assert "cuda is installed but cannot run" in caplog.text
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not take vision_encoder\.onnx"):
+        Florence2.from_pretrained("demo", device="cuda")
+
+
+def test_device_auto_prefers_accelerators_and_ends_at_the_cpu() -> None:
+    available = ["OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert providers.candidates(available) == ["cuda", "openvino", "cpu"]
+    assert providers.candidates(["CPUExecutionProvider"]) == ["cpu"]
+    assert providers.candidates(available, "bf16") == ["openvino"]
+
+
+def test_provider_options_are_kept() -> None:
+    given = [("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]
+    resolved = providers.resolve("auto", given, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert resolved == [("CUDAExecutionProvider", {"device_id": 1}), ("CPUExecutionProvider", {})]
+
+
+def test_without_onnxruntime_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(
+        MissingExtraError, match=r"onnxruntime is not installed; run: pip install 'florence-onnx\[cpu\]'"
+    ) as caught:
+        Florence2.from_pretrained("demo", device="cpu")
+    assert isinstance(caught.value, ImportError)
+
+
+def test_without_torch_the_export_gives_the_install_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import export.__main__ as entry
+
+    for name in [name for name in sys.modules if name.startswith("export.") and name != "export.__main__"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("export.commands.export", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == 2
+    assert "pip install 'florence-onnx[export]'" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""Models by hub name, from a hub on the loopback interface: cache first, only the files that are needed, clear errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from florence_onnx import BundleFileMissingError, BundleNotFoundError, Florence2
+from florence_onnx.bundles import bundle
+from florence_onnx.bundles import hub as hub_names
+from tests.local_hub import LocalHub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with LocalHub(bundle.DEMO_DIRECTORY, tmp_path / "cache", monkeypatch) as found:
+        yield found
+
+
+def test_a_bundle_comes_from_the_hub_once_and_then_from_the_cache(hub: LocalHub) -> None:
+    model = Florence2.from_pretrained("owner/model", device="cpu")
+    assert model.info()["precision"] == "fp16"
+    assert set(hub.requested) >= {*bundle.GRAPHS, bundle.WEIGHTS, bundle.DESCRIPTION, bundle.TOKENIZER}
+    hub.requested.clear()
+    Florence2.from_pretrained("owner/model", device="cpu")
+    assert hub.requested == []
+    hub.stop()
+    Florence2.from_pretrained("owner/model", device="cpu")
+
+
+def test_a_cache_that_lacks_a_file_is_completed(hub: LocalHub) -> None:
+    link = hub_names.resolve("owner/model").path / bundle.DECODER
+    link.resolve().unlink()  # the content lies elsewhere in the cache
+    link.unlink()
+    hub.requested.clear()
+    Florence2.from_pretrained("owner/model", device="cpu")
+    assert hub.requested == [bundle.DECODER]
+
+
+def test_an_unknown_repository_and_an_unreachable_hub_say_what_to_do(hub: LocalHub) -> None:
+    with pytest.raises(BundleNotFoundError, match=r"no hub repository 'owner/other'.*hf auth login"):
+        Florence2.from_pretrained("owner/other")
+    with pytest.raises(BundleNotFoundError, match="neither a directory nor a hub repository"):
+        Florence2.from_pretrained("owner/--bad..name")
+    hub.stop()
+    with pytest.raises(
+        BundleNotFoundError, match=r"'owner/model' is not in the local cache and the hub could not be reached"
+    ):
+        Florence2.from_pretrained("owner/model")
+
+
+def test_a_repository_without_a_model_is_refused(hub: LocalHub, tmp_path: Path) -> None:
+    hub.folder = tmp_path / "empty"
+    hub.folder.mkdir()
+    (hub.folder / "florence_onnx.json").write_text((bundle.DEMO_DIRECTORY / "florence_onnx.json").read_text())
+    with pytest.raises(BundleFileMissingError, match="missing"):
+        Florence2.from_pretrained("owner/model")
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, "int8"), ("fp32", "fp32")])
+def test_of_several_bundles_only_the_one_that_is_taken_is_downloaded(
+    hub: LocalHub, tmp_path: Path, asked: str | None, taken: str
+) -> None:
+    hub.folder = tmp_path / "several"
+    for precision in ("fp32", "int8"):  # the same files, said to be of another precision
+        copy = Path(shutil.copytree(bundle.DEMO_DIRECTORY, hub.folder / precision))
+        described = json.loads((copy / bundle.DESCRIPTION).read_text())
+        (copy / bundle.DESCRIPTION).write_text(json.dumps({**described, "precision": precision}))
+    model = Florence2.from_pretrained("owner/model", device="cpu", precision=asked)
+    assert model.info()["precision"] == taken
+    graphs = {name for name in hub.requested if not name.endswith(".json")}
+    assert graphs == {f"{taken}/{name}" for name in (*bundle.GRAPHS, bundle.WEIGHTS)}
+    hub.stop()
+    Florence2.from_pretrained("owner/model", device="cpu", precision=asked)  # from the cache

@@ -1,0 +1,223 @@
+"""The command line, run on the built-in demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("typer", reason="the command line needs: pip install 'florence-onnx[cli]'")
+pytest.importorskip("onnxruntime", reason="the demo model runs on ONNX Runtime: pip install 'florence-onnx[cpu]'")
+
+from typer.testing import CliRunner, Result
+
+from florence_onnx import __version__, tasks
+from florence_onnx.bundles.bundle import DEMO_DIRECTORY
+from florence_onnx.commands.main import SAMPLES, app
+
+REPOSITORY = Path(__file__).parents[2]
+SCENES = [str(SAMPLES / f"scene-{number}.png") for number in (1, 2)]
+
+needs_demo = pytest.mark.skipif(not DEMO_DIRECTORY.is_dir(), reason="the demo bundle is not built in this checkout")
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _lines(result: Result) -> list[dict[str, object]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@needs_demo
+def test_demo_writes_the_annotated_picture_and_prints_the_answer(tmp_path: Path) -> None:
+    output = tmp_path / "boxes.png"
+    result = _run("demo", "--output", output)
+    assert result.exit_code == 0, result.output
+    truth = json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
+    answer = json.loads(result.stdout)
+    assert sorted(box["label"] for box in answer["results"]["bboxes"]) == sorted(o["label"] for o in truth["objects"])
+    assert answer["image"] is None
+    with Image.open(output) as drawn:
+        assert drawn.size == tuple(truth["size"])
+
+
+@needs_demo
+def test_demo_says_why_it_cannot_write(tmp_path: Path) -> None:
+    result = _run("demo", "--output", tmp_path / "no" / "such" / "folder.png")
+    assert result.exit_code == 2 and "error: cannot write" in result.stderr
+    result = _run("demo", "--output", tmp_path / "picture.unknown")
+    assert result.exit_code == 2 and "unknown file extension" in result.stderr
+
+
+@needs_demo
+def test_run_prints_readable_answers() -> None:
+    result = _run("run", "<OD>", *SCENES)
+    assert result.exit_code == 0, result.output
+    assert f"{SCENES[0]}:\n" in result.stdout and f"{SCENES[1]}:\n" in result.stdout
+    assert "red circle    x " in result.stdout
+    assert result.stderr.splitlines() == [
+        "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
+    ]
+
+
+@needs_demo
+def test_run_prints_a_json_line_for_each_image() -> None:
+    result = _run("run", "object-detection", *SCENES, "--json", "--beams", 1, "--max-new-tokens", 256)
+    assert result.exit_code == 0, result.output
+    assert [line["image"] for line in _lines(result)] == SCENES
+    assert all(set(line) == {"image", "results"} and line["results"]["bboxes"] for line in _lines(result))  # type: ignore[index]
+
+
+@needs_demo
+def test_a_bad_image_is_reported_and_does_not_stop_the_rest(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    images = [SCENES[0], "missing.png", broken, SCENES[1]]
+    result = _run("run", "caption", *images, "--json")
+    assert result.exit_code == 1
+    good, missing, damaged, last = _lines(result)
+    assert good["image"] == SCENES[0] and last["image"] == SCENES[1]
+    assert set(missing) == {"image", "error"} and "no such image file" in str(missing["error"])
+    assert damaged["image"] == str(broken) and "not an image" in str(damaged["error"])
+    assert "missing.png: no such image file" in result.stderr
+    assert "2 of 4 pictures could not be read" in result.stderr
+
+    readable = _run("run", "caption", *images)
+    assert readable.exit_code == 1
+    assert "no such" not in readable.stdout and "missing.png: no such image file" in readable.stderr
+
+
+@needs_demo
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are a POSIX thing")
+def test_answers_go_to_the_file_while_the_bar_goes_to_the_terminal() -> None:
+    import pty
+
+    terminal, error_stream = pty.openpty()
+    command = [sys.executable, "-m", "florence_onnx", "run", "caption", *SCENES, "--json", "--beams", "1"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=error_stream, check=True
+    )
+    os.close(error_stream)
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == SCENES
+    assert b"pictures" in os.read(terminal, 65536)
+    os.close(terminal)
+
+
+@needs_demo
+def test_run_draws_every_picture_into_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    result = _run("run", "object-detection", *SCENES, SCENES[0], "--draw", folder)
+    assert result.exit_code == 0, result.output
+    names = ["scene-1-2.object-detection.png", "scene-1.object-detection.png", "scene-2.object-detection.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    with Image.open(folder / names[0]) as drawn, Image.open(SCENES[0]) as original:
+        assert drawn.size == original.size and drawn.tobytes() != original.convert("RGB").tobytes()
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        ("ocr-with-region", []),
+        ("region-proposal", []),
+        ("open-vocabulary-detection", ["--text", "red circle"]),
+        ("referring-expression-segmentation", ["--text", "red circle"]),
+        ("region-to-segmentation", ["--region", "430,364,592,539"]),
+        ("region-to-category", ["--region", "430,364,592,539"]),
+    ],
+)
+def test_run_asks_every_kind_of_task(task: str, arguments: list[str]) -> None:
+    readable = _run("run", task, SCENES[0], *arguments)
+    assert readable.exit_code == 0, readable.output
+    assert len(readable.stdout.splitlines()) > 1 and "nothing found" not in readable.stdout
+    as_json = _run("run", task, SCENES[0], *arguments, "--json")
+    assert _lines(as_json)[0]["results"]
+
+
+@needs_demo
+def test_a_truncated_answer_is_marked() -> None:
+    result = _run("run", "object-detection", SCENES[0], "--max-new-tokens", 8)
+    assert "cut off by the token limit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "objct-detection", "x.png"], 'did you mean "object-detection"'),
+        (["run", "region-to-ocr", "x.png"], "needs a region"),
+        (["run", "region-to-ocr", "x.png", "--region", "1,2,3"], "four integer bins"),
+        (["run", "region-to-ocr", "x.png", "--region", "5,5,1,1"], "left of and above"),
+        (["run", "region-to-ocr", "x.png", "--region", "0,0,640,1480"], "out of range"),
+        (["run", "caption", "x.png", "--text", "cat"], "takes no text_input"),
+        (["run", "open-vocabulary-detection", "x.png"], "needs text"),
+        (["run", "open-vocabulary-detection", "x.png", "--text", " "], "blank"),
+        (["run", "caption", "x.png", "--draw", "folder"], "nothing to draw"),
+        (["run", "caption", "x.png", "--model", "no-such-model"], "no-such-model"),
+        (["run", "object-detection", "x.png", "--draw", __file__], "cannot make the folder"),
+        (["info", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_wrong_arguments_end_with_their_message(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == "" and not any(tmp_path.iterdir())
+
+
+def test_tasks_lists_all_of_them() -> None:
+    result = _run("tasks")
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[task.slug, task.token] for task in tasks.TASKS.values()]
+
+
+@needs_demo
+def test_info_is_json() -> None:
+    result = _run("info")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["path"] == str(DEMO_DIRECTORY)
+
+
+def test_a_precision_that_the_model_lacks_is_refused() -> None:
+    assert json.loads(_run("info", "demo", "--precision", "fp16").stdout)["precision"] == "fp16"
+    refused = _run("info", "demo", "--precision", "int8")
+    assert refused.exit_code == 2 and "--precision int8" in refused.stderr
+
+
+def test_version() -> None:
+    assert _run("--version").stdout.strip() == __version__
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_its_packages_the_entry_point_says_what_to_install(package: str) -> None:
+    # an environment without the package, as the import system sees it
+    result = _python(f"import sys; sys.modules['{package}'] = None; from florence_onnx.__main__ import main; main()")
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"{package} is not installed; run: pip install 'florence-onnx[cli]'"
+
+
+def test_the_module_runs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "florence_onnx", "tasks"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "region-to-ocr" in result.stdout
