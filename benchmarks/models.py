@@ -15,7 +15,7 @@ from benchmarks.checkpoints import SIZES
 from benchmarks.costs import Costs
 from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
-from florence_onnx.images import image
+from florence_onnx.images import decoding
 
 ROOT = Path(__file__).resolve().parents[1]
 _GENERATION = (
@@ -103,7 +103,7 @@ class Models:
         size = Costs.read(self.path("checkpoint")).image_size
         path = self._work / f"{picture.stem}-{size[0]}x{size[1]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.load(picture).resize(size, Image.Resampling.BICUBIC).save(path)
+        decoding.load(picture).resize(size, Image.Resampling.BICUBIC).save(path)
         return path
 
     def generation(self) -> dict[str, Any]:

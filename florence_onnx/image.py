@@ -1,5 +1,6 @@
-"""`florence_onnx.images.image` under the name that users import."""
+"""Loading and preprocessing under the name that users import; the code is in `florence_onnx.images`."""
 
-from florence_onnx.images.image import ImageInput, load, preprocess
+from florence_onnx.images.decoding import ImageInput, load
+from florence_onnx.images.preprocessing import preprocess
 
 __all__ = ["ImageInput", "load", "preprocess"]

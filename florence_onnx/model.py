@@ -23,8 +23,8 @@ from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.generation.search import GeneratedSequence, GivenAnswer, Search
-from florence_onnx.images import image
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images import decoding
+from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
@@ -176,9 +176,9 @@ class Florence2:
         picture: ImageInput,
         *,
         apply_exif: bool = True,
-        max_pixels: int = image.MAX_PIXELS,
-        max_bytes: int = image.MAX_BYTES,
-        timeout: float = image.TIMEOUT,
+        max_pixels: int = decoding.MAX_PIXELS,
+        max_bytes: int = decoding.MAX_BYTES,
+        timeout: float = decoding.TIMEOUT,
         public_only: bool = False,
         allowed_hosts: Collection[str] = (),
     ) -> EncodedImage:
@@ -198,7 +198,7 @@ class Florence2:
             ImageError: The picture cannot be read.
             InputError: `allowed_hosts` is malformed.
         """
-        loaded = image.load(
+        loaded = decoding.load(
             picture,
             apply_exif=apply_exif,
             max_pixels=max_pixels,

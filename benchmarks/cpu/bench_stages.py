@@ -12,7 +12,7 @@ from PIL import Image
 from florence_onnx import Florence2, GenerationOptions, Region, tasks
 from florence_onnx.answers.postprocess import parse
 from florence_onnx.generation.generate import DecoderSession
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 from florence_onnx.prediction import EncodedImage
 
 Ids = npt.NDArray[np.int64]
@@ -52,13 +52,13 @@ def prefill(session: DecoderSession, num_beams: int) -> Ids:
 
 def test_preprocess(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
     width, height = model.info()["model"]["image_size"]
-    pixel_values = benchmark(image.preprocess, picture, size=(width, height))
+    pixel_values = benchmark(preprocessing.preprocess, picture, size=(width, height))
     assert pixel_values.shape == (1, 3, height, width)
 
 
 def test_vision_encoder(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
     size = model.info()["model"]["image_size"]
-    pixel_values = image.preprocess(picture, size=size)
+    pixel_values = preprocessing.preprocess(picture, size=size)
     found = benchmark(model._vision_encoder.run, {"pixel_values": pixel_values})
     assert found["image_features"].ndim == 3
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from florence_onnx import Florence2
 from florence_onnx.bundles.bundle import DEMO, DEMO_DIRECTORY
-from florence_onnx.images import image
+from florence_onnx.images import decoding
 from florence_onnx.prediction import EncodedImage
 
 
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest) -> Florence2:
 
 @pytest.fixture(scope="session")
 def picture(request: pytest.FixtureRequest) -> Image.Image:
-    return image.load(request.config.getoption("--picture"))
+    return decoding.load(request.config.getoption("--picture"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from PIL import ImageOps
 
 from export.precisions.quantize import to_dynamic_int8
 from florence_onnx.bundles import bundle
-from florence_onnx.images import image
+from florence_onnx.images import decoding, preprocessing
 from florence_onnx.runtime import cpu
 
 Floats = npt.NDArray[np.float32]
@@ -42,13 +42,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is un
 
 def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
     """A picture whole, its four quarters, and mirrored: `(1, 3, H, W)` each."""
-    picture = image.load(path)
+    picture = decoding.load(path)
     width, height = picture.size
     boxes = [(0, 0, width, height)]
     boxes += [(x, y, x + width // 2, y + height // 2) for x in (0, width // 2) for y in (0, height // 2)]
     for box in boxes:
-        yield image.preprocess(picture.crop(box), size=size)
-    yield image.preprocess(ImageOps.mirror(picture), size=size)
+        yield preprocessing.preprocess(picture.crop(box), size=size)
+    yield preprocessing.preprocess(ImageOps.mirror(picture), size=size)
 
 
 def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.timing import Effort, device_time, timed
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import Florence2, GenerationOptions, tasks
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "cpu": {"device": "cpu"},
@@ -81,7 +81,7 @@ class Caller:
         return {name: value for name, value in info.items() if name not in ("path", "model", "source", "verification")}
 
     def preprocess(self) -> None:
-        image.preprocess(self.picture, size=self._size, **self._pixels)
+        preprocessing.preprocess(self.picture, size=self._size, **self._pixels)
 
     def encode(self) -> Any:
         return self.model.encode(self.picture)

@@ -21,7 +21,7 @@ from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles.tokenizer import PromptTokenizer
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "float16"},
@@ -88,7 +88,7 @@ class Transformers:
         """`(B, 3, H, W)` on the device, made as our runtime makes them."""
         sizes = self.sizes
         arrays = [
-            image.preprocess(each, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+            preprocessing.preprocess(each, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
             for each in pictures
         ]
         return self.torch.from_numpy(np.concatenate(arrays)).to(self.device, self._dtype)

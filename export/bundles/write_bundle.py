@@ -19,8 +19,8 @@ from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles.bundle import Bundle, ModelSizes
 from florence_onnx.bundles.memory import ITEMSIZES
 from florence_onnx.errors import CheckpointError
-from florence_onnx.images import image
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images import decoding
+from florence_onnx.images.decoding import ImageInput
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import write_json
@@ -108,7 +108,7 @@ def export_bundle(
 ) -> Bundle:
     """Exports, verifies and writes a bundle; see `export_bundles`."""
     _check_precisions([precision], vision_precision)
-    loaded = [image.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
+    loaded = [decoding.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
     with new_directory(Path(output), force=force) as directory:
         graphs, tokens = _write_exact(checkpoint, directory, loaded, progress)
         _finish(checkpoint, directory, precision, vision_precision, loaded, graphs, tokens, progress)
@@ -147,7 +147,7 @@ def export_bundles(
         VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
     """
     _check_precisions(precisions, vision_precision)
-    loaded = [image.load(picture) for picture in pictures]
+    loaded = [decoding.load(picture) for picture in pictures]
     precisions = list(dict.fromkeys(precisions))
     with new_directory(Path(output), force=force) as directory:
         exact = directory / ".exact"

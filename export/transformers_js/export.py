@@ -28,8 +28,8 @@ from torch import Tensor
 
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.errors import CheckpointError
-from florence_onnx.images import image
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images import decoding
+from florence_onnx.images.decoding import ImageInput
 
 from ..bundles.write_bundle import new_directory, versions
 from ..checkpoints.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ def export_transformers_js(
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
-    loaded = [image.load(picture) for picture in pictures]
+    loaded = [decoding.load(picture) for picture in pictures]
     with new_directory(Path(output), force=force) as directory:
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)

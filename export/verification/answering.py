@@ -18,7 +18,7 @@ from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
 from florence_onnx.generation.search import opening
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
 
@@ -101,7 +101,7 @@ class CheckpointAnswerer:
 
     def _run_encoder(self, question: Question) -> Encoded:
         inputs = self._checkpoint.preprocessing
-        pixel_values = image.preprocess(
+        pixel_values = preprocessing.preprocess(
             question.picture.image, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std
         )
         return self._reference.encode(self._checkpoint, pixel_values, [question.prompt])

@@ -13,7 +13,7 @@ from PIL import Image
 from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
 from florence_onnx.errors import ImageError, ImageNotFoundError
-from florence_onnx.images import image
+from florence_onnx.images import decoding
 from florence_onnx.tasks import Task
 
 from .agreement import Answer, labelled_boxes, words
@@ -83,7 +83,7 @@ def find_pictures(folder: Path, limit: int | None = None) -> tuple[list[Path], l
 
 def _is_picture(path: Path) -> bool:
     try:
-        image.load(path)
+        decoding.load(path)
     except ImageError:
         return False
     return True
@@ -92,7 +92,7 @@ def _is_picture(path: Path) -> bool:
 def load_pictures(paths: Sequence[Path]) -> Iterator[Picture]:
     """Loads pictures one after the other, so that only one is in memory."""
     for path in paths:
-        yield Picture(path.name, image.load(path))
+        yield Picture(path.name, decoding.load(path))
 
 
 def make_questions(

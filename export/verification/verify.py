@@ -11,8 +11,8 @@ from florence_onnx import tasks
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import VerificationError
 from florence_onnx.generation.options import GenerationOptions
-from florence_onnx.images import image
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images import decoding, preprocessing
+from florence_onnx.images.decoding import ImageInput
 from florence_onnx.model import Florence2
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -113,8 +113,8 @@ def _token_agreement(
 ) -> TokenAgreement:
     sizes = bundle.sizes
     equal = total = 0
-    for picture in map(image.load, pictures):
-        pixels = image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+    for picture in map(decoding.load, pictures):
+        pixels = preprocessing.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
         for task in TASKS:
             expected = reference.generate(checkpoint, pixels, [task.format_prompt()], options)[0]
             answer = model.run(task, picture, options=options).token_ids

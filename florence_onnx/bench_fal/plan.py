@@ -13,7 +13,7 @@ from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
 from florence_onnx.errors import ImageNotFoundError, InputError
 from florence_onnx.fal.contract import APP
-from florence_onnx.images import image, url
+from florence_onnx.images import decoding, url
 
 NOT_AT_FAL = frozenset({tasks.REGION_TO_OCR.slug})
 """Tasks of the model for which fal has no endpoint."""
@@ -177,7 +177,7 @@ def read_picture(address: str) -> Picture:
         return Picture(url.shorten(address), address, hashlib.sha256(address.encode()).hexdigest())
     from fal_client import encode_file
 
-    image.load(address)  # what no target can read is no question
+    decoding.load(address)  # what no target can read is no question
     path = Path(address)
     try:
         content = path.read_bytes()

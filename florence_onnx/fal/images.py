@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from florence_onnx.errors import ImageDecodeError, ImageDownloadError, ImageError, ImageTooLargeError
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import RequestError, field_error
-from florence_onnx.images import image, url
+from florence_onnx.images import decoding, url
 
 _log = logging.getLogger("florence_onnx")
 
@@ -20,11 +20,11 @@ _log = logging.getLogger("florence_onnx")
 class PictureLimits:
     """What is accepted as a picture."""
 
-    max_bytes: int = image.MAX_BYTES
+    max_bytes: int = decoding.MAX_BYTES
     """Of a download, a `data:` URI or an upload."""
-    max_pixels: int = image.MAX_PIXELS
+    max_pixels: int = decoding.MAX_PIXELS
     """Width times height."""
-    timeout: float = image.TIMEOUT
+    timeout: float = decoding.TIMEOUT
     """Seconds for a download."""
     public_only: bool = False
     """Whether addresses that are not public are refused: for servers that fetch what strangers name."""
@@ -87,7 +87,7 @@ class PictureReader:
             RequestError: 422, it is no picture, damaged, or too large.
         """
         try:
-            return image.load(content, max_pixels=self._limits.max_pixels)
+            return decoding.load(content, max_pixels=self._limits.max_pixels)
         except ImageTooLargeError as error:
             context = {"max_pixels": self._limits.max_pixels}
             raise problems.invalid([field_error(["image_url"], str(error), "image_too_large", context)]) from None

@@ -1,4 +1,4 @@
-"""Pictures of every kind to upright RGB, and RGB to the model's `pixel_values`.
+"""Images of every kind to upright RGB.
 
 Nothing here changes a setting of Pillow or of `warnings`, so all of it may run in many threads at once.
 """
@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, Union
 
@@ -27,6 +27,7 @@ from florence_onnx.errors import (
     ImageTooLargeError,
 )
 from florence_onnx.images import url
+from florence_onnx.images.rgb import from_array, to_rgb
 
 ImageInput: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, npt.NDArray[np.uint8]]
 """Path, `http(s)` URL or `data:` URI, encoded bytes, binary file object, PIL image, or (H,W,3) uint8 array."""
@@ -37,9 +38,6 @@ MAX_BYTES = 50 * 2**20
 """Default limit of downloads and `data:` URIs: 50 MiB, as at fal."""
 TIMEOUT = 30.0
 """Default seconds for a download."""
-
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
@@ -114,7 +112,7 @@ def load(
             _decode_pixels(image, "the PIL image", max_pixels)
             return _to_upright_rgb(image, apply_exif)
     if isinstance(image, np.ndarray):
-        return _from_array(image, max_pixels)
+        return from_array(image, max_pixels)
     if isinstance(image, str) and url.is_url(image):
         from florence_onnx.images import download
 
@@ -137,55 +135,6 @@ def load(
         f"cannot read an image from {type(image).__name__}: pass a path, http(s) URL, data: URI, bytes, binary file "
         "object, PIL image or (H, W, 3) uint8 array"
     )
-
-
-def preprocess(
-    image: Image.Image | npt.NDArray[np.uint8],
-    *,
-    size: tuple[int, int] = (768, 768),
-    mean: Sequence[float] = IMAGE_MEAN,
-    std: Sequence[float] = IMAGE_STD,
-    out: npt.NDArray[np.float32] | None = None,
-) -> npt.NDArray[np.float32]:
-    """Turns a picture into `pixel_values`, bitwise as transformers does with Pillow.
-
-    The aspect ratio is not kept.
-
-    Args:
-        image: A PIL image (converted to RGB as in `load`, EXIF left alone) or an (H,W,3) uint8 array.
-        size: (width, height) that the model reads.
-        mean: Mean of red, green and blue, on the scale of 0 to 1.
-        std: Standard deviation of red, green and blue, on the scale of 0 to 1.
-        out: C-contiguous (3,H,W) float32 array to write into, such as one image of a batch.
-
-    Returns:
-        (1,3,H,W) float32, C-contiguous: `out` with an axis in front, or a new array.
-
-    Raises:
-        ImageError: `image` is neither, or `out` has another shape, dtype or layout.
-    """
-    if isinstance(image, np.ndarray):
-        image = _from_array(image, max_pixels=image.size)
-    elif not isinstance(image, Image.Image):
-        raise ImageError(f"preprocess takes a PIL image or an array, got {type(image).__name__}; use load first")
-    width, height = size
-    pixels = np.empty((3, height, width), dtype=np.float32) if out is None else _check_out(out, (3, height, width))
-    bands = _to_rgb(image).resize((width, height), Image.Resampling.BICUBIC).split()
-    for plane, band, band_mean, band_std in zip(pixels, bands, mean, std, strict=True):
-        # Per level this gives the same float32 as the reference's float64 product with 1/255 (a test compares all 256),
-        # and it is twice as fast as a table of 256 floats.
-        np.divide(np.asarray(band), np.float32(255), out=plane, dtype=np.float32)
-        plane -= np.float32(band_mean)
-        plane /= np.float32(band_std)
-    return pixels[np.newaxis]
-
-
-def _check_out(out: npt.NDArray[np.float32], shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    if out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ImageError(
-            f"out must be a C-contiguous float32 array of shape {shape}, got {out.dtype} of shape {out.shape}"
-        )
-    return out
 
 
 def _decode_download(content: bytes, name: str, apply_exif: bool, max_pixels: int) -> Image.Image:
@@ -279,7 +228,7 @@ def _decode_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
 
 def _to_upright_rgb(image: Image.Image, apply_exif: bool) -> Image.Image:
     transposition = _TRANSPOSITIONS.get(_get_orientation(image)) if apply_exif else None
-    rgb = _to_rgb(image)
+    rgb = to_rgb(image)
     return rgb if transposition is None else rgb.transpose(transposition)
 
 
@@ -289,53 +238,3 @@ def _get_orientation(image: Image.Image) -> int:
     except _DAMAGED:  # damaged EXIF is no reason to refuse a picture
         return 1
     return orientation if isinstance(orientation, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself if it is RGB, else what `convert("RGB")` gives, with wide grey scaled instead of clipped."""
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _to_grey(np.asarray(image)).convert("RGB")
-    if image.mode == "La":  # premultiplied; Pillow only converts it in two steps
-        image = image.convert("LA")
-    if "transparency" in image.info:  # has no influence on RGB, and Pillow would warn about it
-        image = image.copy()
-        del image.info["transparency"]
-    return image.convert("RGB")
-
-
-def _to_grey(values: npt.NDArray[np.generic]) -> Image.Image:
-    """Scales grey values of more than 8 bits to 8 bits.
-
-    Args:
-        values: (H,W) uint16, int32 or float32, scaled as `load` says; NaN is black, infinite values are the extremes.
-
-    Returns:
-        The picture in mode L.
-    """
-    wide = values.astype(np.float64)
-    finite = wide[np.isfinite(wide)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if values.dtype.kind == "u":
-        low, high = 0.0, 65535.0
-    elif low >= 0 and high <= 65535:
-        low, high = 0.0, 1.0 if high <= 1 and values.dtype == np.float32 else 255.0 if high <= 255 else 65535.0
-    scaled = (np.nan_to_num(wide, nan=low, posinf=high, neginf=low) - low) * (255.0 / ((high - low) or 1.0))
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
-
-
-def _from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
-    needed = "an image array must be (H, W, 3) uint8 in RGB order"
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise ImageError(f"{needed}, got shape {array.shape}")
-    if array.dtype != np.uint8:
-        raise ImageError(f"{needed}, got {array.dtype}; scale it to 0..255 and call .astype(np.uint8)")
-    if not array.size:
-        raise ImageError(f"{needed}, got an empty one of shape {array.shape}")
-    height, width, _ = array.shape
-    if height * width > max_pixels:
-        raise ImageTooLargeError(
-            f"the array has {width} x {height} pixels, allowed are {max_pixels:,}; raise max_pixels"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))

@@ -14,8 +14,8 @@ from florence_onnx.errors import InputError
 from florence_onnx.generation.generate import drive
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
-from florence_onnx.images import image
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images import decoding, preprocessing
+from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.engine import Engine
@@ -96,13 +96,13 @@ class HostAnswering:
 
 def load(picture: ImageInput) -> PILImage.Image:
     """A picture that a caller cannot change afterwards."""
-    loaded = image.load(picture)
+    loaded = decoding.load(picture)
     return loaded.copy() if loaded is picture else loaded
 
 
 def preprocess(sizes: ModelSizes, picture: PILImage.Image) -> Floats:
     """Pixels `(1, 3, H, W)` as the vision encoder takes them."""
-    return image.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+    return preprocessing.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
 
 
 def check(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:

@@ -11,7 +11,7 @@ from florence_onnx.bundles.memory import MAX_PICTURES
 from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
-from florence_onnx.images.image import ImageInput
+from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Key, Picture, check, key_of, load, preprocess
 from florence_onnx.inference.continuous_batching import Job
 from florence_onnx.inference.resident_model import ResidentModel

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions, Region
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 from florence_onnx.tasks import TASKS
 from tests.conftest import NO_TORCH
 from tests.shared_data import FOLDER
@@ -46,7 +46,7 @@ def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, ph
     model = Florence2.from_bundle(written, device="cpu")
     picture = photographs[0]
     encoded = model.encode(picture)
-    pixels = image.preprocess(picture)
+    pixels = preprocessing.preprocess(picture)
     features = reference.image_features(checkpoint, pixels).numpy()[0]
     assert np.abs(features - encoded.image_features).max() < 1e-3 * np.abs(features).max()
     extra: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions, InputError, Region, TextInputError, tasks
 from florence_onnx.bundles.bundle import ModelSizes
-from florence_onnx.images import image
+from florence_onnx.images import preprocessing
 from florence_onnx.tasks import TASKS, Task
 from tests.conftest import NO_TORCH, Exported
 
@@ -44,7 +44,7 @@ def inputs(task: Task[Any]) -> dict[str, Any]:
 def pixel_values(model: Florence2, pictures: Sequence[Image.Image]) -> np.ndarray:
     sizes: ModelSizes = model._bundle.sizes
     options = {"size": sizes.image_size, "mean": sizes.image_mean, "std": sizes.image_std}
-    return np.concatenate([image.preprocess(picture.convert("RGB"), **options) for picture in pictures])
+    return np.concatenate([preprocessing.preprocess(picture.convert("RGB"), **options) for picture in pictures])
 
 
 def reference_tokens(

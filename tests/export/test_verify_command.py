@@ -255,12 +255,12 @@ def test_score_tokens_expects_what_greedy_search_chose(tiny: Exported) -> None:
 
 def test_score_tokens_equals_transformers(tiny: Exported) -> None:
     from export.verification import reference
-    from florence_onnx.images import image
+    from florence_onnx.images import preprocessing
 
     model = Florence2.from_pretrained(tiny.bundle, device="cpu")
     picture = Image.new("RGB", (60, 40), (200, 30, 90))
     inputs = tiny.checkpoint.preprocessing
-    pixels = image.preprocess(picture, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std)
+    pixels = preprocessing.preprocess(picture, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std)
     token_ids = (2, 0, 40, 41, 300, 7, 2)
     encoded = reference.encode(tiny.checkpoint, pixels, [tasks.OCR.format_prompt()])
     expected = reference.score(tiny.checkpoint, encoded, token_ids)

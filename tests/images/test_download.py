@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from florence_onnx import Florence2
 from florence_onnx.errors import ImageDownloadError, InputError
 from florence_onnx.images.addresses import is_public, is_web_port, parse_host
+from florence_onnx.images.decoding import load
 from florence_onnx.images.download import download
-from florence_onnx.images.image import load
 
 PUBLIC, OTHER_PUBLIC = "93.184.216.34", "8.8.4.4"
 PICTURE = Path(__file__).parents[2] / "florence_onnx" / "demo" / "samples" / "scene-1.png"

@@ -13,7 +13,7 @@ from benchmarks.cpu.jobs import Job, Prompt
 from benchmarks.cpu.peers.protocol import UnavailableError
 from florence_onnx import Florence2, GenerationOptions, tasks
 from florence_onnx.errors import MissingExtraError, ProviderError
-from florence_onnx.images import image
+from florence_onnx.images import decoding, preprocessing
 from florence_onnx.prediction import EncodedImage
 
 Features = npt.NDArray[np.float32]
@@ -44,9 +44,11 @@ class OnnxRunner:
         )
 
     def preprocess(self, picture: str) -> Features:
-        self._picture = image.load(picture)
+        self._picture = decoding.load(picture)
         sizes = self._sizes
-        return image.preprocess(self._picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+        return preprocessing.preprocess(
+            self._picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std
+        )
 
     def vision(self, pixel_values: Features) -> Features:
         return self._model._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
