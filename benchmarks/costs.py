@@ -92,7 +92,7 @@ class Costs:
         return -(-side // window) * window
 
     def vision_flops(self) -> int:
-        """Of one picture."""
+        """Of one image."""
         linear = sum(product.flops * count for product, count in self.vision_products().items())
         return linear + self._convolution_flops() + self._attention_flops()
 

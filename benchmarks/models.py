@@ -98,12 +98,12 @@ class Models:
             _run("export", str(checkpoint), str(path), "--force", *options)
         return path
 
-    def resize(self, picture: Path) -> Path:
-        """A picture in the model's size, resized as transformers does it."""
+    def resize(self, image: Path) -> Path:
+        """An image in the model's size, resized as transformers does it."""
         size = Costs.read(self.path("checkpoint")).image_size
-        path = self._work / f"{picture.stem}-{size[0]}x{size[1]}.png"
+        path = self._work / f"{image.stem}-{size[0]}x{size[1]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        decoding.load(picture).resize(size, Image.Resampling.BICUBIC).save(path)
+        decoding.load(image).resize(size, Image.Resampling.BICUBIC).save(path)
         return path
 
     def generation(self) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 ```text
 FlorenceError
 ├── InputError (ValueError)                 what was passed to a call is wrong
-│   ├── ImageError                          the picture
+│   ├── ImageError                          the image
 │   │   ├── ImageNotFoundError (FileNotFoundError)
 │   │   ├── ImageDecodeError                not an image, empty, truncated
 │   │   ├── ImageTooLargeError              more pixels or bytes than allowed
-│   │   └── ImageDownloadError (OSError)    an http(s) URL that did not give a picture
+│   │   └── ImageDownloadError (OSError)    an http(s) URL that did not give an image
 │   ├── UnknownTaskError
 │   ├── TextInputError                      text missing, empty or superfluous
 │   ├── RegionError                         region missing, superfluous or out of range
@@ -37,7 +37,7 @@ class InputError(FlorenceError, ValueError):
 
 
 class ImageError(InputError):
-    """The picture cannot be used."""
+    """The image cannot be used."""
 
 
 class ImageNotFoundError(ImageError, FileNotFoundError):
@@ -49,7 +49,7 @@ class ImageDecodeError(ImageError):
 
 
 class ImageTooLargeError(ImageError):
-    """The picture has more pixels or bytes than allowed."""
+    """The image has more pixels or bytes than allowed."""
 
 
 class ImageDownloadError(ImageError, OSError):

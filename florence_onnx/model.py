@@ -14,7 +14,6 @@ from PIL import Image as PILImage
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
-from florence_onnx.answers.postprocess import parse
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub, memory
 from florence_onnx.bundles.bundle import Bundle
@@ -33,7 +32,7 @@ from florence_onnx.runtime import graph_cache as graph_caches
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.providers import BF16, Options, Provider
 from florence_onnx.runtime.sessions import SessionOptions
-from florence_onnx.tasks import Task
+from florence_onnx.tasks import Task, parse
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
@@ -173,7 +172,7 @@ class Florence2:
 
     def encode(
         self,
-        picture: ImageInput,
+        image: ImageInput,
         *,
         apply_exif: bool = True,
         max_pixels: int = decoding.MAX_PIXELS,
@@ -185,8 +184,8 @@ class Florence2:
         """Runs the vision encoder once, for any number of tasks.
 
         Args:
-            picture: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
-            apply_exif: Whether to turn the picture as its EXIF orientation says; the reference does not.
+            image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
+            apply_exif: Whether to turn the image as its EXIF orientation says; the reference does not.
             max_pixels: Largest width times height to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
             timeout: Seconds for a download, redirects included.
@@ -195,11 +194,11 @@ class Florence2:
             allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
 
         Raises:
-            ImageError: The picture cannot be read.
+            ImageError: The image cannot be read.
             InputError: `allowed_hosts` is malformed.
         """
         loaded = decoding.load(
-            picture,
+            image,
             apply_exif=apply_exif,
             max_pixels=max_pixels,
             max_bytes=max_bytes,
@@ -207,8 +206,8 @@ class Florence2:
             public_only=public_only,
             allowed_hosts=allowed_hosts,
         )
-        # a copy of a caller's own picture: what is drawn later must be what was seen
-        return self._answering.encode(loaded.copy() if loaded is picture else loaded)
+        # a copy of a caller's own image: what is drawn later must be what was seen
+        return self._answering.encode(loaded.copy() if loaded is image else loaded)
 
     @overload
     def run(
@@ -241,7 +240,7 @@ class Florence2:
         region: Region | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]:
-        """Asks one task about one picture.
+        """Asks one task about one image.
 
         Args:
             task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`).
@@ -251,7 +250,7 @@ class Florence2:
             options: Decoding options over the checkpoint's own.
 
         Raises:
-            InputError: The task, picture, text, region or an option is wrong.
+            InputError: The task, image, text, region or an option is wrong.
         """
         return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
 
@@ -266,17 +265,17 @@ class Florence2:
     ) -> list[Prediction[Any]]:
         """Asks several questions in one batch; each answer is what `run` gives.
 
-        A picture that occurs several times, as the same object or the same name, is encoded once.
+        An image that occurs several times, as the same object or the same name, is encoded once.
 
         Args:
-            tasks: One task for all, or one per picture.
-            images: The pictures, loaded or encoded, repeated where several tasks are asked of one.
-            text_inputs: One entry per picture, None where the task takes no text.
-            regions: One entry per picture, None where the task takes no region.
+            tasks: One task for all, or one per image.
+            images: The images, loaded or encoded, repeated where several tasks are asked of one.
+            text_inputs: One entry per image, None where the task takes no text.
+            regions: One entry per image, None where the task takes no region.
             options: Decoding options for all.
 
         Returns:
-            One prediction per picture, in order.
+            One prediction per image, in order.
 
         Raises:
             InputError: As for `run`, or the sequences differ in length.
@@ -293,8 +292,8 @@ class Florence2:
         def search(places: Sequence[int]) -> Search:
             return new_search(len(places), config, [given[place] for place in places])
 
-        pictures = [request.image for request in requests]
-        encoded, sequences = self._answering.answer(pictures, input_ids, attention_mask, search)
+        images = [request.image for request in requests]
+        encoded, sequences = self._answering.answer(images, input_ids, attention_mask, search)
         return [
             self._prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
@@ -334,7 +333,7 @@ class Florence2:
         return logits
 
     def warm_up(self) -> None:
-        """Runs every stage once on a blank picture, so that the first real call is not the slow one.
+        """Runs every stage once on a blank image, so that the first real call is not the slow one.
 
         On a card every shape of a step is captured when it first occurs: here those of a single prompt, greedy and with the
         checkpoint's own beams.
@@ -383,7 +382,7 @@ class Florence2:
     def _prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
         answer = parse(task, text, encoded.size)
-        return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.picture)
+        return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.source_image)
 
 
 def _requests(
@@ -393,9 +392,9 @@ def _requests(
     regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
-        raise InputError("images must be a list of pictures; for a single one call run")
+        raise InputError("images must be a list of images; for a single one call run")
     if isinstance(text_inputs, str):
-        raise InputError("text_inputs must be a list with one entry per picture, got a string")
+        raise InputError("text_inputs must be a list with one entry per image, got a string")
     images = list(images)
     count = len(images)
     columns: Mapping[str, Sequence[Any]] = {
@@ -407,10 +406,10 @@ def _requests(
         if len(column) != count:
             raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
     found = []
-    for task_name, picture, text, region in zip(
+    for task_name, image, text, region in zip(
         columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
     ):
         task = tasks.get(task_name)
         prompt, given = task.format_prompt(text, region), task.format_input(text, region)
-        found.append(_Request(task, prompt, given, picture))
+        found.append(_Request(task, prompt, given, image))
     return found

@@ -1,5 +1,6 @@
-"""`florence_onnx.answers.postprocess` under the name that users import."""
+"""Generated text to results under the name that users import; the code is in `florence_onnx.answers` and `florence_onnx.tasks`."""
 
-from florence_onnx.answers.postprocess import parse, pure_text
+from florence_onnx.answers.postprocess import pure_text
+from florence_onnx.tasks import parse
 
 __all__ = ["parse", "pure_text"]

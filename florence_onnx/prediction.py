@@ -1,4 +1,4 @@
-"""What a model hands back: an encoded picture, and an answer."""
+"""What a model hands back: an encoded image, and an answer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from florence_onnx.tasks import Task
 R = TypeVar("R")
 
 
-def encode_png(picture: PILImage.Image) -> bytes:
-    """A picture as a PNG file, quickly: three times as fast as with Pillow's default level, and little larger."""
+def encode_png(image: PILImage.Image) -> bytes:
+    """An image as a PNG file, quickly: three times as fast as with Pillow's default level, and little larger."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """A picture after the vision encoder, to be asked any number of tasks."""
+    """An image after the vision encoder, to be asked any number of tasks."""
 
     stored: npt.NDArray[np.float32] | DeviceArray = field(repr=False)
     """`(N, D)`, where the vision encoder left them: for a card, in its memory."""
-    picture: PILImage.Image = field(repr=False)
-    """The picture itself, RGB."""
+    source_image: PILImage.Image = field(repr=False)
+    """The image itself, RGB."""
 
     @cached_property
     def image_features(self) -> npt.NDArray[np.float32]:
@@ -44,7 +44,7 @@ class EncodedImage:
     @property
     def size(self) -> tuple[int, int]:
         """`(width, height)` in pixels, the frame of all coordinates."""
-        return self.picture.size
+        return self.source_image.size
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Prediction(Generic[R]):
     """The same in tokens, from the decoder start token on."""
     truncated: bool
     """Whether the token limit cut the answer off; its last item may then be missing or incomplete."""
-    picture: PILImage.Image = field(repr=False, compare=False)
-    """The picture that was asked about, RGB."""
+    source_image: PILImage.Image = field(repr=False, compare=False)
+    """The image that was asked about, RGB."""
 
     @property
     def image(self) -> Image | None:
-        """The annotated picture as fal describes it, in a `data:` URI; None for tasks without geometry."""
+        """The annotated image as fal describes it, in a `data:` URI; None for tasks without geometry."""
         if not self.task.has_image:
             return None
         content = encode_png(self.draw())
@@ -76,12 +76,12 @@ class Prediction(Generic[R]):
             content_type="image/png",
             file_name=f"{self.task.slug}.png",
             file_size=len(content),
-            width=self.picture.width,
-            height=self.picture.height,
+            width=self.source_image.width,
+            height=self.source_image.height,
         )
 
     def draw(self) -> PILImage.Image:
-        """The picture with the answer drawn on it.
+        """The image with the answer drawn on it.
 
         Raises:
             InputError: The task's answer is text.
@@ -90,13 +90,13 @@ class Prediction(Generic[R]):
             raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
         from florence_onnx.answers import draw  # fonts and drawing: not for those who only want results
 
-        return draw.draw(self.picture, self.results)
+        return draw.draw(self.source_image, self.results)
 
     def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:
         """fal's JSON for this answer.
 
         Args:
-            with_image: Whether `image` holds the annotated picture; otherwise it is None, as fal has it when unset.
+            with_image: Whether `image` holds the annotated image; otherwise it is None, as fal has it when unset.
 
         Returns:
             `{"results": …}`, and `"image"` for the tasks where fal has one.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from florence_onnx.answers import postprocess
 from florence_onnx.answers.locations import Region, Size
@@ -51,7 +51,7 @@ class Task(Generic[R]):
     parser: Callable[[str, Size], R]
     """Turns generated text and the image's (width, height) into results."""
     has_image: bool
-    """Whether fal's answer has an `image` (the annotated picture) beside `results`."""
+    """Whether fal's answer has an `image` (the annotated image) beside `results`."""
 
     def __post_init__(self) -> None:
         if self.needs not in ("nothing", "text", "region"):
@@ -315,3 +315,25 @@ def _suggestion(task: object) -> str:
 
 def _plain(name: str) -> str:
     return name.strip(" <>").lower().replace("_", "-").replace(" ", "-")
+
+
+@overload
+def parse(task: Task[R], text: str, size: Size) -> R: ...
+@overload
+def parse(task: str, text: str, size: Size) -> Any: ...
+def parse(task: Task[Any] | str, text: str, size: Size) -> Any:
+    """Turns what the model generated for a task into that task's results.
+
+    Args:
+        task: A constant of `florence_onnx.tasks`, a task of your own, a slug ("object-detection") or a token ("<OD>").
+        text: Generated text with its special and location tokens; any string is accepted.
+        size: (width, height) of the image in pixels.
+
+    Returns:
+        BoundingBoxes, OCRBoundingBox, PolygonOutput or str, as the task says.
+
+    Raises:
+        UnknownTaskError: No task has that slug or token.
+        InputError: `size` is not two positive integers.
+    """
+    return get(task).parser(text, size)

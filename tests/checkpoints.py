@@ -1,7 +1,7 @@
 """Random-weight Florence-2 checkpoints in transformers' native layout, small enough for every test.
 
 transformers' own initialisation makes a model that says the same whatever it sees. The weights drawn here are large enough that
-the picture and the prompt change the answer, which is what a parity test needs.
+the image and the prompt change the answer, which is what a parity test needs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ NO_TORCH = "needs torch and transformers: pip install -e '.[export]'"
 def photographs() -> list[Image.Image]:
     """Photographs of other sizes and aspects, from scikit-image's wheel."""
     data = pytest.importorskip("skimage.data", reason="the photographs come with scikit-image")
-    return [Image.fromarray(np.asarray(picture)) for picture in (data.astronaut(), data.chelsea(), data.coffee())]
+    return [Image.fromarray(np.asarray(image)) for image in (data.astronaut(), data.chelsea(), data.coffee())]
 
 
 @pytest.fixture(autouse=True, scope="session")

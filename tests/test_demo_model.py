@@ -51,20 +51,20 @@ def scenes() -> list[Any]:
     return metrics.make_scenes(UNSEEN_SEED, NUM_SCENES)
 
 
-def ask(model: Florence2, picture: Image.Image, token: str, given: str, options: GenerationOptions | None) -> Any:
+def ask(model: Florence2, image: Image.Image, token: str, given: str, options: GenerationOptions | None) -> Any:
     task = tasks.get(token)
     arguments: dict[str, Any] = {}
     if task.needs == "region":
         arguments["region"] = Region(*map(int, re.findall(r"\d+", given)))
     elif task.needs == "text":
         arguments["text_input"] = given
-    return metrics.from_results(model.run(task, picture, **arguments, options=options).results)
+    return metrics.from_results(model.run(task, image, **arguments, options=options).results)
 
 
 @pytest.mark.parametrize("token", list(FLOORS))
 def test_floors_on_unseen_scenes(token: str, demo: Florence2, scenes: list[Any]) -> None:
-    def predict(picture: Image.Image, task: str, given: str) -> Any:
-        return ask(demo, picture, task, given, GREEDY)
+    def predict(image: Image.Image, task: str, given: str) -> Any:
+        return ask(demo, image, task, given, GREEDY)
 
     figures = metrics.evaluate(predict, scenes, [token])[token]
     print(token, figures)
@@ -79,18 +79,16 @@ TRUTHS = json.loads((SAMPLES / "samples.json").read_text())
 @pytest.mark.parametrize("truth", TRUTHS, ids=[truth["file"] for truth in TRUTHS])
 def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], demo: Florence2) -> None:
     """With the checkpoint's own three beams, from the file, as in the README."""
-    picture = demo.encode(SAMPLES / truth["file"])
-    found = demo.run(tasks.OBJECT_DETECTION, picture).results.bboxes
+    image = demo.encode(SAMPLES / truth["file"])
+    found = demo.run(tasks.OBJECT_DETECTION, image).results.bboxes
     assert sorted(box.label for box in found) == sorted(shape["label"] for shape in truth["objects"])
     for shape in truth["objects"]:
         box = next(box for box in found if box.label == shape["label"])
         assert matching.box_iou((box.x, box.y, box.x + box.w, box.y + box.h), shape["box"]) > 0.7
     word = truth["word"]["text"] if truth["word"] else ""
-    text = demo.run(tasks.OCR, picture).results
+    text = demo.run(tasks.OCR, image).results
     assert text == word
-    assert [box.label for box in demo.run(tasks.OCR_WITH_REGION, picture).results.quad_boxes] == (
-        [word] if word else []
-    )
+    assert [box.label for box in demo.run(tasks.OCR_WITH_REGION, image).results.quad_boxes] == ([word] if word else [])
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -102,18 +100,18 @@ def test_prompt_lookup_gives_the_same_tokens_in_fewer_calls(batched: bool, demo:
     for token in FLOORS:
         asked = metrics.collect_questions(scenes[:6], token)
         task = tasks.get(token)
-        pictures = [demo.encode(scene.image) for scene, _ in asked]
+        images = [demo.encode(scene.image) for scene, _ in asked]
         texts = [question.text for _, question in asked]
         regions = [question.region for _, question in asked]
         for length in (0, 4):
             options = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=length)
             before = decoder.num_runs
             if batched:
-                found = demo.run_batch(task, pictures, text_inputs=texts, regions=regions, options=options)
+                found = demo.run_batch(task, images, text_inputs=texts, regions=regions, options=options)
             else:
                 found = [
-                    demo.run(task, picture, text_input=text, region=region, options=options)
-                    for picture, text, region in zip(pictures, texts, regions, strict=True)
+                    demo.run(task, image, text_input=text, region=region, options=options)
+                    for image, text, region in zip(images, texts, regions, strict=True)
                 ]
             calls[length][token] = decoder.num_runs - before
             answers[length][token] = [each.token_ids for each in found]

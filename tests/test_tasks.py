@@ -166,7 +166,7 @@ def test_a_task_of_ones_own() -> None:
     vqa = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure_text, has_image=False)
     assert tasks.get(vqa) is vqa
     assert vqa.format_prompt(text_input=" how many? ") == "<VQA>how many?"
-    assert postprocess.parse(vqa, "</s><s>two</s>", (640, 480)) == "two"
+    assert tasks.parse(vqa, "</s><s>two</s>", (640, 480)) == "two"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Time per stage and per task: `pytest benchmarks/cpu/bench_stages.py --bundle BUNDLE --picture car.jpg`."""
+"""Time per stage and per task: `pytest benchmarks/cpu/bench_stages.py --bundle BUNDLE --image car.jpg`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions, Region, tasks
-from florence_onnx.answers.postprocess import parse
 from florence_onnx.generation.generate import DecoderSession
 from florence_onnx.images import preprocessing
 from florence_onnx.prediction import EncodedImage
+from florence_onnx.tasks import parse
 
 Ids = npt.NDArray[np.int64]
 
@@ -50,23 +50,23 @@ def prefill(session: DecoderSession, num_beams: int) -> Ids:
     return np.full((num_beams, 1), 5, dtype=np.int64)
 
 
-def test_preprocess(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+def test_preprocess(benchmark: Any, model: Florence2, image: Image.Image) -> None:
     width, height = model.info()["model"]["image_size"]
-    pixel_values = benchmark(preprocessing.preprocess, picture, size=(width, height))
+    pixel_values = benchmark(preprocessing.preprocess, image, size=(width, height))
     assert pixel_values.shape == (1, 3, height, width)
 
 
-def test_vision_encoder(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+def test_vision_encoder(benchmark: Any, model: Florence2, image: Image.Image) -> None:
     size = model.info()["model"]["image_size"]
-    pixel_values = preprocessing.preprocess(picture, size=size)
+    pixel_values = preprocessing.preprocess(image, size=size)
     found = benchmark(model._vision_encoder.run, {"pixel_values": pixel_values})
     assert found["image_features"].ndim == 3
 
 
-def test_encode(benchmark: Any, model: Florence2, picture: Image.Image) -> None:
+def test_encode(benchmark: Any, model: Florence2, image: Image.Image) -> None:
     """Both of the above, as a caller does it."""
-    encoded = benchmark(model.encode, picture)
-    assert encoded.size == picture.size
+    encoded = benchmark(model.encode, image)
+    assert encoded.size == image.size
 
 
 def test_text_encoder(benchmark: Any, model: Florence2, encoded: EncodedImage) -> None:
@@ -96,7 +96,7 @@ def test_step(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
-def test_answer_of_an_encoded_picture(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
+def test_answer_of_an_encoded_image(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
     """Text encoder, prefill, steps and the choosing of tokens."""
     options = GenerationOptions(num_beams=num_beams, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS - 1)
     prediction = benchmark(model.run, tasks.OBJECT_DETECTION, encoded, options=options)
@@ -109,6 +109,6 @@ def test_postprocess(benchmark: Any, token: str) -> None:
 
 
 @pytest.mark.parametrize("slug", list(tasks.TASKS))
-def test_end_to_end(benchmark: Any, model: Florence2, picture: Image.Image, slug: str) -> None:
-    prediction = benchmark(model.run, slug, picture, **ARGUMENTS[tasks.TASKS[slug].needs])
+def test_end_to_end(benchmark: Any, model: Florence2, image: Image.Image, slug: str) -> None:
+    prediction = benchmark(model.run, slug, image, **ARGUMENTS[tasks.TASKS[slug].needs])
     assert prediction.task.slug == slug

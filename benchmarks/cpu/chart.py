@@ -41,8 +41,8 @@ def draw(result: Result) -> Figure:
             label.set(color=_OWN, fontweight="bold")
     left.invert_yaxis()
     title = (
-        f"{result['model']['name']}: one picture to {workload['num_tokens']} tokens, seconds (shorter is better)\n"
-        f"{result['machine']['cpu']}, {workload['threads']} threads; same weights, picture, prompt and number of tokens"
+        f"{result['model']['name']}: one image to {workload['num_tokens']} tokens, seconds (shorter is better)\n"
+        f"{result['machine']['cpu']}, {workload['threads']} threads; same weights, image, prompt and number of tokens"
     )
     figure.suptitle(title, color=_INK, fontsize=11)
     patches = [Patch(color=colour, label=text) for _, text, colour in _PARTS]

@@ -89,7 +89,7 @@ def _beams(workload: Workload, search: str) -> int:
 def _ask(runner: Runner, workload: Workload, clock: Clock, search: str) -> tuple[list[int], Any]:
     """From the file to the tokens, with the stages on the way; also returns the features."""
     start = time.perf_counter()
-    pixel_values = clock.time("preprocess", runner.preprocess, workload.picture)
+    pixel_values = clock.time("preprocess", runner.preprocess, workload.image)
     features = clock.time("vision", runner.vision, pixel_values)
     arguments = (features, workload.first, _beams(workload, search), workload.num_tokens)
     tokens = clock.time(f"answer_{search}", runner.answer, *arguments)
@@ -99,7 +99,7 @@ def _ask(runner: Runner, workload: Workload, clock: Clock, search: str) -> tuple
 
 def _second_task(runner: Runner, workload: Workload, features: Any) -> None:
     if not runner.keeps_features:
-        features = runner.vision(runner.preprocess(workload.picture))
+        features = runner.vision(runner.preprocess(workload.image))
     runner.answer(features, workload.second, 1, workload.num_tokens)
 
 

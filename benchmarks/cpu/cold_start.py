@@ -38,7 +38,7 @@ def memory():
 model = florence_onnx.Florence2.from_pretrained(job["bundle"], **job["load"])
 loaded, after_load = time.monotonic(), memory()
 options = florence_onnx.GenerationOptions(**job["options"])
-prediction = model.run(job["task"], job["picture"], options=options)
+prediction = model.run(job["task"], job["image"], options=options)
 answered, at_end, clock = time.monotonic(), memory(), time.process_time()
 import onnxruntime
 print(json.dumps({
@@ -72,7 +72,7 @@ class ColdStart:
     load_s: float
     """Seconds of `from_pretrained`, the import of ONNX Runtime included."""
     answer_s: float
-    """Seconds of the first answer: picture file, vision encoder, prompt and all tokens."""
+    """Seconds of the first answer: image file, vision encoder, prompt and all tokens."""
     total_s: float
     """Seconds from the start of the process to the answer."""
     processor_s: float
@@ -99,7 +99,7 @@ class ColdStart:
 
 def measure(
     bundle: str | Path,
-    picture: str | Path,
+    image: str | Path,
     *,
     task: str = "<OD>",
     options: Mapping[str, Any] | None = None,
@@ -111,7 +111,7 @@ def measure(
 
     Args:
         bundle: What `from_pretrained` takes.
-        picture: A picture file.
+        image: An image file.
         task: Token or slug.
         options: Of `GenerationOptions`; None leaves the model's own.
         load: Further arguments of `from_pretrained`, as JSON can carry them.
@@ -125,7 +125,7 @@ def measure(
         forget_pages(Path(bundle))
     job = {
         "bundle": str(bundle),
-        "picture": str(picture),
+        "image": str(image),
         "task": task,
         "options": dict(options or {}),
         "load": dict(load or {}),
@@ -183,7 +183,7 @@ def _parse() -> argparse.Namespace:
         prog="python -m benchmarks.cpu.cold_start", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--picture", type=Path, default=samples / "scene-1.png")
+    parser.add_argument("--image", type=Path, default=samples / "scene-1.png")
     parser.add_argument("--task", default="<OD>")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of the answer, forced; greedy")
     parser.add_argument("--repeats", type=int, default=5)
@@ -204,7 +204,7 @@ def main() -> None:
     runs = [
         measure(
             arguments.bundle,
-            arguments.picture,
+            arguments.image,
             task=arguments.task,
             options=options,
             load=load,

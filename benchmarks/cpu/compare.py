@@ -1,6 +1,6 @@
 """`python -m benchmarks.cpu.compare`: this runtime and its peers in turn, in one run, on the same work.
 
-How it is kept fair: the same weights, picture, prompt, generation rules, number of tokens and threads for all; each peer in a fresh
+How it is kept fair: the same weights, image, prompt, generation rules, number of tokens and threads for all; each peer in a fresh
 process, so that neither memory nor thread pools mix; the peers take turns in every round, so that a busy minute hits all of them;
 one answer and one with beams before anything is timed. A peer that cannot run is listed with the reason.
 """
@@ -35,9 +35,9 @@ from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
 from florence_onnx.runtime import cpu
 
-PICTURE = ROOT / "export" / "photograph.jpg"
+IMAGE = ROOT / "export" / "photograph.jpg"
 _console = Console(stderr=True)
-_LARGE_PICTURE = 512
+_LARGE_IMAGE = 512
 """Pixels of a side from which a model is no toy: only then is memory read far beyond the caches."""
 
 
@@ -75,7 +75,7 @@ class Comparison:
 
     def _measure_floor(self) -> None:
         shapes = [[product.rows, product.inner, product.columns] for product in self.costs.vision_products()]
-        is_large = max(self.costs.image_size) >= _LARGE_PICTURE
+        is_large = max(self.costs.image_size) >= _LARGE_IMAGE
         arguments: dict[str, Any] = {"shapes": shapes, "threads": self.workload.threads}
         if not is_large:
             arguments |= {"read_bytes": 64 * 2**20, "seconds": 0.01}
@@ -130,8 +130,8 @@ class Comparison:
 
     def _describe_workload(self) -> dict[str, Any]:
         described = dataclasses.asdict(self.workload)
-        del described["resized_picture"]
-        return {**described, "picture": Path(self.workload.picture).name}
+        del described["resized_image"]
+        return {**described, "image": Path(self.workload.image).name}
 
     def _prompt_tokens(self) -> int:
         tokenizer = Tokenizer.from_file(str(self.models.path("checkpoint") / "tokenizer.json"))
@@ -213,10 +213,10 @@ def _pairs(entries: Sequence[str]) -> dict[str, str]:
     return {name: str(Path(path).absolute()) for name, _, path in pairs}  # resolving would leave the environment
 
 
-def _workload(models: Models, picture: Path, **numbers: int) -> Workload:
+def _workload(models: Models, image: Path, **numbers: int) -> Workload:
     first, second = (Prompt(task.token, task.format_prompt()) for task in (tasks.OBJECT_DETECTION, tasks.CAPTION))
-    resized = models.resize(picture)
-    return Workload(str(picture.resolve()), str(resized), first, second, generation=models.generation(), **numbers)
+    resized = models.resize(image)
+    return Workload(str(image.resolve()), str(resized), first, second, generation=models.generation(), **numbers)
 
 
 def _command() -> str:
@@ -257,7 +257,7 @@ def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path
 def compare(
     size: Annotated[str, typer.Option(help=f"Random-weight checkpoint: {', '.join(SIZES)}.")] = "base",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with real weights, instead of --size.")] = None,
-    picture: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = PICTURE,
+    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = IMAGE,
     tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=4)] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the second search.", min=2)] = 3,
     threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = cpu.num_cores(),
@@ -297,7 +297,7 @@ def compare(
     chosen = choose(names, bundles, [name for name in peer_names.split(",") if name])
     models = Models(str(checkpoint or size), work, bundles=bundles, progress=_console.log)
     launcher = Launcher(threads, timeout, work.resolve(), node, _pairs(interpreter or []))
-    workload = _workload(models, picture, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats)
+    workload = _workload(models, image, num_tokens=tokens, num_beams=beams, threads=threads, repeats=repeats)
     comparison = Comparison(models, chosen, workload, launcher)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being ended is no worse than Ctrl-C
     try:

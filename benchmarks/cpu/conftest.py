@@ -1,4 +1,4 @@
-"""Which bundle and picture are timed."""
+"""Which bundle and image are timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from florence_onnx.prediction import EncodedImage
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bundle", default=DEMO, help="bundle directory, hub repository or demo")
     parser.addoption(
-        "--picture", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="picture to ask about"
+        "--image", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="image to ask about"
     )
     parser.addoption("--device", default="cpu", help="device of the model")
     parser.addoption("--threads", type=int, default=0, help="threads of ONNX Runtime; 0 means its own choice")
@@ -27,10 +27,10 @@ def model(request: pytest.FixtureRequest) -> Florence2:
 
 
 @pytest.fixture(scope="session")
-def picture(request: pytest.FixtureRequest) -> Image.Image:
-    return decoding.load(request.config.getoption("--picture"))
+def image(request: pytest.FixtureRequest) -> Image.Image:
+    return decoding.load(request.config.getoption("--image"))
 
 
 @pytest.fixture(scope="session")
-def encoded(model: Florence2, picture: Image.Image) -> EncodedImage:
-    return model.encode(picture)
+def encoded(model: Florence2, image: Image.Image) -> EncodedImage:
+    return model.encode(image)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES: dict[str, str] = {
-    "preprocess": "picture file to pixel values",
+    "preprocess": "image file to pixel values",
     "vision": "vision encoder",
     "text_encoder": "text encoder alone (ours and OpenVINO: with the cross-attention keys and values)",
     "first_tokens_greedy": "text encoder, prefill and the first two tokens, the forced one and the last, greedy",
     "first_tokens_beams": "the same with beams",
-    "answer_greedy": "all tokens on an encoded picture, greedy",
-    "answer_beams": "all tokens on an encoded picture, with beams",
-    "second_task": "another task on the same picture, greedy; the vision encoder again where features cannot be kept",
-    "end_to_end_greedy": "picture file to all tokens, greedy",
-    "end_to_end_beams": "picture file to all tokens, with beams",
+    "answer_greedy": "all tokens on an encoded image, greedy",
+    "answer_beams": "all tokens on an encoded image, with beams",
+    "second_task": "another task on the same image, greedy; the vision encoder again where features cannot be kept",
+    "end_to_end_greedy": "image file to all tokens, greedy",
+    "end_to_end_beams": "image file to all tokens, with beams",
 }
 """What a child process times, in seconds."""
 
@@ -45,13 +45,13 @@ class Prompt:
 class Workload:
     """What every peer computes, and with how much of the machine."""
 
-    picture: str
+    image: str
     """Path."""
-    resized_picture: str
+    resized_image: str
     """The same in the model's size, for tokens of a peer that resizes in its own way."""
     first: Prompt
     second: Prompt
-    """Asked on the encoded picture."""
+    """Asked on the encoded image."""
     num_tokens: int
     """Tokens that every answer has, the end token included: fewer are forbidden, more impossible."""
     num_beams: int

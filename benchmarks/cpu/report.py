@@ -148,7 +148,7 @@ def _summary(result: Result) -> str:
     workload, machine, model = result["workload"], result["machine"], result["model"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
-        f"{model['name']} ({model['weights']}), one picture {model['image_size'][0]} x {model['image_size'][1]}, prompt "
+        f"{model['name']} ({model['weights']}), one image {model['image_size'][0]} x {model['image_size'][1]}, prompt "
         f"{workload['first']['task']} ({model['prompt_tokens']} tokens), {workload['num_tokens']} forced tokens, greedy and "
         f"{workload['num_beams']} beams, {workload['threads']} threads of {machine['cores']} cores, {result['rounds']} rounds of "
         f"{workload['repeats']} timings. Floor: {result['floor'].get('vision_flops', 0) / 1e9:.0f} GFLOP vision, "

@@ -33,7 +33,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 _CHILD = """
 import json, sys, time
 job = json.load(sys.stdin)
-from florence_onnx import Florence2, GenerationOptions, image
+from florence_onnx import Florence2, GenerationOptions
+from florence_onnx.image import load
 def timed(call):
     wall, processor = time.perf_counter(), time.process_time()
     result = call()
@@ -44,9 +45,9 @@ def note(stage, wall, processor):
     figures[stage] = [min(old[0], wall), min(old[1], processor)]
 model, *times = timed(lambda: Florence2.from_pretrained(job["bundle"], device="cpu", session_options=job["options"]))
 note("load", *times)
-picture = image.load(job["picture"])
+image = load(job["image"])
 for _ in range(job["encodes"] + 1):
-    encoded, *times = timed(lambda: model.encode(picture))
+    encoded, *times = timed(lambda: model.encode(image))
     if _: note("encode", *times)
 for beams in (1, 3):
     options = GenerationOptions(num_beams=beams, max_new_tokens=job["tokens"], min_new_tokens=job["tokens"] - 1)
@@ -92,7 +93,7 @@ def _parse() -> argparse.Namespace:
     samples = Path(__file__).resolve().parents[2] / "florence_onnx" / "demo" / "samples"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.session_options")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--picture", type=Path, default=samples / "scene-1.png")
+    parser.add_argument("--image", type=Path, default=samples / "scene-1.png")
     parser.add_argument("--tokens", type=int, default=24, help="of every answer, forced")
     parser.add_argument("--encodes", type=int, default=1, help="timed per process, after one that is not")
     parser.add_argument("--answers", type=int, default=2, help="timed per process and number of beams")
@@ -105,7 +106,7 @@ def main() -> None:
     """The command."""
     arguments = _parse()
     job = {name: getattr(arguments, name) for name in ("tokens", "encodes", "answers")}
-    job |= {"bundle": str(arguments.bundle), "picture": str(arguments.picture)}
+    job |= {"bundle": str(arguments.bundle), "image": str(arguments.image)}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.only}
     for number in range(arguments.rounds):
         for name, found in runs.items():

@@ -1,7 +1,7 @@
 """What prompt lookup saves: `python -m benchmarks.cpu.speculation [--scenes N] [--bundle DIRECTORY]`.
 
 Every task is asked about the same unseen scenes, greedily, with drafts of several lengths in turn. Counted are decoder
-calls, which do not depend on the machine; the time is this thread's and its helpers', from the encoded picture to the
+calls, which do not depend on the machine; the time is this thread's and its helpers', from the encoded image to the
 answer, so that other programs on the machine count little. The answers are compared token by token.
 """
 
@@ -119,7 +119,7 @@ def main() -> None:
     name = "the demo model" if arguments.bundle == DEMO else Path(arguments.bundle).name
     text = (
         f"Decoder calls with prompt lookup, greedy, {name}, {arguments.scenes} scenes, one thread; time is the ratio "
-        "of processor time from the encoded picture to the answer, without vision.\n"
+        "of processor time from the encoded image to the answer, without vision.\n"
         f"`python -m benchmarks.cpu.speculation --scenes {arguments.scenes}`\n\n{table(measured)}\n"
     )
     line = json.dumps({"scenes": arguments.scenes, "tasks": {name: asdict(each) for name, each in measured.items()}})

@@ -1,8 +1,8 @@
-"""Static against dynamic 8 bits in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE PICTURE [PICTURE…]`.
+"""Static against dynamic 8 bits in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE IMAGE [IMAGE…]`.
 
-Static quantization (ONNX Runtime's QDQ form, ranges from a calibration on pictures) saves finding the range of every activation at
-run time, and pays with ranges that a new picture may leave. Both forms quantize the same `Gemm` nodes with 7-bit weights per
-channel. Printed: the time of each, in turn, and how far the features are from fp32's on pictures that were not calibrated on.
+Static quantization (ONNX Runtime's QDQ form, ranges from a calibration on images) saves finding the range of every activation at
+run time, and pays with ranges that a new image may leave. Both forms quantize the same `Gemm` nodes with 7-bit weights per
+channel. Printed: the time of each, in turn, and how far the features are from fp32's on images that were not calibrated on.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ FORMS = ("fp32", "dynamic", "static")
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
-    def __init__(self, pictures: Sequence[Floats]) -> None:
-        self._pictures = iter(pictures)
+    def __init__(self, images: Sequence[Floats]) -> None:
+        self._images = iter(images)
 
     def get_next(self) -> dict[str, Floats] | None:
-        picture = next(self._pictures, None)
-        return None if picture is None else {"pixel_values": picture}
+        image = next(self._images, None)
+        return None if image is None else {"pixel_values": image}
 
 
 def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
-    """A picture whole, its four quarters, and mirrored: `(1, 3, H, W)` each."""
-    picture = decoding.load(path)
-    width, height = picture.size
+    """An image whole, its four quarters, and mirrored: `(1, 3, H, W)` each."""
+    image = decoding.load(path)
+    width, height = image.size
     boxes = [(0, 0, width, height)]
     boxes += [(x, y, x + width // 2, y + height // 2) for x in (0, width // 2) for y in (0, height // 2)]
     for box in boxes:
-        yield preprocessing.preprocess(picture.crop(box), size=size)
-    yield preprocessing.preprocess(ImageOps.mirror(picture), size=size)
+        yield preprocessing.preprocess(image.crop(box), size=size)
+    yield preprocessing.preprocess(ImageOps.mirror(image), size=size)
 
 
 def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> dict[str, Path]:
@@ -56,7 +56,7 @@ def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> di
 
     Args:
         source: An fp32 bundle.
-        calibration: Pictures as `pixel_values`.
+        calibration: Images as `pixel_values`.
         folder: Where to write.
     """
     paths = {form: folder / form / bundle.VISION_ENCODER for form in FORMS}
@@ -79,7 +79,7 @@ def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> di
     return paths
 
 
-def measure(paths: dict[str, Path], pictures: Sequence[Floats], rounds: int, threads: int) -> dict[str, Any]:
+def measure(paths: dict[str, Path], images: Sequence[Floats], rounds: int, threads: int) -> dict[str, Any]:
     """Seconds and relative errors of each form."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -88,12 +88,12 @@ def measure(paths: dict[str, Path], pictures: Sequence[Floats], rounds: int, thr
         form: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for form, path in paths.items()
     }
-    features = {form: [run(session, picture) for picture in pictures] for form, session in sessions.items()}
+    features = {form: [run(session, image) for image in images] for form, session in sessions.items()}
     seconds: dict[str, list[float]] = {form: [] for form in sessions}
     for _ in range(rounds):
         for form, session in sessions.items():
             start = time.perf_counter()
-            run(session, pictures[0])
+            run(session, images[0])
             seconds[form].append(time.perf_counter() - start)
     return {
         form: {
@@ -107,9 +107,9 @@ def measure(paths: dict[str, Path], pictures: Sequence[Floats], rounds: int, thr
     }
 
 
-def run(session: onnxruntime.InferenceSession, picture: Floats) -> Floats:
-    """The features of one picture."""
-    features: Floats = session.run(None, {"pixel_values": picture})[0]
+def run(session: onnxruntime.InferenceSession, image: Floats) -> Floats:
+    """The features of one image."""
+    features: Floats = session.run(None, {"pixel_values": image})[0]
     return features
 
 
@@ -122,14 +122,14 @@ def main() -> None:
     """Prints a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, help="an fp32 bundle")
-    parser.add_argument("pictures", type=Path, nargs="+", help="the last is kept for the errors and the timing")
+    parser.add_argument("images", type=Path, nargs="+", help="the last is kept for the errors and the timing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=cpu.num_cores())
     arguments = parser.parse_args()
-    if len(arguments.pictures) < 2:
-        parser.error("name at least two pictures: one to calibrate on, one that was not")
+    if len(arguments.images) < 2:
+        parser.error("name at least two images: one to calibrate on, one that was not")
     size = bundle.read(arguments.bundle).sizes.image_size
-    *seen, unseen = ([*views(path, size)] for path in arguments.pictures)
+    *seen, unseen = ([*views(path, size)] for path in arguments.images)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_graphs(arguments.bundle, [view for each in seen for view in each], Path(folder))
         found = measure(paths, unseen, arguments.rounds, arguments.threads)

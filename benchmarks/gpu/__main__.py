@@ -129,7 +129,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also steps that are done")
     parser.add_argument("--budget-s", type=float, default=540.0, help="no step is started or kept running beyond")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="the first must be 1")
-    parser.add_argument("--pictures", type=int, default=3, help="sample pictures whose answers are compared")
+    parser.add_argument("--images", type=int, default=3, help="sample images whose answers are compared")
     parser.add_argument("--quick", action="store_true", help="every figure once, tiny batches: does the code run?")
     parser.add_argument("--list", action="store_true", help="print the names of the steps")
     return parser.parse_args()
@@ -159,7 +159,7 @@ def main() -> None:
         str(arguments.carried.resolve()),
         str(arguments.work.resolve()),
         arguments.quick,
-        arguments.pictures,
+        arguments.images,
         arguments.batches,
     )
     arguments.work.mkdir(parents=True, exist_ok=True)

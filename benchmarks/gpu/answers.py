@@ -29,7 +29,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "text": {"text_input": "red circle"},
     "region": {"region": Region(217, 475, 377, 648)},
 }
-"""What a question has besides its picture, by what its task needs."""
+"""What a question has besides its image, by what its task needs."""
 MAX_NEW_TOKENS = 100
 SEARCHES = {"greedy": 1, "beams": 3}
 NUM_SHOWN = 6
@@ -39,9 +39,9 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Question:
-    """A task about one of the sample pictures."""
+    """A task about one of the sample images."""
 
-    picture: Path
+    image: Path
     task: tasks.Task[Any]
 
     @property
@@ -50,13 +50,13 @@ class Question:
 
     @property
     def name(self) -> str:
-        return f"{self.picture.stem} {self.task.slug}"
+        return f"{self.image.stem} {self.task.slug}"
 
 
-def questions(num_pictures: int) -> list[Question]:
-    """Every task about some pictures."""
-    pictures = sorted(SAMPLES.glob("*.png"))[:num_pictures]
-    return [Question(picture, task) for picture in pictures for task in tasks.TASKS.values()]
+def questions(num_images: int) -> list[Question]:
+    """Every task about some images."""
+    images = sorted(SAMPLES.glob("*.png"))[:num_images]
+    return [Question(image, task) for image in images for task in tasks.TASKS.values()]
 
 
 def share_equal(found: Sequence[Tokens], expected: Sequence[Tokens]) -> dict[str, Any]:
@@ -145,11 +145,11 @@ class _Ours(_Answers):
     def _ask(self, beams: int) -> Iterator[Tokens]:
         options = GenerationOptions(num_beams=beams, max_new_tokens=MAX_NEW_TOKENS)
         for question in self._asked:
-            yield self.model.run(question.task, question.picture, options=options, **question.given).token_ids
+            yield self.model.run(question.task, question.image, options=options, **question.given).token_ids
 
     def score(self, place: int, token_ids: Tokens) -> npt.NDArray[np.float32]:
         question = self._asked[place]
-        return self.model.score_tokens(question.task, question.picture, token_ids, **question.given)
+        return self.model.score_tokens(question.task, question.image, token_ids, **question.given)
 
 
 class _Transformers(_Answers):
@@ -157,7 +157,7 @@ class _Transformers(_Answers):
         self._peer = peer
         self._inputs = []
         for question in asked:
-            with Image.open(question.picture) as opened:
+            with Image.open(question.image) as opened:
                 pixels = peer.pixel_values([opened.convert("RGB")])
             given = question.given
             prompt = question.task.format_prompt(given.get("text_input"), given.get("region"))

@@ -1,4 +1,4 @@
-"""The bars of the GPU path (one H100, Florence-2-large, fp16, one picture of 768 x 768), and where each figure is found."""
+"""The bars of the GPU path (one H100, Florence-2-large, fp16, one image of 768 x 768), and where each figure is found."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def measure(
         num_image_tokens: Of its model.
         device: `cpu`, or `cuda` for both GPU providers.
         variants: Keys of `VARIANTS`.
-        batches: Pictures or prompts at a time.
+        batches: Images or prompts at a time.
         effort: Of each figure.
         figures: Where they go, named `GRAPH VARIANT SIZES`.
     """

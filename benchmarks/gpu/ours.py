@@ -41,11 +41,11 @@ class Load:
     object_tokens: int = 64
     """Of an object detection: ten objects of a word or two, four locations each."""
     num_beams: int = 3
-    pictures: int = 64
+    images: int = 64
     """Of the throughput mode."""
 
 
-SMALL = Load(batches=(1, 2), caption_tokens=5, long_tokens=6, object_tokens=6, pictures=2)
+SMALL = Load(batches=(1, 2), caption_tokens=5, long_tokens=6, object_tokens=6, images=2)
 
 
 def forced(num_beams: int, num_tokens: int) -> GenerationOptions:
@@ -60,7 +60,7 @@ def forced(num_beams: int, num_tokens: int) -> GenerationOptions:
 
 
 class Caller:
-    """A loaded model and the pictures to ask about."""
+    """A loaded model and the images to ask about."""
 
     def __init__(self, bundle: Path, variant: str, load: Load, precision: str | None) -> None:
         arguments = {**VARIANTS[variant], "precision": precision}
@@ -73,7 +73,7 @@ class Caller:
         self._pixels = {"mean": info["model"]["image_mean"], "std": info["model"]["image_std"]}
         with Image.open(PHOTOGRAPH) as opened:
             self._photograph = opened.convert("RGB")
-        self.picture = self._photograph.resize(self._size)
+        self.image = self._photograph.resize(self._size)
 
     def describe(self) -> dict[str, Any]:
         """What the runtime says of itself."""
@@ -81,19 +81,19 @@ class Caller:
         return {name: value for name, value in info.items() if name not in ("path", "model", "source", "verification")}
 
     def preprocess(self) -> None:
-        preprocessing.preprocess(self.picture, size=self._size, **self._pixels)
+        preprocessing.preprocess(self.image, size=self._size, **self._pixels)
 
     def encode(self) -> Any:
-        return self.model.encode(self.picture)
+        return self.model.encode(self.image)
 
-    def answers(self, pictures: Sequence[Any], num_beams: int, num_tokens: int, task: tasks.Task[Any]) -> int:
-        """Asks about all pictures, and returns the number of tokens of the first answer."""
-        found = self.model.run_batch(task, pictures, options=forced(num_beams, num_tokens))
+    def answers(self, images: Sequence[Any], num_beams: int, num_tokens: int, task: tasks.Task[Any]) -> int:
+        """Asks about all images, and returns the number of tokens of the first answer."""
+        found = self.model.run_batch(task, images, options=forced(num_beams, num_tokens))
         return len(found[0].token_ids) - 1
 
-    def different_pictures(self, count: int) -> list[Image.Image]:
-        """Pictures of the model's size that are no copies of one another."""
-        return [self.picture.rotate(360 * index / count) for index in range(count)]
+    def different_images(self, count: int) -> list[Image.Image]:
+        """Images of the model's size that are no copies of one another."""
+        return [self.image.rotate(360 * index / count) for index in range(count)]
 
     def files(self, count: int) -> list[bytes]:
         """As JPEG, so that decoding and scaling are part of the work."""
@@ -148,25 +148,25 @@ def _measure_single(caller: Caller, load: Load, effort: Effort, figures: Figures
     figures.attempt("vision_b1", lambda: _difference(figures, "encode_b1", "preprocess"))
     _measure_steps(caller, load, 1, effort, figures)
     whole = {
-        "caption_b1": partial(caller.answers, [caller.picture], beams, load.caption_tokens, tasks.CAPTION),
-        "caption_greedy_b1": partial(caller.answers, [caller.picture], 1, load.caption_tokens, tasks.CAPTION),
-        "greedy128_b1": partial(caller.answers, [caller.picture], 1, load.long_tokens, tasks.CAPTION),
+        "caption_b1": partial(caller.answers, [caller.image], beams, load.caption_tokens, tasks.CAPTION),
+        "caption_greedy_b1": partial(caller.answers, [caller.image], 1, load.caption_tokens, tasks.CAPTION),
+        "greedy128_b1": partial(caller.answers, [caller.image], 1, load.long_tokens, tasks.CAPTION),
     }
     for name, call in whole.items():
         figures.attempt(name, partial(timed, call, effort))
 
 
 def _measure_batch(caller: Caller, load: Load, batch: int, effort: Effort, figures: Figures) -> None:
-    pictures = caller.different_pictures(batch)
+    images = caller.different_images(batch)
     _measure_steps(caller, load, batch, effort, figures)
     for name, beams in (("caption", load.num_beams), ("caption_greedy", 1)):
-        call = partial(caller.answers, pictures, beams, load.caption_tokens, tasks.CAPTION)
+        call = partial(caller.answers, images, beams, load.caption_tokens, tasks.CAPTION)
         figures.attempt(f"{name}_b{batch}", partial(timed, call, effort))
 
 
 def _measure_steps(caller: Caller, load: Load, batch: int, effort: Effort, figures: Figures) -> None:
-    """A decode step is the difference of two lengths, without the prompt's part; the pictures are encoded already."""
-    encoded = [caller.model.encode(picture) for picture in caller.different_pictures(batch)]
+    """A decode step is the difference of two lengths, without the prompt's part; the images are encoded already."""
+    encoded = [caller.model.encode(image) for image in caller.different_images(batch)]
     for search, beams in (("greedy", 1), ("beams", load.num_beams)):
         short, long = (f"answer_{search}_{count}_b{batch}" for count in (2, load.object_tokens))
         for name, tokens in ((short, 2), (long, load.object_tokens)):
@@ -191,7 +191,7 @@ def _difference(figures: Figures, long: str, short: str, parts: int = 1) -> dict
 
 
 def _measure_throughput(caller: Caller, load: Load, figures: Figures) -> None:
-    files = caller.files(load.pictures)
+    files = caller.files(load.images)
     jobs: dict[str, tuple[int, int, tasks.Task[Any]]] = {
         "captions": (load.num_beams, load.caption_tokens, tasks.CAPTION),
         "captions_greedy": (1, load.caption_tokens, tasks.CAPTION),
@@ -217,9 +217,9 @@ def _measure_device(caller: Caller, load: Load, figures: Figures) -> None:
             call = partial(caller.answers, encoded, beams, tokens, tasks.CAPTION)
             figures.attempt(name, partial(device_time, call))
         figures.attempt(f"step_{search}_b1_device", partial(_device_step, figures, short, long, load.object_tokens - 2))
-    pictures = caller.different_pictures(8)
-    call = partial(caller.answers, pictures, 1, 2, tasks.CAPTION)
-    figures.attempt("two_tokens_of_8_pictures_device", partial(device_time, call))
+    images = caller.different_images(8)
+    call = partial(caller.answers, images, 1, 2, tasks.CAPTION)
+    figures.attempt("two_tokens_of_8_images_device", partial(device_time, call))
 
 
 def _device_step(figures: Figures, short: str, long: str, steps: int) -> dict[str, float]:

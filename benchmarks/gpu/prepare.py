@@ -80,9 +80,9 @@ def export(checkpoint: Path, kind: str, output: Path) -> Path:
 
     loaded = load_checkpoint(checkpoint)
     if kind == PLAIN:
-        export_transformers_js(loaded, output, precision="fp16", pictures=(), progress=print)
+        export_transformers_js(loaded, output, precision="fp16", images=(), progress=print)
     else:
-        export_bundle(loaded, output, precision=kind, pictures=(), progress=print)
+        export_bundle(loaded, output, precision=kind, images=(), progress=print)
     return output
 
 

@@ -1,4 +1,4 @@
-"""transformers on the card, eager and compiled: the same pictures, prompts, searches and numbers of tokens."""
+"""transformers on the card, eager and compiled: the same images, prompts, searches and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ class Transformers:
         for part in (self.model.model.vision_tower, self.model.model.language_model.encoder):
             part.compile(dynamic=False, **backend)
 
-    def pixel_values(self, pictures: Sequence[Image.Image]) -> Any:
+    def pixel_values(self, images: Sequence[Image.Image]) -> Any:
         """`(B, 3, H, W)` on the device, made as our runtime makes them."""
         sizes = self.sizes
         arrays = [
             preprocessing.preprocess(each, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
-            for each in pictures
+            for each in images
         ]
         return self.torch.from_numpy(np.concatenate(arrays)).to(self.device, self._dtype)
 
@@ -124,9 +124,9 @@ class Transformers:
         rows: list[list[int]] = tokens.tolist()
         return rows
 
-    def answers(self, pictures: Sequence[Image.Image], num_beams: int, num_tokens: int) -> int:
-        """From pictures to exactly so many tokens; returns their number."""
-        inputs = self.inputs(self.pixel_values(pictures), [tasks.CAPTION.format_prompt()] * len(pictures))
+    def answers(self, images: Sequence[Image.Image], num_beams: int, num_tokens: int) -> int:
+        """From images to exactly so many tokens; returns their number."""
+        inputs = self.inputs(self.pixel_values(images), [tasks.CAPTION.format_prompt()] * len(images))
         found = self.generate(inputs, num_beams, max_new_tokens=num_tokens, min_new_tokens=num_tokens - 1)
         return len(found[0]) - 1
 
@@ -148,26 +148,24 @@ def measure(
         peer = Transformers(checkpoint, bundles.read(bundle), device, **VARIANTS[variant])
         figures.add("load_s", time.perf_counter() - begin)
         with Image.open(PHOTOGRAPH) as opened:
-            picture = opened.convert("RGB").resize(peer.sizes.image_size)
+            image = opened.convert("RGB").resize(peer.sizes.image_size)
         for batch in load.batches:
-            _measure_batch(peer, [picture] * batch, load, effort, figures)
+            _measure_batch(peer, [image] * batch, load, effort, figures)
             if batch == 1:
                 figures.add("memory_b1", memory.peak())
         figures.add("memory_all", memory.peak())
     if device != "cpu":
-        _measure_device(peer, picture, load, figures)
+        _measure_device(peer, image, load, figures)
 
 
-def _measure_batch(
-    peer: Transformers, pictures: list[Image.Image], load: Load, effort: Effort, figures: Figures
-) -> None:
-    batch = len(pictures)
-    pixel_values = peer.pixel_values(pictures)
+def _measure_batch(peer: Transformers, images: list[Image.Image], load: Load, effort: Effort, figures: Figures) -> None:
+    batch = len(images)
+    pixel_values = peer.pixel_values(images)
     figures.attempt(f"vision_b{batch}", lambda: timed(lambda: peer.vision(pixel_values), effort))
     for search, beams, counts in _searches(peer, batch, load):
         names = [_name(search, count, batch, load) for count in counts]
         for name, count in zip(names, counts, strict=True):
-            figures.attempt(name, partial(timed, partial(peer.answers, pictures, beams, count), effort))
+            figures.attempt(name, partial(timed, partial(peer.answers, images, beams, count), effort))
         if len(counts) > 1:
             steps = counts[-1] - counts[0]
             figures.attempt(f"step_{search}_b{batch}", partial(_difference, figures, names[-1], names[0], steps))
@@ -191,8 +189,8 @@ def _name(search: str, count: int, batch: int, load: Load) -> str:
     return f"whole_{search}_{count}_b{batch}"
 
 
-def _measure_device(peer: Transformers, picture: Image.Image, load: Load, figures: Figures) -> None:
-    pixel_values = peer.pixel_values([picture])
+def _measure_device(peer: Transformers, image: Image.Image, load: Load, figures: Figures) -> None:
+    pixel_values = peer.pixel_values([image])
     figures.attempt("encode_b1_device", partial(device_time, lambda: peer.vision(pixel_values)))
-    call = partial(peer.answers, [picture], load.num_beams, load.caption_tokens)
+    call = partial(peer.answers, [image], load.num_beams, load.caption_tokens)
     figures.attempt("caption_b1_device", partial(device_time, call))

@@ -26,7 +26,7 @@ COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("peak MB, batch 1", "memory_b1", "peak_mb", 1),
     ("peak MB", "memory_all", "peak_mb", 1),
 )
-"""Heading, figure, its field, and pictures: more than one turns a time into a rate."""
+"""Heading, figure, its field, and images: more than one turns a time into a rate."""
 
 
 def markdown(result: Result) -> str:
@@ -85,10 +85,10 @@ def _variant_rows(steps: Mapping[str, Any], size: str) -> list[list[str]]:
     rows = []
     for name in (name for name in names if name.split(":")[1] == size):
         row = [name]
-        for _, key, field, pictures in COLUMNS:
+        for _, key, field, images in COLUMNS:
             value = figure(steps, name, key, field)
-            if value is not None and pictures > 1:
-                value = pictures / value * 1e3
+            if value is not None and images > 1:
+                value = images / value * 1e3
             row.append("" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}")
         rows.append(row)
     return rows

@@ -41,8 +41,8 @@ class Settings:
     work: str
     is_quick: bool = False
     """Each figure once, tiny batches: to see whether the code runs."""
-    num_pictures: int = 3
-    """Sample pictures that are asked about."""
+    num_images: int = 3
+    """Sample images that are asked about."""
     batches: Sequence[int] = field(default_factory=lambda: (1, 8, 32))
 
     @property
@@ -106,7 +106,7 @@ def _start(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _answers(step: Step, settings: Settings, figures: Figures) -> None:
-    asked = answers.questions(1)[::5] if settings.is_quick else answers.questions(settings.num_pictures)
+    asked = answers.questions(1)[::5] if settings.is_quick else answers.questions(settings.num_images)
     answers.compare_demo(settings.device, settings.sources, asked, figures)
 
 
@@ -136,7 +136,7 @@ def _plain(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _lengths(load: Load) -> dict[str, int]:
-    names = ("caption_tokens", "long_tokens", "object_tokens", "num_beams", "pictures")
+    names = ("caption_tokens", "long_tokens", "object_tokens", "num_beams", "images")
     return {name: getattr(load, name) for name in names}
 
 

@@ -21,7 +21,7 @@ from export.demo.scenes import Scene
 from export.verification.agreement import Answer, Comparison
 from export.verification.agreement_report import COLUMNS, Agreement, make_agreement
 from export.verification.answering import Answerer, compare_models, open_bundle, open_reference, resolve_searches
-from export.verification.questions import Picture, Question
+from export.verification.questions import NamedImage, Question
 from florence_onnx import __version__, tasks
 
 DEFAULT_SEED = 20261101
@@ -78,11 +78,11 @@ def score_task(figures: Mapping[str, float]) -> float:
 
 def ask_scenes(scenes: Sequence[Scene], task_tokens: Sequence[str]) -> list[Asked]:
     """The demo's own questions about scenes, a scene after the other, so that each is encoded once."""
-    pictures = {id(scene): Picture(f"scene {number}", scene.image) for number, scene in enumerate(scenes)}
+    images = {id(scene): NamedImage(f"scene {number}", scene.image) for number, scene in enumerate(scenes)}
     asked: dict[int, list[Asked]] = defaultdict(list)
     for token in task_tokens:
         for scene, truth in collect_questions(scenes, token):
-            asked[id(scene)].append(Asked(scene, truth, _to_question(truth, pictures[id(scene)])))
+            asked[id(scene)].append(Asked(scene, truth, _to_question(truth, images[id(scene)])))
     return [each for scene in scenes for each in asked[id(scene)]]
 
 
@@ -143,8 +143,8 @@ def _score(asked: Sequence[Asked], found: Sequence[Answer]) -> Figures:
     }
 
 
-def _to_question(truth: answers.Question, picture: Picture) -> Question:
-    return Question(tasks.get(truth.task), picture, text_input=truth.text, region=truth.region)
+def _to_question(truth: answers.Question, image: NamedImage) -> Question:
+    return Question(tasks.get(truth.task), image, text_input=truth.text, region=truth.region)
 
 
 def _base(name: str) -> str:

@@ -1,6 +1,6 @@
 """What a server holds: `python -m benchmarks.serving.load [--model BUNDLE]`: requests/s and latencies at 1, 4, 16 and 64 clients.
 
-Every client sends its next request when it has the answer to the last, over one kept connection. Every picture differs from every other by
+Every client sends its next request when it has the answer to the last, over one kept connection. Every image differs from every other by
 its bytes, so that no features are taken from the cache. Clients and server share the machine's cores: with more of them, both get
 less. The first seconds at each number of clients are not counted.
 """
@@ -50,19 +50,19 @@ class Tally:
                 self.seconds.append(now - started)
 
 
-def make_body(picture: bytes) -> bytes:
-    """A request whose picture no other request has: what follows a picture's end is not looked at."""
-    unique = picture + next(_ids).to_bytes(8, "big")
+def make_body(image: bytes) -> bytes:
+    """A request whose image no other request has: what follows an image's end is not looked at."""
+    unique = image + next(_ids).to_bytes(8, "big")
     return json.dumps({"image_url": "data:image/png;base64," + base64.b64encode(unique).decode()}).encode()
 
 
-def ask_on(server: Server, task: str, pictures: Sequence[bytes], tally: Tally, end: float) -> None:
+def ask_on(server: Server, task: str, images: Sequence[bytes], tally: Tally, end: float) -> None:
     """One client, until the end."""
     connection = http.client.HTTPConnection(server.host, server.port, timeout=120)
-    for picture in itertools.cycle(pictures):
+    for image in itertools.cycle(images):
         if time.monotonic() > end:
             break
-        body = make_body(picture)
+        body = make_body(image)
         started = time.monotonic()
         connection.request("POST", f"/{APP}/{task}", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -71,11 +71,11 @@ def ask_on(server: Server, task: str, pictures: Sequence[bytes], tally: Tally, e
     connection.close()
 
 
-def measure(server: Server, task: str, num_clients: int, pictures: Sequence[bytes], seconds: float) -> dict[str, Any]:
+def measure(server: Server, task: str, num_clients: int, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
     """One row of the table."""
     begin = time.monotonic() + min(2.0, seconds / 4)
     tally = Tally(begin)
-    arguments = (server, task, pictures, tally, begin + seconds)
+    arguments = (server, task, images, tally, begin + seconds)
     threads = [threading.Thread(target=ask_on, args=arguments) for _ in range(num_clients)]
     for thread in threads:
         thread.start()
@@ -94,14 +94,14 @@ def measure(server: Server, task: str, num_clients: int, pictures: Sequence[byte
     }
 
 
-def in_process(model: str, task: str, pictures: Sequence[Path], repeats: int) -> float:
+def in_process(model: str, task: str, images: Sequence[Path], repeats: int) -> float:
     """Milliseconds of the same question without a server, median."""
     florence = Florence2.from_pretrained(model)
     florence.warm_up()
     taken = []
-    for picture in itertools.islice(itertools.cycle(pictures), repeats):
+    for image in itertools.islice(itertools.cycle(images), repeats):
         started = time.monotonic()
-        florence.run(task, picture).to_dict()
+        florence.run(task, image).to_dict()
         taken.append(time.monotonic() - started)
     return float(np.median(taken)) * 1000
 
@@ -113,15 +113,15 @@ def main() -> None:
     parser.add_argument("--task", default="object-detection")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--pictures", type=Path, nargs="+", default=sorted(SAMPLES.glob("*.png")))
+    parser.add_argument("--images", type=Path, nargs="+", default=sorted(SAMPLES.glob("*.png")))
     arguments, options = parser.parse_known_args()
-    alone = in_process(arguments.model, arguments.task, arguments.pictures, 40)
-    pictures = [path.read_bytes() for path in arguments.pictures]
+    alone = in_process(arguments.model, arguments.task, arguments.images, 40)
+    images = [path.read_bytes() for path in arguments.images]
     rows = []
     with serve(arguments.model, *options) as server:
         for clients in arguments.clients:
-            rows.append(measure(server, arguments.task, clients, pictures, arguments.seconds))
-    print(f"In process, without a picture drawn: {alone:.1f} ms a request (median).\n")
+            rows.append(measure(server, arguments.task, clients, images, arguments.seconds))
+    print(f"In process, without an image drawn: {alone:.1f} ms a request (median).\n")
     print(
         "| clients | requests/s | p50 ms | p95 ms | p99 ms | answers | failures | server MB |\n|---|---|---|---|---|---|---|---|"
     )

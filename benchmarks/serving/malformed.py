@@ -1,6 +1,6 @@
 """What a server does with nonsense: `python -m benchmarks.serving.malformed --requests 10000`.
 
-Broken JSON, wrong types, damaged pictures, addresses that must not be fetched, odd paths, methods and headers, and bytes that are no
+Broken JSON, wrong types, damaged images, addresses that must not be fetched, odd paths, methods and headers, and bytes that are no
 HTTP at all. Prints how often each status came, and memory, threads and open files of the server before and after. Exit code 1: a
 status of 500 or more, or an answer that did not come.
 """
@@ -24,7 +24,7 @@ from benchmarks.serving.servers import Server, serve
 from florence_onnx import tasks
 from florence_onnx.fal.contract import APP
 
-PICTURE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
+IMAGE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
 JPEG = (ROOT / "export" / "photograph.jpg").read_bytes()
 ADDRESSES = (
     *(
@@ -108,9 +108,9 @@ def wrong_types(rng: random.Random) -> bytes:
     return http("POST", endpoint(rng), json.dumps(arguments).encode())
 
 
-def damaged_picture(rng: random.Random) -> bytes:
-    """A picture cut off, or with bytes changed."""
-    content = bytearray(rng.choice((PICTURE, JPEG)))
+def damaged_image(rng: random.Random) -> bytes:
+    """An image cut off, or with bytes changed."""
+    content = bytearray(rng.choice((IMAGE, JPEG)))
     if rng.random() < 0.4:
         del content[rng.randrange(len(content)) :]
     for _ in range(rng.randrange(1, 20)):
@@ -149,7 +149,7 @@ def no_http(rng: random.Random) -> bytes:
     return f"POST /{APP}/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n{{}}".encode()
 
 
-KINDS: tuple[Make, ...] = (broken_json, wrong_types, damaged_picture, bad_address, odd_request, no_http)
+KINDS: tuple[Make, ...] = (broken_json, wrong_types, damaged_image, bad_address, odd_request, no_http)
 
 
 def send(server: Server, content: bytes, *, is_whole: bool) -> str:

@@ -16,13 +16,14 @@ from onnx import TensorProto, helper
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from florence_onnx.bundles.bundle import DECODER_TOP, TEXT_ENCODER, VISION_ENCODER, Bundle
+from florence_onnx.bundles.memory import IMAGE
 from florence_onnx.runtime.tensorrt import profiles
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 """Operators whose output is their input's memory."""
 TOKENS = 4
 """Of a step, in the measurement of what each needs."""
-PICTURES = 4
+IMAGES = 4
 
 
 def measure(bundle: Bundle) -> dict[str, Any]:
@@ -32,20 +33,20 @@ def measure(bundle: Bundle) -> dict[str, Any]:
         bundle: With all graphs written; its description need not be.
 
     Returns:
-        `weights`, bytes by graph; `picture`, bytes of activations for each picture of the vision encoder; `text_encoder`, pairs of a
+        `weights`, bytes by graph; `IMAGE`, bytes of activations for each image of the vision encoder; `text_encoder`, pairs of a
         prompt's tokens and the bytes of activations; `token`, bytes of activations of the decoder for each token of a step.
     """
     paths = bundle.stages(is_resident=True)
     shapes = profiles(bundle, max_batch=1)
     vision, text, decoder = (shapes[name] for name in (VISION_ENCODER, TEXT_ENCODER, DECODER_TOP))
-    pictures = {"pixel_values": (PICTURES, *vision["min"]["pixel_values"][1:])}
+    images = {"pixel_values": (IMAGES, *vision["min"]["pixel_values"][1:])}
     step = {
         name: (shape[0], TOKENS, *shape[2:]) if name in _PER_TOKEN else shape for name, shape in decoder["opt"].items()
     }
     found = {
         name: _measure(path, sizes)
         for name, path, sizes in (
-            (VISION_ENCODER, paths[VISION_ENCODER], [pictures]),
+            (VISION_ENCODER, paths[VISION_ENCODER], [images]),
             (TEXT_ENCODER, paths[TEXT_ENCODER], [text["min"], text["max"]]),
             (DECODER_TOP, paths[DECODER_TOP], [step]),
         )
@@ -53,7 +54,7 @@ def measure(bundle: Bundle) -> dict[str, Any]:
     prompts = [shape["input_ids"][1] for shape in (text["min"], text["max"])]
     return {
         "weights": {name: weights for name, (weights, _) in found.items()},
-        "picture": found[VISION_ENCODER][1][0] // PICTURES,
+        IMAGE: found[VISION_ENCODER][1][0] // IMAGES,
         "text_encoder": [list(pair) for pair in zip(prompts, found[TEXT_ENCODER][1], strict=True)],
         "token": found[DECODER_TOP][1][0] // TOKENS,
     }

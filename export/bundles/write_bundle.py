@@ -102,13 +102,13 @@ def export_bundle(
     *,
     precision: str = "fp32",
     vision_precision: str | None = None,
-    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
+    images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
     """Exports, verifies and writes a bundle; see `export_bundles`."""
     _check_precisions([precision], vision_precision)
-    loaded = [decoding.load(picture) for picture in pictures]  # a bad one must not cost the minutes of an export
+    loaded = [decoding.load(image) for image in images]  # a bad one must not cost the minutes of an export
     with new_directory(Path(output), force=force) as directory:
         graphs, tokens = _write_exact(checkpoint, directory, loaded, progress)
         _finish(checkpoint, directory, precision, vision_precision, loaded, graphs, tokens, progress)
@@ -121,7 +121,7 @@ def export_bundles(
     *,
     precisions: Sequence[str],
     vision_precision: str | None = None,
-    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
+    images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = _silent,
 ) -> list[Bundle]:
@@ -135,7 +135,7 @@ def export_bundles(
         output: The directory to create.
         precisions: Keys of `PRECISIONS`.
         vision_precision: Another precision for the vision encoder of those that are not fp32.
-        pictures: What the verification asks about.
+        images: What the verification asks about.
         force: Whether to replace an existing directory.
         progress: Called with what is done next.
 
@@ -147,7 +147,7 @@ def export_bundles(
         VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
     """
     _check_precisions(precisions, vision_precision)
-    loaded = [decoding.load(picture) for picture in pictures]
+    loaded = [decoding.load(image) for image in images]
     precisions = list(dict.fromkeys(precisions))
     with new_directory(Path(output), force=force) as directory:
         exact = directory / ".exact"
@@ -176,14 +176,14 @@ def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -
 
 
 def _write_exact(
-    checkpoint: Checkpoint, directory: Path, pictures: Sequence[ImageInput], progress: Progress
+    checkpoint: Checkpoint, directory: Path, images: Sequence[ImageInput], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes and verifies the fp32 graphs; returns the errors of each and the token agreement."""
     checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
     write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
     graphs = _write_graphs(checkpoint, directory, progress)
     progress("comparing answers with transformers")
-    return graphs, verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), pictures)
+    return graphs, verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
 
 
 def _finish(
@@ -191,7 +191,7 @@ def _finish(
     directory: Path,
     precision: str,
     vision_precision: str | None,
-    pictures: Sequence[ImageInput],
+    images: Sequence[ImageInput],
     graphs: dict[str, Any],
     tokens: dict[str, Any],
     progress: Progress,
@@ -205,7 +205,7 @@ def _finish(
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
-        tokens = verify.check_tokens(checkpoint, bundle, pictures)
+        tokens = verify.check_tokens(checkpoint, bundle, images)
     description = bundles.describe(
         precision=precision,
         vision_precision=own if own != precision else None,

@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def num_image_tokens(self) -> int:
-        """Rows of `image_features` per picture, 577 for 768 pixels."""
+        """Rows of `image_features` per image, 577 for 768 pixels."""
         return count_image_tokens(self.config, self.preprocessing.image_size)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its weights: how it generates, and how a picture becomes `pixel_values`."""
+"""What a checkpoint says besides its weights: how it generates, and how an image becomes `pixel_values`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _GENERATION_EXTRAS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
+    """How an image becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
 
     Example: `Preprocessing((768, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
     """
@@ -135,7 +135,7 @@ def _side(name: str, values: dict[str, Any]) -> int:
     if isinstance(size, dict) and isinstance(size.get("height"), int) and size.get("height") == size.get("width"):
         return int(size["height"])
     raise CheckpointError(
-        f"{name}: size is {size}; Florence-2 takes square pictures, e.g. {{'height': 768, 'width': 768}}"
+        f"{name}: size is {size}; Florence-2 takes square images, e.g. {{'height': 768, 'width': 768}}"
     )
 
 
@@ -148,7 +148,7 @@ def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float
 
 
 def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
-    """Image tokens of a square picture: the cells of the last stage and one for their mean.
+    """Image tokens of a square image: the cells of the last stage and one for their mean.
 
     Raises:
         CheckpointError: More cells than the position embedding has rows, or none.
@@ -159,7 +159,7 @@ def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> 
         side = (side + 2 * padding - kernel) // stride + 1
     if not 0 < side <= vision.max_position_embeddings:
         raise CheckpointError(
-            f"pictures of {image_size[0]} pixels give {side} cells a side; the checkpoint has positions for 1 to "
+            f"images of {image_size[0]} pixels give {side} cells a side; the checkpoint has positions for 1 to "
             f"{vision.max_position_embeddings}: check `size` in preprocessor_config.json"
         )
     return side * side + 1

@@ -51,7 +51,7 @@ def export(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Picture to verify on; may be repeated. Default: a photograph that comes along."),
+        typer.Option(help="Image to verify on; may be repeated. Default: a photograph that comes along."),
     ] = None,
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build TensorRT engines for the card of this machine too.")
@@ -77,9 +77,9 @@ def export(
                 _console.log(step)
                 status.update(step)
 
-            pictures = image or [PHOTOGRAPH]
+            images = image or [PHOTOGRAPH]
             precisions = precision or ["fp32"]
-            common: dict[str, Any] = {"pictures": pictures, "force": force, "progress": progress}
+            common: dict[str, Any] = {"images": images, "force": force, "progress": progress}
             written: list[Bundle]
             if layout is Layout.TRANSFORMERS_JS:
                 _check_single(precisions, vision_precision)

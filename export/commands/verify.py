@@ -1,4 +1,4 @@
-"""`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on a user's own pictures.
+"""`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on a user's own images.
 
 Exit codes: 0 all well, 1 below a bar, 2 stopped because of the arguments, a model or the disk.
 """
@@ -31,7 +31,7 @@ from ..verification.answering import (
     resolve_searches,
 )
 from ..verification.photograph import PHOTOGRAPH
-from ..verification.questions import Question, find_pictures, load_pictures, make_questions
+from ..verification.questions import Question, find_images, load_images, make_questions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -52,9 +52,9 @@ def verify(
         str, typer.Option(help="What they should agree with: a checkpoint (folder or hub id), or its fp32 bundle.")
     ],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures. Default: a photograph that comes along.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of images. Default: a photograph that comes along.", metavar="DIR")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures to take.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most images to take.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Slug or token; may be repeated. Default: all tasks.")] = None,
     beams: Annotated[
         list[int] | None, typer.Option(help="1 is greedy; may be repeated. Default: greedy, and the checkpoint's own.")
@@ -79,15 +79,15 @@ def verify(
     bars = _bars(min_token_agreement, min_box_f1, min_text_similarity, max_logit_error)
     try:
         asked = [tasks.get(name) for name in dict.fromkeys(task or tasks.TASKS)]
-        pictures = _find(images, limit)
+        named_images = _find(images, limit)
         candidates = [open_bundle(name, precision=precision, device=device) for name in dict.fromkeys(bundle)]
         judge = open_reference(reference, candidates[0].generation, device=device)
         searches = resolve_searches(judge.generation, beams or (), max_new_tokens)
-        questions = _questions(judge, pictures, asked, searches[0])
+        questions = _questions(judge, named_images, asked, searches[0])
         agreements = _measure(judge, candidates, questions, searches)
         failures = find_failures(agreements, bars)
         _print_tables(agreements, to_stderr=json_file == "-")
-        report = _report(judge, len(pictures), agreements, bars, failures)
+        report = _report(judge, len(named_images), agreements, bars, failures)
         _write_json(report, json_file)
     except (FlorenceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -111,21 +111,21 @@ def _bars(tokens: float | None, boxes: float | None, texts: float | None, logits
 def _find(folder: Path | None, limit: int | None) -> list[Path]:
     if folder is None:
         return [PHOTOGRAPH]
-    found, others = find_pictures(folder, limit)
+    found, others = find_images(folder, limit)
     if others:
-        typer.echo(f"not read as pictures: {len(others)} files, such as {others[0]}", err=True)
+        typer.echo(f"not read as images: {len(others)} files, such as {others[0]}", err=True)
     return found
 
 
 def _questions(
-    judge: Answerer, pictures: Sequence[Path], asked: Sequence[tasks.Task[Any]], options: GenerationOptions
+    judge: Answerer, named_images: Sequence[Path], asked: Sequence[tasks.Task[Any]], options: GenerationOptions
 ) -> Iterator[Question]:
     console = Console(stderr=True)
     loaded = track(
-        load_pictures(pictures), "pictures", total=len(pictures), console=console, disable=not console.is_terminal
+        load_images(named_images), "images", total=len(named_images), console=console, disable=not console.is_terminal
     )
-    for picture in loaded:
-        yield from make_questions(picture, asked, lambda question: judge.answer(question, options))
+    for image in loaded:
+        yield from make_questions(image, asked, lambda question: judge.answer(question, options))
 
 
 def _measure(
@@ -155,12 +155,12 @@ def _print_tables(agreements: Sequence[Agreement], *, to_stderr: bool) -> None:
 
 
 def _report(
-    judge: Answerer, num_pictures: int, agreements: Sequence[Agreement], bars: Sequence[Bar], failures: Sequence[str]
+    judge: Answerer, num_images: int, agreements: Sequence[Agreement], bars: Sequence[Bar], failures: Sequence[str]
 ) -> dict[str, Any]:
     kind = "bundle" if isinstance(judge, BundleAnswerer) else "checkpoint"
     return {
         "reference": {"name": judge.name, "kind": kind},
-        "num_pictures": num_pictures,
+        "num_images": num_images,
         "bundles": [agreement.to_dict() for agreement in agreements],
         "bars": {bar.option: bar.value for bar in bars},
         "failures": list(failures),

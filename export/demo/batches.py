@@ -85,7 +85,7 @@ def stream_batches(settings: TrainingSettings, tokenizer: Tokenizer, first_step:
 
 
 def shrink(image: Image.Image) -> Array:
-    """The picture at the model's input size: uint8 (128, 128, 3)."""
+    """The image at the model's input size: uint8 (128, 128, 3)."""
     return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
 

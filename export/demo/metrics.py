@@ -54,7 +54,7 @@ def match_boxes(predicted: Sequence[LabelledBox], true: Sequence[LabelledBox]) -
 
 
 def to_pixels(box: Box, size: tuple[int, int]) -> Box:
-    """A normalised box in pixels of a (width, height) picture."""
+    """A normalised box in pixels of a (width, height) image."""
     width, height = size
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 

@@ -1,6 +1,6 @@
 """Write the sample scenes that ship with the demo model: `python -m export.demo.samples`.
 
-Eight pictures of seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
+Eight images of seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
 with what is in them, in pixels.
 """
 
@@ -64,7 +64,7 @@ def describe(scene: Scene, file_name: str) -> dict[str, Any]:
 
 
 def write_samples(directory: Path) -> None:
-    """Write the pictures and `samples.json`."""
+    """Write the images and `samples.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     truths = []
     for number, spec in enumerate(SPECS, start=1):

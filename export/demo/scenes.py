@@ -85,7 +85,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and all that is in it."""
+    """An image and all that is in it."""
 
     size: tuple[int, int]  # (256, 256), (width, height) in pixels
     background: str  # "dark"
@@ -119,7 +119,7 @@ def make_scene(
         num_shapes: 1 to 4; chosen at random when not given.
 
     Returns:
-        The scene with its picture.
+        The scene with its image.
     """
     with_word = rng.random() < word_probability
     count = num_shapes or rng.choice((1, 2, 2, 3) if with_word else (1, 2, 2, 3, 3, 4))
@@ -143,7 +143,7 @@ def cell_of(box: Box) -> int:
 
 @cache
 def unit_outline(kind: str) -> tuple[Point, ...]:
-    """Vertices of a shape that fills the unit square, clockwise in a picture (y points down)."""
+    """Vertices of a shape that fills the unit square, clockwise in an image (y points down)."""
     if kind == "circle":
         angles = [2 * math.pi * k / 12 for k in range(12)]
         return tuple((0.5 + 0.5 * math.sin(a), 0.5 - 0.5 * math.cos(a)) for a in angles)

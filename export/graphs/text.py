@@ -101,7 +101,7 @@ class _Projection(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Prompt and picture to the cross-attention keys and values of every decoder layer.
+    """Prompt and image to the cross-attention keys and values of every decoder layer.
 
     `input_ids` and `attention_mask` `(P, T)`, `image_features` `(P, N, D)` to key `(P, H, d, E)` and value
     `(P, H, E, d)` of each layer. Keys are transposed, as the decoder's product reads them.

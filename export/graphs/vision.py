@@ -1,7 +1,7 @@
-"""The vision encoder as a torch module, written for export: static picture sizes, no control flow.
+"""The vision encoder as a torch module, written for export: static image sizes, no control flow.
 
 It borrows the weights of a transformers `Florence2ForConditionalGeneration` and computes what its modules compute.
-Shapes use B pictures, N image tokens, C channels of a stage, D columns of the image features.
+Shapes use B images, N image tokens, C channels of a stage, D columns of the image features.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def export_transformers_js(
     output: str | os.PathLike[str],
     *,
     precision: str = "fp32",
-    pictures: Sequence[ImageInput] = (PHOTOGRAPH,),
+    images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> bundles.Bundle:
@@ -66,7 +66,7 @@ def export_transformers_js(
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
         precision: `fp16` halves the weights; the files end in `_fp16`, their inputs and outputs stay fp32.
-        pictures: What the verification asks about, see `verify.check_tokens`.
+        images: What the verification asks about, see `verify.check_tokens`.
         force: Whether to replace an existing directory.
         progress: Called with what is done next.
 
@@ -79,7 +79,7 @@ def export_transformers_js(
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
-    loaded = [decoding.load(picture) for picture in pictures]
+    loaded = [decoding.load(image) for image in images]
     with new_directory(Path(output), force=force) as directory:
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)

@@ -1,6 +1,6 @@
 """How much two models agree, in figures: answer by answer, then summed up. Pure functions, no model is run here.
 
-Geometry is compared in location bins (1000 to a side), so that figures mean the same for every picture size.
+Geometry is compared in location bins (1000 to a side), so that figures mean the same for every image size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Answer:
     results: Any
     """The same, parsed: a result of `florence_onnx.answers.results` or a string."""
     size: tuple[int, int]
-    """`(width, height)` of the picture in pixels, the frame of the results."""
+    """`(width, height)` of the image in pixels, the frame of the results."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def compare_answers(
 
     Args:
         expected: The reference's.
-        answer: The other's, about the same picture.
+        answer: The other's, about the same image.
         num_given: Tokens at the beginning that no model chooses: the decoder start token, and a forced one after it.
         logits: Measured on the same question.
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from florence_onnx.answers.postprocess import parse
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import Bundle
@@ -21,9 +20,10 @@ from florence_onnx.generation.search import opening
 from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
+from florence_onnx.tasks import parse
 
 from .agreement import Answer, Comparison, compare_answers, compare_logits
-from .questions import Picture, Question
+from .questions import NamedImage, Question
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _RECENT = 64
-"""Answers kept: those of one picture, which its other questions are made of."""
+"""Answers kept: those of one image, which its other questions are made of."""
 
 
 class Answerer(Protocol):
@@ -60,9 +60,9 @@ class BundleAnswerer:
         self.precision = bundle.precision
         self.generation = bundle.generation
         self._model = Florence2.from_bundle(bundle, device=device)
-        # a picture is encoded once for all its questions, and searches that give the same tokens are scored once
-        self._encode: Callable[[Picture], EncodedImage] = functools.lru_cache(1)(
-            lambda picture: self._model.encode(picture.image)
+        # an image is encoded once for all its questions, and searches that give the same tokens are scored once
+        self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(
+            lambda image: self._model.encode(image.image)
         )
         self.answer = functools.lru_cache(_RECENT)(self._answer)
         self.score = functools.lru_cache(1)(self._score)
@@ -70,15 +70,15 @@ class BundleAnswerer:
     def _answer(self, question: Question, options: GenerationOptions) -> Answer:
         prediction = self._model.run(
             question.task,
-            self._encode(question.picture),
+            self._encode(question.image),
             text_input=question.text_input,
             region=question.region,
             options=options,
         )
-        return Answer(prediction.token_ids, prediction.text, prediction.results, question.picture.size)
+        return Answer(prediction.token_ids, prediction.text, prediction.results, question.image.size)
 
     def _score(self, question: Question, token_ids: tuple[int, ...]) -> Floats:
-        encoded = self._encode(question.picture)
+        encoded = self._encode(question.image)
         given = {"text_input": question.text_input, "region": question.region}
         return self._model.score_tokens(question.task, encoded, token_ids, **given)  # type: ignore[arg-type]
 
@@ -102,14 +102,14 @@ class CheckpointAnswerer:
     def _run_encoder(self, question: Question) -> Encoded:
         inputs = self._checkpoint.preprocessing
         pixel_values = preprocessing.preprocess(
-            question.picture.image, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std
+            question.image.image, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std
         )
         return self._reference.encode(self._checkpoint, pixel_values, [question.prompt])
 
     def _answer(self, question: Question, options: GenerationOptions) -> Answer:
         (token_ids,) = self._reference.search(self._checkpoint, self._encode(question), options)
         text: str = self._checkpoint.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return Answer(token_ids, text, parse(question.task, text, question.picture.size), question.picture.size)
+        return Answer(token_ids, text, parse(question.task, text, question.image.size), question.image.size)
 
     def _score(self, question: Question, token_ids: tuple[int, ...]) -> Floats:
         return self._reference.score(self._checkpoint, self._encode(question), token_ids)

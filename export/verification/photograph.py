@@ -1,4 +1,4 @@
-"""The picture that comes with the export, to verify on where the user gives none."""
+"""The image that comes with the export, to verify on where the user gives none."""
 
 from pathlib import Path
 

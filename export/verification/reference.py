@@ -33,7 +33,7 @@ def generate(
 
     Args:
         checkpoint: The model.
-        pixel_values: `(B, 3, height, width)`, one picture per prompt.
+        pixel_values: `(B, 3, height, width)`, one image per prompt.
         prompts: B prompts, padded on the right to the longest.
         options: What is not None overrides the checkpoint's defaults; -1 forces no token.
 
@@ -45,7 +45,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures and prompts after transformers' encoder."""
+    """Images and prompts after transformers' encoder."""
 
     hidden_states: torch.Tensor
     """`(B, N + T, D)`."""
@@ -94,7 +94,7 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
 
     Args:
         checkpoint: The model.
-        encoded: One picture and prompt.
+        encoded: One image and prompt.
         token_ids: L tokens from the decoder start token on.
 
     Returns:

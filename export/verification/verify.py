@@ -80,14 +80,14 @@ def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) ->
 
 
 def check_tokens(
-    checkpoint: Checkpoint, bundle: Bundle, pictures: Sequence[ImageInput] = (PHOTOGRAPH,)
+    checkpoint: Checkpoint, bundle: Bundle, images: Sequence[ImageInput] = (PHOTOGRAPH,)
 ) -> dict[str, Any]:
     """Compares whole answers of a bundle with transformers'.
 
     Args:
         checkpoint: The original.
         bundle: Its export.
-        pictures: What to ask about.
+        images: What to ask about.
 
     Returns:
         Per search, how many tokens agree.
@@ -98,7 +98,7 @@ def check_tokens(
     model = Florence2.from_bundle(bundle, device="cpu")
     found = {}
     for name, options in SEARCHES.items():
-        agreement = _token_agreement(checkpoint, bundle, model, pictures, options)
+        agreement = _token_agreement(checkpoint, bundle, model, images, options)
         if bundle.precision in EXACT and not agreement.is_exact:
             raise VerificationError(
                 f"{name} decoding of {bundle.path} gives other tokens than transformers: "
@@ -109,15 +109,15 @@ def check_tokens(
 
 
 def _token_agreement(
-    checkpoint: Checkpoint, bundle: Bundle, model: Florence2, pictures: Sequence[ImageInput], options: GenerationOptions
+    checkpoint: Checkpoint, bundle: Bundle, model: Florence2, images: Sequence[ImageInput], options: GenerationOptions
 ) -> TokenAgreement:
     sizes = bundle.sizes
     equal = total = 0
-    for picture in map(decoding.load, pictures):
-        pixels = preprocessing.preprocess(picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+    for image in map(decoding.load, images):
+        pixels = preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
         for task in TASKS:
             expected = reference.generate(checkpoint, pixels, [task.format_prompt()], options)[0]
-            answer = model.run(task, picture, options=options).token_ids
+            answer = model.run(task, image, options=options).token_ids
             equal += sum(a == b for a, b in zip(expected, answer, strict=False))
             total += max(len(expected), len(answer))
     return TokenAgreement(equal, total)

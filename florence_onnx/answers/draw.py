@@ -1,4 +1,4 @@
-"""A result drawn on its picture: boxes, quad boxes and translucent polygons with labelled tags."""
+"""A result drawn on its image: boxes, quad boxes and translucent polygons with labelled tags."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def draw(
     font_size: int | None = None,
     font: str | os.PathLike[str] | None = None,
 ) -> Image.Image:
-    """Draws a result on a copy of its picture.
+    """Draws a result on a copy of its image.
 
-    A label has the same colour in every picture. Shapes without labels get colours in turn.
+    A label has the same colour in every image. Shapes without labels get colours in turn.
 
     Args:
-        image: The picture that was asked about, in the orientation in which it was.
+        image: The image that was asked about, in the orientation in which it was.
         results: BoundingBoxes, OCRBoundingBox or PolygonOutput, in pixels of `image`.
         line_width: Pixels; by default a 250th of the shorter side, at least 2.
         font_size: Pixels; by default a 32nd of the shorter side, at least 11.
@@ -104,7 +104,7 @@ def draw(
     canvas = image.convert("RGB")
     side = min(canvas.size)
     width = line_width or max(2, round(side / 250))
-    # out of the picture is out of sight, and coordinates far out would overflow Pillow's integers
+    # out of the image is out of sight, and coordinates far out would overflow Pillow's integers
     shapes = [_clip(shape, canvas.size, margin=4 * width) for shape in _make_shapes(results)]
     for shape in sorted(shapes, key=_area, reverse=True):
         _draw_shape(canvas, shape, width)
@@ -157,7 +157,7 @@ def _corners(points: tuple[Point, ...]) -> _Corners:
 
 
 def _clip(shape: _Shape, size: tuple[int, int], margin: int) -> _Shape:
-    """Pulls corners that lie far outside the picture to just outside it."""
+    """Pulls corners that lie far outside the image to just outside it."""
     width, height = size
     clipped = tuple(
         (min(max(x, -margin), width + margin), min(max(y, -margin), height + margin)) for x, y in shape.corners
@@ -187,7 +187,7 @@ def _draw_box(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
     left, top, right, bottom = (round(edge) for edge in shape.bounds)
     if left >= canvas.width or top >= canvas.height or right < 0 or bottom < 0:
         return
-    # an edge on the border of the picture stays visible
+    # an edge on the border of the image stays visible
     left, top = max(left, 0), max(top, 0)
     right, bottom = max(left, min(right, canvas.width) - 1), max(top, min(bottom, canvas.height) - 1)
     ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=shape.colour, width=line_width)
@@ -244,7 +244,7 @@ def _drop_accents(text: str) -> str:
 
 
 class _Tags:
-    """Puts the labels on a picture, each beside its shape and as far as possible not on another."""
+    """Puts the labels on an image, each beside its shape and as far as possible not on another."""
 
     def __init__(self, canvas: Image.Image, font: _Font, line_width: int, is_ascii_only: bool) -> None:
         self._canvas = canvas
@@ -273,7 +273,7 @@ class _Tags:
         self._taken.append(tag)
 
     def _wrap(self, label: str) -> str:
-        """At most three lines, together at most 60 % of the picture's width; control characters become spaces."""
+        """At most three lines, together at most 60 % of the image's width; control characters become spaces."""
         spelled = _drop_accents(label) if self._is_ascii_only else label
         printable = "".join(letter if letter.isprintable() else " " for letter in spelled)
         num_letters = max(8, int(self._canvas.width * 0.6 / max(1, self._letter_width)))

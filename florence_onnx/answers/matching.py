@@ -1,4 +1,4 @@
-"""Geometry of two answers about one picture: overlaps of boxes and masks, and which box belongs to which.
+"""Geometry of two answers about one image: overlaps of boxes and masks, and which box belongs to which.
 
 Boxes are `(x0, y0, x1, y1)` with the origin at the top left, in any unit that both sides share.
 """

@@ -7,7 +7,7 @@ transformers truncates them to integers), apart from three differences:
 2. Labels are stripped of surrounding white space.
 3. Labels keep characters beyond ASCII.
 
-Generated text can be anything (an odd checkpoint, words in a picture that someone planted), so the grammars are walked
+Generated text can be anything (an odd checkpoint, words in an image that someone planted), so the grammars are walked
 from left to right in linear time where the obvious regular expression would be quadratic.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from florence_onnx.answers.locations import Size, from_tokens, to_boxes, to_points
 from florence_onnx.answers.results import (
@@ -27,11 +26,6 @@ from florence_onnx.answers.results import (
     Polygon,
     PolygonOutput,
 )
-
-if TYPE_CHECKING:
-    from florence_onnx.tasks import Task
-
-R = TypeVar("R")
 
 # fmt: off
 BANNED_PHRASES = frozenset({
@@ -53,31 +47,6 @@ _BOX_RUN = re.compile(r"(?:<loc_\d+>){4,}")
 _POLYGON_RUN = re.compile(r"(?:<loc_\d+>|<sep>|<poly>|</poly>){4,}")
 _POLYGON_LABEL_END = re.compile(r"<loc_|<poly>")
 _QUAD_LENGTH = 8
-
-
-@overload
-def parse(task: Task[R], text: str, size: Size) -> R: ...
-@overload
-def parse(task: str, text: str, size: Size) -> Any: ...
-def parse(task: Task[Any] | str, text: str, size: Size) -> Any:
-    """Turns what the model generated for a task into that task's results.
-
-    Args:
-        task: A constant of `florence_onnx.tasks`, a task of your own, a slug ("object-detection") or a token ("<OD>").
-        text: Generated text with its special and location tokens; any string is accepted.
-        size: (width, height) of the image in pixels.
-
-    Returns:
-        BoundingBoxes, OCRBoundingBox, PolygonOutput or str, as the task says.
-
-    Raises:
-        UnknownTaskError: No task has that slug or token.
-        InputError: `size` is not two positive integers.
-    """
-    # tasks imports this module for its parsers, so the registry can only be imported when it is needed
-    from florence_onnx import tasks
-
-    return tasks.get(task).parser(text, size)
 
 
 def pure_text(text: str, size: Size) -> str:

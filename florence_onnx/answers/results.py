@@ -113,7 +113,7 @@ class PolygonOutput:
 
 @dataclass(frozen=True)
 class Image:
-    """fal's description of a picture file (the annotated preview of an answer)."""
+    """fal's description of an image file (the annotated preview of an answer)."""
 
     url: str
     """Where the file can be fetched; a `data:` URI when there is no server."""

@@ -34,9 +34,9 @@ class Answer:
     text: str
     """The text, or all labels, one a line."""
     boxes: tuple[LabelledBox, ...] = ()
-    """Labels and `(x0, y0, x1, y1)` in the picture's pixels; outlines by the box around them."""
+    """Labels and `(x0, y0, x1, y1)` in the image's pixels; outlines by the box around them."""
     outlines: tuple[tuple[float, ...], ...] = ()
-    """Flat `(x, y, x, y, …)` in the picture's pixels."""
+    """Flat `(x, y, x, y, …)` in the image's pixels."""
     is_text: bool = True
     """Whether the task answers with text alone."""
 
@@ -140,7 +140,7 @@ def _unlabelled(boxes: Sequence[LabelledBox]) -> list[LabelledBox]:
 
 
 def _compare_outlines(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
-    """IoU of two unions, drawn into the box around both: the picture's size need not be known."""
+    """IoU of two unions, drawn into the box around both: the image's size need not be known."""
     flat = [value for outline in (*a, *b) for value in outline]
     if not flat:
         return None

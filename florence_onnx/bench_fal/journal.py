@@ -35,7 +35,7 @@ class Finished:
     target: str
     """`Target.identity`."""
     task: str
-    picture: str
+    image: str
     status: int | None
     """HTTP status; None where no answer came."""
     seconds: float
@@ -45,7 +45,7 @@ class Finished:
     when: str
     """End, UTC, ISO 8601."""
     answer: Any = None
-    """The raw answer, but for a picture inside it; see `without_picture`."""
+    """The raw answer, but for an image inside it; see `without_image`."""
     error: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     """The answer's `x-fal-…` headers."""
@@ -58,10 +58,10 @@ class Finished:
         return self.status is not None and 400 <= self.status < 500 and self.status not in _PASSING
 
 
-def without_picture(answer: Any) -> Any:
-    """An answer whose annotated picture, where it is a `data:` URI (ours; fal's is an address), is cut to its size.
+def without_image(answer: Any) -> Any:
+    """An answer whose annotated image, where it is a `data:` URI (ours; fal's is an address), is cut to its size.
 
-    A journal would otherwise grow by a picture a call. Everything else is returned as it is.
+    A journal would otherwise grow by an image a call. Everything else is returned as it is.
     """
     image = answer.get("image") if isinstance(answer, dict) else None
     if not isinstance(image, dict):

@@ -1,4 +1,4 @@
-"""Which calls a comparison makes: pictures x tasks x repeats, each with an id that stays the same over resumptions."""
+"""Which calls a comparison makes: images x tasks x repeats, each with an id that stays the same over resumptions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from florence_onnx.images import decoding, url
 NOT_AT_FAL = frozenset({tasks.REGION_TO_OCR.slug})
 """Tasks of the model for which fal has no endpoint."""
 ANY = "*"
-"""In a file of inputs: every picture, or every task."""
+"""In a file of inputs: every image, or every task."""
 _INPUT_NAMES = ("text_input", "region")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, as all targets get it."""
+class Image:
+    """One image, as all targets get it."""
 
     name: str
     """For people: the file's name or the shortened address."""
@@ -38,7 +38,7 @@ class Picture:
 class Call:
     """One question of one repeat; every target is asked it."""
 
-    picture: Picture
+    image: Image
     task: tasks.Task[Any]
     text_input: str | None
     region: Region | None
@@ -49,7 +49,7 @@ class Call:
     def question(self) -> str:
         """Stable id of the question, the same for all repeats."""
         region = None if self.region is None else list(_corners(self.region).values())
-        parts = json.dumps([self.task.slug, self.picture.digest, self.text_input, region])
+        parts = json.dumps([self.task.slug, self.image.digest, self.text_input, region])
         return f"{self.task.slug}/{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
     @property
@@ -65,7 +65,7 @@ class Call:
     @property
     def arguments(self) -> dict[str, Any]:
         """fal's arguments."""
-        arguments: dict[str, Any] = {"image_url": self.picture.address}
+        arguments: dict[str, Any] = {"image_url": self.image.address}
         if self.text_input is not None:
             arguments["text_input"] = self.text_input
         if self.region is not None:
@@ -78,37 +78,37 @@ class Inputs:
     """Texts and regions of the tasks that need one."""
 
     text: str | None = None
-    """Where `by_picture` has none."""
+    """Where `by_image` has none."""
     region: Region | None = None
-    """Where `by_picture` has none."""
-    by_picture: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Picture (as given, its file name, or `*`) → task slug or `*` → `{"text_input": …}` or `{"region": …}`."""
+    """Where `by_image` has none."""
+    by_image: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """Image (as given, its file name, or `*`) → task slug or `*` → `{"text_input": …}` or `{"region": …}`."""
 
-    def text_for(self, picture: str, task: tasks.Task[Any]) -> str | None:
+    def text_for(self, image: str, task: tasks.Task[Any]) -> str | None:
         """The text for a task that needs one; None for others, or where there is none."""
         if task.needs != "text":
             return None
-        found = self._find(picture, task.slug, "text_input")
+        found = self._find(image, task.slug, "text_input")
         return self.text if found is None else str(found)
 
-    def region_for(self, picture: str, task: tasks.Task[Any]) -> Region | None:
+    def region_for(self, image: str, task: tasks.Task[Any]) -> Region | None:
         """The region for a task that needs one; None for others, or where there is none."""
         if task.needs != "region":
             return None
-        found = self._find(picture, task.slug, "region")
+        found = self._find(image, task.slug, "region")
         return self.region if found is None else _region(found)
 
-    def _find(self, picture: str, slug: str, name: str) -> Any:
-        for key in (picture, Path(picture).name, ANY):
+    def _find(self, image: str, slug: str, name: str) -> Any:
+        for key in (image, Path(image).name, ANY):
             for task in (slug, ANY):
-                found = self.by_picture.get(key, {}).get(task, {}).get(name)
+                found = self.by_image.get(key, {}).get(task, {}).get(name)
                 if found is not None:
                     return found
         return None
 
 
 def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """Reads `Inputs.by_picture` from a JSON file.
+    """Reads `Inputs.by_image` from a JSON file.
 
     Raises:
         InputError: The file cannot be read, or says something else.
@@ -117,9 +117,7 @@ def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the inputs {path}: {error}") from None
-    expected = (
-        f'{path} must be {{"PICTURE or *": {{"TASK or *": {{"text_input": "…" or "region": [x1, y1, x2, y2]}}}}}}'
-    )
+    expected = f'{path} must be {{"IMAGE or *": {{"TASK or *": {{"text_input": "…" or "region": [x1, y1, x2, y2]}}}}}}'
     try:
         entries = [(task, entry) for by_task in content.values() for task, entry in by_task.items()]
         names = {name for _, entry in entries for name in entry}
@@ -135,11 +133,11 @@ def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     return found
 
 
-def make_plan(pictures: Sequence[str], slugs: Sequence[str], inputs: Inputs, num_repeats: int) -> list[Call]:
+def make_plan(images: Sequence[str], slugs: Sequence[str], inputs: Inputs, num_repeats: int) -> list[Call]:
     """Lists the calls, repeat by repeat, so that a budget that ends early still saw every question.
 
     Args:
-        pictures: Paths, `http(s)` URLs or `data:` URIs.
+        images: Paths, `http(s)` URLs or `data:` URIs.
         slugs: Tasks by slug or token.
         inputs: Texts and regions.
         num_repeats: How often each question is asked, at least 1.
@@ -148,33 +146,33 @@ def make_plan(pictures: Sequence[str], slugs: Sequence[str], inputs: Inputs, num
         The calls.
 
     Raises:
-        InputError: A picture cannot be read, a task is unknown, or its text or region is missing.
+        InputError: An image cannot be read, a task is unknown, or its text or region is missing.
     """
     if num_repeats < 1:
         raise InputError(f"repeats must be at least 1, got {num_repeats}")
-    loaded = [read_picture(each) for each in pictures]
+    loaded = [read_image(each) for each in images]
     asked = [tasks.get(slug) for slug in slugs]
     if not loaded or not asked:
-        raise InputError("a comparison needs at least one picture and one task")
+        raise InputError("a comparison needs at least one image and one task")
     first = []
-    for given, picture in zip(pictures, loaded, strict=True):
+    for given, image in zip(images, loaded, strict=True):
         for task in asked:
-            call = Call(picture, task, inputs.text_for(given, task), inputs.region_for(given, task), 0)
+            call = Call(image, task, inputs.text_for(given, task), inputs.region_for(given, task), 0)
             task.format_prompt(call.text_input, call.region)
             first.append(call)
     if len({call.id for call in first}) < len(first):
-        raise InputError("the same picture or task was given twice; repeats are what --repeats is for")
-    return [Call(c.picture, c.task, c.text_input, c.region, repeat) for repeat in range(num_repeats) for c in first]
+        raise InputError("the same image or task was given twice; repeats are what --repeats is for")
+    return [Call(c.image, c.task, c.text_input, c.region, repeat) for repeat in range(num_repeats) for c in first]
 
 
-def read_picture(address: str) -> Picture:
-    """Reads a local picture into a `data:` URI; URLs and `data:` URIs are kept as they are.
+def read_image(address: str) -> Image:
+    """Reads a local image into a `data:` URI; URLs and `data:` URIs are kept as they are.
 
     Raises:
-        ImageError: The file is missing or not a picture.
+        ImageError: The file is missing or not an image.
     """
     if url.is_url(address) or url.is_data_uri(address):
-        return Picture(url.shorten(address), address, hashlib.sha256(address.encode()).hexdigest())
+        return Image(url.shorten(address), address, hashlib.sha256(address.encode()).hexdigest())
     from fal_client import encode_file
 
     decoding.load(address)  # what no target can read is no question
@@ -183,7 +181,7 @@ def read_picture(address: str) -> Picture:
         content = path.read_bytes()
     except OSError as error:
         raise ImageNotFoundError(f"cannot read {path}: {error.strerror}") from None
-    return Picture(path.name, encode_file(path), hashlib.sha256(content).hexdigest())
+    return Image(path.name, encode_file(path), hashlib.sha256(content).hexdigest())
 
 
 def _corners(region: Region) -> dict[str, int]:

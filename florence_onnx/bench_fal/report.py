@@ -24,7 +24,7 @@ _MAX_ERRORS = 20
 """Errors that are listed; all are in the journal."""
 
 FAIRNESS = (
-    "Every target gets the same arguments; a local picture is the same `data:` URI for all. A URL is passed on, and each "
+    "Every target gets the same arguments; a local image is the same `data:` URI for all. A URL is passed on, and each "
     "target downloads it in its own time.",
     "Targets take turns round by round, within a round question after question; one call at a time, each a single HTTP "
     "request: nothing is repeated within a time, and waiting for the rate is not in it.",
@@ -33,15 +33,15 @@ FAIRNESS = (
     "whether fal's runner was cold cannot be told from outside.",
     "A price is mean warm seconds x rate: for fal an upper bound, as it bills compute seconds and not the network; for "
     "our machine what one call at a time costs, while an idle machine costs as much.",
-    "fal and this package draw an annotated picture for the tasks with geometry, a server unless it runs with "
+    "fal and this package draw an annotated image for the tasks with geometry, a server unless it runs with "
     "`--images none`; drawing is in the times.",
-    "In process, no features of a picture are kept from one question to the next: each time holds the vision encoder. A "
+    "In process, no features of an image are kept from one question to the next: each time holds the vision encoder. A "
     "server keeps them unless it runs with `--cache-mb 0`; with the cache, its times are those of further questions "
-    "about a known picture. Whether fal keeps anything is unknown.",
+    "about a known image. Whether fal keeps anything is unknown.",
     NORMALISATION,
     "Boxes are paired one to one, greatest overlap first; outlines count by the box around them, and by the IoU of their "
     "union. Any label means that labels are not looked at. Agreement is not correctness: fal is the reference, not the "
-    "truth. Whether fal turns pictures by their EXIF orientation is unknown: use pictures without one.",
+    "truth. Whether fal turns images by their EXIF orientation is unknown: use images without one.",
 )
 
 
@@ -78,7 +78,7 @@ def to_json(result: Result) -> dict[str, Any]:
         "timing": [dataclasses.asdict(row) for row in result.timing],
         "agreement": [dataclasses.asdict(row) for row in result.agreement],
         "errors": [
-            {"target": name, "call": each.call, "picture": each.picture, "status": each.status, "error": each.error}
+            {"target": name, "call": each.call, "image": each.image, "status": each.status, "error": each.error}
             for name, each in result.errors
         ],
         "remarks": list(FAIRNESS),
@@ -163,7 +163,7 @@ def _render(table: Table) -> str:
 def _summary(result: Result) -> str:
     settings = result.settings
     return (
-        f"{len(settings['pictures'])} pictures x {len(settings['tasks'])} tasks x {settings['repeats']} repeats; targets "
+        f"{len(settings['images'])} images x {len(settings['tasks'])} tasks x {settings['repeats']} repeats; targets "
         f"{', '.join(settings['targets'].values())}. Calls sent to fal so far: {result.num_sent}. Rates: "
         f"${result.rates.fal:g} a second at fal, ${result.rates.own:g} an hour for our machine. florence-onnx {__version__}."
     )
@@ -172,7 +172,7 @@ def _summary(result: Result) -> str:
 def _problems(result: Result) -> list[str]:
     lines = [f"- {name} was left alone: {reason}" for name, reason in result.stopped.items()]
     for name, each in result.errors[:_MAX_ERRORS]:
-        lines.append(f"- {name}, {each.task} of {each.picture}: {each.status or 'no answer'}: {_one_line(each.error)}")
+        lines.append(f"- {name}, {each.task} of {each.image}: {each.status or 'no answer'}: {_one_line(each.error)}")
     if len(result.errors) > _MAX_ERRORS:
         lines.append(f"- and {len(result.errors) - _MAX_ERRORS} more errors, in the journal")
     if result.num_missing:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from florence_onnx.bench_fal.budget import BudgetSpentError
-from florence_onnx.bench_fal.journal import Finished, Journal, without_picture
+from florence_onnx.bench_fal.journal import Finished, Journal, without_image
 from florence_onnx.bench_fal.pace import Clock
 from florence_onnx.bench_fal.plan import Call
 from florence_onnx.bench_fal.targets import Reply, Target
@@ -70,18 +70,18 @@ class Runner:
             call=call.id,
             target=target.identity,
             task=call.task.slug,
-            picture=call.picture.name,
+            image=call.image.name,
             status=reply.status,
             seconds=seconds,
             is_cold=target.name not in self._warm,
             when=self._clock.now().isoformat(timespec="microseconds"),
-            answer=without_picture(reply.answer),
+            answer=without_image(reply.answer),
             error=None if error is None else self._journal.blot(error),
             headers=reply.headers,
         )
         self._journal.write_finished(finished)
         said = finished.error or f"{seconds:.3f} s{' (cold)' if finished.is_cold else ''}"
-        self._progress(f"{target.name}: {call.task.slug} of {call.picture.name}, repeat {call.repeat + 1}: {said}")
+        self._progress(f"{target.name}: {call.task.slug} of {call.image.name}, repeat {call.repeat + 1}: {said}")
         return finished
 
     def _consider(self, target: Target, finished: Finished) -> None:

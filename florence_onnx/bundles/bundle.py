@@ -97,7 +97,7 @@ class ModelSizes:
     vocab_size: int
     """Rows of the language model head, padding rows included."""
     num_image_tokens: int
-    """Rows of `image_features` per picture."""
+    """Rows of `image_features` per image."""
     pad_token_id: int
 
     @property

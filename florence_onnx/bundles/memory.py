@@ -15,8 +15,10 @@ from florence_onnx.bundles.bundle import Bundle
 
 CONTEXT_BYTES = 500 * 2**20
 """CUDA's context and the workspaces of cuBLAS and cuDNN. Assumed: it differs by card and driver."""
-MAX_PICTURES = 8
-"""Pictures that are encoded at a time at most."""
+IMAGE = "picture"
+"""Key of a bundle's `memory` on disk: bytes of activations for each image of the vision encoder. Its name is that of format 3."""
+MAX_IMAGES = 8
+"""Images that are encoded at a time at most."""
 ITEMSIZES = {"fp32": 4, "fp16": 2}
 """Bytes of a number in the caches, by precision."""
 CAPACITY = 256
@@ -81,15 +83,15 @@ def estimate(
     length = sizes.num_image_tokens + num_prompt_tokens
     # keys and values of every layer, for each of a prompt's positions
     position = 2 * sizes.decoder_layers * sizes.width * ITEMSIZES[bundle.precision]
-    pictures = min(MAX_PICTURES, batch)
+    images = min(MAX_IMAGES, batch)
     width, height = sizes.image_size
     features = 4 * sizes.num_image_tokens * sizes.width
     tokens = (
         num_beams + 2
     )  # the usual step and the one that opens an answer: what one needs seldom fits into what the other left
-    activations = facts["picture"] * pictures + _of_text(facts, num_prompt_tokens) + facts["token"] * tokens * batch
+    activations = facts[IMAGE] * images + _of_text(facts, num_prompt_tokens) + facts["token"] * tokens * batch
     buffers = (
-        pictures * (4 * 3 * width * height + features) + (batch + 1) * features + 4 * sizes.vocab_size * tokens * batch
+        images * (4 * 3 * width * height + features) + (batch + 1) * features + 4 * sizes.vocab_size * tokens * batch
     )
     weights = sum(facts["weights"].values())
     return MemoryEstimate(weights, activations, position * (length + capacity) * batch, buffers)

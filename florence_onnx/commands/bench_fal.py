@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.main import exit_on_error, parse_region
+from florence_onnx.commands.arguments import exit_on_error, parse_region
 from florence_onnx.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:  # these need the extra
@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(name="bench-fal")
 def bench_fal(
-    pictures: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="PICTURE…")],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE…")],
     tasks: Annotated[
         str, typer.Option(help="Slugs or tokens, comma-separated.", metavar="TASK,…")
     ] = "object-detection,ocr-with-region,caption",
@@ -63,7 +63,7 @@ def bench_fal(
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help='JSON: {"PICTURE or *": {"TASK or *": {"text_input": "…" or "region": [x1, y1, x2, y2]}}}.'),
+        typer.Option(help='JSON: {"IMAGE or *": {"TASK or *": {"text_input": "…" or "region": [x1, y1, x2, y2]}}}.'),
     ] = None,
     fal_rate: Annotated[float, typer.Option(help="Dollars a second of compute at fal.", min=0)] = 0.00125,
     own_rate: Annotated[float, typer.Option(help="Dollars an hour of our machine.", min=0)] = 0.50,
@@ -85,7 +85,7 @@ def bench_fal(
 
         given = Inputs(text, parse_region(region), read_inputs(inputs) if inputs else {})
         options = Options(
-            plan=make_plan(pictures, tasks.split(","), given, repeats),
+            plan=make_plan(images, tasks.split(","), given, repeats),
             chosen=parse_targets(targets),
             out=out,
             model=model,
@@ -236,7 +236,7 @@ def _report(options: Options, targets: Sequence[Target], journal: Journal, stopp
     found = [(target.name, journal.find(call, target.identity)) for target in targets for call in options.plan]
     result = report.Result(
         settings={
-            "pictures": list(dict.fromkeys(call.picture.name for call in options.plan)),
+            "images": list(dict.fromkeys(call.image.name for call in options.plan)),
             "tasks": list(dict.fromkeys(call.task.slug for call in options.plan)),
             "repeats": 1 + max(call.repeat for call in options.plan),
             "targets": {target.name: target.identity for target in targets},

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.main import exit_on_error
+from florence_onnx.commands.arguments import exit_on_error
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
 from florence_onnx.model import Florence2
@@ -43,16 +43,16 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
     cache_mb: Annotated[
-        int, typer.Option(help="MiB of encoded pictures to keep for further questions; 0 keeps none.", min=0)
+        int, typer.Option(help="MiB of encoded images to keep for further questions; 0 keeps none.", min=0)
     ] = 256,
-    images: Annotated[str, typer.Option(help="Annotated pictures in answers: url, data or none.")] = "url",
+    images: Annotated[str, typer.Option(help="Annotated images in answers: url, data or none.")] = "url",
     public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Web pages of this origin may call; repeatable.")
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="HOST[:PORT] that pictures may come from though it is not public; repeatable."),
+        typer.Option(help="HOST[:PORT] that images may come from though it is not public; repeatable."),
     ] = None,
     certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
     private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
@@ -71,7 +71,7 @@ def serve(
             public_url=public_url,
             origins=tuple(allow_origin or ()),
             service=ServiceSettings(
-                pictures=limits,
+                image_limits=limits,
                 workers=workers,
                 max_batch=max_batch,
                 max_waiting=max_waiting,

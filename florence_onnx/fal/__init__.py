@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image as PILImage
 
 from florence_onnx.fal.client import AsyncClient, AsyncRequestHandle, SyncClient, SyncRequestHandle
-from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_picture
+from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_image
 from florence_onnx.fal.states import (
     Completed,
     FalClientError,
@@ -94,7 +94,7 @@ class _Configuration:
         if not isinstance(model, Florence2):
             name = model if model is not None else os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
             model = Florence2.from_pretrained(name, **options)
-        return Service(model, settings, publish=as_data_uri if has_images else without_picture)
+        return Service(model, settings, publish=as_data_uri if has_images else without_image)
 
 
 _configuration = _Configuration()
@@ -114,9 +114,9 @@ def configure(
     Args:
         model: As `Florence2.from_pretrained` takes it, or a loaded model. None: the environment variable
             `FLORENCE_ONNX_MODEL`, or `onnx-community/Florence-2-large`.
-        images: Whether answers with geometry have the annotated picture, as fal's do, here in a `data:` URI; drawing it takes
+        images: Whether answers with geometry have the annotated image, as fal's do, here in a `data:` URI; drawing it takes
             some milliseconds. Without, `image` is None.
-        settings: Limits of pictures, queue and batches.
+        settings: Limits of images, queue and batches.
         **options: Of `Florence2.from_pretrained`, such as `device`.
     """
     with _configuration.lock:

@@ -26,7 +26,7 @@ MISSING = "missing"
 
 @dataclass(frozen=True)
 class Question:
-    """A request whose arguments are right; the picture was not looked at yet."""
+    """A request whose arguments are right; the image was not looked at yet."""
 
     task: Task[Any]
     image_url: str

@@ -1,4 +1,4 @@
-"""Encoded pictures, kept for further questions."""
+"""Encoded images, kept for further questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from florence_onnx.prediction import EncodedImage
 
 
 class FeatureCache:
-    """Encoded pictures by the digest of their file, the least recently used dropped first. Safe in threads."""
+    """Encoded images by the digest of their file, the least recently used dropped first. Safe in threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -26,7 +26,7 @@ class FeatureCache:
             return found
 
     def put(self, digest: bytes, encoded: EncodedImage) -> None:
-        """Keeps a picture, if it fits."""
+        """Keeps an image, if it fits."""
         size = _num_bytes(encoded)
         with self._lock:
             if size > self._max_bytes or digest in self._kept:

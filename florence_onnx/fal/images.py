@@ -1,4 +1,4 @@
-"""From `image_url` to a decoded picture, within limits, with fal's errors."""
+"""From `image_url` to a decoded image, within limits, with fal's errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _log = logging.getLogger("florence_onnx")
 
 
 @dataclass(frozen=True)
-class PictureLimits:
-    """What is accepted as a picture."""
+class ImageLimits:
+    """What is accepted as an image."""
 
     max_bytes: int = decoding.MAX_BYTES
     """Of a download, a `data:` URI or an upload."""
@@ -32,10 +32,10 @@ class PictureLimits:
     """`host` or `host:port` exempt from that."""
 
 
-class PictureReader:
-    """Reads pictures for one service."""
+class ImageReader:
+    """Reads images for one service."""
 
-    def __init__(self, limits: PictureLimits, find_own: Callable[[str], bytes | None] | None = None) -> None:
+    def __init__(self, limits: ImageLimits, find_own: Callable[[str], bytes | None] | None = None) -> None:
         """Args:
         limits: What is accepted.
         find_own: Gives the content of an address that we serve ourselves, or None; such an address is never fetched.
@@ -44,10 +44,10 @@ class PictureReader:
         self._find_own = find_own
 
     def read(self, image_url: str) -> bytes:
-        """The encoded picture.
+        """The encoded image.
 
         Raises:
-            RequestError: 422, no picture address, or it cannot be fetched, or there are too many bytes.
+            RequestError: 422, no image address, or it cannot be fetched, or there are too many bytes.
         """
         own = self._find_own(image_url) if self._find_own is not None else None
         if own is not None:
@@ -81,10 +81,10 @@ class PictureReader:
         )
 
     def decode(self, content: bytes) -> PILImage.Image:
-        """The picture, upright and RGB.
+        """The image, upright and RGB.
 
         Raises:
-            RequestError: 422, it is no picture, damaged, or too large.
+            RequestError: 422, it is no image, damaged, or too large.
         """
         try:
             return decoding.load(content, max_pixels=self._limits.max_pixels)
@@ -100,5 +100,5 @@ class PictureReader:
 
 
 def _invalid(error: ImageError, kind: str) -> RequestError:
-    _log.info("refused a picture: %s", error)
+    _log.info("refused an image: %s", error)
     return problems.invalid([field_error(["image_url"], str(error), kind)])

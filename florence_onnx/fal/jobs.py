@@ -54,10 +54,10 @@ class Job:
     logs: list[LogLine] = field(default_factory=list)
     future: Future[Answer] = field(default_factory=Future)
     """The answer, or a `RequestError`."""
-    picture: PILImage.Image | None = None
+    image: PILImage.Image | None = None
     """Once it is loaded, until it is encoded."""
     digest: bytes = b""
-    """Of the picture's bytes: equal pictures are encoded once."""
+    """Of the image's bytes: equal images are encoded once."""
     was_fetched: bool = False
     """Whether the caller got the result."""
     _state: State = "IN_QUEUE"
@@ -122,7 +122,7 @@ class Job:
 
     def fail(self, problem: RequestError) -> bool:
         """Ends without one; False if it has ended already."""
-        # a trace holds on to the picture and the arguments for as long as the result is kept
+        # a trace holds on to the image and the arguments for as long as the result is kept
         problem.__traceback__ = problem.__context__ = None
         return self._end(lambda: self.future.set_exception(problem))
 
@@ -135,7 +135,7 @@ class Job:
             if self._state == "COMPLETED":
                 return False
             self._state = "COMPLETED"
-            self.picture = None
+            self.image = None
             self.question = dataclasses.replace(self.question, image_url="")  # often megabytes
         settle()
         self._notify()
@@ -170,6 +170,6 @@ class Figures:
     failed: int
     batches: int
     encoded: int
-    """Pictures that went through the vision encoder."""
+    """Images that went through the vision encoder."""
     reused: int
-    """Pictures whose features were at hand."""
+    """Images whose features were at hand."""

@@ -36,7 +36,7 @@ class RequestError(FlorenceError):
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> RequestError:
-    """422: the arguments, or the picture that they name, cannot be used.
+    """422: the arguments, or the image that they name, cannot be used.
 
     Args:
         errors: As `field_error` makes them.

@@ -1,7 +1,7 @@
 """One model behind a bounded queue: requests that wait together run as one batch.
 
-A request passes three stages, each with threads of its own, so that none waits for another's kind of work: its picture is fetched and
-decoded, the model answers, the annotated picture is drawn. Nobody waits for company: a batch is what is ready at the
+A request passes three stages, each with threads of its own, so that none waits for another's kind of work: its image is fetched and
+decoded, the model answers, the annotated image is drawn. Nobody waits for company: a batch is what is ready at the
 moment when the model is free, so a lone request is as fast as without batches.
 """
 
@@ -20,7 +20,7 @@ from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
 from florence_onnx.fal.feature_cache import FeatureCache
-from florence_onnx.fal.images import PictureLimits, PictureReader
+from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Figures, Job, Priority
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.model import Florence2
@@ -35,13 +35,13 @@ Observe = Callable[[str, float], None]
 
 
 def as_data_uri(prediction: Prediction[Any]) -> Mapping[str, Any] | None:
-    """The annotated picture inside the JSON."""
+    """The annotated image inside the JSON."""
     described: dict[str, Any] | None = to_dict(prediction.image)
     return described
 
 
-def without_picture(prediction: Prediction[Any]) -> None:
-    """No annotated picture: `image` is null."""
+def without_image(prediction: Prediction[Any]) -> None:
+    """No annotated image: `image` is null."""
 
 
 DEVICE_WORKERS = 4
@@ -52,7 +52,7 @@ DEVICE_WORKERS = 4
 class ServiceSettings:
     """How much a service takes on."""
 
-    pictures: PictureLimits = field(default_factory=PictureLimits)
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
     max_waiting: int = 256
     """Requests that wait; more are refused."""
     max_batch: int = 8
@@ -61,11 +61,11 @@ class ServiceSettings:
     """Batches at a time. None: `DEVICE_WORKERS` where the model decodes prompts of all callers together, which late ones join, so that
     more are in flight; else 1, since each batch uses all of the model's threads."""
     loaders: int = 4
-    """Pictures that are fetched and decoded at a time."""
+    """Images that are fetched and decoded at a time."""
     max_loaded: int = 8
-    """Decoded pictures that wait for the model: they are what takes memory."""
+    """Decoded images that wait for the model: they are what takes memory."""
     feature_cache_bytes: int = 256 * 2**20
-    """For pictures that were encoded lately, with their features; 0 keeps none."""
+    """For images that were encoded lately, with their features; 0 keeps none."""
 
 
 class Service:
@@ -84,19 +84,19 @@ class Service:
         model: What answers.
         settings: Limits.
         publish: Makes fal's `image` of an answer; called in a thread of its own.
-        find_own: See `PictureReader`.
+        find_own: See `ImageReader`.
         observe: Told what each stage took.
         """
         self.model = model
         self.settings = settings or ServiceSettings()
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
-        self._reader = PictureReader(self.settings.pictures, find_own)
+        self._reader = ImageReader(self.settings.image_limits, find_own)
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
         self._condition = threading.Condition()
-        self._waiting: list[Job] = []  # accepted, picture not looked at
+        self._waiting: list[Job] = []  # accepted, image not looked at
         self._loading: set[Job] = set()
-        self._ready: list[Job] = []  # picture loaded
+        self._ready: list[Job] = []  # image loaded
         self._running: set[Job] = set()
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
         self._is_open = True
@@ -212,7 +212,7 @@ class Service:
             except RequestError as problem:
                 self._fail(job, problem)
             except Exception:  # noqa: BLE001 - the last resort: one request must not end the thread that serves all
-                _log.exception("request %s: reading the picture failed", job.id)
+                _log.exception("request %s: reading the image failed", job.id)
                 self._fail(job, problems.internal())
             with self._condition:
                 self._loading.discard(job)
@@ -239,7 +239,7 @@ class Service:
         content = self._reader.read(job.question.image_url)
         job.digest = hashlib.sha256(content).digest()
         if self._cache.get(job.digest) is None:
-            job.picture = self._reader.decode(content)
+            job.image = self._reader.decode(content)
         self._note(job, "load", begin)
 
     def _drop_ended(self) -> None:
@@ -279,7 +279,7 @@ class Service:
                 self._running.update(batch)
                 if batch:
                     self._counts["batches"] += 1
-                    self._condition.notify_all()  # there is room for pictures again
+                    self._condition.notify_all()  # there is room for images again
                     break
                 if not self._is_open and not (self._waiting or self._loading or self._ready):
                     return None
@@ -298,7 +298,7 @@ class Service:
         self._decode(alive, encoded)
 
     def _encode(self, batch: Sequence[Job]) -> dict[Job, EncodedImage]:
-        """Runs the vision encoder once for each picture that is not at hand."""
+        """Runs the vision encoder once for each image that is not at hand."""
         by_digest: dict[bytes, EncodedImage] = {}
         encoded = {}
         for job in batch:
@@ -308,19 +308,17 @@ class Service:
             found = by_digest.get(job.digest) or self._cache.get(job.digest)
             is_new = found is None
             if found is None:
-                found = self.model.encode(self._picture(job))
+                found = self.model.encode(self._image(job))
                 self._cache.put(job.digest, found)
             by_digest[job.digest] = encoded[job] = found
-            job.picture = None
+            job.image = None
             self._count("encoded" if is_new else "reused")
             self._note(job, "vision", begin)
         return encoded
 
-    def _picture(self, job: Job) -> Any:
+    def _image(self, job: Job) -> Any:
         # its features were at hand when it was loaded, and were dropped since
-        return (
-            job.picture if job.picture is not None else self._reader.decode(self._reader.read(job.question.image_url))
-        )
+        return job.image if job.image is not None else self._reader.decode(self._reader.read(job.question.image_url))
 
     def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, EncodedImage]) -> None:
         if not jobs:

@@ -1,4 +1,4 @@
-"""Which addresses, ports and host names a picture of a stranger may come from: rules only, no network."""
+"""Which addresses, ports and host names an image of a stranger may come from: rules only, no network."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def is_public(address: str) -> bool:
 
 
 def is_web_port(port: int) -> bool:
-    """Whether pictures may come from a port: 80, 443 or one from 1024 on. Below are mail, SSH and the like."""
+    """Whether images may come from a port: 80, 443 or one from 1024 on. Below are mail, SSH and the like."""
     return port in _DEFAULT_PORTS or 1024 <= port <= 65535
 
 

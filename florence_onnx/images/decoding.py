@@ -79,7 +79,7 @@ def load(
     public_only: bool = False,
     allowed_hosts: Collection[str] = (),
 ) -> Image.Image:
-    """Reads a picture.
+    """Reads an image.
 
     Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Only where that would clip
     (grey of 16 and 32 bits, floats) values are scaled: 16 bits by 1/257; 32 bits and floats stay if they lie within
@@ -88,7 +88,7 @@ def load(
     Args:
         image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from where it stands),
             a PIL image, or an (H,W,3) uint8 array in RGB order.
-        apply_exif: Turn the picture as its EXIF orientation says. The reference does not: pass False to match it.
+        apply_exif: Turn the image as its EXIF orientation says. The reference does not: pass False to match it.
         max_pixels: Largest width times height to accept; looked at before any pixel is decoded.
         max_bytes: Most bytes of a download or a `data:` URI.
         timeout: Seconds for a download, redirects included.
@@ -97,13 +97,13 @@ def load(
         allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
 
     Returns:
-        The picture in mode RGB, decoded. A PIL image that is RGB and upright is returned itself, not a copy.
+        The image in mode RGB, decoded. A PIL image that is RGB and upright is returned itself, not a copy.
 
     Raises:
         ImageNotFoundError: There is no such file.
         ImageDecodeError: The data is not an image, is empty or is truncated.
         ImageTooLargeError: More pixels or bytes than allowed, or Pillow takes it for a decompression bomb.
-        ImageDownloadError: The URL was refused, could not be fetched, or what came is not a picture.
+        ImageDownloadError: The URL was refused, could not be fetched, or what came is not an image.
         InputError: `allowed_hosts` is malformed.
         ImageError: A directory, an unreadable file, or an argument or array of the wrong kind.
     """
@@ -142,7 +142,7 @@ def _decode_download(content: bytes, name: str, apply_exif: bool, max_pixels: in
         return _decode(io.BytesIO(content), name, apply_exif, max_pixels)
     except ImageDecodeError as error:
         beginning = content[:40].decode("latin-1")
-        raise ImageDownloadError(f"the URL gave no picture: {error} (it begins with {beginning!r})") from error
+        raise ImageDownloadError(f"the URL gave no image: {error} (it begins with {beginning!r})") from error
 
 
 def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) -> Image.Image:
@@ -192,7 +192,7 @@ def _decode(stream: BinaryIO, name: str, apply_exif: bool, max_pixels: int) -> I
 
 
 def _remove_metadata(image: Image.Image) -> None:
-    """Makes sure that a picture, upright by now, is not turned once more when it is loaded again."""
+    """Makes sure that an image, upright by now, is not turned once more when it is loaded again."""
     image.info.clear()
     with contextlib.suppress(*_DAMAGED):
         image.getexif().clear()
@@ -235,6 +235,6 @@ def _to_upright_rgb(image: Image.Image, apply_exif: bool) -> Image.Image:
 def _get_orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGED:  # damaged EXIF is no reason to refuse a picture
+    except _DAMAGED:  # damaged EXIF is no reason to refuse an image
         return 1
     return orientation if isinstance(orientation, int) else 1

@@ -1,4 +1,4 @@
-"""Pictures from `http(s)`, with nothing but the standard library.
+"""Images from `http(s)`, with nothing but the standard library.
 
 Imported at the first download: `http.client`, `ssl` and what they need take as long to import as the rest of this package.
 """

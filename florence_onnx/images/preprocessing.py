@@ -23,7 +23,7 @@ def preprocess(
     std: Sequence[float] = IMAGE_STD,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Turns a picture into `pixel_values`, bitwise as transformers does with Pillow.
+    """Turns an image into `pixel_values`, bitwise as transformers does with Pillow.
 
     The aspect ratio is not kept.
 

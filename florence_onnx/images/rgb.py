@@ -10,7 +10,7 @@ from florence_onnx.errors import ImageError, ImageTooLargeError
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture itself if it is RGB, else what `convert("RGB")` gives, with wide grey scaled instead of clipped."""
+    """The image itself if it is RGB, else what `convert("RGB")` gives, with wide grey scaled instead of clipped."""
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -46,7 +46,7 @@ def _to_grey(values: npt.NDArray[np.generic]) -> Image.Image:
         values: (H,W) uint16, int32 or float32, scaled as `load` says; NaN is black, infinite values are the extremes.
 
     Returns:
-        The picture in mode L.
+        The image in mode L.
     """
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]

@@ -1,4 +1,4 @@
-"""Addresses of pictures: told apart, shortened for messages, and `data:` URIs decoded."""
+"""Addresses of images: told apart, shortened for messages, and `data:` URIs decoded."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ ALIGNMENT = 256
 
 
 def padded_count(count: int) -> int:
-    """As how many prompts or pictures so many are run, so that few shapes occur: the least power of two."""
+    """As how many prompts or images so many are run, so that few shapes occur: the least power of two."""
     return 1 << (max(1, count) - 1).bit_length()
 
 

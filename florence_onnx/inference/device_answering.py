@@ -1,4 +1,4 @@
-"""Pictures and prompts to tokens with everything between the graphs on a device."""
+"""Images and prompts to tokens with everything between the graphs on a device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from PIL import Image as PILImage
 
 from florence_onnx.bundles.bundle import ModelSizes
-from florence_onnx.bundles.memory import MAX_PICTURES
+from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import Key, Picture, check, key_of, load, preprocess
+from florence_onnx.inference.answering import AnyImage, Key, check, key_of, load, preprocess
 from florence_onnx.inference.continuous_batching import Job
 from florence_onnx.inference.resident_model import ResidentModel
 from florence_onnx.prediction import EncodedImage
@@ -38,19 +38,19 @@ class DeviceAnswering:
                 f'{needed}; device="cuda" has no such limit'
             )
 
-    def encode(self, picture: PILImage.Image) -> EncodedImage:
-        return EncodedImage(self._resident.encode([preprocess(self._sizes, picture)])[0], picture)
+    def encode(self, image: PILImage.Image) -> EncodedImage:
+        return EncodedImage(self._resident.encode([preprocess(self._sizes, image)])[0], image)
 
     def answer(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[AnyImage],
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
     ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
         places: dict[Key, list[int]] = {}
-        for place, picture in enumerate(pictures):
-            places.setdefault(key_of(picture), []).append(place)
+        for place, image in enumerate(images):
+            places.setdefault(key_of(image), []).append(place)
         encoded: dict[int, EncodedImage] = {}
         order: list[int] = []
 
@@ -58,7 +58,7 @@ class DeviceAnswering:
             return Job(input_ids[place, : attention_mask[place].sum()], features, lambda: new_search([place]))
 
         def jobs() -> Iterator[list[Job]]:
-            for key, each in self._encode_all({key: pictures[found[0]] for key, found in places.items()}):
+            for key, each in self._encode_all({key: images[found[0]] for key, found in places.items()}):
                 features = self._resident.upload(each.stored)
                 encoded.update(dict.fromkeys(places[key], each))
                 order.extend(places[key])
@@ -69,23 +69,23 @@ class DeviceAnswering:
         else:
             answers = self._resident.answer_all(jobs())
         by_place = dict(zip(order, answers, strict=True))
-        everywhere = range(len(pictures))
+        everywhere = range(len(images))
         return [encoded[place] for place in everywhere], [by_place[place] for place in everywhere]
 
-    def _encode_all(self, pictures: Mapping[Key, Picture]) -> Iterator[tuple[Key, EncodedImage]]:
-        """Encodes in batches; the pictures of the next batch are decoded and scaled meanwhile, on all cores."""
+    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage]]:
+        """Encodes in batches; the images of the next batch are decoded and scaled meanwhile, on all cores."""
         raw: list[tuple[Key, ImageInput]] = []
-        for key, picture in pictures.items():
-            if isinstance(picture, EncodedImage):
-                yield key, check(self._sizes, picture)
+        for key, image in images.items():
+            if isinstance(image, EncodedImage):
+                yield key, check(self._sizes, image)
             else:
-                raw.append((key, picture))
+                raw.append((key, image))
 
         def prepare(pair: tuple[Key, ImageInput]) -> tuple[Key, PILImage.Image, Floats]:
             loaded = load(pair[1])
             return pair[0], loaded, preprocess(self._sizes, loaded)
 
-        for portion in in_portions(prepare, raw, MAX_PICTURES):
+        for portion in in_portions(prepare, raw, MAX_IMAGES):
             features = self._resident.encode([pixels for *_, pixels in portion])
             for (key, loaded, _), stored in zip(portion, features, strict=True):
                 yield key, EncodedImage(stored, loaded)

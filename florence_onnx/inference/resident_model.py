@@ -1,4 +1,4 @@
-"""The stages with everything on the device: pictures in, features that stay there, answers out."""
+"""The stages with everything on the device: images in, features that stay there, answers out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ResidentVision:
         self._batches: dict[int, _VisionBatch] = {}
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Encodes up to `MAX_PICTURES` pictures in one run; in several where the memory does not suffice for one.
+        """Encodes up to `MAX_IMAGES` images in one run; in several where the memory does not suffice for one.
 
         Args:
             pixel_values: `(1, 3, H, W)` each.
@@ -46,7 +46,7 @@ class ResidentVision:
             Features `(N, D)` float32 of each.
 
         Raises:
-            DeviceMemoryError: There is not enough memory for a single picture.
+            DeviceMemoryError: There is not enough memory for a single image.
             ProviderError: The provider failed.
         """
         count = padded_count(len(pixel_values))
@@ -59,18 +59,18 @@ class ResidentVision:
             self._batches.pop(count, None)
             if len(pixel_values) == 1:
                 raise
-            _log.warning("%d pictures at a time do not fit: %s", len(pixel_values), error)
+            _log.warning("%d images at a time do not fit: %s", len(pixel_values), error)
         half = count // 2
         return self.encode(pixel_values[:half]) + self.encode(pixel_values[half:])
 
 
 class _VisionBatch:
-    """Buffers and binding for so many pictures."""
+    """Buffers and binding for so many images."""
 
-    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, count: int, picture: tuple[int, ...]) -> None:
+    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, count: int, image: tuple[int, ...]) -> None:
         memory = engine.memory
         self._memory = memory
-        self._staging: Floats = np.zeros((count, *picture), dtype=np.float32)
+        self._staging: Floats = np.zeros((count, *image), dtype=np.float32)
         _pin(memory, self._staging)
         self._pixels = memory.allocate(self._staging.shape, np.float32)
         self._features = memory.allocate((count, sizes.num_image_tokens, sizes.width), np.float32)
@@ -99,7 +99,7 @@ def _pin(memory: DeviceMemory, array: Floats) -> None:
         try:
             memory.pin(array)
         except ProviderError as error:
-            _log.info("pictures are copied to the device from memory that is not pinned: %s", error)
+            _log.info("images are copied to the device from memory that is not pinned: %s", error)
 
 
 class ResidentModel:
@@ -159,7 +159,7 @@ class ResidentModel:
             self._batch.discard(jobs)
 
     def answer_all(self, arriving: Iterable[Sequence[Job]]) -> list[GeneratedSequence]:
-        """Answers prompts while more of them are made: pictures are encoded while others are asked about.
+        """Answers prompts while more of them are made: images are encoded while others are asked about.
 
         Args:
             arriving: Jobs in portions; iterated over in a thread of its own.

@@ -28,7 +28,7 @@ TO_DEVICE, TO_HOST, WITHIN_DEVICE = 1, 2, 3
 OUT_OF_MEMORY = 2
 """`cudaErrorMemoryAllocation`."""
 MAX_KEPT = 64 * 2**20
-"""Bytes of dropped tensors that are kept for others: features of some pictures, and not the buffers of many prompts."""
+"""Bytes of dropped tensors that are kept for others: features of some images, and not the buffers of many prompts."""
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaSetDevice": (ctypes.c_int,),

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 from florence_onnx.bundles.bundle import DECODER_TOP, DESCRIPTION, TEXT_ENCODER, VISION_ENCODER, Bundle
-from florence_onnx.bundles.memory import MAX_PICTURES
+from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import InputError, ProviderError
 from florence_onnx.runtime import cuda
 from florence_onnx.runtime.cuda import Card
@@ -138,7 +138,7 @@ def profiles(bundle: Bundle, max_batch: int) -> dict[str, dict[str, dict[str, tu
     return {
         VISION_ENCODER: {
             name: {"pixel_values": (count, 3, height, width)}
-            for name, count in (("min", 1), ("opt", 1), ("max", MAX_PICTURES))
+            for name, count in (("min", 1), ("opt", 1), ("max", MAX_IMAGES))
         },
         TEXT_ENCODER: {
             name: {"input_ids": (1, length), "attention_mask": (1, length), "image_features": features}

@@ -12,7 +12,7 @@ from typing import Any
 from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
-from florence_onnx.fal.service import Publish, Service, as_data_uri, without_picture
+from florence_onnx.fal.service import Publish, Service, as_data_uri, without_image
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import Prediction, encode_png
 from florence_onnx.server.file_store import FileStore
@@ -37,7 +37,7 @@ class ServerContext:
         self.metrics = Metrics()
         self.files = FileStore(settings.max_files_bytes)
         self.results = ResultsStore(settings.max_results, settings.result_seconds)
-        publishers: dict[str, Publish] = {"url": self._publish, "data": as_data_uri, "none": without_picture}
+        publishers: dict[str, Publish] = {"url": self._publish, "data": as_data_uri, "none": without_image}
         self.service = Service(
             model,
             settings.service,
@@ -102,22 +102,22 @@ class ServerContext:
         return described
 
     def body(self, job: Job, base_url: str, *, with_extra: bool = False) -> dict[str, Any]:
-        """The JSON of an answer; pictures that we serve get whole addresses.
+        """The JSON of an answer; images that we serve get whole addresses.
 
         Raises:
             RequestError: The request ended without an answer.
         """
         answer = job.future.result(0)
         body = dict(answer.body)
-        picture = body.get("image")
-        if picture and picture["url"].startswith("/"):
-            body["image"] = {**picture, "url": base_url + picture["url"]}
+        image = body.get("image")
+        if image and image["url"].startswith("/"):
+            body["image"] = {**image, "url": base_url + image["url"]}
         return {**body, "extra": answer.extra} if with_extra else body
 
     def _publish(self, prediction: Prediction[Any]) -> Mapping[str, Any]:
         content = encode_png(prediction.draw())
         name = f"{prediction.task.slug}.png"
-        width, height = prediction.picture.size
+        width, height = prediction.source_image.size
         address = self.files.put(content, name, "image/png")
         described: dict[str, Any] = to_dict(Image(address, "image/png", name, len(content), width, height))
         return described

@@ -1,4 +1,4 @@
-"""Uploads and annotated pictures, under names that cannot be guessed."""
+"""Uploads and annotated images, under names that cannot be guessed."""
 
 from __future__ import annotations
 

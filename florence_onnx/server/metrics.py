@@ -74,9 +74,7 @@ class _ServiceCollector(Collector):
         ended.add_metric(["answered"], found.finished)
         ended.add_metric(["failed"], found.failed)
         yield ended
-        pictures = CounterMetricFamily(
-            "florence_pictures", "Pictures by where their features came from", labels=["from"]
-        )
-        pictures.add_metric(["encoder"], found.encoded)
-        pictures.add_metric(["cache"], found.reused)
-        yield pictures
+        images = CounterMetricFamily("florence_images", "Images by where their features came from", labels=["from"])
+        images.add_metric(["encoder"], found.encoded)
+        images.add_metric(["cache"], found.reused)
+        yield images

@@ -127,7 +127,7 @@ class _Request:
         """Of its body."""
         settings = self._context.settings
         is_upload = self.scope["path"].startswith(("/files/", "/storage/"))
-        return settings.service.pictures.max_bytes if is_upload else settings.max_body_bytes
+        return settings.service.image_limits.max_bytes if is_upload else settings.max_body_bytes
 
     def check_announced_length(self) -> None:
         """Refuses before a byte is read."""

@@ -9,7 +9,7 @@ from florence_onnx.fal.contract import APP, MAX_BIN
 from florence_onnx.tasks import Task
 
 Schema = dict[str, Any]
-EXAMPLE_PICTURE = (
+EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mO8"
     "o6HBQApgYiARjGoY1TB0NAAAyVkBTB15Un8AAAAASUVORK5CYII="
 )
@@ -62,7 +62,7 @@ def output_name(task: Task[Any]) -> str:
 
 def schemas() -> dict[str, Schema]:
     """Inputs, outputs and errors by title."""
-    image_url = {**_string("The URL of the image to be processed."), "examples": [EXAMPLE_PICTURE]}
+    image_url = {**_string("The URL of the image to be processed."), "examples": [EXAMPLE_IMAGE]}
     text_input = _string("Text input for the task")
     region = {"$ref": "#/components/schemas/Region", "description": "The user input coordinates"}
     box = {
@@ -83,7 +83,7 @@ def schemas() -> dict[str, Schema]:
         for axis in "XY"
     }
     points = {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "number"}}}
-    picture = {
+    image = {
         "url": _string("The URL where the file can be downloaded from."),
         "content_type": _optional("string", "The mime type of the file."),
         "file_name": _optional("string", "The name of the file."),
@@ -112,7 +112,7 @@ def schemas() -> dict[str, Schema]:
             "Polygon", {"points": {**points, "description": "List of points"}, "label": _string("Label of the polygon")}
         ),
         "TextOutput": _object("TextOutput", {"results": _string("Results from the model")}),
-        "Image": _object("Image", picture, required=["url"]),
+        "Image": _object("Image", image, required=["url"]),
         "Error": _object("Error", {"detail": {}, "error_type": _string("Kind of the error")}, required=["detail"]),
         "QueueStatus": _object(
             "QueueStatus",
@@ -180,7 +180,7 @@ def _errors(*statuses: int) -> dict[str, Schema]:
         403: "Called by a web page of another origin",
         404: "No such request, or dropped after its time",
         413: "The body is too large",
-        422: "An argument, or the picture, cannot be used",
+        422: "An argument, or the image, cannot be used",
         429: "Too many requests wait",
         499: "Cancelled",
         500: "Our fault",

@@ -54,14 +54,14 @@ async def config(request: Request) -> Response:
             "prefix": APP,
             "tasks": [_describe(task) for task in tasks.TASKS.values()],
             "samples": _samples(),
-            "max_bytes": context.settings.service.pictures.max_bytes,
+            "max_bytes": context.settings.service.image_limits.max_bytes,
         }
     )
 
 
 @router.get("/playground/samples/{name}")
 async def sample(name: str) -> Response:
-    """A picture to try."""
+    """An image to try."""
     return _file(SAMPLES, name)
 
 

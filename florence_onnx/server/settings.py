@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from florence_onnx.errors import InputError
-from florence_onnx.fal.images import PictureLimits
+from florence_onnx.fal.images import ImageLimits
 from florence_onnx.fal.service import ServiceSettings
 from florence_onnx.images.download import parse_hosts
 
@@ -16,12 +16,12 @@ Images = Literal["url", "data", "none"]
 FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media")
 """Names that a hosts file may point at us, so that a client needs no change at all."""
 MAX_PIXELS = 50_000_000
-"""Default limit of a picture: several are held decoded at a time, 150 MB each at this size."""
+"""Default limit of an image: several are held decoded at a time, 150 MB each at this size."""
 
 
-def default_limits() -> PictureLimits:
+def default_limits() -> ImageLimits:
     """What a server accepts from strangers."""
-    return PictureLimits(max_pixels=MAX_PIXELS, public_only=True)
+    return ImageLimits(max_pixels=MAX_PIXELS, public_only=True)
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class ServerSettings:
     model_name: str = "florence-2"
     """As the page names the model, to everybody who sees it."""
     images: Images = "url"
-    """Annotated pictures: served by us, in the JSON, or not at all (`image` is null)."""
+    """Annotated images: served by us, in the JSON, or not at all (`image` is null)."""
     public_url: str | None = None
     """How clients reach us, where that is not the `Host` that they send."""
     origins: tuple[str, ...] = ()
     """Web pages of other origins that may call us."""
-    service: ServiceSettings = field(default_factory=lambda: ServiceSettings(pictures=default_limits()))
+    service: ServiceSettings = field(default_factory=lambda: ServiceSettings(image_limits=default_limits()))
     max_files_bytes: int = 2**30
-    """Of uploads and annotated pictures on disk; the oldest are dropped first."""
+    """Of uploads and annotated images on disk; the oldest are dropped first."""
     max_results: int = 1000
     """Ended queue requests whose results can still be fetched."""
     result_seconds: float = 3600.0
@@ -67,12 +67,12 @@ class ServerSettings:
             raise InputError(f"the public URL must begin with http:// or https://, got {self.public_url!r}")
         if (self.certificate is None) != (self.private_key is None):
             raise InputError("TLS needs both a certificate and its private key")
-        parse_hosts(self.service.pictures.allowed_hosts)
+        parse_hosts(self.service.image_limits.allowed_hosts)
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request: a picture in base64, and some room for the rest."""
-        return self.service.pictures.max_bytes * 4 // 3 + 2**16
+        """Of a request: an image in base64, and some room for the rest."""
+        return self.service.image_limits.max_bytes * 4 // 3 + 2**16
 
     @property
     def is_loopback(self) -> bool:

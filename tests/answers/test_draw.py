@@ -1,4 +1,4 @@
-"""Annotated pictures: what is drawn where, in which colours, and that nothing breaks it."""
+"""Annotated images: what is drawn where, in which colours, and that nothing breaks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from florence_onnx.answers.draw import colour_of, draw
-from florence_onnx.answers.postprocess import parse
 from florence_onnx.answers.results import (
     BoundingBox,
     BoundingBoxes,
@@ -25,6 +24,7 @@ from florence_onnx.answers.results import (
     PolygonOutput,
 )
 from florence_onnx.errors import ImageNotFoundError, InputError
+from florence_onnx.tasks import parse
 
 SIZE = (320, 240)
 
@@ -34,7 +34,7 @@ def _canvas(colour: int = 128) -> Image.Image:
 
 
 def _changed(image: Image.Image) -> npt.NDArray[np.bool_]:
-    """(H,W) where the picture is no longer grey 128."""
+    """(H,W) where the image is no longer grey 128."""
     return (np.asarray(image) != 128).any(axis=-1)
 
 
@@ -42,7 +42,7 @@ def _box(x: float, y: float, w: float, h: float, label: str = "car") -> Bounding
     return BoundingBoxes((BoundingBox(x, y, w, h, label),))
 
 
-def test_the_picture_itself_is_not_changed() -> None:
+def test_the_image_itself_is_not_changed() -> None:
     canvas = _canvas()
     drawn = draw(canvas, _box(20, 60, 100, 80))
     assert not _changed(canvas).any() and _changed(drawn).any()
@@ -65,7 +65,7 @@ def test_the_tag_stands_above_the_box() -> None:
 @pytest.mark.parametrize(
     "box", [(0, 0, 40, 40), (290, 0, 30, 30), (0, 200, 40, 40), (250, 200, 70, 40), (0, 0, 320, 240)]
 )
-def test_tags_stay_inside_the_picture(box: tuple[float, float, float, float]) -> None:
+def test_tags_stay_inside_the_image(box: tuple[float, float, float, float]) -> None:
     label = "a long label"
     away = _changed(draw(_canvas(), _box(100, 100, 40, 40, label))).sum() - _changed(_outline(100, 100, 40, 40)).sum()
     with_tag = draw(_canvas(), _box(*box, label))
@@ -126,7 +126,7 @@ def test_shapes_without_labels_have_no_tags_and_colours_of_their_own() -> None:
     assert len({drawn.getpixel((40 + 60 * i, 60)) for i in range(4)}) == 4
 
 
-def test_polygons_are_filled_so_that_the_picture_shows_through() -> None:
+def test_polygons_are_filled_so_that_the_image_shows_through() -> None:
     points = tuple(Point(x, y) for x, y in ((100, 50), (220, 50), (160, 200)))
     drawn = draw(_canvas(), PolygonOutput((Polygon(points, ""),)))
     inside, edge = drawn.getpixel((160, 100)), drawn.getpixel((160, 50))
@@ -152,7 +152,7 @@ def test_open_vocabulary_polygons_are_drawn() -> None:
     assert _changed(drawn).mean() > 0.1
 
 
-def test_lines_and_letters_grow_with_the_picture() -> None:
+def test_lines_and_letters_grow_with_the_image() -> None:
     small = draw(Image.new("RGB", (600, 500)), _box(100, 100, 200, 160))
     large = draw(Image.new("RGB", (2400, 2000)), _box(400, 400, 800, 640))
     share = [(np.asarray(image) != 0).any(axis=-1).mean() for image in (small, large)]
@@ -183,12 +183,12 @@ def test_what_has_no_geometry_is_refused(nothing: object) -> None:
         draw(_canvas(), nothing)
 
 
-def test_empty_answers_leave_the_picture_as_it_is() -> None:
+def test_empty_answers_leave_the_image_as_it_is() -> None:
     for empty in (BoundingBoxes(()), OCRBoundingBox(()), PolygonOutput(()), PolygonOutput((Polygon((), ""),))):
         assert not _changed(draw(_canvas(), empty)).any()
 
 
-def test_shapes_outside_the_picture_do_not_show() -> None:
+def test_shapes_outside_the_image_do_not_show() -> None:
     outside = BoundingBoxes((BoundingBox(900, 900, 50, 50, ""), BoundingBox(-90, 20, 50, 50, "")))
     assert not _changed(draw(_canvas(), outside)).any()
     far = Polygon((Point(1e15, 1e15), Point(2e15, 1e15), Point(1e15, 2e15)), "")

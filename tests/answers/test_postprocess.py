@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from florence_onnx import tasks
 from florence_onnx.answers import postprocess
-from florence_onnx.answers.postprocess import parse
 from florence_onnx.answers.results import BoundingBox, BoundingBoxes, OCRBoundingBox, Point, Polygon, PolygonOutput
 from florence_onnx.errors import InputError, UnknownTaskError
-from florence_onnx.tasks import TASKS, Task
+from florence_onnx.tasks import TASKS, Task, parse
 from tests.shared_data import rows
 
 SIZE = (640, 480)

@@ -34,7 +34,8 @@ from florence_onnx.bench_fal.runner import MAX_FAILURES, Runner, outstanding
 from florence_onnx.bench_fal.targets import ClientTarget, Reply, find_key, parse_targets, require_key
 from florence_onnx.bench_fal.transport import CallFailedError
 from florence_onnx.commands.bench_fal import JOURNAL
-from florence_onnx.commands.main import SAMPLES, app
+from florence_onnx.commands.demo import SAMPLES
+from florence_onnx.commands.main import app
 from florence_onnx.errors import ImageError, InputError, TextInputError, UnknownTaskError
 from florence_onnx.inference.answering import HostAnswering
 from tests import live_server
@@ -395,12 +396,12 @@ def test_an_answer_that_is_no_json_is_an_error(serve: Callable[..., StandIn], tm
     assert "not JSON" in _report(tmp_path)["errors"][0]["error"]
 
 
-def test_each_question_in_process_encodes_its_picture_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_question_in_process_encodes_its_image_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoded, original = [], HostAnswering.encode
 
-    def count(self: HostAnswering, picture: Any) -> Any:
-        encoded.append(picture.size)
-        return original(self, picture)
+    def count(self: HostAnswering, image: Any) -> Any:
+        encoded.append(image.size)
+        return original(self, image)
 
     monkeypatch.setattr(HostAnswering, "encode", count)
     arguments = ("--targets", "in-process", "--tasks", "caption,object-detection", "--repeats", 2, "--device", "cpu")
@@ -408,7 +409,7 @@ def test_each_question_in_process_encodes_its_picture_anew(monkeypatch: pytest.M
     assert len(encoded) == 4
 
 
-def test_an_annotated_picture_inside_the_answer_is_not_kept(tmp_path: Path) -> None:
+def test_an_annotated_image_inside_the_answer_is_not_kept(tmp_path: Path) -> None:
     arguments = ("--targets", "in-process", "--tasks", "object-detection", "--repeats", 1, "--device", "cpu")
     assert _bench(SCENES[0], *arguments, "--out", tmp_path).exit_code == 0
     (line,) = _lines(tmp_path)
@@ -689,8 +690,8 @@ def test_answers_of_another_form_are_counted_and_break_nothing(raw: Any) -> None
 
 
 def test_ids_are_stable_and_depend_on_what_is_asked(tmp_path: Path) -> None:
-    def ids(picture: str, text: str = "red circle") -> set[str]:
-        return {call.id for call in make_plan([picture], ["open-vocabulary-detection"], Inputs(text=text), 2)}
+    def ids(image: str, text: str = "red circle") -> set[str]:
+        return {call.id for call in make_plan([image], ["open-vocabulary-detection"], Inputs(text=text), 2)}
 
     copy = tmp_path / "another name.png"
     copy.write_bytes(Path(SCENES[0]).read_bytes())
@@ -734,7 +735,7 @@ def test_a_plan_that_cannot_be_asked_is_refused() -> None:
         make_plan([SCENES[0], SCENES[0]], ["caption"], Inputs(), 1)
     address = "https://example.com/a.png?signature=secret"
     (call,) = make_plan([address], ["caption"], Inputs(), 1)
-    assert call.arguments == {"image_url": address} and call.picture.name == "https://example.com/a.png"
+    assert call.arguments == {"image_url": address} and call.image.name == "https://example.com/a.png"
 
 
 @pytest.mark.parametrize("text", ["", "fall", "served=127.0.0.1:8000", "fal,fal", "fal=http://x", "=http://x"])

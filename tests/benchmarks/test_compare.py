@@ -318,7 +318,7 @@ def test_an_interrupted_run_keeps_what_it_has(tiny: Exported, work: Path, tmp_pa
 
 
 def test_who_is_faster_than_the_machine_is_named() -> None:
-    """As when one runtime is given smaller pictures than the others: a ratio to it would mean nothing."""
+    """As when one runtime is given smaller images than the others: a ratio to it would mean nothing."""
     result = made_up()
     floor = {"stages": {"fp32": {"vision": 1.9, "text_encoder": 0.01}}}
     stages = {name: {"stages": peer["stages"], "precision": "fp32"} for name, peer in result["peers"].items()}
@@ -337,19 +337,19 @@ def test_a_preprocessor_that_crops_is_refused(tiny: Exported, tmp_path: Path) ->
     path = checkpoint / "preprocessor_config.json"
     content = json.loads(path.read_text())
     job = make_job(str(checkpoint))
-    loaded_runner(job).preprocess(job.workload.picture)  # as it is, it is accepted
+    loaded_runner(job).preprocess(job.workload.image)  # as it is, it is accepted
     path.write_text(json.dumps({**content, "do_center_crop": True, "crop_size": {"height": 96, "width": 96}}))
     loaded = loaded_runner(job)
     with pytest.raises(
-        UnavailableError, match=r"makes pictures of 96 x 96, the model takes 128 x 128: set do_center_crop"
+        UnavailableError, match=r"makes images of 96 x 96, the model takes 128 x 128: set do_center_crop"
     ):
-        loaded.preprocess(job.workload.picture)
+        loaded.preprocess(job.workload.image)
 
 
 def make_job(checkpoint: str) -> Job:
     prompt = Prompt("<OD>", "Locate the objects with category name in the image.")
-    picture = str(ROOT / "export" / "photograph.jpg")
-    workload = Workload(picture, picture, prompt, prompt, NUM_TOKENS, 2, 1, 1, {})
+    image = str(ROOT / "export" / "photograph.jpg")
+    workload = Workload(image, image, prompt, prompt, NUM_TOKENS, 2, 1, 1, {})
     peer = Peer("transformers-fp32", "transformers, fp32", "pytorch", "checkpoint", "fp32", {"dtype": "float32"})
     return Job(peer, checkpoint, checkpoint, workload, time.time(), 60.0)
 

@@ -28,7 +28,7 @@ from florence_onnx.bundles.bundle import DEMO_DIRECTORY  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-PICTURE = answers.SAMPLES / "scene-1.png"
+IMAGE = answers.SAMPLES / "scene-1.png"
 
 
 def run(out: Path, *more: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:
@@ -179,8 +179,8 @@ def test_random_weights_keep_their_statistics_and_give_finite_numbers(tmp_path: 
     assert np.argmax(kernel["mean"]) == 4  # the residual connection in the middle
     model = Florence2.from_pretrained(one, device="cpu")
     assert "random numbers" in model.info()["source"]["name"]
-    ids = model.run("<OD>", PICTURE, options=GenerationOptions(num_beams=1, max_new_tokens=4)).token_ids
-    assert np.isfinite(model.score_tokens("<OD>", PICTURE, ids)).all()
+    ids = model.run("<OD>", IMAGE, options=GenerationOptions(num_beams=1, max_new_tokens=4)).token_ids
+    assert np.isfinite(model.score_tokens("<OD>", IMAGE, ids)).all()
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:

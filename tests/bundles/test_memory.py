@@ -11,7 +11,7 @@ import pytest
 
 from florence_onnx import DeviceMemoryError, Florence2, ProviderError
 from florence_onnx.bundles import bundle
-from florence_onnx.bundles.memory import CONTEXT_BYTES, estimate, is_out_of_memory, table
+from florence_onnx.bundles.memory import CONTEXT_BYTES, IMAGE, estimate, is_out_of_memory, table
 
 onnx = pytest.importorskip("onnx", reason="looks into graphs: pip install -e '.[export]'")
 
@@ -67,7 +67,7 @@ def test_activations_of_other_sizes_follow_from_those_measured() -> None:
     vision = onnx.load(str(DEMO.graph(bundle.VISION_ENCODER)))
     for count in (1, 2, 8):
         found = memory.activation_bytes(vision, {"pixel_values": (count, 3, *DEMO.sizes.image_size[::-1])})
-        assert found == pytest.approx(count * DEMO.memory["picture"], rel=0.02)
+        assert found == pytest.approx(count * DEMO.memory[IMAGE], rel=0.02)
     from florence_onnx.runtime.tensorrt import profiles
 
     decoder = onnx.load(str(DEMO.graph(bundle.DECODER_TOP)))

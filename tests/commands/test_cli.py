@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from florence_onnx import __version__, tasks
 from florence_onnx.bundles.bundle import DEMO_DIRECTORY
-from florence_onnx.commands.main import SAMPLES, app
+from florence_onnx.commands.demo import SAMPLES
+from florence_onnx.commands.main import app
 
 REPOSITORY = Path(__file__).parents[2]
 SCENES = [str(SAMPLES / f"scene-{number}.png") for number in (1, 2)]
@@ -35,7 +36,7 @@ def _lines(result: Result) -> list[dict[str, object]]:
 
 
 @needs_demo
-def test_demo_writes_the_annotated_picture_and_prints_the_answer(tmp_path: Path) -> None:
+def test_demo_writes_the_annotated_image_and_prints_the_answer(tmp_path: Path) -> None:
     output = tmp_path / "boxes.png"
     result = _run("demo", "--output", output)
     assert result.exit_code == 0, result.output
@@ -51,7 +52,7 @@ def test_demo_writes_the_annotated_picture_and_prints_the_answer(tmp_path: Path)
 def test_demo_says_why_it_cannot_write(tmp_path: Path) -> None:
     result = _run("demo", "--output", tmp_path / "no" / "such" / "folder.png")
     assert result.exit_code == 2 and "error: cannot write" in result.stderr
-    result = _run("demo", "--output", tmp_path / "picture.unknown")
+    result = _run("demo", "--output", tmp_path / "image.unknown")
     assert result.exit_code == 2 and "unknown file extension" in result.stderr
 
 
@@ -77,7 +78,7 @@ def test_run_prints_a_json_line_for_each_image() -> None:
 @needs_demo
 def test_a_bad_image_is_reported_and_does_not_stop_the_rest(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     images = [SCENES[0], "missing.png", broken, SCENES[1]]
     result = _run("run", "caption", *images, "--json")
     assert result.exit_code == 1
@@ -86,7 +87,7 @@ def test_a_bad_image_is_reported_and_does_not_stop_the_rest(tmp_path: Path) -> N
     assert set(missing) == {"image", "error"} and "no such image file" in str(missing["error"])
     assert damaged["image"] == str(broken) and "not an image" in str(damaged["error"])
     assert "missing.png: no such image file" in result.stderr
-    assert "2 of 4 pictures could not be read" in result.stderr
+    assert "2 of 4 images could not be read" in result.stderr
 
     readable = _run("run", "caption", *images)
     assert readable.exit_code == 1
@@ -106,12 +107,12 @@ def test_answers_go_to_the_file_while_the_bar_goes_to_the_terminal() -> None:
     )
     os.close(error_stream)
     assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == SCENES
-    assert b"pictures" in os.read(terminal, 65536)
+    assert b"images" in os.read(terminal, 65536)
     os.close(terminal)
 
 
 @needs_demo
-def test_run_draws_every_picture_into_a_folder(tmp_path: Path) -> None:
+def test_run_draws_every_image_into_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     result = _run("run", "object-detection", *SCENES, SCENES[0], "--draw", folder)
     assert result.exit_code == 0, result.output

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions
-from florence_onnx.bundles.memory import CONTEXT_BYTES, MAX_PICTURES, estimate
+from florence_onnx.bundles.memory import CONTEXT_BYTES, IMAGE, MAX_IMAGES, estimate
 from florence_onnx.errors import FlorenceError
 from florence_onnx.prediction import EncodedImage
 from tests.cuda.cuda_stub import NOT_CAPTURABLE, Counters
@@ -33,7 +33,7 @@ NUM_TOKENS = 12
 
 
 class Asked:
-    """A model on the pretended card, and a picture that was encoded elsewhere."""
+    """A model on the pretended card, and an image that was encoded elsewhere."""
 
     def __init__(self, bundle: str = "demo", **arguments: Any) -> None:
         self.model = Florence2.from_pretrained(bundle, device="cuda", **arguments)
@@ -136,8 +136,8 @@ def memory() -> Any:
         assert need is not None
         before = asked.counters.memory_in_use
         # what the vision encoder, whose convolutions do not get through the stub, would take besides
-        pictures = min(count, MAX_PICTURES)
-        vision = bundle.memory["picture"] * pictures + 4 * pictures * 3 * bundle.sizes.image_size[0] ** 2
+        images = min(count, MAX_IMAGES)
+        vision = bundle.memory[IMAGE] * images + 4 * images * 3 * bundle.sizes.image_size[0] ** 2
         found[str(count)] = [before, need.total - CONTEXT_BYTES - vision]
         del asked
         gc.collect()

@@ -26,8 +26,7 @@ from export.verification.agreement import (
 from export.verification.agreement_report import Bar, find_failures, make_agreement
 from florence_onnx import tasks
 from florence_onnx.answers.matching import pair_boxes
-from florence_onnx.answers.postprocess import parse
-from florence_onnx.tasks import Task
+from florence_onnx.tasks import Task, parse
 
 SIZE = (500, 250)
 
@@ -70,7 +69,7 @@ def test_text_similarity() -> None:
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_in_bins_whatever_the_picture_is() -> None:
+def test_boxes_in_bins_whatever_the_image_is() -> None:
     ((label, found),) = labelled_boxes(say(box("cat", 100, 200, 300, 400)))
     assert label == "cat"
     assert found == pytest.approx((100.5, 200.5, 300.5, 400.5), abs=1e-3)

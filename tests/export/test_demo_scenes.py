@@ -20,7 +20,7 @@ from export.demo.answers import TASK_TOKENS, ask, bins, caption, detailed_captio
 from export.demo.samples import DEFAULT_DIRECTORY, SPECS, describe, draw_sample, write_samples
 from export.demo.scenes import COLOURS, Scene, Shape, Word, draw_mask, make_scene, unit_outline
 from florence_onnx import tasks
-from florence_onnx.answers import matching, postprocess
+from florence_onnx.answers import matching
 
 BLANK = Image.new("RGB", (200, 100))
 SHAPES = (
@@ -44,7 +44,7 @@ def perfect(image: Any, task: str, text_input: str, scenes: list[Scene]) -> Any:
     asked = metrics.collect_questions(scenes, task)
     question = next(question for owner, question in asked if owner is scene)
     assert question.text_input == text_input
-    return metrics.from_results(postprocess.parse(task, f"</s><s>{question.answer}</s>", scene.size))
+    return metrics.from_results(tasks.parse(task, f"</s><s>{question.answer}</s>", scene.size))
 
 
 def test_the_same_seed_draws_the_same_scene() -> None:
@@ -93,7 +93,7 @@ def test_number_of_shapes_can_be_chosen() -> None:
 
 
 def test_drawn_pixels_are_where_the_truth_says(scenes: list[Scene]) -> None:
-    """Inside a shape the picture differs from its surroundings by more than noise."""
+    """Inside a shape the image differs from its surroundings by more than noise."""
     for scene in scenes:
         pixels = np.asarray(scene.image, np.float32)
         for shape in scene.shapes:
@@ -213,7 +213,7 @@ def test_invented_words_are_counted() -> None:
     assert nothing
     assert word
     invented = {"labels": ["CAT"], "quad_boxes": [[0, 0, 9, 0, 9, 9, 0, 9]]}
-    read = metrics.from_results(postprocess.parse(task, word.answer, SCENE.size))
+    read = metrics.from_results(tasks.parse(task, word.answer, SCENE.size))
     report = metrics.score_answers(task, [WORDLESS, SCENE], [nothing, word], [invented, read])
     assert report["invented_words"] == 1
     assert report["exact"] == 1
@@ -233,7 +233,7 @@ def test_shipped_samples_are_what_the_script_draws() -> None:
             assert {**describe(draw_sample(spec), truth["file"]), "seed": spec.seed} == truth
 
 
-def test_shipped_pictures_show_what_their_truth_says() -> None:
+def test_shipped_images_show_what_their_truth_says() -> None:
     for truth in shipped_truths():
         image = Image.open(DEFAULT_DIRECTORY / truth["file"]).convert("RGB")
         assert list(image.size) == truth["size"]

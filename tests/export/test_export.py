@@ -202,10 +202,10 @@ def test_the_old_export_comes_back_when_the_new_one_cannot_take_its_place(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_bad_picture_is_refused_before_the_work(tiny: Exported, tmp_path: Path) -> None:
+def test_a_bad_image_is_refused_before_the_work(tiny: Exported, tmp_path: Path) -> None:
     steps: list[str] = []
     with pytest.raises(ImageNotFoundError):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", pictures=["/nope.jpg"], progress=steps.append)
+        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", images=["/nope.jpg"], progress=steps.append)
     assert steps == []
 
 

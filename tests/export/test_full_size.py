@@ -44,9 +44,9 @@ def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, ph
     kept = os.environ.get("FLORENCE_ONNX_KEEP_BUNDLES")
     written = export_bundle(checkpoint, (Path(kept) if kept else tmp_path) / size / "fp32")
     model = Florence2.from_bundle(written, device="cpu")
-    picture = photographs[0]
-    encoded = model.encode(picture)
-    pixels = preprocessing.preprocess(picture)
+    image = photographs[0]
+    encoded = model.encode(image)
+    pixels = preprocessing.preprocess(image)
     features = reference.image_features(checkpoint, pixels).numpy()[0]
     assert np.abs(features - encoded.image_features).max() < 1e-3 * np.abs(features).max()
     extra: dict[str, dict[str, Any]] = {

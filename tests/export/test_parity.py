@@ -37,24 +37,24 @@ def model(exported: Exported) -> Florence2:
 
 
 def inputs(task: Task[Any]) -> dict[str, Any]:
-    """What a task needs besides the picture."""
+    """What a task needs besides the image."""
     return {"nothing": {}, "text": {"text_input": " a red car "}, "region": {"region": REGION}}[task.needs]
 
 
-def pixel_values(model: Florence2, pictures: Sequence[Image.Image]) -> np.ndarray:
+def pixel_values(model: Florence2, images: Sequence[Image.Image]) -> np.ndarray:
     sizes: ModelSizes = model._bundle.sizes
     options = {"size": sizes.image_size, "mean": sizes.image_mean, "std": sizes.image_std}
-    return np.concatenate([preprocessing.preprocess(picture.convert("RGB"), **options) for picture in pictures])
+    return np.concatenate([preprocessing.preprocess(image.convert("RGB"), **options) for image in images])
 
 
 def reference_tokens(
     exported: Exported,
     model: Florence2,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     prompts: Sequence[str],
     options: GenerationOptions,
 ) -> list[tuple[int, ...]]:
-    return reference.generate(exported.checkpoint, pixel_values(model, pictures), prompts, options)
+    return reference.generate(exported.checkpoint, pixel_values(model, images), prompts, options)
 
 
 @pytest.mark.parametrize("slug", list(TASKS))
@@ -89,16 +89,16 @@ SEARCHES = {
 def test_every_search_gives_the_tokens_of_transformers(
     name: str, exported: Exported, model: Florence2, photographs: list[Image.Image]
 ) -> None:
-    options, picture = SEARCHES[name], photographs[1]
-    answer = model.run(tasks.OBJECT_DETECTION, picture, options=options)
+    options, image = SEARCHES[name], photographs[1]
+    answer = model.run(tasks.OBJECT_DETECTION, image, options=options)
     prompt = tasks.OBJECT_DETECTION.format_prompt()
-    assert answer.token_ids == reference_tokens(exported, model, [picture], [prompt], options)[0]
+    assert answer.token_ids == reference_tokens(exported, model, [image], [prompt], options)[0]
 
 
 def test_features_equal_transformers(exported: Exported, model: Florence2, photographs: list[Image.Image]) -> None:
     expected = reference.image_features(exported.checkpoint, pixel_values(model, photographs)).numpy()
-    for row, picture in zip(expected, photographs, strict=True):
-        np.testing.assert_allclose(model.encode(picture).image_features, row, atol=2e-4 * np.abs(row).max())
+    for row, image in zip(expected, photographs, strict=True):
+        np.testing.assert_allclose(model.encode(image).image_features, row, atol=2e-4 * np.abs(row).max())
 
 
 def test_logits_equal_transformers(exported: Exported, model: Florence2, photographs: list[Image.Image]) -> None:
@@ -107,7 +107,7 @@ def test_logits_equal_transformers(exported: Exported, model: Florence2, photogr
 
     prompts = [tasks.OCR.format_prompt(), tasks.MORE_DETAILED_CAPTION.format_prompt()]
     input_ids, mask = model._tokenizer.encode(prompts)
-    features = np.stack([model.encode(picture).image_features for picture in photographs[:2]])
+    features = np.stack([model.encode(image).image_features for image in photographs[:2]])
     session = model._text_model.start(input_ids, mask, features)
     tokens = np.array([[2, 0, 7, 9, 300], [2, 0, 300, 11, 8]])
     found = [session.step(tokens[:, :4]).copy(), session.step(tokens[:, 4:]).copy()]
@@ -124,35 +124,35 @@ def test_logits_equal_transformers(exported: Exported, model: Florence2, photogr
         np.testing.assert_allclose(logits, expected[:, position], atol=1e-4 * np.abs(expected).max())
 
 
-def test_answers_depend_on_picture_and_prompt(model: Florence2, photographs: list[Image.Image]) -> None:
+def test_answers_depend_on_image_and_prompt(model: Florence2, photographs: list[Image.Image]) -> None:
     """Otherwise the equalities above would prove little."""
     answers = {model.run(task, p, options=SHORT).token_ids for task in ("<OD>", "<OCR>") for p in photographs}
     assert len(answers) >= 5
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_batch_of_mixed_tasks_and_pictures_gives_what_single_calls_give(
+def test_a_batch_of_mixed_tasks_and_images_gives_what_single_calls_give(
     num_beams: int, exported: Exported, model: Florence2, photographs: list[Image.Image]
 ) -> None:
     options = GenerationOptions(num_beams=num_beams, max_new_tokens=24)
     chosen = list(TASKS.values())
-    pictures = [photographs[i % len(photographs)] for i in range(len(chosen))]
+    images = [photographs[i % len(photographs)] for i in range(len(chosen))]
     extra = [inputs(task) for task in chosen]
     batch = model.run_batch(
         chosen,
-        pictures,
+        images,
         text_inputs=[each.get("text_input") for each in extra],
         regions=[each.get("region") for each in extra],
         options=options,
     )
-    single = [model.run(t, p, **e, options=options) for t, p, e in zip(chosen, pictures, extra, strict=True)]
+    single = [model.run(t, p, **e, options=options) for t, p, e in zip(chosen, images, extra, strict=True)]
     assert [each.token_ids for each in batch] == [each.token_ids for each in single]
     assert [each.results for each in batch] == [each.results for each in single]
     prompts = [task.format_prompt(**e) for task, e in zip(chosen, extra, strict=True)]
-    assert [each.token_ids for each in batch] == reference_tokens(exported, model, pictures, prompts, options)
+    assert [each.token_ids for each in batch] == reference_tokens(exported, model, images, prompts, options)
 
 
-def test_a_picture_is_encoded_once_for_many_tasks(model: Florence2, photographs: list[Image.Image]) -> None:
+def test_an_image_is_encoded_once_for_many_tasks(model: Florence2, photographs: list[Image.Image]) -> None:
     vision = model._vision_encoder
     before = vision.num_runs
     encoded = model.encode(photographs[2])
@@ -168,10 +168,8 @@ def test_a_picture_is_encoded_once_for_many_tasks(model: Florence2, photographs:
 
 
 def test_eight_threads_get_the_answers_of_one(model: Florence2, photographs: list[Image.Image]) -> None:
-    questions = [
-        (task, picture) for task in (tasks.OCR, tasks.CAPTION, tasks.OBJECT_DETECTION) for picture in photographs
-    ]
-    expected = [model.run(task, picture, options=SHORT).token_ids for task, picture in questions]
+    questions = [(task, image) for task in (tasks.OCR, tasks.CAPTION, tasks.OBJECT_DETECTION) for image in photographs]
+    expected = [model.run(task, image, options=SHORT).token_ids for task, image in questions]
 
     def ask_all(shift: int) -> list[tuple[int, ...]]:
         order = [*range(shift, len(questions)), *range(shift)]
@@ -185,11 +183,11 @@ def test_eight_threads_get_the_answers_of_one(model: Florence2, photographs: lis
 def test_fp16_stays_close_to_fp32(tiny: Exported, tiny_fp16: Exported, photographs: list[Image.Image]) -> None:
     full = Florence2.from_pretrained(tiny.bundle, device="cpu", precision="fp32")
     half = Florence2.from_pretrained(tiny_fp16.bundle, device="cpu", precision="fp16")
-    for picture in photographs:
-        expected, found = full.encode(picture).image_features, half.encode(picture).image_features
+    for image in photographs:
+        expected, found = full.encode(image).image_features, half.encode(image).image_features
         # of all features together: random weights amplify the rounding of single ones
         assert 0 < np.linalg.norm(expected - found) < 0.03 * np.linalg.norm(expected)
-        answer = half.run(tasks.OBJECT_DETECTION, picture, options=SHORT)
+        answer = half.run(tasks.OBJECT_DETECTION, image, options=SHORT)
         assert answer.token_ids[:2] == (2, 0)
     size = {path.name: path.stat().st_size for path in tiny_fp16.bundle.iterdir()}
     assert size["weights.data"] < 0.52 * (tiny.bundle / "weights.data").stat().st_size
@@ -200,7 +198,7 @@ def test_a_prompt_beyond_the_positions_is_refused(model: Florence2, photographs:
         model.run(tasks.CAPTION_TO_PHRASE_GROUNDING, photographs[0], text_input="car " * 2000)
 
 
-def test_a_picture_encoded_by_another_model_is_refused(model: Florence2, photographs: list[Image.Image]) -> None:
+def test_an_image_encoded_by_another_model_is_refused(model: Florence2, photographs: list[Image.Image]) -> None:
     foreign = Florence2.from_pretrained("demo", device="cpu").encode(photographs[0])
     with pytest.raises(InputError, match="encoded by another model"):
         model.run(tasks.CAPTION, foreign)
@@ -219,10 +217,10 @@ def test_batches_take_any_iterable_and_refuse_bare_values(model: Florence2, phot
 
 
 def test_what_is_drawn_is_what_was_seen(model: Florence2) -> None:
-    picture = Image.new("RGB", (40, 30), "white")
-    encoded = model.encode(picture)
-    picture.paste("black", (0, 0, 40, 30))
-    assert encoded.picture.getpixel((5, 5)) == (255, 255, 255)
+    image = Image.new("RGB", (40, 30), "white")
+    encoded = model.encode(image)
+    image.paste("black", (0, 0, 40, 30))
+    assert encoded.source_image.getpixel((5, 5)) == (255, 255, 255)
 
 
 def test_warm_up_and_info(model: Florence2, exported: Exported) -> None:

@@ -24,12 +24,12 @@ from export.verification.answering import is_bundle, open_reference  # noqa: E40
 from export.verification.questions import (  # noqa: E402
     DEFAULT_REGION,
     DEFAULT_TEXT,
-    Picture,
+    NamedImage,
     Question,
-    find_pictures,
+    find_images,
     make_questions,
 )
-from florence_onnx.answers.postprocess import parse  # noqa: E402
+from florence_onnx.tasks import parse  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = bundle.DEMO_DIRECTORY.parent / "samples"
@@ -195,35 +195,35 @@ def test_a_checkpoint_called_verify_is_exported_by_its_path(tmp_path: Path) -> N
     assert done.returncode == 1 and "config.json" in done.stderr
 
 
-# --- pictures and questions ----------------------------------------------------------------------------------------
+# --- images and questions ----------------------------------------------------------------------------------------
 
 
-def test_pictures_are_found_below_a_folder_by_name(tmp_path: Path) -> None:
+def test_images_are_found_below_a_folder_by_name(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in ("c.png", "b/a.jpg", "a.bmp"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    (tmp_path / "b" / "notes.txt").write_text("no picture")
-    found, others = find_pictures(tmp_path)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    found, others = find_images(tmp_path)
     assert [path.name for path in found] == ["a.bmp", "a.jpg", "c.png"]
     assert [path.name for path in others] == ["notes.txt"]
-    assert [path.name for path in find_pictures(tmp_path, 1)[0]] == ["a.bmp"]
-    with pytest.raises(InputError, match="holds no picture that can be read, among 0 files"):
+    assert [path.name for path in find_images(tmp_path, 1)[0]] == ["a.bmp"]
+    with pytest.raises(InputError, match="holds no image that can be read, among 0 files"):
         (tmp_path / "empty").mkdir()
-        find_pictures(tmp_path / "empty")
+        find_images(tmp_path / "empty")
 
 
 def ask_with(answers: dict[str, str]) -> Any:
     def ask(question: Question) -> Answer:
         text = answers.get(question.task.slug, "")
-        return Answer((2, 2), text, parse(question.task, text, question.picture.size), question.picture.size)
+        return Answer((2, 2), text, parse(question.task, text, question.image.size), question.image.size)
 
     return ask
 
 
 def test_questions_are_made_of_what_the_reference_sees() -> None:
-    picture = Picture("blank", Image.new("RGB", (200, 100)))
+    image = NamedImage("blank", Image.new("RGB", (200, 100)))
     answers = {"caption": "</s><s>A cat.</s>", "object-detection": "cat<loc_10><loc_20><loc_300><loc_400>"}
-    asked = {each.task.slug: each for each in make_questions(picture, list(tasks.TASKS.values()), ask_with(answers))}
+    asked = {each.task.slug: each for each in make_questions(image, list(tasks.TASKS.values()), ask_with(answers))}
     assert list(asked) == list(tasks.TASKS)
     assert asked["caption-to-phrase-grounding"].text_input == "A cat."
     assert asked["open-vocabulary-detection"].text_input == "cat"
@@ -231,12 +231,12 @@ def test_questions_are_made_of_what_the_reference_sees() -> None:
 
 
 def test_questions_about_nothing_have_defaults_and_babble_is_cut() -> None:
-    picture = Picture("blank", Image.new("RGB", (200, 100)))
+    image = NamedImage("blank", Image.new("RGB", (200, 100)))
     needy = [tasks.OPEN_VOCABULARY_DETECTION, tasks.CAPTION_TO_PHRASE_GROUNDING, tasks.REGION_TO_OCR]
-    first, second, third = make_questions(picture, needy, ask_with({}))
+    first, second, third = make_questions(image, needy, ask_with({}))
     assert (first.text_input, second.text_input, third.region) == (DEFAULT_TEXT, DEFAULT_TEXT, DEFAULT_REGION)
     for babble in ("word " * 300, "x" * 300):
-        (question,) = make_questions(picture, needy[1:2], ask_with({"caption": babble}))
+        (question,) = make_questions(image, needy[1:2], ask_with({"caption": babble}))
         assert question.text_input and 90 <= len(question.text_input) <= 100
 
 
@@ -245,10 +245,10 @@ def test_questions_about_nothing_have_defaults_and_babble_is_cut() -> None:
 
 def test_score_tokens_expects_what_greedy_search_chose(tiny: Exported) -> None:
     model = Florence2.from_pretrained(tiny.bundle, device="cpu")
-    picture = Image.new("RGB", (60, 40), (200, 30, 90))
+    image = Image.new("RGB", (60, 40), (200, 30, 90))
     options = GenerationOptions(1, 10, no_repeat_ngram_size=0, forced_bos_token_id=-1, forced_eos_token_id=-1)
-    answer = model.run(tasks.CAPTION, picture, options=options)
-    logits = model.score_tokens(tasks.CAPTION, picture, answer.token_ids)
+    answer = model.run(tasks.CAPTION, image, options=options)
+    logits = model.score_tokens(tasks.CAPTION, image, answer.token_ids)
     assert logits.shape == (len(answer.token_ids) - 1, bundle.read(tiny.bundle).sizes.vocab_size)
     assert tuple(logits.argmax(axis=1)) == answer.token_ids[1:]
 
@@ -258,13 +258,13 @@ def test_score_tokens_equals_transformers(tiny: Exported) -> None:
     from florence_onnx.images import preprocessing
 
     model = Florence2.from_pretrained(tiny.bundle, device="cpu")
-    picture = Image.new("RGB", (60, 40), (200, 30, 90))
+    image = Image.new("RGB", (60, 40), (200, 30, 90))
     inputs = tiny.checkpoint.preprocessing
-    pixels = preprocessing.preprocess(picture, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std)
+    pixels = preprocessing.preprocess(image, size=inputs.image_size, mean=inputs.image_mean, std=inputs.image_std)
     token_ids = (2, 0, 40, 41, 300, 7, 2)
     encoded = reference.encode(tiny.checkpoint, pixels, [tasks.OCR.format_prompt()])
     expected = reference.score(tiny.checkpoint, encoded, token_ids)
-    np.testing.assert_allclose(model.score_tokens("ocr", picture, token_ids), expected, atol=2e-3)
+    np.testing.assert_allclose(model.score_tokens("ocr", image, token_ids), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("token_ids", [(), (2, 10**6), (-1, 2), (2,) * 5000])

@@ -16,10 +16,10 @@ from PIL import Image
 
 from florence_onnx import Florence2, Region, fal, tasks
 from florence_onnx.fal import contract, problems
-from florence_onnx.fal.images import PictureLimits
+from florence_onnx.fal.images import ImageLimits
 from florence_onnx.fal.jobs import Job
 from florence_onnx.fal.problems import RequestError
-from florence_onnx.fal.service import Service, ServiceSettings, without_picture
+from florence_onnx.fal.service import Service, ServiceSettings, without_image
 
 APP = "fal-ai/florence-2-large"
 SAMPLES = Path(fal.__file__).parents[1] / "demo" / "samples"
@@ -41,15 +41,15 @@ def _configured(model: Florence2) -> Iterator[None]:
 
 @pytest.fixture
 def service(model: Florence2) -> Iterator[Service]:
-    made = Service(model, ServiceSettings(max_batch=4), publish=without_picture)
+    made = Service(model, ServiceSettings(max_batch=4), publish=without_image)
     yield made
     made.close(timeout=30)
 
 
-def arguments(task: tasks.Task[Any], picture: Path = SAMPLE) -> dict[str, Any]:
+def arguments(task: tasks.Task[Any], image: Path = SAMPLE) -> dict[str, Any]:
     """What an endpoint takes."""
     needed: dict[str, Any] = {"text": {"text_input": "red circle"}, "region": {"region": REGION}}.get(task.needs, {})
-    return {"image_url": fal.encode_file(picture), **needed}
+    return {"image_url": fal.encode_file(image), **needed}
 
 
 class SlowModel:
@@ -64,11 +64,11 @@ class SlowModel:
         self.batches: list[int] = []
         self.num_encoded = 0
 
-    def encode(self, picture: Any) -> Any:
+    def encode(self, image: Any) -> Any:
         self.num_encoded += 1
         self.entered.set()
         self.gate.wait(30)
-        return self._model.encode(picture)
+        return self._model.encode(image)
 
     def run_batch(self, *args: Any, **options: Any) -> Any:
         self.batches.append(len(args[1]))
@@ -115,8 +115,8 @@ def test_names_and_arguments_are_those_of_fal_client() -> None:
         assert list(inspect.signature(getattr(fal, name)).parameters) == list(theirs), name
     assert fal.encode_file(SAMPLE) == fal_client.encode_file(SAMPLE)
     assert fal.encode("a", "text/plain") == fal_client.encode("a", "text/plain")
-    with Image.open(SAMPLE) as picture:
-        assert fal.encode_image(picture, "png") == fal_client.encode_image(picture, "png")
+    with Image.open(SAMPLE) as image:
+        assert fal.encode_image(image, "png") == fal_client.encode_image(image, "png")
 
 
 def test_images_can_be_left_out(model: Florence2) -> None:
@@ -253,9 +253,9 @@ def test_a_text_too_long_for_the_model_fails_alone(service: Service) -> None:
     assert jobs[1].problem is not None and jobs[1].problem.body["detail"][0]["loc"] == ["body", "text_input"]
 
 
-def test_limits_of_pictures(model: Florence2) -> None:
-    limits = PictureLimits(max_bytes=20_000, max_pixels=100_000)
-    service = Service(model, ServiceSettings(pictures=limits))
+def test_limits_of_images(model: Florence2) -> None:
+    limits = ImageLimits(max_bytes=20_000, max_pixels=100_000)
+    service = Service(model, ServiceSettings(image_limits=limits))
     large = service.submit(f"{APP}/caption", {"image_url": fal.encode_image(Image.new("RGB", (400, 300)), "png")})
     noise = Image.effect_noise((200, 200), 90).convert("RGB")
     heavy = service.submit(f"{APP}/caption", {"image_url": fal.encode_image(noise, "png")})
@@ -292,8 +292,8 @@ def test_a_start_timeout_beyond_the_client_timeout_warns() -> None:
 # --------------------------------------------------------------------------------------------------------------- queue
 
 
-def test_what_waits_together_runs_as_one_batch_and_a_picture_is_encoded_once(slow: SlowModel) -> None:
-    service = Service(slow, ServiceSettings(max_batch=8), publish=without_picture)  # type: ignore[arg-type]
+def test_what_waits_together_runs_as_one_batch_and_an_image_is_encoded_once(slow: SlowModel) -> None:
+    service = Service(slow, ServiceSettings(max_batch=8), publish=without_image)  # type: ignore[arg-type]
     first = occupy(service, slow)
     slugs = ["caption", "object-detection", "ocr", "region-to-category"]
     jobs = [service.submit(f"{APP}/{slug}", arguments(tasks.TASKS[slug])) for slug in slugs]
@@ -309,13 +309,13 @@ def test_what_waits_together_runs_as_one_batch_and_a_picture_is_encoded_once(slo
     assert service.close(timeout=30)
 
 
-def test_an_encoded_picture_is_used_again_until_there_is_no_room(model: Florence2) -> None:
-    service = Service(model, publish=without_picture)
+def test_an_encoded_image_is_used_again_until_there_is_no_room(model: Florence2) -> None:
+    service = Service(model, publish=without_image)
     for _ in range(2):
         service.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
     assert (service.figures().encoded, service.figures().reused) == (1, 1)
     service.close()
-    forgetful = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_picture)
+    forgetful = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_image)
     for _ in range(2):
         forgetful.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
     assert (forgetful.figures().encoded, forgetful.figures().reused) == (2, 0)
@@ -323,7 +323,7 @@ def test_an_encoded_picture_is_used_again_until_there_is_no_room(model: Florence
 
 
 def test_low_priority_waits_for_normal(slow: SlowModel) -> None:
-    service = Service(slow, ServiceSettings(max_batch=1), publish=without_picture)  # type: ignore[arg-type]
+    service = Service(slow, ServiceSettings(max_batch=1), publish=without_image)  # type: ignore[arg-type]
     occupy(service, slow)
     low = service.submit(f"{APP}/caption", arguments(tasks.CAPTION), priority="low")
     normal = service.submit(f"{APP}/ocr", arguments(tasks.OCR))
@@ -338,7 +338,7 @@ def test_low_priority_waits_for_normal(slow: SlowModel) -> None:
 
 
 def test_a_full_queue_refuses_and_accepts_again(slow: SlowModel) -> None:
-    service = Service(slow, ServiceSettings(max_waiting=2), publish=without_picture)  # type: ignore[arg-type]
+    service = Service(slow, ServiceSettings(max_waiting=2), publish=without_image)  # type: ignore[arg-type]
     occupy(service, slow)
     waiting = [service.submit(f"{APP}/caption", arguments(tasks.CAPTION)) for _ in range(2)]
     with pytest.raises(RequestError) as caught:
@@ -351,7 +351,7 @@ def test_a_full_queue_refuses_and_accepts_again(slow: SlowModel) -> None:
 
 
 def test_waiting_ends_at_its_limit_and_by_cancelling(slow: SlowModel) -> None:
-    service = Service(slow, publish=without_picture)  # type: ignore[arg-type]
+    service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     first = occupy(service, slow)
     late = service.submit(f"{APP}/caption", arguments(tasks.CAPTION), start_timeout=0.2)
     taken_back = service.submit(f"{APP}/caption", arguments(tasks.CAPTION))
@@ -369,9 +369,9 @@ def test_waiting_ends_at_its_limit_and_by_cancelling(slow: SlowModel) -> None:
     assert slow.batches == []
 
 
-def test_waiting_ends_at_its_limit_while_the_picture_is_still_on_its_way(model: Florence2) -> None:
+def test_waiting_ends_at_its_limit_while_the_image_is_still_on_its_way(model: Florence2) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
-        service = Service(model, ServiceSettings(pictures=PictureLimits(timeout=3.0)), publish=without_picture)
+        service = Service(model, ServiceSettings(image_limits=ImageLimits(timeout=3.0)), publish=without_image)
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
         begin = time.monotonic()
         job = service.submit(f"{APP}/caption", {"image_url": address}, start_timeout=0.2)
@@ -385,7 +385,7 @@ def test_waiting_ends_at_its_limit_while_the_picture_is_still_on_its_way(model: 
 def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:
     fal.configure(slow)  # type: ignore[arg-type]
     client: fal.SyncClient = fal.run.__self__  # type: ignore[attr-defined]
-    client._service = Service(slow, publish=without_picture)  # type: ignore[arg-type]
+    client._service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     occupy(client.service, slow)
     with pytest.raises(fal.FalClientTimeoutError, match=r"timed out after 0\.2 seconds"):
         fal.subscribe(f"{APP}/caption", arguments(tasks.CAPTION), client_timeout=0.2)
@@ -403,7 +403,7 @@ def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:
 
 
 def test_closing_finishes_what_was_accepted(slow: SlowModel) -> None:
-    service = Service(slow, publish=without_picture)  # type: ignore[arg-type]
+    service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     jobs = [occupy(service, slow), *(service.submit(f"{APP}/ocr", arguments(tasks.OCR)) for _ in range(5))]
     closing = threading.Thread(target=service.close)
     closing.start()
@@ -418,7 +418,7 @@ def test_closing_finishes_what_was_accepted(slow: SlowModel) -> None:
 
 
 def test_closing_in_time_fails_the_rest_and_says_so(slow: SlowModel) -> None:
-    service = Service(slow, publish=without_picture)  # type: ignore[arg-type]
+    service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     jobs = [occupy(service, slow), service.submit(f"{APP}/ocr", arguments(tasks.OCR))]
     assert not service.close(timeout=0.1)
     for job in jobs:
@@ -437,7 +437,7 @@ def test_a_failure_of_the_model_is_a_500_and_the_next_request_works(
 
     failing = Failing(model)
     failing.gate.set()
-    service = Service(failing, publish=without_picture)  # type: ignore[arg-type]
+    service = Service(failing, publish=without_image)  # type: ignore[arg-type]
     with pytest.raises(RequestError) as caught:
         service.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(30)
     assert (caught.value.status, caught.value.body["detail"]) == (500, "Internal Server Error")

@@ -34,7 +34,7 @@ def server() -> Iterator[LiveServer]:
         yield running
 
 
-def beside_the_picture() -> dict[str, dict[str, Any]]:
+def beside_the_image() -> dict[str, dict[str, Any]]:
     """What each endpoint takes besides `image_url`."""
     return {
         task.slug: {name: value for name, value in arguments(task).items() if name != "image_url"}
@@ -56,8 +56,8 @@ def run_python(code: str, environment: dict[str, str], *arguments_given: str) ->
 
 _OVER_TLS = """
 import json, sys, fal_client
-app, picture, endpoints = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-url = fal_client.encode_file(picture)
+app, image, endpoints = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+url = fal_client.encode_file(image)
 found = {slug: fal_client.run(f"{app}/{slug}", arguments={"image_url": url, **more}) for slug, more in endpoints.items()}
 updates = []
 found["subscribed"] = fal_client.subscribe(f"{app}/caption", arguments={"image_url": url}, with_logs=True, on_queue_update=updates.append)
@@ -106,7 +106,7 @@ def test_the_unmodified_client_over_tls_by_environment_alone(certificate: tuple[
     with serve(*options, environment=ONE_THREAD, authority=trust) as running:
         host = f"127.0.0.1:{running.port}"
         environment = {"FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue", "SSL_CERT_FILE": trust}
-        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(beside_the_picture()))
+        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(beside_the_image()))
     fal.configure("demo", device="cpu")
     for task in tasks.TASKS.values():
         assert found[task.slug] == fal.run(f"{APP}/{task.slug}", arguments(task)), task.slug
@@ -118,10 +118,10 @@ def test_the_unmodified_client_over_tls_by_environment_alone(certificate: tuple[
 
 _OVER_HTTP = """
 import asyncio, json, sys, fal_client, fal_client.client as client
-base, app, picture = sys.argv[1:]
+base, app, image = sys.argv[1:]
 client.RUN_URL_FORMAT, client.QUEUE_URL_FORMAT = f"{base}/", f"{base}/queue/"
 client.REST_URL = client.CDN_URL = base
-found = {"uploaded": fal_client.upload_file(picture), "fallback": fal_client.upload_file(picture, repository="fal")}
+found = {"uploaded": fal_client.upload_file(image), "fallback": fal_client.upload_file(image, repository="fal")}
 for name in ("uploaded", "fallback"):
     found[name + " answer"] = fal_client.run(f"{app}/caption", arguments={"image_url": found[name]})
 async def twins():
@@ -160,7 +160,7 @@ def test_the_client_over_http_with_uploads(server: LiveServer) -> None:
 _JAVASCRIPT = """
 import { readFileSync } from "node:fs";
 import { createFalClient, ValidationError } from "@fal-ai/client";
-const [base, app, picture, region, endpoints] = process.argv.slice(2);
+const [base, app, image, region, endpoints] = process.argv.slice(2);
 const hosts = { "fal.run": "", "queue.fal.run": "/queue", "rest.fal.ai": "", "rest.alpha.fal.ai": "" };
 const redirected = createFalClient({
   credentials: "id:secret",
@@ -170,7 +170,7 @@ const redirected = createFalClient({
   },
 });
 const proxied = createFalClient({ credentials: "id:secret", proxyUrl: { url: base + "/proxy", when: "always" } });
-const image_url = "data:image/png;base64," + readFileSync(picture).toString("base64");
+const image_url = "data:image/png;base64," + readFileSync(image).toString("base64");
 const found = {};
 found.run = await redirected.run(`${app}/object-detection`, { input: { image_url } });
 found.all = {};
@@ -185,7 +185,7 @@ for (const mode of ["polling", "streaming"]) {
   });
   found[mode] = { answer, last: states.at(-1) };
 }
-found.blob = await redirected.run(`${app}/caption`, { input: { image_url: new Blob([readFileSync(picture)], { type: "image/png" }) } });
+found.blob = await redirected.run(`${app}/caption`, { input: { image_url: new Blob([readFileSync(image)], { type: "image/png" }) } });
 found.proxied = await proxied.run(`${app}/caption`, { input: { image_url } });
 try {
   await redirected.run(`${app}/caption`, { input: {} });
@@ -210,7 +210,7 @@ def run_node(script: str, *arguments_given: str) -> Any:
 
 
 def test_the_javascript_client(server: LiveServer) -> None:
-    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION), json.dumps(beside_the_picture()))
+    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION), json.dumps(beside_the_image()))
     fal.configure("demo", device="cpu")
     expected = {task.slug: fal.run(f"{APP}/{task.slug}", arguments(task)) for task in tasks.TASKS.values()}
     assert found["all"] == expected
@@ -281,7 +281,7 @@ def test_the_openapi_document_holds_under_fuzzing(
 ) -> None:
     """schemathesis makes requests from the document, right and wrong ones, and compares the answers with it.
 
-    `positive_data_acceptance` is left out: a random string is a valid `image_url` to the schema, and no picture. For the
+    `positive_data_acceptance` is left out: a random string is a valid `image_url` to the schema, and no image. For the
     queue, `negative_data_rejection` too: as at fal, wrong arguments are accepted, and fail the request.
     """
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *which]

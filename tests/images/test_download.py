@@ -32,7 +32,7 @@ from florence_onnx.images.decoding import load
 from florence_onnx.images.download import download
 
 PUBLIC, OTHER_PUBLIC = "93.184.216.34", "8.8.4.4"
-PICTURE = Path(__file__).parents[2] / "florence_onnx" / "demo" / "samples" / "scene-1.png"
+IMAGE = Path(__file__).parents[2] / "florence_onnx" / "demo" / "samples" / "scene-1.png"
 REAL_RESOLVER, REAL_CONNECT = socket.getaddrinfo, socket.socket.connect
 
 
@@ -725,9 +725,9 @@ def test_load_passes_it_all_on(server: Server) -> None:
     url = f"http://127.0.0.1:{server.server_port}/"
     with pytest.raises(ImageDownloadError, match="the address is not public"):
         load(url, public_only=True)
-    with pytest.raises(ImageDownloadError, match="gave no picture"):  # it was asked
+    with pytest.raises(ImageDownloadError, match="gave no image"):  # it was asked
         load(url, public_only=True, allowed_hosts=[f"127.0.0.1:{server.server_port}"])
-    with pytest.raises(ImageDownloadError, match="gave no picture"):
+    with pytest.raises(ImageDownloadError, match="gave no image"):
         load(url)
 
 
@@ -736,13 +736,13 @@ def test_encode_passes_it_all_on(server: Server) -> None:
     url = f"http://127.0.0.1:{server.server_port}/"
     with pytest.raises(ImageDownloadError, match="the address is not public"):
         model.encode(url, public_only=True)
-    with pytest.raises(ImageDownloadError, match="gave no picture"):
+    with pytest.raises(ImageDownloadError, match="gave no image"):
         model.encode(url, public_only=True, allowed_hosts=[f"127.0.0.1:{server.server_port}"])
 
 
 def test_strings_of_strangers_are_no_paths() -> None:
-    assert load(str(PICTURE)).size == load(PICTURE, public_only=True).size
-    for text in (str(PICTURE), f"file://{PICTURE}", f" http://127.0.0.1{PICTURE}", "ftp://public.test/x.png", ""):
+    assert load(str(IMAGE)).size == load(IMAGE, public_only=True).size
+    for text in (str(IMAGE), f"file://{IMAGE}", f" http://127.0.0.1{IMAGE}", "ftp://public.test/x.png", ""):
         with pytest.raises(ImageDownloadError, match=r"it is no http\(s\) URL and no data: URI"):
             load(text, public_only=True)
     assert load("data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs=", public_only=True).size == (1, 1)

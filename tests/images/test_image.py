@@ -1,4 +1,4 @@
-"""Pictures of every kind to RGB, and RGB to the reference's `pixel_values`."""
+"""Images of every kind to RGB, and RGB to the reference's `pixel_values`."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def _pixels(width: int = 37, height: int = 23) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def _picture(mode: str = "RGB", width: int = 37, height: int = 23) -> Image.Image:
-    picture = Image.fromarray(_pixels(width, height))
+def _image(mode: str = "RGB", width: int = 37, height: int = 23) -> Image.Image:
+    image = Image.fromarray(_pixels(width, height))
     if mode in ("RGBa", "PA"):
-        picture = picture.convert("RGBA" if mode == "RGBa" else "P")
-    return picture.convert(mode)
+        image = image.convert("RGBA" if mode == "RGBa" else "P")
+    return image.convert(mode)
 
 
-def _encode(picture: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+def _encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, image_format, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -62,8 +62,8 @@ def _assert_same(first: Image.Image, second: Image.Image) -> None:
 
 @pytest.fixture(scope="module")
 def png(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "a picture ü.png"
-    path.write_bytes(_encode(_picture()))
+    path = tmp_path_factory.mktemp("images") / "an image ü.png"
+    path.write_bytes(_encode(_image()))
     return path
 
 
@@ -91,9 +91,9 @@ SOURCES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_gives_the_same_picture(source: str, png: Path) -> None:
+def test_every_source_gives_the_same_image(source: str, png: Path) -> None:
     given_image = SOURCES[source](png)
-    _assert_same(load(given_image), _picture())  # type: ignore[arg-type]
+    _assert_same(load(given_image), _image())  # type: ignore[arg-type]
     if hasattr(given_image, "close"):
         given_image.close()
 
@@ -104,13 +104,13 @@ def test_a_stream_that_cannot_seek_is_read_from_where_it_stands(png: Path) -> No
         stream.write(b"head" + png.read_bytes())
     with os.fdopen(reader, "rb") as stream:
         stream.read(4)
-        _assert_same(load(stream), _picture())
+        _assert_same(load(stream), _image())
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA", "ICO", "JPEG", "PCX"])
 def test_formats_stay_usable_after_their_file_is_closed(image_format: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture"
-    path.write_bytes(_encode(_picture(), image_format))
+    path = tmp_path / "image"
+    path.write_bytes(_encode(_image(), image_format))
     with Image.open(path) as reference:
         expected = reference.convert("RGB")
     loaded = load(path)
@@ -119,15 +119,15 @@ def test_formats_stay_usable_after_their_file_is_closed(image_format: str, tmp_p
 
 
 def test_an_upright_rgb_image_is_returned_itself() -> None:
-    picture = _picture()
-    assert load(picture) is picture
+    image = _image()
+    assert load(image) is image
 
 
-def test_a_pictures_own_data_is_not_changed() -> None:
-    picture = _picture("P")
-    picture.info["transparency"] = b"\x00\x80"
-    load(picture)
-    assert picture.mode == "P" and picture.info["transparency"] == b"\x00\x80"
+def test_an_images_own_data_is_not_changed() -> None:
+    image = _image("P")
+    image.info["transparency"] = b"\x00\x80"
+    load(image)
+    assert image.mode == "P" and image.info["transparency"] == b"\x00\x80"
 
 
 # --- modes ---------------------------------------------------------------------------------------------------------
@@ -135,18 +135,18 @@ def test_a_pictures_own_data_is_not_changed() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_convert_as_pillow_does(mode: str) -> None:
-    _assert_same(load(_picture(mode)), _picture(mode).convert("RGB"))
+    _assert_same(load(_image(mode)), _image(mode).convert("RGB"))
 
 
 def test_premultiplied_grey_converts_in_two_steps() -> None:
-    picture = _picture("LA").convert("La")
-    _assert_same(load(picture), picture.convert("LA").convert("RGB"))
+    image = _image("LA").convert("La")
+    _assert_same(load(image), image.convert("LA").convert("RGB"))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("transparency", [3, b"\x00\x80\xff"])
 def test_palette_transparency_is_dropped_without_a_warning(transparency: object) -> None:
-    encoded = _encode(_picture("P"), "PNG", transparency=transparency)
+    encoded = _encode(_image("P"), "PNG", transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -167,8 +167,8 @@ def test_sixteen_bits_are_divided_by_257() -> None:
 
 
 def test_big_endian_sixteen_bits_are_the_same() -> None:
-    picture = Image.frombytes("I;16B", (2, 1), np.array([128, 25700], dtype=">u2").tobytes())
-    assert [int(value) for value in np.asarray(load(picture))[0, :, 0]] == [0, 100]
+    image = Image.frombytes("I;16B", (2, 1), np.array([128, 25700], dtype=">u2").tobytes())
+    assert [int(value) for value in np.asarray(load(image))[0, :, 0]] == [0, 100]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_big_endian_sixteen_bits_are_the_same() -> None:
         ([9, 9, 9], [9, 9, 9]),
     ],
 )
-def test_wide_integers_are_scaled_so_that_the_picture_shows(values: list[int], expected: list[int]) -> None:
+def test_wide_integers_are_scaled_so_that_the_image_shows(values: list[int], expected: list[int]) -> None:
     assert _grey(np.array([values], dtype=np.int32)) == expected
 
 
@@ -195,7 +195,7 @@ def test_wide_integers_are_scaled_so_that_the_picture_shows(values: list[int], e
         ([np.nan, np.nan, np.nan], [0, 0, 0]),
     ],
 )
-def test_floats_are_scaled_so_that_the_picture_shows(values: list[float], expected: list[int]) -> None:
+def test_floats_are_scaled_so_that_the_image_shows(values: list[float], expected: list[int]) -> None:
     assert _grey(np.array([values], dtype=np.float32)) == expected
 
 
@@ -205,7 +205,7 @@ def test_floats_are_scaled_so_that_the_picture_shows(values: list[float], expect
 def _with_orientation(orientation: object, image_format: str = "JPEG", mode: str = "RGB") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return _encode(_picture(mode), image_format, exif=exif.tobytes())
+    return _encode(_image(mode), image_format, exif=exif.tobytes())
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -228,13 +228,13 @@ def test_exif_orientation_can_be_left_alone_as_in_the_reference(orientation: int
     _assert_same(load(Image.open(io.BytesIO(encoded)), apply_exif=False), raw)
 
 
-def test_exif_orientation_of_a_grey_picture_is_applied() -> None:
+def test_exif_orientation_of_a_grey_image_is_applied() -> None:
     assert load(_with_orientation(6, mode="L")).size == (23, 37)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_lose_the_picture() -> None:
-    encoded = _encode(_picture(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12")
+def test_damaged_exif_does_not_lose_the_image() -> None:
+    encoded = _encode(_image(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12")
     _assert_same(load(encoded), Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
@@ -300,16 +300,16 @@ def test_postscript_is_refused_because_it_would_run_a_program() -> None:
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_truncated_images_are_refused(image_format: str, share: float) -> None:
-    encoded = _encode(_picture(width=200, height=150), image_format)
+    encoded = _encode(_image(width=200, height=150), image_format)
     with pytest.raises(ImageDecodeError, match="bytes of data is"):
         load(encoded[: int(len(encoded) * share)])
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_damaged_images_give_a_picture_or_our_error(data: st.DataObject) -> None:
+def test_damaged_images_give_an_image_or_our_error(data: st.DataObject) -> None:
     image_format = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM", "JPEG2000"]))
-    damaged = bytearray(_encode(_picture(), image_format))
+    damaged = bytearray(_encode(_image(), image_format))
     for _ in range(data.draw(st.integers(1, 10))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with warnings.catch_warnings():
@@ -350,7 +350,7 @@ def test_the_limit_of_pixels_can_be_set(tmp_path: Path) -> None:
         ImageTooLargeError, match=r"10000 x 10000 = 100,000,000 pixels, allowed are 1,000,000; raise max_pixels"
     ):
         load(path, max_pixels=10**6)
-    for source in (_picture(), _pixels(), _encode(_picture())):
+    for source in (_image(), _pixels(), _encode(_image())):
         with pytest.raises(ImageTooLargeError, match="raise max_pixels"):
             load(source, max_pixels=850)
         assert load(source, max_pixels=851).size == (37, 23)
@@ -414,14 +414,14 @@ def test_long_data_uris_are_refused(head: str) -> None:
 # --- downloads -----------------------------------------------------------------------------------------------------
 
 
-class _Pictures(BaseHTTPRequestHandler):
+class _Images(BaseHTTPRequestHandler):
     """Answers by path; `/slow` sends a byte now and then."""
 
     def do_GET(self) -> None:
-        encoded = _encode(_picture())
+        encoded = _encode(_image())
         name = urllib.parse.unquote(self.path.split("?")[0]).strip("/")
         if name == "moved":
-            self._answer(302, b"", Location="/picture.png")
+            self._answer(302, b"", Location="/image.png")
         elif name == "to-file":
             self._answer(302, b"", Location="file:///etc/passwd")
         elif name == "circle":
@@ -440,7 +440,7 @@ class _Pictures(BaseHTTPRequestHandler):
             self._send_slowly(b"x", pause=0.05)
         elif name == "silent":
             time.sleep(2)
-        elif name.startswith("picture"):
+        elif name.startswith("image"):
             self._answer(200, encoded)
         else:
             self._answer(404, b"no")
@@ -469,7 +469,7 @@ class _Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pictures)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Images)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -482,24 +482,24 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@pytest.mark.parametrize("path", ["/picture.png", "/picture ü.png?a=b c", "/moved", "/picture#top"])
+@pytest.mark.parametrize("path", ["/image.png", "/image ü.png?a=b c", "/moved", "/image#top"])
 def test_urls_are_downloaded(path: str, address: str) -> None:
-    _assert_same(load(address + path), _picture())
-    _assert_same(load((address + path).replace("http", "HTTP")), _picture())
+    _assert_same(load(address + path), _image())
+    _assert_same(load((address + path).replace("http", "HTTP")), _image())
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("/nothing?token=secret", "the server answered 404"),
-        ("/page", r"gave no picture: .* is not an image .*begins with '<html>Please log in"),
-        ("/half", "gave no picture: .* is truncated or damaged"),
+        ("/page", r"gave no image: .* is not an image .*begins with '<html>Please log in"),
+        ("/half", "gave no image: .* is truncated or damaged"),
         ("/short", "the connection closed after 50 of"),
         ("/to-file", "cannot download"),
         ("/circle", "cannot download"),
     ],
 )
-def test_urls_without_a_picture_are_refused(path: str, message: str, address: str) -> None:
+def test_urls_without_an_image_are_refused(path: str, message: str, address: str) -> None:
     with pytest.raises(ImageDownloadError, match=message) as caught:
         load(address + path)
     assert isinstance(caught.value, OSError)
@@ -531,9 +531,9 @@ def test_addresses_that_lead_nowhere_are_refused(url: str) -> None:
 # --- pixel_values --------------------------------------------------------------------------------------------------
 
 
-def _reference(picture: Image.Image, size: tuple[int, int] = (768, 768)) -> npt.NDArray[np.float32]:
+def _reference(image: Image.Image, size: tuple[int, int] = (768, 768)) -> npt.NDArray[np.float32]:
     """The recipe, in the precision in which the reference computes each step."""
-    levels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC)).astype(np.float64)
+    levels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(np.float64)
     unit = (levels * (1 / 255)).astype(np.float32)
     normalized = (unit - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     return normalized.transpose(2, 0, 1)[np.newaxis]
@@ -541,19 +541,19 @@ def _reference(picture: Image.Image, size: tuple[int, int] = (768, 768)) -> npt.
 
 def test_every_level_is_bitwise_that_of_the_recipe() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    picture = Image.fromarray(np.stack([levels] * 3, axis=-1))
-    pixel_values = preprocess(picture, size=(16, 16))
-    assert np.array_equal(pixel_values, _reference(picture, (16, 16)))
+    image = Image.fromarray(np.stack([levels] * 3, axis=-1))
+    pixel_values = preprocess(image, size=(16, 16))
+    assert np.array_equal(pixel_values, _reference(image, (16, 16)))
     assert pixel_values.min() == pytest.approx(-2.1179039) and pixel_values.max() == pytest.approx(2.6400001)
 
 
 @pytest.mark.parametrize("size", [(768, 768), (1, 1), (640, 480), (37, 1111), (1500, 700)])
 def test_pixel_values_equal_the_recipe(size: tuple[int, int]) -> None:
-    picture = _picture(width=size[0], height=size[1])
-    pixel_values = preprocess(picture)
+    image = _image(width=size[0], height=size[1])
+    pixel_values = preprocess(image)
     assert pixel_values.shape == (1, 3, 768, 768)
     assert pixel_values.dtype == np.float32 and pixel_values.flags.c_contiguous
-    assert np.array_equal(pixel_values, _reference(picture))
+    assert np.array_equal(pixel_values, _reference(image))
 
 
 def test_pixel_values_equal_the_recipe_on_photographs(photographs: list[Image.Image]) -> None:
@@ -574,9 +574,9 @@ def clip_processor() -> Callable[..., npt.NDArray[np.float32]]:
         do_convert_rgb=None,
     )
 
-    def process(picture: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    def process(image: Image.Image, size: tuple[int, int]) -> npt.NDArray[np.float32]:
         width, height = size
-        values = processor(picture, size={"height": height, "width": width}, return_tensors="np")["pixel_values"]
+        values = processor(image, size={"height": height, "width": width}, return_tensors="np")["pixel_values"]
         return np.asarray(values)
 
     return process
@@ -594,36 +594,36 @@ def test_photographs_equal_transformers_bitwise(
 def test_all_modes_equal_transformers_after_conversion(
     mode: str, clip_processor: Callable[..., npt.NDArray[np.float32]]
 ) -> None:
-    picture = _picture("L").convert("I").convert(mode) if mode == "I;16" else _picture(mode, width=411, height=300)
-    # Pillow would clip 16 bits to 8; there the reference gets the picture that load makes
-    converted = load(picture) if mode == "I;16" else picture.convert("RGB")
+    image = _image("L").convert("I").convert(mode) if mode == "I;16" else _image(mode, width=411, height=300)
+    # Pillow would clip 16 bits to 8; there the reference gets the image that load makes
+    converted = load(image) if mode == "I;16" else image.convert("RGB")
     expected = clip_processor(converted, (768, 768))
-    assert np.array_equal(preprocess(load(picture)), expected)
-    assert np.array_equal(preprocess(picture), expected)
+    assert np.array_equal(preprocess(load(image)), expected)
+    assert np.array_equal(preprocess(image), expected)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64))
 @settings(max_examples=40, deadline=None)
 def test_any_size_to_any_size(width: int, height: int, new_width: int, new_height: int) -> None:
-    picture = _picture(width=width, height=height)
+    image = _image(width=width, height=height)
     size = (new_width, new_height)
-    assert np.array_equal(preprocess(picture, size=size), _reference(picture, size))
+    assert np.array_equal(preprocess(image, size=size), _reference(image, size))
 
 
 def test_other_means_and_deviations() -> None:
-    picture = _picture()
-    values = preprocess(picture, size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
-    levels = np.asarray(picture.resize((8, 8), 3)).astype(np.float64)
+    image = _image()
+    values = preprocess(image, size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
+    levels = np.asarray(image.resize((8, 8), 3)).astype(np.float64)
     expected = ((levels / 255).astype(np.float32) - np.float32(0.5)) / np.float32([0.5, 0.25, 0.125])
     assert np.array_equal(values[0], expected.transpose(2, 0, 1))
 
 
 def test_a_batch_is_written_in_place() -> None:
     batch = np.full((2, 3, 96, 128), np.nan, dtype=np.float32)
-    for row, picture in zip(batch, (_picture(), _picture("L")), strict=True):
-        values = preprocess(picture, size=(128, 96), out=row)
+    for row, image in zip(batch, (_image(), _image("L")), strict=True):
+        values = preprocess(image, size=(128, 96), out=row)
         assert np.shares_memory(values, batch)
-    assert np.array_equal(batch[:1], preprocess(_picture(), size=(128, 96)))
+    assert np.array_equal(batch[:1], preprocess(_image(), size=(128, 96)))
     assert np.isfinite(batch).all()
 
 
@@ -633,9 +633,9 @@ def test_a_batch_is_written_in_place() -> None:
 )
 def test_a_wrong_out_is_refused(out: npt.NDArray[np.float32]) -> None:
     with pytest.raises(ImageError, match="C-contiguous float32"):
-        preprocess(_picture(), size=(128, 96), out=out)
+        preprocess(_image(), size=(128, 96), out=out)
 
 
 def test_preprocess_refuses_what_load_reads() -> None:
     with pytest.raises(ImageError, match="use load first"):
-        preprocess("picture.png")  # type: ignore[arg-type]
+        preprocess("image.png")  # type: ignore[arg-type]

@@ -56,11 +56,11 @@ def batching() -> Florence2:
 
 @pytest.fixture(scope="module")
 def expected(plain: Florence2) -> dict[tuple[str, str, str], tuple[int, ...]]:
-    """Tokens by search, picture and task."""
+    """Tokens by search, image and task."""
     return {
-        (search, picture.name, task.slug): plain.run(task, picture, options=options, **GIVEN[task.needs]).token_ids
+        (search, image.name, task.slug): plain.run(task, image, options=options, **GIVEN[task.needs]).token_ids
         for search, options in SEARCHES.items()
-        for picture in SAMPLES[:3]
+        for image in SAMPLES[:3]
         for task in tasks.TASKS.values()
     }
 
@@ -69,40 +69,40 @@ def expected(plain: Florence2) -> dict[tuple[str, str, str], tuple[int, ...]]:
 def test_single_answers_are_those_of_the_plain_model(
     batching: Florence2, expected: dict[tuple[str, str, str], tuple[int, ...]], search: str
 ) -> None:
-    for picture in SAMPLES[:3]:
-        encoded = batching.encode(picture)
+    for image in SAMPLES[:3]:
+        encoded = batching.encode(image)
         for task in tasks.TASKS.values():
             found = batching.run(task, encoded, options=SEARCHES[search], **GIVEN[task.needs])
-            assert found.token_ids == expected[search, picture.name, task.slug]
+            assert found.token_ids == expected[search, image.name, task.slug]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_batch_of_all_tasks_about_several_pictures(
+def test_a_batch_of_all_tasks_about_several_images(
     batching: Florence2, expected: dict[tuple[str, str, str], tuple[int, ...]], search: str
 ) -> None:
-    """Eleven times as many questions as places; each picture is encoded once, in threads beside the answers."""
-    pairs = [(task, picture) for task in tasks.TASKS.values() for picture in SAMPLES[:3]]
+    """Eleven times as many questions as places; each image is encoded once, in threads beside the answers."""
+    pairs = [(task, image) for task in tasks.TASKS.values() for image in SAMPLES[:3]]
     before = batching._vision_encoder.num_runs
     found = batching.run_batch(
         [task for task, _ in pairs],
-        [picture for _, picture in pairs],
+        [image for _, image in pairs],
         text_inputs=[GIVEN[task.needs].get("text_input") for task, _ in pairs],
         regions=[GIVEN[task.needs].get("region") for task, _ in pairs],
         options=SEARCHES[search],
     )
-    for (task, picture), prediction in zip(pairs, found, strict=True):
-        assert prediction.token_ids == expected[search, picture.name, task.slug]
+    for (task, image), prediction in zip(pairs, found, strict=True):
+        assert prediction.token_ids == expected[search, image.name, task.slug]
         assert prediction.task is task
-    assert batching._vision_encoder.num_runs == before + 1, "three pictures in one run"
+    assert batching._vision_encoder.num_runs == before + 1, "three images in one run"
 
 
 def test_prompts_are_decoded_together(batching: Florence2) -> None:
     decoder = batching._text_model._decoder  # type: ignore[attr-defined]
-    encoded = [batching.encode(picture) for picture in SAMPLES[:4]]
+    encoded = [batching.encode(image) for image in SAMPLES[:4]]
     runs = []
-    for pictures in (*([each] for each in encoded), encoded):
+    for images in (*([each] for each in encoded), encoded):
         before = decoder.num_runs
-        batching.run_batch("<DETAILED_CAPTION>", pictures, options=SEARCHES["greedy"])
+        batching.run_batch("<DETAILED_CAPTION>", images, options=SEARCHES["greedy"])
         runs.append(decoder.num_runs - before)
     *single, together = runs
     assert together == max(single) < sum(single)
@@ -112,18 +112,18 @@ def test_threads_share_the_places(batching: Florence2, expected: dict[tuple[str,
     wrong: list[object] = []
 
     def ask(number: int) -> None:
-        picture = SAMPLES[number % 3]
+        image = SAMPLES[number % 3]
         for task in list(tasks.TASKS.values())[number % 5 :: 5]:
             for search, options in SEARCHES.items():
-                found = batching.run(task, picture, options=options, **GIVEN[task.needs])
-                if found.token_ids != expected[search, picture.name, task.slug]:
+                found = batching.run(task, image, options=options, **GIVEN[task.needs])
+                if found.token_ids != expected[search, image.name, task.slug]:
                     wrong.append((search, task.slug, found.text))
 
     in_threads([lambda number=number: ask(number) for number in range(10)])
     assert wrong == []
 
 
-def test_pictures_encoded_elsewhere_and_here(plain: Florence2, batching: Florence2) -> None:
+def test_images_encoded_elsewhere_and_here(plain: Florence2, batching: Florence2) -> None:
     elsewhere, here = plain.encode(SAMPLES[0]), batching.encode(SAMPLES[0])
     np.testing.assert_allclose(here.image_features, elsewhere.image_features, atol=1e-3)
     for model in (plain, batching):
@@ -138,10 +138,10 @@ def test_scores_of_a_given_answer(plain: Florence2, batching: Florence2) -> None
     assert batching.score_tokens("<OD>", SAMPLES[0], answer[:1]).shape == (0, found.shape[1])
 
 
-def test_a_bad_picture_ends_its_batch_and_nothing_else(batching: Florence2, tmp_path: Path) -> None:
-    pictures = [*SAMPLES[:2], tmp_path / "missing.png", *SAMPLES[2:4]]
+def test_a_bad_image_ends_its_batch_and_nothing_else(batching: Florence2, tmp_path: Path) -> None:
+    images = [*SAMPLES[:2], tmp_path / "missing.png", *SAMPLES[2:4]]
     with pytest.raises(ImageNotFoundError):
-        batching.run_batch("<OD>", pictures)
+        batching.run_batch("<OD>", images)
     assert len(batching.run_batch("<OD>", SAMPLES[:3])) == 3
 
 
@@ -450,7 +450,7 @@ def test_one_thread_has_the_device(batching: Florence2, monkeypatch: pytest.Monk
         run(self)
 
     monkeypatch.setattr(OnnxBinding, "run", note)
-    in_threads([lambda picture=picture: batching.run("<CAPTION>", picture) for picture in SAMPLES[:3]])
+    in_threads([lambda image=image: batching.run("<CAPTION>", image) for image in SAMPLES[:3]])
     batching.run_batch("<OD>", SAMPLES[:3])
     assert seen == {"florence-device"}
 

@@ -47,11 +47,11 @@ def own(tiny: Exported) -> Florence2:
     return Florence2.from_pretrained(tiny.bundle, device="cpu")
 
 
-def answers(model: Florence2, pictures: Sequence[Image.Image], options: GenerationOptions) -> list[tuple[int, ...]]:
+def answers(model: Florence2, images: Sequence[Image.Image], options: GenerationOptions) -> list[tuple[int, ...]]:
     chosen = list(TASKS.values())
     found = model.run_batch(
         chosen,
-        [pictures[i % len(pictures)] for i in range(len(chosen))],
+        [images[i % len(images)] for i in range(len(chosen))],
         text_inputs=[EXTRA[task.needs].get("text_input") for task in chosen],
         regions=[EXTRA[task.needs].get("region") for task in chosen],
         options=options,

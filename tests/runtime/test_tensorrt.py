@@ -264,7 +264,7 @@ def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, mon
 
 
 def test_shapes_cover_what_the_runtime_asks() -> None:
-    """Every padded length of prompts, every size of a cache that is likely, every number of pictures."""
+    """Every padded length of prompts, every size of a cache that is likely, every number of images."""
     found = tensorrt.profiles(DEMO, 8)
     sizes = DEMO.sizes
     room = sizes.max_positions - sizes.num_image_tokens

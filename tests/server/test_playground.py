@@ -70,7 +70,7 @@ def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Pa
         page.on("console", lambda message: faults.append(message.text) if _is_fault(message.text) else None)
         page.on("request", lambda request: faults.append(request.url) if _leaves(request.url, server.url) else None)
         page.goto(server.url)
-        expect(page.locator("#picture-name")).to_contain_text("scene-1.png")
+        expect(page.locator("#image-name")).to_contain_text("scene-1.png")
         return page
 
     expect.set_options(timeout=20_000)
@@ -108,8 +108,8 @@ def _starting_with(text: str) -> re.Pattern[str]:
     return re.compile(rf"^{re.escape(text)}")
 
 
-def _post(server: LiveServer, slug: str, picture: Path, **more: Any) -> dict[str, Any]:
-    uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+def _post(server: LiveServer, slug: str, image: Path, **more: Any) -> dict[str, Any]:
+    uri = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode("ascii")
     request = urllib.request.Request(
         f"{server.url}/{PREFIX}/{slug}",
         json.dumps({"image_url": uri, **more}).encode(),
@@ -128,7 +128,7 @@ def _iou(a: Box, b: Box) -> float:
 
 
 def _drawn_boxes(page: Page) -> dict[int, Box]:
-    """What the overlay's frames enclose, in pixels of the picture, by the number of the row."""
+    """What the overlay's frames enclose, in pixels of the image, by the number of the row."""
     frames = page.locator("#overlay .shape .line").evaluate_all(
         """lines => lines.map(line => {
             const {x, y, width, height} = line.getBBox();
@@ -150,21 +150,21 @@ def _assert_scene_is_found(page: Page, scene: dict[str, Any]) -> None:
         assert _iou(boxes[index], truth[label]) > 0.5, label
 
 
-# --- pictures
+# --- images
 
 
 @pytest.mark.parametrize("name", ["scene-1.png", "scene-3.png"])
 def test_the_boxes_of_a_sample_are_listed_and_drawn(page: Page, name: str) -> None:
     page.get_by_role("button", name=f"Sample {name.removesuffix('.png')}").click()
-    expect(page.locator("#picture-name")).to_contain_text(name)
+    expect(page.locator("#image-name")).to_contain_text(name)
     _ask(page, "object-detection")
     _assert_scene_is_found(page, SCENES[name])
     assert page.locator("#overlay rect.line:visible").count() == len(SCENES[name]["objects"])
     assert sorted(page.locator("#overlay .tag text").all_text_contents()) == sorted(_row_labels(page))
 
 
-def test_the_overlay_lies_on_the_picture(page: Page) -> None:
-    """What the browser shows inside a frame is what the picture has there, pixel for pixel."""
+def test_the_overlay_lies_on_the_image(page: Page) -> None:
+    """What the browser shows inside a frame is what the image has there, pixel for pixel."""
     _ask(page, "object-detection")
     star = _row_labels(page).index("yellow star")
     on_screen = page.locator(f"#overlay .shape[data-index='{star}'] .line").evaluate(
@@ -183,19 +183,19 @@ def test_the_overlay_lies_on_the_picture(page: Page) -> None:
 
 
 def test_a_file_is_uploaded_as_it_is(page: Page, server: LiveServer, tmp_path: Path) -> None:
-    picture = tmp_path / "my shapes.png"
-    picture.write_bytes((SAMPLES / "scene-6.png").read_bytes())
-    page.set_input_files("#file", picture)
-    expect(page.locator("#picture-name")).to_have_text("my shapes.png · 384 × 384")
+    image = tmp_path / "my shapes.png"
+    image.write_bytes((SAMPLES / "scene-6.png").read_bytes())
+    page.set_input_files("#file", image)
+    expect(page.locator("#image-name")).to_have_text("my shapes.png · 384 × 384")
     with page.expect_request(f"**/{PREFIX}/caption") as request:
         _ask(page, "caption")
     sent = request.value.post_data_json["image_url"]
-    assert base64.b64decode(sent.removeprefix("data:image/png;base64,")) == picture.read_bytes()
-    expect(page.locator("#answer .text-answer")).to_have_text(_post(server, "caption", picture)["results"])
+    assert base64.b64decode(sent.removeprefix("data:image/png;base64,")) == image.read_bytes()
+    expect(page.locator("#answer .text-answer")).to_have_text(_post(server, "caption", image)["results"])
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_a_picture_is_dropped_or_pasted(page: Page, way: str) -> None:
+def test_an_image_is_dropped_or_pasted(page: Page, way: str) -> None:
     encoded = base64.b64encode((SAMPLES / "scene-2.png").read_bytes()).decode("ascii")
     page.evaluate(
         """([way, encoded]) => {
@@ -209,10 +209,10 @@ def test_a_picture_is_dropped_or_pasted(page: Page, way: str) -> None:
         }""",
         [way, encoded],
     )
-    expect(page.locator("#picture-name")).to_have_text("given.png · 320 × 320")
+    expect(page.locator("#image-name")).to_have_text("given.png · 320 × 320")
 
 
-def test_a_question_waits_for_the_picture_that_was_chosen_before_it(page: Page) -> None:
+def test_a_question_waits_for_the_image_that_was_chosen_before_it(page: Page) -> None:
     held: list[Route] = []
     page.route("**/samples/scene-2.png", lambda route: held.append(route))
     with page.expect_request("**/samples/scene-2.png"):
@@ -225,25 +225,25 @@ def test_a_question_waits_for_the_picture_that_was_chosen_before_it(page: Page) 
 
 
 def test_a_photograph_taken_sideways_has_its_boxes_in_place(page: Page, tmp_path: Path) -> None:
-    picture = tmp_path / "sideways.jpg"
+    image = tmp_path / "sideways.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     Image.open(SAMPLES / "scene-1.png").convert("RGB").transpose(Image.Transpose.ROTATE_90).save(
-        picture, exif=exif, quality=95
+        image, exif=exif, quality=95
     )
-    page.set_input_files("#file", picture)
-    expect(page.locator("#picture-name")).to_have_text("sideways.jpg · 384 × 355")
+    page.set_input_files("#file", image)
+    expect(page.locator("#image-name")).to_have_text("sideways.jpg · 384 × 355")
     _ask(page, "object-detection")
     _assert_scene_is_found(page, SCENES["scene-1.png"])
 
 
-def test_another_picture_clears_the_answer_and_another_task_keeps_it(page: Page) -> None:
+def test_another_image_clears_the_answer_and_another_task_keeps_it(page: Page) -> None:
     _ask(page, "object-detection")
     page.select_option("#task", "caption")
     expect(page.locator("#answer-task")).to_have_text("Object detection")
     assert len(_drawn_boxes(page)) == 3
     page.get_by_role("button", name="Sample scene-2").click()
-    expect(page.locator("#picture-name")).to_contain_text("scene-2.png")
+    expect(page.locator("#image-name")).to_contain_text("scene-2.png")
     assert _drawn_boxes(page) == {}
     expect(page.locator("#copy-json")).to_be_disabled()
 
@@ -278,7 +278,7 @@ def test_a_region_is_drawn_in_any_direction_and_cut_at_the_edge(page: Page) -> N
 
 def test_escape_brings_back_the_region_before(page: Page) -> None:
     page.select_option("#task", "region-to-category")
-    page.get_by_role("button", name="Whole picture").click()
+    page.get_by_role("button", name="Whole image").click()
     page.mouse.move(*_on_screen(page, (50, 50)))
     page.mouse.down()
     page.mouse.move(*_on_screen(page, (150, 150)))
@@ -291,7 +291,7 @@ def test_escape_brings_back_the_region_before(page: Page) -> None:
 def test_a_region_is_drawn_with_a_finger(open_page: Callable[..., Page]) -> None:
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page.select_option("#task", "region-to-category")
-    page.locator("#picture").scroll_into_view_if_needed()
+    page.locator("#image").scroll_into_view_if_needed()
     finger = page.context.new_cdp_session(page)
     for event, point in (("Start", (100, 100)), ("Move", (150, 160)), ("Move", (200, 250)), ("End", None)):
         touches = [] if point is None else [dict(zip("xy", _on_screen(page, point), strict=True))]
@@ -302,7 +302,7 @@ def test_a_region_is_drawn_with_a_finger(open_page: Callable[..., Page]) -> None
 
 def _on_screen(page: Page, point: tuple[float, float]) -> tuple[float, float]:
     """Where a pixel of the 384 x 355 sample is: the stage shows it whole, in its middle."""
-    stage = page.locator("#picture").bounding_box()
+    stage = page.locator("#image").bounding_box()
     assert stage is not None
     scale = min(stage["width"] / 384, stage["height"] / 355)
     x = stage["x"] + (stage["width"] - 384 * scale) / 2 + point[0] * scale
@@ -388,7 +388,7 @@ def _has(name: str) -> re.Pattern[str]:
     return re.compile(rf"\b{name}\b")
 
 
-def test_a_label_has_the_colour_of_the_drawn_picture(page: Page) -> None:
+def test_a_label_has_the_colour_of_the_drawn_image(page: Page) -> None:
     _ask(page, "object-detection")
     colours = page.locator(".row .swatch").evaluate_all(
         "all => all.map(each => getComputedStyle(each).backgroundColor)"
@@ -417,7 +417,7 @@ def test_the_time_is_shown_per_stage(page: Page) -> None:
     assert {"Vision encoder", "Decoder", "Network", "Total"} <= set(names)
     values = [_to_ms(text) for text in page.locator("#timings dd").all_text_contents()]
     assert sum(values[:-1]) == pytest.approx(values[-1], rel=0.02, abs=5)
-    assert values[names.index("Decoder")] > 0  # the vision encoder may rest: the server remembers pictures
+    assert values[names.index("Decoder")] > 0  # the vision encoder may rest: the server remembers images
 
 
 def _to_ms(text: str) -> float:
@@ -431,7 +431,7 @@ def _to_ms(text: str) -> float:
 def test_a_missing_region_or_text_is_asked_for(page: Page) -> None:
     page.select_option("#task", "region-to-category")
     page.click("#run")
-    expect(page.locator("#problem")).to_contain_text("Draw a region on the picture first")
+    expect(page.locator("#problem")).to_contain_text("Draw a region on the image first")
     page.fill("#x1", "1000")
     page.click("#run")
     expect(page.locator("#problem")).to_contain_text("whole number from 0 to 999")
@@ -442,13 +442,13 @@ def test_a_missing_region_or_text_is_asked_for(page: Page) -> None:
     expect(page.locator("#text")).to_be_focused()
 
 
-def test_a_broken_file_leaves_the_picture_and_its_answer(page: Page, tmp_path: Path) -> None:
+def test_a_broken_file_leaves_the_image_and_its_answer(page: Page, tmp_path: Path) -> None:
     _ask(page, "object-detection")
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     page.set_input_files("#file", broken)
-    expect(page.locator("#problem")).to_contain_text("“broken.png” is not a picture")
-    expect(page.locator("#picture-name")).to_contain_text("scene-1.png")
+    expect(page.locator("#problem")).to_contain_text("“broken.png” is not an image")
+    expect(page.locator("#image-name")).to_contain_text("scene-1.png")
     expect(page.locator("#answer .row")).to_have_count(3)
     _ask(page, "caption")
     expect(page.locator("#problem")).to_be_empty()
@@ -459,9 +459,9 @@ def test_what_the_server_refuses_is_said_plainly(page: Page, tmp_path: Path) -> 
     drawing = tmp_path / "drawing.svg"
     drawing.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><circle r="9"/></svg>')
     page.set_input_files("#file", drawing)
-    expect(page.locator("#picture-name")).to_contain_text("drawing.svg")
+    expect(page.locator("#image-name")).to_contain_text("drawing.svg")
     page.click("#run")
-    expect(page.locator("#problem")).to_contain_text("The server cannot read this picture")
+    expect(page.locator("#problem")).to_contain_text("The server cannot read this image")
     expect(page.locator("#problem")).to_contain_text("The server said:")
     expect(page.locator("#run")).to_be_enabled()
 
@@ -471,7 +471,7 @@ def test_what_the_server_refuses_is_said_plainly(page: Page, tmp_path: Path) -> 
     [
         (401, {"detail": "No user found for Key ID and Secret"}, "wants an API key"),
         (404, {"detail": "Path /x not found"}, "does not have this task"),
-        (413, {"detail": "too large"}, "picture is too large"),
+        (413, {"detail": "too large"}, "image is too large"),
         (422, {"detail": [{"loc": ["body", "region"], "msg": "no", "type": "missing"}]}, "Draw a region"),
         (422, {"detail": [{"loc": ["body", "image_url"], "msg": "no", "type": "image_too_large"}]}, "too large"),
         (429, {"detail": "busy"}, "busy. Wait a moment"),
@@ -515,7 +515,7 @@ def test_a_key_is_asked_for_and_sent(browser: Browser) -> None:
     with serve("--api-key", "secret") as locked, browser.new_context() as context:
         page = context.new_page()
         page.goto(locked.url)
-        expect(page.locator("#picture-name")).to_contain_text("scene-1.png")
+        expect(page.locator("#image-name")).to_contain_text("scene-1.png")
         for key, words in (("", "wants an API key"), ("wrong", "does not accept this API key")):
             page.get_by_label("API key").fill(key)
             page.click("#run")
@@ -560,17 +560,17 @@ def test_the_curl_command_works(page: Page, server: LiveServer, tmp_path: Path) 
     """With a file name and a text that a shell would gladly misread."""
     if not (shutil.which("curl") and shutil.which("bash")):
         pytest.skip("needs curl and bash")
-    picture = tmp_path / "it's $one.png"
-    picture.write_bytes((SAMPLES / "scene-1.png").read_bytes())
-    page.set_input_files("#file", picture)
-    expect(page.locator("#picture-name")).to_contain_text("it's $one.png")
+    image = tmp_path / "it's $one.png"
+    image.write_bytes((SAMPLES / "scene-1.png").read_bytes())
+    page.set_input_files("#file", image)
+    expect(page.locator("#image-name")).to_contain_text("it's $one.png")
     page.select_option("#task", "caption-to-phrase-grounding")
     page.fill("#text", TRICKY)
     command = _copied_code(page, "curl")
     sent = json.loads(_run_in_bash("curl() { cat; }\n" + command, tmp_path))
     assert sent["text_input"] == TRICKY
-    assert base64.b64decode(sent["image_url"].removeprefix("data:image/png;base64,")) == picture.read_bytes()
-    direct = _post(server, "caption-to-phrase-grounding", picture, text_input=TRICKY)
+    assert base64.b64decode(sent["image_url"].removeprefix("data:image/png;base64,")) == image.read_bytes()
+    direct = _post(server, "caption-to-phrase-grounding", image, text_input=TRICKY)
     assert json.loads(_run_in_bash(command, tmp_path))["results"] == direct["results"]
 
 

@@ -91,16 +91,16 @@ def test_stages_and_extras(client: Any) -> None:
     assert set(client.post(f"/{APP}/ocr-with-region", json=asked).json()) == {"results", "image"}
 
 
-def test_annotated_pictures_are_served_under_whole_addresses(guarded: LiveServer) -> None:
+def test_annotated_images_are_served_under_whole_addresses(guarded: LiveServer) -> None:
     headers = {"Authorization": "Key id:secret"}
     response = httpx.post(
         f"{guarded.url}/{APP}/object-detection", json=arguments(tasks.OBJECT_DETECTION), headers=headers
     )
-    picture = response.json()["image"]
-    assert picture["url"].startswith(f"{guarded.url}/files/")
-    served = httpx.get(picture["url"])  # an <img> sends no key
-    assert served.headers["content-type"] == picture["content_type"] == "image/png"
-    assert len(served.content) == picture["file_size"]
+    image = response.json()["image"]
+    assert image["url"].startswith(f"{guarded.url}/files/")
+    served = httpx.get(image["url"])  # an <img> sends no key
+    assert served.headers["content-type"] == image["content_type"] == "image/png"
+    assert len(served.content) == image["file_size"]
     assert "sandbox" in served.headers["content-security-policy"]
 
 

@@ -27,7 +27,7 @@ class OnnxRunner:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._model: Florence2
-        self._picture: Image.Image
+        self._image: Image.Image
 
     def load(self) -> None:
         try:
@@ -43,12 +43,10 @@ class OnnxRunner:
             session_options={"intra_op_num_threads": self._job.workload.threads},
         )
 
-    def preprocess(self, picture: str) -> Features:
-        self._picture = decoding.load(picture)
+    def preprocess(self, image: str) -> Features:
+        self._image = decoding.load(image)
         sizes = self._sizes
-        return preprocessing.preprocess(
-            self._picture, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std
-        )
+        return preprocessing.preprocess(self._image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
 
     def vision(self, pixel_values: Features) -> Features:
         return self._model._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
@@ -59,7 +57,7 @@ class OnnxRunner:
 
     def answer(self, features: Features, prompt: Prompt, num_beams: int, num_tokens: int) -> list[int]:
         options = GenerationOptions(**self._job.workload.options(num_beams, num_tokens))
-        encoded = EncodedImage(features[0], self._picture)
+        encoded = EncodedImage(features[0], self._image)
         prediction = self._model.run(tasks.get(prompt.task), encoded, options=options)
         return list(prediction.token_ids[1:])
 

@@ -25,8 +25,8 @@ class Runner(Protocol):
             ImportError: It is not installed.
         """
 
-    def preprocess(self, picture: str) -> Any:
-        """Pixel values of a picture file."""
+    def preprocess(self, image: str) -> Any:
+        """Pixel values of an image file."""
 
     def vision(self, pixel_values: Any) -> Any:
         """Image features."""

@@ -76,20 +76,20 @@ class PyTorchRunner:
         for part in (model.vision_tower, model.language_model.encoder, model.language_model.decoder):
             part.compile(dynamic=False)
 
-    def preprocess(self, picture: str) -> Any:
+    def preprocess(self, image: str) -> Any:
         from PIL import Image
 
-        with Image.open(picture) as opened:
+        with Image.open(image) as opened:
             pixels = self._processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"]
         self._check_size((pixels.shape[3], pixels.shape[2]))
         return pixels.to(self._dtype)
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Refuses a smaller picture than everybody else gets: CLIP's processor crops to 224 unless the checkpoint forbids it."""
+        """Refuses a smaller image than everybody else gets: CLIP's processor crops to 224 unless the checkpoint forbids it."""
         expected = Costs.read(Path(self._job.checkpoint)).image_size
         if size != expected:
             raise UnavailableError(
-                f"the checkpoint's preprocessor makes pictures of {size[0]} x {size[1]}, the model takes "
+                f"the checkpoint's preprocessor makes images of {size[0]} x {size[1]}, the model takes "
                 f"{expected[0]} x {expected[1]}: set do_center_crop to false in its preprocessor_config.json"
             )
 

@@ -26,7 +26,7 @@ const now = () => performance.now() / 1000;
 const sinceStart = () => Date.now() / 1000 - job.started;
 const load_s = sinceStart();
 
-const preprocess = async (picture = workload.picture) => (await processor.image_processor(await RawImage.read(picture))).pixel_values;
+const preprocess = async (image = workload.image) => (await processor.image_processor(await RawImage.read(image))).pixel_values;
 const vision = async (pixel_values) => {
     const found = await encodeImage({ pixel_values });
     return found.image_features ?? found;
@@ -67,7 +67,7 @@ const ignore = () => {};
 
 await ask(ignore);
 const cold_start_s = sinceStart();
-const resized = await preprocess(workload.resized_picture);
+const resized = await preprocess(workload.resized_image);
 const tokens = await answer(resized, await vision(resized), workload.first, workload.num_tokens);
 for (let repeat = 0; repeat < workload.repeats; ++repeat) {
     const asked = await ask(note);
@@ -93,5 +93,5 @@ console.log(JSON.stringify({
         'transformers.js': version('@huggingface/transformers'),
         'onnxruntime-node': version('onnxruntime-node'),
     },
-    notes: ['no beam search: num_beams is ignored', 'resizes with sharp: its pixels are not quite those of the others, so its tokens are compared on a picture resized before'],
+    notes: ['no beam search: num_beams is ignored', 'resizes with sharp: its pixels are not quite those of the others, so its tokens are compared on an image resized before'],
 }));

@@ -1,4 +1,4 @@
-/** The answer beside the picture: rows or text, and where the time went. */
+/** The answer beside the image: rows or text, and where the time went. */
 
 import { make } from "./dom.js";
 
@@ -9,7 +9,7 @@ import { make } from "./dom.js";
 
 const STAGES = {
   queue: "Queue",
-  load: "Load picture",
+  load: "Load image",
   vision: "Vision encoder",
   decode: "Decoder",
   draw: "Draw preview",
@@ -107,7 +107,7 @@ function moveFocus(event) {
   rows[rows.indexOf(document.activeElement) + step]?.focus();
 }
 
-/** Scrolls the list and never the page: a pointer over the picture must not make the picture move. */
+/** Scrolls the list and never the page: a pointer over the image must not make the image move. */
 function scrollIntoList(row) {
   const list = row.closest(".rows");
   const { top, bottom } = row.getBoundingClientRect();

@@ -1,4 +1,4 @@
-/** The playground: one picture, one task, one answer. */
+/** The playground: one image, one task, one answer. */
 
 import { highlightRow, showAnswer, showTimings, summarize } from "./answer.js";
 import { ask, loadConfig } from "./client.js";
@@ -6,7 +6,7 @@ import { byId, copy, make } from "./dom.js";
 import * as json from "./json.js";
 import { explain, QuestionError } from "./messages.js";
 import { Overlay } from "./overlay.js";
-import * as pictures from "./picture.js";
+import * as images from "./image.js";
 import { RegionTool, WHOLE } from "./region.js";
 import { shapesOf } from "./shapes.js";
 import { writeSnippets } from "./snippets.js";
@@ -18,8 +18,8 @@ const COPIED_FOR_MS = 1600;
 
 /** @type {import("./client.js").Config} */
 let config;
-/** @type {pictures.Picture | null} */
-let picture = null;
+/** @type {images.ChosenImage | null} */
+let image = null;
 /** @type {import("./client.js").Answer | null} */
 let answer = null;
 /** @type {AbortController | null} the question that is with the server */
@@ -106,54 +106,54 @@ function listenForFiles() {
   });
 }
 
-// --- the picture
+// --- the image
 
 function makeSample(sample) {
-  const image = make("img", { src: sample.url, alt: "", loading: "lazy", width: sample.width, height: sample.height });
+  const thumbnail = make("img", { src: sample.url, alt: "", loading: "lazy", width: sample.width, height: sample.height });
   const title = `Sample ${sample.name}`;
-  return make("button", { type: "button", className: "sample", title, "aria-label": title, "aria-pressed": "false", data: { name: sample.name }, onclick: () => chooseSample(sample) }, image);
+  return make("button", { type: "button", className: "sample", title, "aria-label": title, "aria-pressed": "false", data: { name: sample.name }, onclick: () => chooseSample(sample) }, thumbnail);
 }
 
 /** @param {File | undefined} file */
 function chooseFile(file) {
-  if (file) choosing = choose(() => pictures.fromFile(file, config.max_bytes), null);
+  if (file) choosing = choose(() => images.fromFile(file, config.max_bytes), null);
 }
 
 function chooseSample(sample) {
-  choosing = choose(() => pictures.fromSample(sample), sample.name);
+  choosing = choose(() => images.fromSample(sample), sample.name);
 }
 
 /**
- * Takes another picture; where it cannot be loaded, the one before stays.
- * @param {() => Promise<pictures.Picture>} load
+ * Takes another image; where it cannot be loaded, the one before stays.
+ * @param {() => Promise<images.ChosenImage>} load
  * @param {string | null} sampleName
  */
 async function choose(load, sampleName) {
   const choice = ++numChoices;
   try {
     const loaded = await load();
-    if (choice === numChoices) showPicture(loaded, sampleName);
-    else pictures.release(loaded);
+    if (choice === numChoices) showImage(loaded, sampleName);
+    else images.release(loaded);
   } catch (error) {
     if (choice === numChoices) showProblem(explain(error, context()));
   }
 }
 
-function showPicture(loaded, sampleName) {
+function showImage(loaded, sampleName) {
   asking?.abort();
-  if (picture) pictures.release(picture);
-  picture = loaded;
-  const size = `${picture.width} × ${picture.height}`;
-  Object.assign(byId("picture"), { src: picture.url, alt: `${picture.name}, ${size} pixels`, hidden: false });
-  byId("picture-name").textContent = `${picture.name} · ${size}`;
+  if (image) images.release(image);
+  image = loaded;
+  const size = `${image.width} × ${image.height}`;
+  Object.assign(byId("image"), { src: image.url, alt: `${image.name}, ${size} pixels`, hidden: false });
+  byId("image-name").textContent = `${image.name} · ${size}`;
   byId("stage-empty").hidden = true;
   overlay.svg.toggleAttribute("hidden", false);
-  overlay.setSize(picture);
+  overlay.setSize(image);
   for (const button of byId("samples").children) button.setAttribute("aria-pressed", String(button.dataset.name === sampleName));
   clearAnswer();
   region.set(null);
   showProblem(null);
-  say(`${picture.name} is ready.`);
+  say(`${image.name} is ready.`);
 }
 
 // --- the question
@@ -173,9 +173,9 @@ function updateTask() {
   updateCode();
 }
 
-/** @returns {{text_input?: string, region?: import("./client.js").Region}} what the task takes besides the picture */
+/** @returns {{text_input?: string, region?: import("./client.js").Region}} what the task takes besides the image */
 function readInput(task) {
-  if (!picture) throw new QuestionError("Choose a picture first: drop, paste or choose one, or take a sample.", "picture");
+  if (!image) throw new QuestionError("Choose an image first: drop, paste or choose one, or take a sample.", "image");
   if (task.needs === "region") return { region: region.read() };
   if (task.needs === "nothing") return {};
   const text = byId("text").value;
@@ -194,7 +194,7 @@ async function run() {
     asking = new AbortController();
     const { signal } = asking;
     const input = readInput(task);
-    const image_url = await pictures.toDataUri(picture);
+    const image_url = await images.toDataUri(image);
     showResult(task, await ask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
   } catch (error) {
     say(error.name === "AbortError" ? "Cancelled." : "");
@@ -231,7 +231,7 @@ function clearAnswer() {
   answer = null;
   pinned = hovered = null;
   overlay.show([]);
-  byId("answer").replaceChildren(make("p", { className: "muted", textContent: "Nothing asked about this picture yet." }));
+  byId("answer").replaceChildren(make("p", { className: "muted", textContent: "Nothing asked about this image yet." }));
   byId("timings").replaceChildren();
   byId("answer-task").textContent = "";
   byId("json").replaceChildren(make("span", { className: "muted", textContent: "The answer's JSON will be here." }));
@@ -262,7 +262,7 @@ function showProblem(problem) {
   if (problem?.detail) lines.push(make("p", { className: "detail", textContent: `The server said: ${problem.detail}` }));
   byId("problem").replaceChildren(...lines);
   const field = { text: "text", region: "x1", key: "key" }[problem?.field];
-  // on a touch screen focus would bring up a keyboard over the picture
+  // on a touch screen focus would bring up a keyboard over the image
   if (field && !byId(field).closest("[hidden]") && matchMedia("(pointer: fine)").matches) byId(field).focus();
 }
 
@@ -275,8 +275,8 @@ function snippets() {
     endpoint: `${config.prefix}/${task.slug}`,
     auth: config.auth,
     model: config.model,
-    fileName: picture?.name ?? "picture.png",
-    contentType: picture?.blob.type || "image/png",
+    fileName: image?.name ?? "image.png",
+    contentType: image?.blob.type || "image/png",
     text: task.needs === "text" ? byId("text").value || "red circle" : undefined,
     region: task.needs === "region" ? region.value : undefined,
   });

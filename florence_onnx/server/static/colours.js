@@ -1,11 +1,11 @@
-/** Colours of labels: the same as in the picture that the server draws (`florence_onnx/answers/draw.py`). */
+/** Colours of labels: the same as in the image that the server draws (`florence_onnx/answers/draw.py`). */
 
 const NUM_HUES = 24;
 const LIGHTNESSES = [46, 62];
 const GOLDEN_ANGLE = 0.381966;
 
 /**
- * The colour of a shape: a label has the same one in every picture, shapes without a label get them in turn.
+ * The colour of a shape: a label has the same one in every image, shapes without a label get them in turn.
  * @param {string} label
  * @param {number} index place among the answer's shapes
  * @returns {{colour: string, ink: string}} the colour, and black or white for letters on it

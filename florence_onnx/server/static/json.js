@@ -6,7 +6,7 @@ const MAX_DATA_URI = 64;
 const TOKEN = /("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*/g;
 
 /**
- * Writes a value as indented JSON; pictures inside it are cut short, everything else is as it is.
+ * Writes a value as indented JSON; images inside it are cut short, everything else is as it is.
  * @param {any} value
  */
 export const write = (value) => JSON.stringify(value, (_, part) => shorten(part), 2);

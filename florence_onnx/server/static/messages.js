@@ -1,13 +1,13 @@
 /** What the page says when something goes wrong: what happened, and what to do. */
 
 import { ServerError } from "./client.js";
-import { megabytes, PictureError } from "./picture.js";
+import { megabytes, ImageError } from "./image.js";
 
 /**
  * @typedef {object} Problem
  * @property {string} message what happened and what to do
  * @property {string} [detail] the server's own words
- * @property {"text" | "region" | "key" | "picture"} [field] where it can be put right
+ * @property {"text" | "region" | "key" | "image"} [field] where it can be put right
  */
 
 /** A question that is not complete. */
@@ -28,7 +28,7 @@ const BY_STATUS = {
   429: "The server is busy. Wait a moment, then press Run again.",
   499: "The server stopped working on this question because the connection was lost. Press Run again.",
   503: "The server is not ready yet. Wait a moment, then press Run again.",
-  504: "The server took longer than it may. Try a smaller picture, or start it with more time per request.",
+  504: "The server took longer than it may. Try a smaller image, or start it with more time per request.",
 };
 
 /**
@@ -39,13 +39,13 @@ const BY_STATUS = {
  */
 export function explain(error, { key, maxBytes }) {
   if (error instanceof QuestionError) return { message: error.message, field: error.field };
-  if (error instanceof PictureError) return { message: error.message, field: "picture" };
+  if (error instanceof ImageError) return { message: error.message, field: "image" };
   if (!(error instanceof ServerError)) return { message: "This page has a fault. Reload it and try again.", detail: String(error) };
   if (error.status === 422) return explainInvalid(error.body?.detail);
   const detail = typeof error.body?.detail === "string" ? error.body.detail : undefined;
   if (error.status === 401) return explainKey(key, detail);
   if (error.status === 413) {
-    return { message: `The picture is too large: this server takes ${megabytes(maxBytes)} at most. Use a smaller one.`, detail };
+    return { message: `The image is too large: this server takes ${megabytes(maxBytes)} at most. Use a smaller one.`, detail };
   }
   return { message: BY_STATUS[error.status] ?? explainFault(error), detail };
 }
@@ -74,14 +74,14 @@ function explainField(field, type) {
     return { message: type === "missing" ? "Type a text for this task first." : "The server cannot use this text. Change it, then press Run again.", field: "text" };
   }
   if (field === "region") {
-    return { message: type === "missing" ? "Draw a region on the picture first." : "The server cannot use this region. Draw it again.", field: "region" };
+    return { message: type === "missing" ? "Draw a region on the image first." : "The server cannot use this region. Draw it again.", field: "region" };
   }
-  if (field === "image_url") return { message: explainPicture(type), field: "picture" };
+  if (field === "image_url") return { message: explainImage(type), field: "image" };
   return { message: "The server did not understand the question." };
 }
 
-function explainPicture(type) {
-  if (type.endsWith("too_large")) return "The picture is too large for this server. Use a smaller one.";
-  if (type.endsWith("too_small")) return "The picture is too small for this server. Use a larger one.";
-  return "The server cannot read this picture. It may be damaged, or of a kind that the server does not know: try a PNG or JPEG.";
+function explainImage(type) {
+  if (type.endsWith("too_large")) return "The image is too large for this server. Use a smaller one.";
+  if (type.endsWith("too_small")) return "The image is too small for this server. Use a larger one.";
+  return "The server cannot read this image. It may be damaged, or of a kind that the server does not know: try a PNG or JPEG.";
 }

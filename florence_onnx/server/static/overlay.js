@@ -1,4 +1,4 @@
-/** The answer's shapes over the picture: an SVG whose units are the picture's pixels. */
+/** The answer's shapes over the image: an SVG whose units are the image's pixels. */
 
 import { makeSvg } from "./dom.js";
 
@@ -24,7 +24,7 @@ export class Overlay {
     new ResizeObserver(() => this.placeTags()).observe(svg);
   }
 
-  /** @param {{width: number, height: number}} size of the picture in pixels */
+  /** @param {{width: number, height: number}} size of the image in pixels */
   setSize({ width, height }) {
     this.size = { width, height };
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -50,11 +50,11 @@ export class Overlay {
   }
 
   /**
-   * Where a pointer is on the picture.
+   * Where a pointer is on the image.
    * @param {{clientX: number, clientY: number}} event
-   * @returns {{x: number, y: number}} pixels of the picture, possibly outside it
+   * @returns {{x: number, y: number}} pixels of the image, possibly outside it
    */
-  toPicture(event) {
+  toImage(event) {
     return new DOMPoint(event.clientX, event.clientY).matrixTransform(this.svg.getScreenCTM()?.inverse());
   }
 
@@ -90,7 +90,7 @@ export class Overlay {
     }
   }
 
-  /** The first free place above the shape, inside at its top, below it; all inside the picture. */
+  /** The first free place above the shape, inside at its top, below it; all inside the image. */
   findPlace(shape, width, height, taken) {
     const { left, top, bottom } = bounds(shape);
     const places = [top - height, top, bottom, bottom - height].map((y) => ({

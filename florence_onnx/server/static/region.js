@@ -1,4 +1,4 @@
-/** The region that a question is about: drawn on the picture, or typed. In thousandths of width and height. */
+/** The region that a question is about: drawn on the image, or typed. In thousandths of width and height. */
 
 import { makeSvg } from "./dom.js";
 import { QuestionError } from "./messages.js";
@@ -49,7 +49,7 @@ export class RegionTool {
   read() {
     const texts = NAMES.map((name) => this.inputs[name].value);
     if (NAMES.every((name) => isBlank(this.inputs[name]))) {
-      throw new QuestionError("Draw a region on the picture first, or type its four edges.", "region");
+      throw new QuestionError("Draw a region on the image first, or type its four edges.", "region");
     }
     if (!texts.every((text) => /^\d{1,3}$/.test(text))) {
       throw new QuestionError("Each edge of the region must be a whole number from 0 to 999.", "region");
@@ -79,7 +79,7 @@ export class RegionTool {
     this.onChange();
   }
 
-  /** A bin is a strip of the picture, and the region has those at both of its ends. */
+  /** A bin is a strip of the image, and the region has those at both of its ends. */
   drawFrame({ x1, y1, x2, y2 }) {
     const { width, height } = this.overlay.size;
     const box = {
@@ -133,7 +133,7 @@ export class RegionTool {
   }
 
   toBins(event) {
-    const { x, y } = this.overlay.toPicture(event);
+    const { x, y } = this.overlay.toImage(event);
     return { x: toBin(x, this.overlay.size.width), y: toBin(y, this.overlay.size.height) };
   }
 }

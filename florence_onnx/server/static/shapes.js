@@ -5,7 +5,7 @@ import { colourOf } from "./colours.js";
 /**
  * @typedef {import("./client.js").Point} Point
  * @typedef {object} Shape
- * @property {Point[]} points corners in pixels of the picture; a box has four, from its top left clockwise
+ * @property {Point[]} points corners in pixels of the image; a box has four, from its top left clockwise
  * @property {boolean} isBox whether it is an upright box
  * @property {boolean} isFilled whether it is a mask rather than a frame
  * @property {string} label as the answer has it; may be empty

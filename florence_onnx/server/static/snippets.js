@@ -80,17 +80,17 @@ const fal = createFalClient({
   }),
 });
 
-const picture = await readFile(${quote(fileName)}, "base64");
+const image = await readFile(${quote(fileName)}, "base64");
 const { data } = await fal.run(${quote(endpoint)}, {
   input: {
-    image_url: \`data:${contentType};base64,\${picture}\`,${javascriptInput(question)}
+    image_url: \`data:${contentType};base64,\${image}\`,${javascriptInput(question)}
   },
 });
 console.log(data.results);
 `;
 }
 
-/** The body goes through stdin: pictures are longer than a command line may be. */
+/** The body goes through stdin: images are longer than a command line may be. */
 function curl(question) {
   const { server, endpoint, auth, fileName, contentType } = question;
   const fields = [
@@ -105,7 +105,7 @@ JSON
 `;
 }
 
-/** What the task takes besides the picture, as the API names it; examples where nothing was given yet. */
+/** What the task takes besides the image, as the API names it; examples where nothing was given yet. */
 function inputs({ text, region }) {
   if (text !== undefined) return [["text_input", text]];
   return region === undefined ? [] : [["region", region ?? EXAMPLE_REGION]];

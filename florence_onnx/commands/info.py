@@ -1,0 +1,22 @@
+"""`florence-onnx info`: what a bundle is, and what it needs."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from florence_onnx import Florence2
+from florence_onnx.bundles.bundle import DEMO
+from florence_onnx.commands.arguments import BundleArgument, DeviceOption, PrecisionOption, exit_on_error
+
+
+def info(
+    model: BundleArgument = DEMO,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Show a model's sizes, precision, origin, what its verification measured and what memory it needs on a card, as JSON."""
+    with exit_on_error():
+        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))

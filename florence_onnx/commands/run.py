@@ -1,0 +1,164 @@
+"""`florence-onnx run`: one task about many images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
+from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
+from florence_onnx.bundles.bundle import DEMO
+from florence_onnx.commands.annotated_images import Gallery, open_gallery
+from florence_onnx.commands.arguments import (
+    DEMO_NOTE,
+    DeviceOption,
+    ModelOption,
+    PrecisionOption,
+    exit_on_error,
+    parse_region,
+)
+from florence_onnx.errors import ImageError
+from florence_onnx.images import url
+
+
+def run(
+    task: Annotated[str, typer.Argument(help="Slug (object-detection) or token (<OD>); `tasks` lists them.")],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE…")],
+    text: Annotated[str | None, typer.Option(help="Text, for the tasks that need one.")] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            help="Region for the tasks that need one: bins 0 to 999 of width and height.", metavar="X1,Y1,X2,Y2"
+        ),
+    ] = None,
+    model: ModelOption = DEMO,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: as the model says.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and image.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Folder for the annotated images.", metavar="DIR")] = None,
+) -> None:
+    """Ask one task about many images; one that cannot be read does not stop the rest."""
+    with exit_on_error():
+        question = _Question(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
+        question.task.format_prompt(text_input=question.text, region=question.region)
+        gallery = open_gallery(draw, question.task)
+        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        if model == DEMO:
+            typer.echo(DEMO_NOTE, err=True)
+        num_failed = _answer_all(florence, question, images, _JsonReport() if as_json else _TextReport(), gallery)
+    if num_failed:
+        typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Question:
+    task: tasks.Task[Any]
+    text: str | None
+    region: Region | None
+    options: GenerationOptions
+
+    def ask(self, model: Florence2, image: str) -> Prediction[Any]:
+        return model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+
+
+def _answer_all(
+    model: Florence2,
+    question: _Question,
+    images: Sequence[str],
+    report: _JsonReport | _TextReport,
+    gallery: Gallery | None,
+) -> int:
+    """Returns how many images could not be read."""
+    num_failed = 0
+    for image in _with_progress(images):
+        try:
+            prediction = question.ask(model, image)
+        except ImageError as error:
+            num_failed += 1
+            report.failure(image, error)
+            continue
+        report.answer(image, prediction)
+        if gallery is not None:
+            gallery.add(image, prediction)
+    return num_failed
+
+
+def _with_progress(images: Sequence[str]) -> Iterator[str]:
+    console = Console(stderr=True)
+    if len(images) < 2 or not console.is_terminal:
+        yield from images
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # rich sends redirected output to the bar's stream: right where both are the same terminal, lost where a file waits
+    is_shared = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as progress:
+        yield from progress.track(images, description="images")
+
+
+class _JsonReport:
+    """One JSON object a line."""
+
+    def answer(self, image: str, prediction: Prediction[Any]) -> None:
+        """Writes `{"image": …, "results": …}`."""
+        self._write({"image": image, "results": prediction.to_dict()["results"]})
+
+    def failure(self, image: str, error: ImageError) -> None:
+        """Writes `{"image": …, "error": …}`, and the error to standard error too."""
+        self._write({"image": image, "error": str(error)})
+        typer.echo(f"{url.shorten(image)}: {error}", err=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        typer.echo(json.dumps(line, ensure_ascii=False))
+        sys.stdout.flush()  # whoever reads the pipe sees each answer when it is there
+
+
+class _TextReport:
+    """Answers for people."""
+
+    def answer(self, image: str, prediction: Prediction[Any]) -> None:
+        """Writes the image's name and one line for each thing found."""
+        typer.echo(f"{url.shorten(image)}:")
+        for line in _describe(prediction.results):
+            typer.echo(f"  {line}")
+        if prediction.truncated:
+            typer.echo("  (cut off by the token limit: raise --max-new-tokens)", err=True)
+
+    def failure(self, image: str, error: ImageError) -> None:
+        """Writes the error to standard error."""
+        typer.echo(f"{url.shorten(image)}: {error}", err=True)
+
+
+def _describe(results: object) -> list[str]:
+    if isinstance(results, BoundingBoxes):
+        return [*_describe_boxes(results.bboxes), *map(_describe_polygon, results.polygons)] or ["nothing found"]
+    if isinstance(results, OCRBoundingBox):
+        return _describe_boxes(results.quad_boxes) or ["no text found"]
+    if isinstance(results, PolygonOutput):
+        return [_describe_polygon(polygon) for polygon in results.polygons] or ["nothing found"]
+    return str(results).splitlines() or [""]
+
+
+def _describe_boxes(boxes: Sequence[Any]) -> list[str]:
+    width = max((len(box.label) for box in boxes), default=0)
+    return [
+        f"{box.label:{width}}  x {box.x:7.1f}  y {box.y:7.1f}  w {box.w:7.1f}  h {box.h:7.1f}".lstrip() for box in boxes
+    ]
+
+
+def _describe_polygon(polygon: Polygon) -> str:
+    if not polygon.points:
+        return f"{polygon.label} empty outline".lstrip()
+    xs, ys = [point.x for point in polygon.points], [point.y for point in polygon.points]
+    span = f"x {min(xs):.1f} to {max(xs):.1f}, y {min(ys):.1f} to {max(ys):.1f}"
+    return f"{polygon.label} outline of {len(polygon.points)} points, {span}".lstrip()
