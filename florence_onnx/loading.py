@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +18,9 @@ from florence_onnx.inference.transformers_js import TransformersJsTextModel
 from florence_onnx.runtime import cuda, tensorrt
 from florence_onnx.runtime import providers as provider_presets
 from florence_onnx.runtime.engine import Engine, OnnxEngine, load_engines
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider, candidates
-from florence_onnx.runtime.sessions import CUDA_PROVIDERS, TENSORRT, SessionOptions, onnxruntime
+from florence_onnx.runtime.sessions import CUDA_PROVIDERS, TENSORRT, onnxruntime
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
@@ -43,39 +45,23 @@ class Stages(NamedTuple):
     """The same graphs with everything between them on the device, where that was asked for or is worth it."""
 
 
-def load(
-    bundle: Bundle,
-    *,
-    device: str,
-    precision: str | None,
-    providers: Sequence[Provider] | None,
-    provider_options: Options | None,
-    session_options: SessionOptions | None,
-    kept: Path | None,
-    max_batch: int | None,
-) -> Stages:
-    """Loads all stages; arguments as for `Florence2.from_pretrained`, `kept` as for `OnnxEngine`.
+def load(bundle: Bundle, options: LoadOptions) -> Stages:
+    """Loads all stages.
 
     Raises:
         BundleError: A file is damaged, or the bundle is of another precision.
-        InputError: Arguments contradict.
+        InputError: Options contradict.
         ProviderError: The execution provider cannot run here.
     """
+    precision = options.precision
     if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
         raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
-    _check_max_batch(max_batch, bundle)
-    arguments = {
-        "precision": precision,
-        "session_options": session_options,
-        "kept": kept,
-        "max_batch": max_batch,
-    }
-    if device == "auto" and providers is None:
-        if provider_options:
-            raise InputError(f'provider_options needs a device by name, such as "openvino"; got {device!r}')
-        return _load_best(bundle, arguments)
-    more = {"device": device, "providers": providers, "provider_options": provider_options}
-    return _load(bundle, {**arguments, **more})
+    _check_max_batch(options.max_batch, bundle)
+    if options.device == "auto" and options.providers is None:
+        if options.provider_options:
+            raise InputError(f'provider_options needs a device by name, such as "openvino"; got {options.device!r}')
+        return _load_best(bundle, options)
+    return _load(bundle, options)
 
 
 def preferred_precisions(device: str, providers: Sequence[Provider] | None) -> tuple[str, ...]:
@@ -88,28 +74,28 @@ def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
     return PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
 
 
-def _load_best(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
+def _load_best(bundle: Bundle, options: LoadOptions) -> Stages:
     """Takes the first device that starts and runs, and says which."""
-    *accelerators, last = candidates(onnxruntime().get_available_providers(), arguments["precision"])
-    may_be_resident = arguments["max_batch"] != 0
-    if may_be_resident and TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, arguments):
+    *accelerators, last = candidates(onnxruntime().get_available_providers(), options.precision)
+    may_be_resident = options.max_batch != 0
+    if may_be_resident and TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, options):
         accelerators.insert(0, "tensorrt")
     for device in accelerators:
         try:
-            stages = _load(bundle, {**arguments, "device": device})
+            stages = _load(bundle, replace(options, device=device))
         except ProviderError as error:
             _log.warning("device auto: %s is installed but cannot run: %s", device, error)
         else:
             _log.info("device auto: %s", device)
             return stages
     _log.info("device auto: %s", last)
-    return _load(bundle, {**arguments, "device": last})
+    return _load(bundle, replace(options, device=last))
 
 
-def _has_engines(bundle: Bundle, arguments: Mapping[str, Any]) -> bool:
+def _has_engines(bundle: Bundle, options: LoadOptions) -> bool:
     """Whether there are TensorRT engines for this machine, seen without opening a session."""
     try:
-        wanted = tensorrt.target(onnxruntime(), arguments["max_batch"] or 1)
+        wanted = tensorrt.target(onnxruntime(), options.max_batch or 1)
         found = tensorrt.find(bundle, wanted)
     except ProviderError as error:
         _log.info("device auto: no TensorRT: %s", error)
@@ -128,32 +114,31 @@ def _check_max_batch(max_batch: int | None, bundle: Bundle) -> None:
         raise InputError(f"max_batch needs a bundle of this project's; {bundle.path} has the layout of {bundle.layout}")
 
 
-def _load(bundle: Bundle, arguments: Mapping[str, Any]) -> Stages:
+def _load(bundle: Bundle, options: LoadOptions) -> Stages:
     from concurrent.futures import ThreadPoolExecutor
 
-    provider = _provider(arguments)
-    options = {name: value for name, value in arguments.items() if name != "max_batch"}
+    provider = _provider(options)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
         tokenizer = pool.submit(load_tokenizer, bundle)
         if provider == TENSORRT and bundle.layout == "florence_onnx":
-            engines, max_batch = _load_tensorrt(bundle, options, arguments["max_batch"])
+            engines, max_batch = _load_tensorrt(bundle, options)
         else:
-            max_batch = _max_batch(bundle, provider, arguments["max_batch"])
+            max_batch = _max_batch(bundle, provider, options.max_batch)
             graphs = bundle.stages(is_resident=max_batch > 0)
             names = [KEY_INPUTS[graph] for graph in graphs]
-            engines = load_engines(list(graphs.values()), names, cuda_graphs=max_batch > 0, **options)
+            engines = load_engines(list(graphs.values()), names, options, cuda_graphs=max_batch > 0)
     vision_encoder, *text = engines
     backend = text_backend(bundle, text)
     if provider in CUDA_PROVIDERS:
         _check_kernels(bundle, text[0])
-    precision = arguments["precision"] or bundle.precision
+    precision = options.precision or bundle.precision
     resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
     return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
 
 
-def _provider(arguments: Mapping[str, Any]) -> str:
+def _provider(options: LoadOptions) -> str:
     available = onnxruntime().get_available_providers()
-    return provider_presets.resolve(arguments.get("device", "auto"), arguments.get("providers"), available)[0][0]
+    return provider_presets.resolve(options.device, options.providers, available)[0][0]
 
 
 def _max_batch(bundle: Bundle, provider: str, wanted: int | None) -> int:
@@ -163,54 +148,58 @@ def _max_batch(bundle: Bundle, provider: str, wanted: int | None) -> int:
     return DEFAULT_MAX_BATCH if provider in CUDA_PROVIDERS and bundle.layout == "florence_onnx" else 0
 
 
-def _load_tensorrt(
-    bundle: Bundle, options: Mapping[str, Any], wanted_batch: int | None
-) -> tuple[list[OnnxEngine], int]:
+def _load_tensorrt(bundle: Bundle, options: LoadOptions) -> tuple[list[OnnxEngine], int]:
     """The engines of a bundle, built before if there are none, and how many prompts they take."""
-    if wanted_batch == 0:
+    if options.max_batch == 0:
         raise InputError(
             'max_batch=0 passes everything through the host, which device="tensorrt" does not do: take "cuda"'
         )
-    wanted = tensorrt.target(onnxruntime(), wanted_batch or 1, _tensorrt_options(options))
+    wanted = tensorrt.target(onnxruntime(), options.max_batch or 1, _tensorrt_options(options))
     found = tensorrt.find(bundle, wanted)
     if found is None:
-        found = build_engines(bundle, wanted_batch or tensorrt.DEFAULT_MAX_BATCH, options)
-    own = {**tensorrt.run_options(), **(options.get("provider_options") or {})}
-    names = [KEY_INPUTS[graph] for graph in found.graphs(bundle)]
-    arguments = options if options.get("providers") else {**options, "provider_options": own}
-    paths = list(found.graphs(bundle).values())
-    return load_engines(paths, names, cuda_graphs=True, **arguments), wanted_batch or found.max_batch
+        found = build_engines(bundle, options.max_batch or tensorrt.DEFAULT_MAX_BATCH, options)
+    if not options.providers:
+        options = replace(options, provider_options={**tensorrt.run_options(), **(options.provider_options or {})})
+    graphs = found.graphs(bundle)
+    names = [KEY_INPUTS[graph] for graph in graphs]
+    engines = load_engines(list(graphs.values()), names, options, cuda_graphs=True)
+    return engines, options.max_batch or found.max_batch
 
 
-def build_engines(bundle: Bundle, max_batch: int, options: Mapping[str, Any] | None = None) -> tensorrt.Engines:
+def build_engines(bundle: Bundle, max_batch: int, options: LoadOptions | None = None) -> tensorrt.Engines:
     """Builds the TensorRT engines of a bundle for the card of this machine.
 
     Args:
         bundle: An fp32 or fp16 bundle.
         max_batch: Most prompts decoded together.
-        options: Further arguments of `OnnxEngine`.
+        options: Session options, and options of the TensorRT provider.
 
     Raises:
         ProviderError: There is no card or no TensorRT, or TensorRT refuses a graph.
     """
-    given = dict(options or {})
+    options = options or LoadOptions()
+    own = _tensorrt_options(options)
 
     def build(graphs: Mapping[str, Path], by_graph: Mapping[str, Mapping[str, str]]) -> None:
         for graph, path in graphs.items():  # one after the other: building needs a multiple of the memory of running
             _log.warning("building the engine of %s", graph)
-            more = {**by_graph[graph], **_tensorrt_options(given)}
-            OnnxEngine(path, device="tensorrt", provider_options=more, session_options=given.get("session_options"))
+            more = {**by_graph[graph], **own}
+            OnnxEngine(
+                path,
+                LoadOptions(
+                    "tensorrt", provider_options=more, session_options=options.session_options, graph_cache=False
+                ),
+            )
 
-    return tensorrt.build(bundle, tensorrt.target(onnxruntime(), max_batch, _tensorrt_options(given)), build)
+    return tensorrt.build(bundle, tensorrt.target(onnxruntime(), max_batch, own), build)
 
 
-def _tensorrt_options(arguments: Mapping[str, Any]) -> Options:
+def _tensorrt_options(options: LoadOptions) -> Options:
     """The caller's options of the TensorRT provider, however they were given."""
-    providers = arguments.get("providers")
-    if not providers:
-        return arguments.get("provider_options") or {}
+    if not options.providers:
+        return options.provider_options or {}
     available = onnxruntime().get_available_providers()
-    return dict(provider_presets.resolve("auto", providers, available)).get(TENSORRT, {})
+    return dict(provider_presets.resolve("auto", options.providers, available)).get(TENSORRT, {})
 
 
 def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:

@@ -28,8 +28,8 @@ from florence_onnx.inference.answering import Answering, HostAnswering
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction
-from florence_onnx.runtime import graph_cache as graph_caches
 from florence_onnx.runtime.engine import Engine
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
 from florence_onnx.runtime.sessions import SessionOptions
 from florence_onnx.tasks import Task, parse
@@ -125,8 +125,8 @@ class Florence2:
         """
         files = "fp32" if precision == BF16 else precision
         preferred = preferred_precisions(device, providers) if files is None else (files,)
-        return cls.from_bundle(
-            hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir),
+        bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
+        options = LoadOptions(
             device=device,
             precision=precision,
             providers=providers,
@@ -135,33 +135,17 @@ class Florence2:
             graph_cache=graph_cache,
             max_batch=max_batch,
         )
+        return cls.from_bundle(bundle, options)
 
     @classmethod
-    def from_bundle(
-        cls,
-        bundle: Bundle,
-        *,
-        device: str = "auto",
-        precision: str | None = None,
-        providers: Sequence[Provider] | None = None,
-        provider_options: Options | None = None,
-        session_options: SessionOptions | None = None,
-        graph_cache: bool | str | os.PathLike[str] | None = None,
-        max_batch: int | None = None,
-    ) -> Florence2:
-        """Loads a model whose bundle was already read; arguments and errors as for `from_pretrained`."""
-        return cls(
-            *load(
-                bundle,
-                device=device,
-                precision=precision,
-                providers=providers,
-                provider_options=provider_options,
-                session_options=session_options,
-                kept=graph_caches.folder(graph_cache),
-                max_batch=max_batch,
-            )
-        )
+    def from_bundle(cls, bundle: Bundle, options: LoadOptions | None = None) -> Florence2:
+        """Loads a model whose bundle was already read; errors as for `from_pretrained`.
+
+        Args:
+            bundle: What `florence_onnx.bundles.bundle.read` or an export returned.
+            options: As the arguments of `from_pretrained`.
+        """
+        return cls(*load(bundle, options or LoadOptions()))
 
     @property
     def max_batch(self) -> int:

@@ -52,91 +52,92 @@ PUBLIC = [
     "tasks",
 ]
 
-MAY_IMPORT = {
+ROOMS = {
     "_version": set(),
     "errors": set(),
-    "results": set(),
-    "url": {"errors"},
-    "addresses": set(),
-    "connection": {"addresses"},
-    "download": {"addresses", "connection", "errors", "url"},
-    "locations": {"errors", "results", "numpy"},
-    "matching": {"results", "numpy", "PIL"},
-    "postprocess": {"locations", "results", "tasks"},  # tasks for names only, inside a function
-    "tasks": {"errors", "locations", "postprocess", "results"},
-    "image": {"download", "errors", "url", "numpy", "PIL"},
-    "draw": {"errors", "results", "PIL"},
-    "prediction": {"device_memory", "draw", "errors", "results", "tasks", "numpy", "PIL"},
-    "tokenizer": {"errors", "numpy", "tokenizers"},
-    "options": {"errors", "numpy"},
-    "scores": {"numpy"},
-    "search": {"options", "scores", "numpy"},
-    "logits_processors": {"options"},
-    "prompt_lookup": set(),
-    "greedy_search": {"logits_processors", "options", "prompt_lookup", "scores", "search", "numpy"},
-    "beam_search": {"logits_processors", "options", "scores", "search", "numpy"},
-    "generation": {"beam_search", "greedy_search", "options", "scores", "search"},
-    "cpu": set(),
-    "cuda": set(),
-    "tensorrt": {"bundle", "cuda", "errors", "memory"},
-    "cuda_memory": {"device_memory", "errors"},
-    "memory": {"bundle"},
-    "device_memory": {"numpy"},
-    "graph_cache": {"cpu", "errors"},
-    "providers": {"bundle", "cpu", "errors"},
-    "sessions": {"cpu", "cuda", "errors", "graph_cache", "memory", "providers", "onnxruntime"},
-    "engine": {"cpu", "cuda_memory", "device_memory", "errors", "memory", "providers", "sessions", "numpy"},
-    "decoder": {"engine", "generation", "numpy"},
-    "prompt_rows": {"numpy"},
-    "decoder_call": {"bundle", "decoder", "device_memory", "engine", "prompt_rows", "scores", "numpy"},
-    "resident_decoder": {
-        "bundle",
-        "decoder_call",
-        "device_memory",
-        "engine",
-        "errors",
-        "prompt_rows",
-        "scores",
-        "numpy",
-    },
-    "continuous_batching": {"decoder_call", "device_memory", "errors", "prompt_rows", "scores", "search"},
-    "resident_model": {
-        *("continuous_batching", "cuda_memory", "decoder_call", "device_memory", "engine", "errors", "memory"),
-        *("resident_decoder", "search", "numpy"),
-    },
-    "transformers_js": {"decoder", "engine", "generation", "numpy"},
-    "bundle": {"errors", "options"},
-    "loading": {
-        *("bundle", "cuda", "decoder", "decoder_call", "engine", "errors", "providers", "resident_model"),
-        *("sessions", "tensorrt", "tokenizer", "transformers_js", "numpy"),
-    },
-    "workers": {"cpu"},
-    "answering": {
-        *("bundle", "decoder", "engine", "errors", "generation", "image", "options", "prediction", "search"),
+    "images": {"errors", "numpy", "PIL"},
+    "answers": {"errors", "numpy", "PIL"},
+    "generation": {"errors", "numpy"},
+    "tasks": {"answers", "errors"},
+    "bundles": {"errors", "generation", "numpy", "tokenizers", "huggingface_hub"},
+    "runtime": {"bundles", "errors", "numpy", "onnxruntime"},
+    "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL"},
+    "inference": {"bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
+    "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
+    "model": {
+        *(
+            "answers",
+            "bundles",
+            "errors",
+            "generation",
+            "images",
+            "inference",
+            "loading",
+            "prediction",
+            "runtime",
+            "tasks",
+        ),
         *("numpy", "PIL"),
     },
-    "device_answering": {
-        *("answering", "bundle", "continuous_batching", "device_memory", "errors", "image", "memory", "options"),
-        *("prediction", "resident_model", "search", "workers", "PIL"),
+    "image": {"images"},
+    "postprocess": {"answers", "tasks"},
+    "fal": {"answers", "errors", "images", "model", "prediction", "tasks", "PIL"},
+    "server": {
+        *("_version", "answers", "errors", "fal", "images", "model", "prediction", "tasks"),
+        *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
-    "hub": {"bundle", "errors", "huggingface_hub"},
+    "bench_fal": {
+        *("_version", "answers", "errors", "fal", "images", "model", "tasks"),
+        *("fal_client", "httpx", "numpy", "rapidfuzz", "rich"),
+    },
+    "commands": {
+        *("_version", "answers", "bench_fal", "bundles", "errors", "fal", "generation", "images", "loading", "model"),
+        *("prediction", "runtime", "server", "tasks", "rich", "typer"),
+    },
+    "demo": set(),
+    "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
+    "__main__": {"commands", "errors"},
 }
-"""Every module below `model`, which is the only composer; `cli` and `__main__` stand above it."""
+"""What each room may import: rooms that stand before it in this table, and packages of others."""
+
+OPTIONAL = {"huggingface_hub", "onnxruntime"}
+"""Packages that a room imports inside functions only, so that doing without them is possible until they are needed."""
+
+
+def room(module: str) -> str:
+    """The room of a module of ours, by its path from the package: `runtime` of `runtime.engine`."""
+    return module.split(".", maxsplit=1)[0]
+
+
+def sources(name: str) -> list[Path]:
+    """The files of a room: one module, or those of a folder."""
+    folder = PACKAGE / name
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{name}.py"]
 
 
 def imports(path: Path) -> set[str]:
-    """What a module imports: its siblings by their own names, everything else by the top-level package."""
+    """What a file imports: modules of ours by their path from the package, everything else by the top-level package."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: absolute imports only"
-            names = [alias.name for alias in node.names] if node.module == "florence_onnx" else [""]
-            found |= {f"{node.module}.{name}".rstrip(".") for name in names}
-    own = {name.split(".")[1] for name in found if name.startswith("florence_onnx.")}
+            found |= {_resolve(str(node.module), alias.name) for alias in node.names}
+    own = {name.removeprefix("florence_onnx.") for name in found if name.startswith("florence_onnx.")}
     others = {name.split(".")[0] for name in found if not name.startswith("florence_onnx")}
     return own | {name for name in others if name not in sys.stdlib_module_names}
+
+
+def _resolve(module: str, name: str) -> str:
+    """The module that `from module import name` leads to; for names that `florence_onnx` itself has, where they come from."""
+    if (PACKAGE.parent / module.replace(".", "/") / f"{name}.py").is_file():
+        return f"{module}.{name}"
+    if (PACKAGE.parent / module.replace(".", "/") / name).is_dir():
+        return f"{module}.{name}"
+    if module == "florence_onnx":
+        return str(getattr(getattr(florence_onnx, name), "__module__", "florence_onnx._version"))
+    return module
 
 
 def test_public_names_are_exact() -> None:
@@ -152,32 +153,73 @@ def test_every_error_is_public_and_documented() -> None:
     assert all(name in (errors.__doc__ or "") for name in names)
 
 
-@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
-def test_modules_import_only_what_lies_below_them(name: str) -> None:
-    assert imports(PACKAGE / f"{name}.py") <= MAY_IMPORT[name]
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_import_only_what_stands_before_them_in_the_table(name: str) -> None:
+    found = {room(module) for path in sources(name) for module in imports(path)} - {name}
+    assert found <= ROOMS[name]
 
 
-def test_every_module_has_a_place_in_the_order() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == set(MAY_IMPORT) | {"__init__", "__main__", "model", "cli"}
+def test_the_table_has_no_circle() -> None:
+    above: set[str] = set()
+    for name, allowed in ROOMS.items():
+        assert {each for each in allowed if each in ROOMS} <= above, name
+        above.add(name)
 
 
-def test_the_runtime_never_imports_the_export() -> None:
-    for path in (*PACKAGE.glob("*.py"), *PACKAGE.glob("bench_fal/*.py")):
-        assert not imports(path) & {"export", "torch", "transformers", "optimum", "onnx"}, path.name
+def test_every_module_has_a_room() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    assert modules == set(ROOMS)
 
 
-def test_only_the_command_line_knows_the_server_and_the_comparison_with_fal() -> None:
-    knowing = {path.stem for path in PACKAGE.glob("*.py") if imports(path) & {"bench_fal", "fal", "server"}}
-    assert knowing == {"cli"}
+@pytest.mark.parametrize("name", [name for name in ROOMS if (PACKAGE / name).is_dir()])
+def test_rooms_say_what_they_are_for(name: str) -> None:
+    tree = ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8"))
+    assert len(ast.get_docstring(tree) or "") > 40
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_modules_of_a_room_make_no_circle(name: str) -> None:
+    """Imports inside functions and for the type checker count too."""
+    graph = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
+            each for each in imports(path) if room(each) == name
+        }
+        for path in sources(name)
+    }
+    graph = {module: found - {module} for module, found in graph.items()}
+    while leaves := {module for module, found in graph.items() if not found & graph.keys()}:
+        graph = {module: found for module, found in graph.items() if module not in leaves}
+    assert graph == {}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_optional_packages_are_imported_inside_functions(name: str) -> None:
+    for path in sources(name):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not {each.split(".")[0] for each in names} & OPTIONAL, path.name
 
 
 LAZY = {
-    *("__main__", "addresses", "cli", "connection", "download", "draw", "matching"),
-    *("continuous_batching", "decoder_call", "device_answering", "prompt_rows", "resident_decoder", "resident_model"),
-    "workers",
+    *(
+        "__main__",
+        "answers.draw",
+        "answers.matching",
+        "image",
+        "images.addresses",
+        "images.connection",
+        "images.download",
+    ),
+    *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.prompt_rows"),
+    *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
 }
 """Modules of the package that `import florence_onnx` leaves for later."""
+
+ABOVE_MODEL = {"bench_fal", "commands", "demo", "fal", "server"}
+"""Rooms that nothing below them imports, so `import florence_onnx` never does."""
 
 HEAVY = {
     *(
@@ -214,7 +256,8 @@ def test_import_is_light() -> None:
 
 def test_which_modules_wait_until_they_are_needed() -> None:
     loaded = {name for name in modules_of("import florence_onnx") if name.startswith("florence_onnx.")}
-    ours = {f"florence_onnx.{path.stem}" for path in PACKAGE.glob("*.py")} - {"florence_onnx.__init__"}
+    lower = [path for name in ROOMS if name not in ABOVE_MODEL for path in sources(name) if path.stem != "__init__"]
+    ours = {"florence_onnx." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in lower}
     assert ours - loaded == {f"florence_onnx.{name}" for name in LAZY}
 
 

@@ -1,0 +1,1 @@
+"""How much precision costs in answers that are right or wrong."""

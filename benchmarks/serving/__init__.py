@@ -1,0 +1,1 @@
+"""How the server holds up: load, malformed requests, and the comparison with fal."""

@@ -1,0 +1,1 @@
+"""The command line: `florence-onnx-export CHECKPOINT OUT` and `florence-onnx-export verify`."""

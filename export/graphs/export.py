@@ -32,6 +32,7 @@ from transformers import PretrainedConfig
 
 from florence_onnx.errors import VerificationError
 from florence_onnx.runtime.engine import OnnxEngine
+from florence_onnx.runtime.load_options import LoadOptions
 
 from .files import tidy
 
@@ -143,7 +144,7 @@ def compare(
     Raises:
         VerificationError: Shapes differ.
     """
-    engine = OnnxEngine(path, device="cpu")
+    engine = OnnxEngine(path, LoadOptions("cpu"))
     found = engine.run({name: value.numpy() for name, value in inputs.items() if name in engine.inputs})
     with torch.inference_mode():
         expected = module(*inputs.values())

@@ -20,6 +20,7 @@ from florence_onnx.generation.search import opening
 from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.tasks import parse
 
 from .agreement import Answer, Comparison, compare_answers, compare_logits
@@ -59,7 +60,7 @@ class BundleAnswerer:
         self.name = name
         self.precision = bundle.precision
         self.generation = bundle.generation
-        self._model = Florence2.from_bundle(bundle, device=device)
+        self._model = Florence2.from_bundle(bundle, LoadOptions(device=device))
         # an image is encoded once for all its questions, and searches that give the same tokens are scored once
         self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(
             lambda image: self._model.encode(image.image)

@@ -14,6 +14,7 @@ from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.images import decoding, preprocessing
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.model import Florence2
+from florence_onnx.runtime.load_options import LoadOptions
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..graphs.export import OutputError, compare, worst
@@ -95,7 +96,7 @@ def check_tokens(
     Raises:
         VerificationError: They differ although the precision is exact.
     """
-    model = Florence2.from_bundle(bundle, device="cpu")
+    model = Florence2.from_bundle(bundle, LoadOptions(device="cpu"))
     found = {}
     for name, options in SEARCHES.items():
         agreement = _token_agreement(checkpoint, bundle, model, images, options)

@@ -26,7 +26,7 @@ from florence_onnx.runtime import cpu
 from florence_onnx.runtime import providers as provider_presets
 from florence_onnx.runtime.cuda_memory import LOCK, CudaMemory
 from florence_onnx.runtime.device_memory import DeviceArray, DeviceMemory, HostMemory
-from florence_onnx.runtime.providers import Options, Provider
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.sessions import (
     CPU,
     CUDA_GRAPHS,
@@ -94,13 +94,8 @@ class OnnxEngine:
     def __init__(
         self,
         path: Path,
+        options: LoadOptions | None = None,
         *,
-        device: str = "auto",
-        providers: Sequence[Provider] | None = None,
-        provider_options: Options | None = None,
-        precision: str | None = None,
-        session_options: SessionOptions | None = None,
-        kept: Path | None = None,
         expected_inputs: Sequence[str] = (),
         cuda_graphs: bool = False,
     ) -> None:
@@ -108,12 +103,7 @@ class OnnxEngine:
 
         Args:
             path: An ONNX file; external data lies beside it.
-            device: See `florence_onnx.runtime.providers.Device`.
-            providers: Explicit execution providers, instead of `device`.
-            provider_options: Options of the device's provider, over the preset's.
-            precision: `"bf16"` asks the provider to compute in it.
-            session_options: Overrides of `default_session_options`.
-            kept: Folder of `graph_cache`, used with the CPU provider alone; None does without.
+            options: Device, execution providers and their options; `max_batch` is not for a single graph.
             expected_inputs: Names that must be among the graph's inputs.
             cuda_graphs: Whether bindings may capture CUDA graphs, on a card; `provider_options` have the last word.
 
@@ -124,15 +114,16 @@ class OnnxEngine:
             InputError: A provider option would make answers wrong.
             ProviderError: The execution provider did not start.
         """
+        options = options or LoadOptions()
         ort = onnxruntime()
         if not path.is_file():
             raise BundleFileMissingError(f"graph file {path} is missing; export or download the bundle again")
         chosen = provider_presets.resolve(
-            device,
-            providers,
+            options.device,
+            options.providers,
             ort.get_available_providers(),
-            provider_options=provider_options,
-            precision=precision,
+            provider_options=options.provider_options,
+            precision=options.precision,
             num_threads=cpu.num_cores(),
         )
         _refuse_single_graph(chosen)
@@ -149,7 +140,7 @@ class OnnxEngine:
         # while one thread captures a CUDA graph, or takes memory for weights, no other may call CUDA
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
         with self._exclusive:
-            self._session = self._open(path, chosen, session_options, kept)
+            self._session = self._open(path, chosen, options.session_options, options.graph_cache_folder)
         self._names_graphs = self.captures
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
@@ -349,7 +340,13 @@ def _place(array: Array | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], 
     return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
 
 
-def load_engines(paths: Sequence[Path], expected_inputs: Sequence[Sequence[str]], **arguments: Any) -> list[OnnxEngine]:
+def load_engines(
+    paths: Sequence[Path],
+    expected_inputs: Sequence[Sequence[str]],
+    options: LoadOptions | None = None,
+    *,
+    cuda_graphs: bool = False,
+) -> list[OnnxEngine]:
     """Loads the graphs of a model, those for a CPU at the same time.
 
     Creating a session is work of one thread without Python's lock (ONNX Runtime 1.32; 1.24 holds the lock, and then
@@ -358,7 +355,8 @@ def load_engines(paths: Sequence[Path], expected_inputs: Sequence[Sequence[str]]
     Args:
         paths: ONNX files.
         expected_inputs: For each, names that must be among its inputs.
-        arguments: The others of `OnnxEngine`.
+        options: As for `OnnxEngine`.
+        cuda_graphs: As for `OnnxEngine`.
 
     Raises:
         FlorenceError: As `OnnxEngine`, of the first graph that does not load.
@@ -368,16 +366,13 @@ def load_engines(paths: Sequence[Path], expected_inputs: Sequence[Sequence[str]]
     # The last graph first: it is the decoder, whose start needs the most memory beyond what it keeps.
     pairs = list(zip(paths, expected_inputs, strict=True))[::-1]
     # Accelerators one by one: building their engines side by side would take their memory several times.
-    num_workers = len(pairs) if is_for_cpu(arguments) else 1
+    num_workers = len(pairs) if options is not None and options.is_for_cpu else 1
     with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(OnnxEngine, path, expected_inputs=names, **arguments) for path, names in pairs]
+        futures = [
+            pool.submit(OnnxEngine, path, options, expected_inputs=names, cuda_graphs=cuda_graphs)
+            for path, names in pairs
+        ]
     return [future.result() for future in futures[::-1]]
-
-
-def is_for_cpu(arguments: Mapping[str, Any]) -> bool:
-    """Whether `OnnxEngine` with these arguments runs on ONNX Runtime's own CPU provider."""
-    providers = arguments.get("providers")
-    return arguments.get("device") == "cpu" if providers is None else list(providers) == [CPU]
 
 
 def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from florence_onnx.runtime.engine import OnnxEngine
+from florence_onnx.runtime.load_options import LoadOptions
 
 CUDA = "CUDAExecutionProvider"
 COPIES = ("MemcpyToHost", "MemcpyFromHost")
@@ -33,7 +34,7 @@ def placement(graph: Path) -> dict[str, Any]:
             "optimized_model_filepath": str(planned),
             "session.optimized_model_external_initializers_file_name": "planned.data",
         }
-        engine = OnnxEngine(graph, device="cuda", session_options=options)
+        engine = OnnxEngine(graph, LoadOptions("cuda", session_options=options))
         content = planned.read_bytes()
     parts = engine._session.get_provider_graph_assignment_info()
     placed = [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
@@ -51,7 +52,7 @@ def _operator(kind: str) -> bytes:
 
 
 def _refusal(graph: Path) -> str:
-    return OnnxEngine(graph, device="cuda", cuda_graphs=True).capture_refusal
+    return OnnxEngine(graph, LoadOptions("cuda"), cuda_graphs=True).capture_refusal
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from PIL import Image
 
 from florence_onnx import Florence2, GenerationOptions, Region
 from florence_onnx.images import preprocessing
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.tasks import TASKS
 from tests.conftest import NO_TORCH
 from tests.shared_data import FOLDER
@@ -43,7 +44,7 @@ def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, ph
     # kept where it is asked for, for the environments that look at the same graphs without PyTorch
     kept = os.environ.get("FLORENCE_ONNX_KEEP_BUNDLES")
     written = export_bundle(checkpoint, (Path(kept) if kept else tmp_path) / size / "fp32")
-    model = Florence2.from_bundle(written, device="cpu")
+    model = Florence2.from_bundle(written, LoadOptions(device="cpu"))
     image = photographs[0]
     encoded = model.encode(image)
     pixels = preprocessing.preprocess(image)

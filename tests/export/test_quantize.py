@@ -10,6 +10,7 @@ import pytest
 from florence_onnx import BundleFormatError, CheckpointError, Florence2, VerificationError
 from florence_onnx.bundles import bundle, hub
 from florence_onnx.runtime import providers
+from florence_onnx.runtime.load_options import LoadOptions
 from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
@@ -49,14 +50,14 @@ def test_a_product_stays_within_what_its_bits_allow(tmp_path: Path, form: str, b
     x = random.normal(0, 1, (5, WIDTH)).astype(np.float32)
     path = tmp_path / "product.onnx"
     write_product(path, weight, is_gemm=is_gemm)
-    exact = OnnxEngine(path, device="cpu").run({"x": x})["y"]
+    exact = OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"]
     if form == "dynamic":
         quantize.to_dynamic_int8(path)
     else:
         quantize.to_blocks(path, bits=int(form[-1]))
     (node,) = onnx.load(str(path)).graph.node
     assert node.op_type == ("DynamicQuantizeMatMul" if form == "dynamic" else "MatMulNBits")
-    found = OnnxEngine(path, device="cpu").run({"x": x})["y"]
+    found = OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"]
     spread = np.sqrt((weight**2).sum(axis=0))  # of a product's entries, channel by channel
     error = np.abs(found - exact).max(axis=0) / spread
     assert 0 < error.max() < bound
@@ -68,7 +69,7 @@ def test_extreme_activations_and_weights_do_not_overflow(tmp_path: Path) -> None
     write_product(path, np.ones((WIDTH, CHANNELS), dtype=np.float32), is_gemm=False)
     quantize.to_dynamic_int8(path)
     x = np.ones((3, WIDTH), dtype=np.float32)
-    np.testing.assert_allclose(OnnxEngine(path, device="cpu").run({"x": x})["y"], WIDTH, rtol=0.01)
+    np.testing.assert_allclose(OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"], WIDTH, rtol=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_the_vision_encoder_may_keep_fp32(tiny: Exported, tmp_path: Path) -> Non
     written = write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp32")
     assert "DynamicQuantizeMatMul" not in op_types(written.graph(bundle.VISION_ENCODER))
     assert "MatMulNBits" in op_types(written.graph(bundle.DECODER))
-    info = Florence2.from_bundle(written, device="cpu").info()
+    info = Florence2.from_bundle(written, LoadOptions(device="cpu")).info()
     assert (info["precision"], info["vision_precision"]) == ("int8", "fp32")
     assert written.verification["graphs"][bundle.VISION_ENCODER]["max_rel"] < 1e-4, "measured as what it is"
     with pytest.raises(CheckpointError, match="vision encoder; choose one of fp32, fp16, int8"):

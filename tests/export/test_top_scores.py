@@ -9,6 +9,7 @@ import pytest
 
 from florence_onnx.bundles import bundle
 from florence_onnx.runtime.engine import OnnxEngine
+from florence_onnx.runtime.load_options import LoadOptions
 from tests.conftest import NO_TORCH, Exported, _export
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
@@ -59,7 +60,9 @@ def test_it_adds_no_weight(exported: Exported) -> None:
 
 def test_its_outputs_are_those_of_a_sort(exported: Exported) -> None:
     decoder = next(plan for plan in plans(exported.checkpoint) if plan.name == bundle.DECODER)
-    plain, top = (OnnxEngine(exported.bundle / name, device="cpu") for name in (bundle.DECODER, bundle.DECODER_TOP))
+    plain, top = (
+        OnnxEngine(exported.bundle / name, LoadOptions("cpu")) for name in (bundle.DECODER, bundle.DECODER_TOP)
+    )
     for tensors in (decoder.inputs, *decoder.check_inputs):
         feeds = {name: value.numpy() for name, value in tensors.items()}
         found = top.run(feeds)
@@ -94,7 +97,7 @@ def test_equal_logits_come_by_token_and_a_short_vocabulary_comes_whole(tmp_path:
     opset = onnx.helper.make_opsetid("", 18)
     onnx.save(onnx.helper.make_model(bare, opset_imports=[opset], ir_version=9), str(tmp_path / "bare.onnx"))
     add_top_scores(tmp_path / "bare.onnx", tmp_path / "top.onnx")
-    loaded = OnnxEngine(tmp_path / "top.onnx", device="cpu")
+    loaded = OnnxEngine(tmp_path / "top.onnx", LoadOptions("cpu"))
     logits = np.random.default_rng(0).integers(-3, 4, (2, 3, vocabulary)).astype(np.float32)
     logits[0, 0] *= 1000  # whose exponentials alone no float holds
     check_outputs(loaded.run({"x": logits}), loaded.output_shapes)

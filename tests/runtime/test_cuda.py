@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from florence_onnx.bundles import bundle
 from florence_onnx.runtime import cuda, engine
 from florence_onnx.runtime.cuda import Card
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
+from florence_onnx.runtime.load_options import LoadOptions
 from tests.cuda import cuda_stub
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +224,7 @@ class Session:
 @pytest.fixture
 def captured() -> OnnxEngine:
     """An engine as on a card."""
-    made = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, device="cpu")
+    made = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, LoadOptions("cpu"))
     made.provider = "CUDAExecutionProvider"
     made.captures = made._names_graphs = True
     return made
@@ -288,8 +290,9 @@ def test_a_graph_that_onnx_runtime_refuses_is_loaded_without(tmp_path: Path) -> 
     path = tmp_path / "graph.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
     code = f"""
-import json; from pathlib import Path; from florence_onnx.engine import OnnxEngine
-engine = OnnxEngine(Path({str(path)!r}), device="cuda", cuda_graphs=True)
+import json; from pathlib import Path
+from florence_onnx.runtime.engine import OnnxEngine; from florence_onnx.runtime.load_options import LoadOptions
+engine = OnnxEngine(Path({str(path)!r}), LoadOptions("cuda"), cuda_graphs=True)
 print(json.dumps([engine.captures, engine.capture_refusal]))
 """
     captures, refusal = under_stub(code)
@@ -308,8 +311,8 @@ def test_a_provider_that_starts_and_cannot_run_is_an_error(monkeypatch: pytest.M
 
     real = loading.load_engines
 
-    def load(*arguments: Any, **options: Any) -> Any:
-        return real(*arguments, **{**options, "device": "cpu", "cuda_graphs": False})
+    def load(paths: Any, expected_inputs: Any, options: LoadOptions, *, cuda_graphs: bool) -> Any:
+        return real(paths, expected_inputs, replace(options, device="cpu"))
 
     import onnxruntime
 
@@ -326,6 +329,6 @@ def test_the_graphs_run_once_before_a_card_is_trusted(monkeypatch: pytest.Monkey
     """The check that the test above makes fail does pass where the kernels are there."""
     from florence_onnx import loading
 
-    text = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, device="cpu")
+    text = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, LoadOptions("cpu"))
     loading._check_kernels(bundle.read(bundle.DEMO_DIRECTORY), text)
     assert text.num_runs == 1

@@ -24,6 +24,7 @@ from florence_onnx import (
 )
 from florence_onnx.bundles import bundle
 from florence_onnx.runtime import cpu, cuda, engine, providers, sessions
+from florence_onnx.runtime.load_options import LoadOptions
 
 DEMO = bundle.DEMO_DIRECTORY
 SAMPLE = DEMO.parent / "samples" / "scene-1.png"
@@ -87,14 +88,14 @@ def test_bf16_on_a_processor_without_it_is_refused_by_name(without_bf16: None) -
 
 def test_bf16_on_a_provider_without_it_says_which_has_it() -> None:
     with pytest.raises(ProviderError, match='device cpu has no precision bf16; it is offered by device="openvino"'):
-        Florence2.from_bundle(fp32_demo(), device="cpu", precision="bf16")
+        Florence2.from_bundle(fp32_demo(), LoadOptions(device="cpu", precision="bf16"))
 
 
 def test_bf16_needs_fp32_files() -> None:
     described = bundle.read(DEMO)
     quantized = replace(described, precision="int8")
     with pytest.raises(BundleFormatError, match="has precision int8, not bf16"):
-        Florence2.from_bundle(quantized, device="openvino", precision="bf16")
+        Florence2.from_bundle(quantized, LoadOptions(device="openvino", precision="bf16"))
     with pytest.raises(BundleFormatError, match="fp32"):
         Florence2.from_pretrained("demo", precision="bf16")  # its files are fp16
 
@@ -110,7 +111,7 @@ def test_bf16_needs_fp32_files() -> None:
 )
 def test_options_that_contradict_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Florence2.from_bundle(fp32_demo(), **arguments)
+        Florence2.from_bundle(fp32_demo(), LoadOptions(**arguments))
 
 
 # -------------------------------------------------------------------------------------------------- session options
@@ -139,7 +140,7 @@ def test_session_options_of_the_caller_win() -> None:
 def test_graphs_loaded_together_come_back_in_order() -> None:
     graphs = bundle.read(DEMO).stages()
     names = [bundle.KEY_INPUTS[name] for name in graphs]
-    engines = engine.load_engines(list(graphs.values()), names, device="cpu")
+    engines = engine.load_engines(list(graphs.values()), names, LoadOptions("cpu"))
     assert [set(wanted) <= set(loaded.inputs) for wanted, loaded in zip(names, engines, strict=True)] == [True] * 3
     assert engines[0].outputs == ["image_features"]
 
@@ -150,7 +151,7 @@ def test_of_several_graphs_the_first_that_does_not_load_is_named(tmp_path: Path)
     (copy / bundle.TEXT_ENCODER).unlink()
     (copy / bundle.DECODER).unlink()
     with pytest.raises(BundleFileMissingError, match=bundle.TEXT_ENCODER):
-        engine.load_engines(list(graphs.values()), [()] * 3, device="cpu")
+        engine.load_engines(list(graphs.values()), [()] * 3, LoadOptions("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------------- OpenVINO
@@ -205,7 +206,7 @@ def test_openvino_answers_batches_of_changing_size(openvino: Florence2) -> None:
 @needs_openvino
 def test_openvino_says_which_nodes_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "florence_onnx"):
-        loaded = engine.OnnxEngine(DEMO / bundle.DECODER, device="openvino")
+        loaded = engine.OnnxEngine(DEMO / bundle.DECODER, LoadOptions("openvino"))
     assert loaded.nodes[OPENVINO] > 100
     assert (sum(loaded.nodes.values()) > loaded.nodes[OPENVINO]) == ("leaves" in caplog.text)
 
@@ -226,10 +227,10 @@ def test_an_option_that_openvino_refuses_is_an_error_not_the_cpu(options: dict[s
 @needs_openvino
 def test_bf16_is_what_the_processor_can() -> None:
     if cpu.flags() & set(cpu.BF16_FLAGS):
-        assert Florence2.from_bundle(fp32_demo(), precision="bf16").info()["precision"] == "bf16"
+        assert Florence2.from_bundle(fp32_demo(), LoadOptions(precision="bf16")).info()["precision"] == "bf16"
     else:
         with pytest.raises(ProviderError, match="needs a processor with"):
-            Florence2.from_bundle(fp32_demo(), precision="bf16")
+            Florence2.from_bundle(fp32_demo(), LoadOptions(precision="bf16"))
 
 
 # ------------------------------------------------------------------------------------------------------------- CUDA

@@ -16,6 +16,7 @@ import pytest
 from florence_onnx import CorruptGraphError, Florence2, InputError, tasks
 from florence_onnx.bundles import bundle
 from florence_onnx.runtime import cpu, engine, graph_cache
+from florence_onnx.runtime.load_options import LoadOptions
 
 DEMO = bundle.DEMO_DIRECTORY
 SAMPLE = DEMO.parent / "samples" / "scene-1.png"
@@ -28,7 +29,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def load(folder: Path | None, path: Path = GRAPH, **arguments: Any) -> engine.OnnxEngine:
-    return engine.OnnxEngine(path, device="cpu", kept=folder, **arguments)
+    return engine.OnnxEngine(path, LoadOptions("cpu", graph_cache=folder or False, **arguments))
 
 
 def run(loaded: engine.OnnxEngine) -> Sequence[np.ndarray[Any, Any]]:

@@ -22,6 +22,7 @@ from florence_onnx.inference.decoder_call import TEXT_LENGTHS
 from florence_onnx.inference.resident_decoder import FIRST_CAPACITY
 from florence_onnx.runtime import cuda, engine, tensorrt
 from florence_onnx.runtime.cuda import Card
+from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.sessions import SINGLE_CUDA_GRAPH
 from florence_onnx.runtime.tensorrt import Target
 
@@ -237,7 +238,7 @@ def test_engines_are_opened_one_after_the_other_with_their_options(
 
     monkeypatch.setattr(tensorrt, "target", pretend_target)
     monkeypatch.setattr(loading, "OnnxEngine", open_engine)
-    engines = loading.build_engines(copy, 4, {"provider_options": {"trt_builder_optimization_level": 5}})
+    engines = loading.build_engines(copy, 4, LoadOptions(provider_options={"trt_builder_optimization_level": 5}))
     assert engines.max_batch == 4
     assert [name for name, _ in opened] == [bundle.VISION_ENCODER, bundle.TEXT_ENCODER, bundle.DECODER_TOP]
     assert {options["trt_builder_optimization_level"] for _, options in opened} == {5}
@@ -256,7 +257,7 @@ def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, mon
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(tensorrt, "target", pretend_target)
     monkeypatch.setattr(loading, "OnnxEngine", open_engine)
-    loading.build_engines(copy, 1, {"providers": [("TensorrtExecutionProvider", {"device_id": 2})]})
+    loading.build_engines(copy, 1, LoadOptions(providers=[("TensorrtExecutionProvider", {"device_id": 2})]))
     assert {options["device_id"] for options in opened} == {2}
 
 
@@ -340,7 +341,7 @@ def test_one_cuda_graph_for_all_bindings_is_refused(value: Any, as_list: bool, m
         {"providers": [(name, options)]} if as_list else {"device": "tensorrt", "provider_options": options}
     )
     with pytest.raises(InputError, match="keeps one CUDA graph a session"):
-        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), **asked)
+        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), LoadOptions(**asked))
 
 
 def test_sessions_of_tensorrt_are_opened_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +356,7 @@ def test_sessions_of_tensorrt_are_opened_without_cuda_graphs(monkeypatch: pytest
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(engine, "open_session", open_session)
     with pytest.raises(ProviderError, match="no card"):
-        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), device="tensorrt", cuda_graphs=True)
+        engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), LoadOptions("tensorrt"), cuda_graphs=True)
     assert opened == [("TensorrtExecutionProvider", {})]
 
 
@@ -393,7 +394,7 @@ def test_auto_takes_engines_first_where_there_are_some(
 def test_through_the_host_there_is_no_tensorrt(copy: bundle.Bundle, card: list[str]) -> None:
     tensorrt.build(copy, TARGET, pretend)
     with pytest.raises(StopIteration):
-        Florence2.from_bundle(copy, max_batch=0)
+        Florence2.from_bundle(copy, LoadOptions(max_batch=0))
     assert card == ["cuda", "cpu"]
 
 
@@ -402,7 +403,7 @@ def test_tensorrt_through_the_host_is_refused(copy: bundle.Bundle, monkeypatch: 
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     with pytest.raises(InputError, match='take "cuda"'):
-        Florence2.from_bundle(copy, device="tensorrt", max_batch=0)
+        Florence2.from_bundle(copy, LoadOptions(device="tensorrt", max_batch=0))
 
 
 def test_auto_builds_none(copy: bundle.Bundle, card: list[str], caplog: pytest.LogCaptureFixture) -> None:
