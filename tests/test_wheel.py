@@ -102,7 +102,7 @@ def test_newest_dependencies(wheel: Path, tmp_path: Path) -> None:
     assert "florence-onnx-export" in run(python, "-m", "pip", "show", "-f", "florence-onnx")
     # The export's transformers holds huggingface_hub below 1, so only here does the newest client meet the runtime.
     run(python, "-m", "pip", "install", "-q", "pytest")
-    tests = [REPOSITORY / "tests" / name for name in ("test_hub.py", "test_bundle.py")]
+    tests = [REPOSITORY / "tests" / "bundles" / name for name in ("test_hub.py", "test_bundle.py")]
     run(
         python,
         "-m",

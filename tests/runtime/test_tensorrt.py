@@ -232,7 +232,8 @@ def test_engines_are_opened_one_after_the_other_with_their_options(
 ) -> None:
     opened: list[tuple[str, dict[str, Any]]] = []
 
-    def open_engine(path: Path, *, device: str, provider_options: dict[str, Any], session_options: Any) -> None:
+    def open_engine(path: Path, options: LoadOptions) -> None:
+        provider_options = dict(options.provider_options or {})
         opened.append((path.name, provider_options))
         Path(provider_options["trt_ep_context_file_path"]).touch()
 
@@ -250,7 +251,8 @@ def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, mon
 
     opened: list[dict[str, Any]] = []
 
-    def open_engine(path: Path, *, device: str, provider_options: dict[str, Any], session_options: Any) -> None:
+    def open_engine(path: Path, options: LoadOptions) -> None:
+        provider_options = dict(options.provider_options or {})
         opened.append(provider_options)
         Path(provider_options["trt_ep_context_file_path"]).touch()
 
@@ -368,9 +370,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A machine with TensorRT, as far as can be seen without a session; what was loaded."""
     loaded: list[str] = []
 
-    def load(read: bundle.Bundle, arguments: Mapping[str, Any]) -> Any:
-        loaded.append(arguments["device"])
-        raise ProviderError("no card") if len(loaded) < 3 and arguments["device"] != "cpu" else StopIteration
+    def load(read: bundle.Bundle, options: LoadOptions) -> Any:
+        loaded.append(options.device)
+        raise ProviderError("no card") if len(loaded) < 3 and options.device != "cpu" else StopIteration
 
     import onnxruntime
 
