@@ -90,8 +90,21 @@ ROOMS = {
         *("_version", "answers", "errors", "fal", "images", "model", "tasks"),
         *("fal_client", "httpx", "numpy", "rapidfuzz", "rich"),
     },
+    "mcp_server": {"_version", "answers", "errors", "images", "model", "prediction", "tasks", "mcp", "pydantic"},
     "commands": {
-        *("_version", "answers", "bench_fal", "bundles", "errors", "fal", "generation", "images", "loading", "model"),
+        *(
+            "_version",
+            "answers",
+            "bench_fal",
+            "bundles",
+            "errors",
+            "fal",
+            "generation",
+            "images",
+            "loading",
+            "mcp_server",
+            "model",
+        ),
         *("prediction", "runtime", "server", "tasks", "rich", "typer"),
     },
     "demo": set(),
@@ -218,7 +231,7 @@ LAZY = {
 }
 """Modules of the package that `import florence_onnx` leaves for later."""
 
-ABOVE_MODEL = {"bench_fal", "commands", "demo", "fal", "server"}
+ABOVE_MODEL = {"bench_fal", "commands", "demo", "fal", "mcp_server", "server"}
 """Rooms that nothing below them imports, so `import florence_onnx` never does."""
 
 HEAVY = {
