@@ -162,7 +162,7 @@ def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, s
 def known_precisions() -> list[str]:
     """What `python -m export` writes for a CPU, as far as this environment can tell."""
     try:
-        from export.precisions.optimize import PRECISIONS
+        from export.precisions.recipes import PRECISIONS
     except ImportError:
         return ["fp32"]
     return [name for name in PRECISIONS if name != "fp16"]  # fp16 is for GPUs: a CPU computes it in fp32

@@ -15,10 +15,10 @@ from florence_onnx.errors import CheckpointError, FlorenceError
 from florence_onnx.runtime.tensorrt import DEFAULT_MAX_BATCH
 
 from ..bundles.tensorrt import build_engines, check_tensorrt
-from ..bundles.write_bundle import export_bundle, export_bundles
+from ..bundles.writer import export_bundle, export_bundles
 from ..checkpoints.checkpoint import load_checkpoint
-from ..precisions.optimize import PRECISIONS, VISION_PRECISIONS
-from ..transformers_js.export import export_transformers_js
+from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
+from ..transformers_js.writer import export_transformers_js
 from ..verification.photograph import PHOTOGRAPH
 
 _console = Console(stderr=True)

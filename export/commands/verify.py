@@ -21,8 +21,7 @@ from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.options import GenerationOptions
 
 from ..verification.agreement import Comparison
-from ..verification.agreement_report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
-from ..verification.answering import (
+from ..verification.answerers import (
     Answerer,
     BundleAnswerer,
     compare_models,
@@ -32,6 +31,7 @@ from ..verification.answering import (
 )
 from ..verification.photograph import PHOTOGRAPH
 from ..verification.questions import Question, find_images, load_images, make_questions
+from ..verification.report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

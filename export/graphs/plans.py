@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from florence_onnx.bundles import bundle
 
 from ..checkpoints.checkpoint import Checkpoint
-from .export import DynamicAxes, GraphReport, export_graph
-from .text import Decoder, TextEncoder
-from .vision import VisionEncoder
+from .decoder import Decoder, TextEncoder
+from .exporter import DynamicAxes, GraphReport, export_graph
+from .vision_encoder import VisionEncoder
 
 OPSET = 18
 """The oldest with everything needed (LayerNormalization is 17), so that TensorRT 10.3 and ONNX Runtime 1.18 can read it."""

@@ -31,17 +31,17 @@ from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 
-from ..bundles.write_bundle import new_directory, versions
+from ..bundles.writer import new_directory, versions
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import write_json
-from ..graphs.export import OutputError, compare, export_graph, resized
+from ..checkpoints.weight_files import write_json
+from ..graphs.exporter import OutputError, compare, export_graph, resized
 from ..graphs.files import save, tidy
 from ..graphs.plans import OPSET, GraphPlan
-from ..graphs.vision import VisionEncoder
-from ..precisions.optimize import FP16_MAX
-from ..verification import verify
+from ..graphs.vision_encoder import VisionEncoder
+from ..precisions.recipes import FP16_MAX
+from ..verification import checks
 from ..verification.photograph import PHOTOGRAPH
-from .files import write_files
+from .configs import write_files
 from .modules import EmbedTokens, Encoder, FirstDecoder, NextDecoder
 
 Progress = Callable[[str], None]
@@ -66,7 +66,7 @@ def export_transformers_js(
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
         precision: `fp16` halves the weights; the files end in `_fp16`, their inputs and outputs stay fp32.
-        images: What the verification asks about, see `verify.check_tokens`.
+        images: What the verification asks about, see `checks.check_tokens`.
         force: Whether to replace an existing directory.
         progress: Called with what is done next.
 
@@ -84,7 +84,7 @@ def export_transformers_js(
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)
         progress("comparing answers with transformers")
-        tokens = verify.check_tokens(checkpoint, bundles.read(directory, precision), loaded)
+        tokens = checks.check_tokens(checkpoint, bundles.read(directory, precision), loaded)
         verification = {"graphs": graphs, "tokens": tokens, "versions": versions()}
         measured = {"source": checkpoint.source, "verification": verification}
         write_json(directory / bundles.JS_VERIFICATION, measured)
@@ -105,7 +105,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress
         if precision == "fp16":
             _to_fp16(path)
             errors = compare(plan.module, path, resized(plan.inputs, plan.dynamic_axes), plan.outputs)
-        summary = verify.check_graph(path.name, errors, precision)
+        summary = checks.check_graph(path.name, errors, precision)
         if plan.name in (_FIRST, _NEXT):
             decoders.append(plan)
         else:
@@ -114,7 +114,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress
     merged = folder / f"{_MERGED}{suffix}.onnx"
     first, following = decoders
     _merge(folder / f"{_FIRST}{suffix}.onnx", folder / f"{_NEXT}{suffix}.onnx", merged)
-    found[merged.name] = verify.check_graph(merged.name, _merged_errors(merged, first, following), precision)
+    found[merged.name] = checks.check_graph(merged.name, _merged_errors(merged, first, following), precision)
     return found
 
 

@@ -11,7 +11,7 @@ from transformers import Florence2Config
 
 from florence_onnx.errors import CheckpointError
 
-from .files import read_json
+from .weight_files import read_json
 
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255

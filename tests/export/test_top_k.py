@@ -15,7 +15,7 @@ from tests.conftest import NO_TORCH, Exported, _export
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from export.graphs.plans import plans  # noqa: E402
-from export.graphs.top_scores import NUM_TOP, add_top_scores  # noqa: E402
+from export.graphs.top_k import NUM_TOP, add_top_scores  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])

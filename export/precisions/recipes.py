@@ -1,6 +1,6 @@
 """Precisions: one recipe per name, from fp32 graphs to the same graphs in another precision.
 
-A new precision is one more entry of `PRECISIONS`, and a tolerance in `verify.py`.
+A new precision is one more entry of `PRECISIONS`, and a tolerance in `verification/checks.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from florence_onnx.bundles import bundle
 
 from ..graphs.files import save, tidy
-from .quantize import to_blocks, to_dynamic_int8
+from .quantization import to_blocks, to_dynamic_int8
 
 FP32_IO = ("pixel_values", "image_features", "logits")
 """Kept in fp32 at every precision: what the caller hands over, keeps and searches. Caches follow the precision."""

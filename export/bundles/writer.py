@@ -23,11 +23,11 @@ from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import write_json
+from ..checkpoints.weight_files import write_json
 from ..graphs.plans import OPSET, export_graphs, plans
-from ..graphs.top_scores import add_top_scores
-from ..precisions.optimize import PRECISIONS, VISION_PRECISIONS
-from ..verification import verify
+from ..graphs.top_k import add_top_scores
+from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
+from ..verification import checks
 from ..verification.photograph import PHOTOGRAPH
 from .memory import measure
 from .weights import gather_weights
@@ -183,7 +183,7 @@ def _write_exact(
     write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
     graphs = _write_graphs(checkpoint, directory, progress)
     progress("comparing answers with transformers")
-    return graphs, verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
+    return graphs, checks.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
 
 
 def _finish(
@@ -205,7 +205,7 @@ def _finish(
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
-        tokens = verify.check_tokens(checkpoint, bundle, images)
+        tokens = checks.check_tokens(checkpoint, bundle, images)
     description = bundles.describe(
         precision=precision,
         vision_precision=own if own != precision else None,
@@ -221,7 +221,7 @@ def _finish(
 
 def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:
     reports = export_graphs(checkpoint, directory, progress=lambda name: progress(f"exporting {name}"))
-    return {report.path.name: verify.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
+    return {report.path.name: checks.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
 
 
 def _convert_graphs(
@@ -236,7 +236,7 @@ def _convert_graphs(
             continue
         progress(f"converting {plan.name} to {precision}")
         conversion(directory / plan.name)
-        found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
+        found[plan.name] = checks.check_graph(plan.name, checks.compare_graph(plan, directory / plan.name), precision)
     return found
 
 
@@ -245,7 +245,7 @@ def _add_top_scores(checkpoint: Checkpoint, directory: Path, precision: str) -> 
     path = directory / bundles.DECODER_TOP
     add_top_scores(directory / bundles.DECODER, path)
     plan = next(plan for plan in plans(checkpoint) if plan.name == bundles.DECODER)
-    return {path.name: verify.check_graph(path.name, verify.compare_graph(plan, path), precision)}
+    return {path.name: checks.check_graph(path.name, checks.compare_graph(plan, path), precision)}
 
 
 def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:

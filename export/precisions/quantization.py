@@ -54,7 +54,7 @@ def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) 
     Args:
         path: The graph.
         kinds: Operators to replace. The linear layers of the vision encoder are its `Gemm` nodes; its `MatMul` nodes with
-            constants work on sums over all tokens (`vision.ChannelAttention`), whose range 8 bits do not span.
+            constants work on sums over all tokens (`vision_encoder.ChannelAttention`), whose range 8 bits do not span.
     """
     model = onnx.load(str(path))
     for product in list(_products(model)):
