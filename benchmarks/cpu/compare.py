@@ -30,12 +30,12 @@ from benchmarks.cpu import bars, peers, report, results
 from benchmarks.cpu.jobs import Job, Peer, Prompt, Workload
 from benchmarks.cpu.processes import FailedError, Launcher
 from benchmarks.models import ROOT, Models, PreparationError
+from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
 from florence_onnx.runtime import cpu
 
-IMAGE = ROOT / "export" / "photograph.jpg"
 _console = Console(stderr=True)
 _LARGE_IMAGE = 512
 """Pixels of a side from which a model is no toy: only then is memory read far beyond the caches."""
@@ -257,7 +257,7 @@ def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path
 def compare(
     size: Annotated[str, typer.Option(help=f"Random-weight checkpoint: {', '.join(SIZES)}.")] = "base",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with real weights, instead of --size.")] = None,
-    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = IMAGE,
+    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = PHOTOGRAPH,
     tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=4)] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the second search.", min=2)] = 3,
     threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = cpu.num_cores(),
