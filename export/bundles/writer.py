@@ -23,7 +23,7 @@ from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.weight_files import write_json
+from ..checkpoints.json_files import write_json
 from ..graphs.plans import OPSET, export_graphs, plans
 from ..graphs.top_k import add_top_scores
 from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS

@@ -19,9 +19,12 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration, Gen
 from florence_onnx.errors import CheckpointError
 
 from . import microsoft
-from .preprocessing import Preprocessing, count_image_tokens, read_generation, read_preprocessing
+from .folder import find_folder
+from .generation import read_generation
+from .json_files import read_json
+from .preprocessing import Preprocessing, count_image_tokens, read_preprocessing
 from .tokenizer import load_tokenizer
-from .weight_files import find_folder, read_json, read_weights
+from .weight_files import read_weights
 from .weights import NATIVE, Layout, Weights, native_weights
 
 

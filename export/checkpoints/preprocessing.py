@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,34 +10,10 @@ from transformers import Florence2Config
 
 from florence_onnx.errors import CheckpointError
 
-from .weight_files import read_json
+from .json_files import read_json
 
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255
-
-GENERATION_DEFAULTS: dict[str, Any] = {
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-    "early_stopping": False,
-    "length_penalty": 1.0,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "decoder_start_token_id": 2,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
-"""transformers' own defaults, and Florence-2's token ids: what holds where a checkpoint says nothing."""
-
-_GENERATION_EXTRAS: dict[str, Any] = {
-    "max_new_tokens": None,
-    "max_length": 20,
-    "min_new_tokens": None,
-    "min_length": 0,
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-}
-"""Passed on only where a checkpoint departs from transformers' default: they change the answer."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +33,6 @@ class Preprocessing:
     """Pillow's filter number; 3 is bicubic."""
     rescale_factor: float
     """From bytes to 0 to 1."""
-
-
-def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool) -> dict[str, Any]:
-    """The generation defaults that the checkpoint's own `generate` would use.
-
-    Microsoft's `generate` is that of the inner language model, so it follows `text_config` and never reads the repository's
-    generation_config.json (which says `early_stopping: false`, against `true` in effect). The native one follows
-    generation_config.json; what that leaves out is filled from `text_config`, then from the top of config.json, because
-    transformers 5 writes configs without generation settings.
-
-    Args:
-        folder: Of the checkpoint.
-        config: Its config.json.
-        is_microsoft: Which layout it is.
-
-    Returns:
-        All keys of `GENERATION_DEFAULTS`, and of the rest those that depart from transformers' defaults.
-    """
-    own = None if is_microsoft else read_json(folder, "generation_config.json")
-    # Both classes of text config default to it; only a generation_config.json can leave it out.
-    implied = {"forced_eos_token_id": 2} if own is None else {}
-    sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
-    known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}
-    extras = {key: _first(key, sources, default) for key, default in _GENERATION_EXTRAS.items()}
-    return {**known, **{key: value for key, value in extras.items() if value != _GENERATION_EXTRAS[key]}}
-
-
-def _first(key: str, sources: Iterable[dict[str, Any]], default: Any) -> Any:
-    return next((source[key] for source in sources if source.get(key) is not None), default)
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:

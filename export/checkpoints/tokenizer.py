@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from florence_onnx.errors import CheckpointError
 
-from .weight_files import read_json
+from .json_files import read_json
 
 NUM_LOCATIONS = 1000
 

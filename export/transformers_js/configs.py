@@ -8,7 +8,7 @@ from typing import Any
 from florence_onnx import tasks
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.weight_files import write_json
+from ..checkpoints.json_files import write_json
 
 _ANSWER_TYPES = {
     "<OCR_WITH_REGION>": "ocr",

@@ -33,7 +33,7 @@ from florence_onnx.images.decoding import ImageInput
 
 from ..bundles.writer import new_directory, versions
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.weight_files import write_json
+from ..checkpoints.json_files import write_json
 from ..graphs.exporter import OutputError, compare, export_graph, resized
 from ..graphs.files import save, tidy
 from ..graphs.plans import OPSET, GraphPlan
