@@ -19,7 +19,8 @@ from export.demo import questions
 from export.demo.metrics import collect_questions, from_results, make_scenes, score_answers
 from export.demo.scenes import Scene
 from export.verification.agreement import Answer, Comparison
-from export.verification.answerers import Answerer, compare_models, open_bundle, open_reference, resolve_searches
+from export.verification.answerers import Answerer, open_bundle, open_reference
+from export.verification.comparison import compare_models, resolve_searches
 from export.verification.questions import NamedImage, Question
 from export.verification.report import COLUMNS, Agreement, make_agreement
 from florence_onnx import __version__, tasks

@@ -13,14 +13,14 @@ _TEXT_FILES = ("*.json", "*.txt")
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder of a checkpoint, downloaded when `source` is a hub id.
+    """Returns the folder of a checkpoint; a hub id is downloaded first.
 
     Args:
         source: An existing folder, or a hub id such as `microsoft/Florence-2-base`.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: Neither; or the hub cannot give it.
+        CheckpointError: `source` is neither a folder nor a hub id, or the download failed.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -38,7 +38,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     def fetch(*patterns: str) -> Path:
-        # Sub-folders hold other formats (onnx/), never what is read here.
+        # Subfolders hold other formats, such as onnx/, which are not read here.
         chosen = [*_TEXT_FILES, *patterns]
         return Path(
             snapshot_download(
@@ -46,7 +46,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
                 revision=revision,
                 allow_patterns=chosen,
                 ignore_patterns=["*/*"],
-                # huggingface_hub reads the variable once, when it is imported, which may be before it is set.
+                # huggingface_hub reads the variable when it is imported, which may be before it is set.
                 endpoint=os.environ.get("HF_ENDPOINT"),
             )
         )

@@ -20,7 +20,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "pad_token_id": 1,
     "eos_token_id": 2,
 }
-"""transformers' own defaults, and Florence-2's token ids: what holds where a checkpoint says nothing."""
+"""What applies where a checkpoint says nothing: transformers' own defaults, and Florence-2's token ids."""
 
 _GENERATION_EXTRAS: dict[str, Any] = {
     "max_new_tokens": None,
@@ -30,27 +30,27 @@ _GENERATION_EXTRAS: dict[str, Any] = {
     "do_sample": False,
     "repetition_penalty": 1.0,
 }
-"""Passed on only where a checkpoint departs from transformers' default: they change the answer."""
+"""transformers' defaults of settings that are exported only where a checkpoint differs from them."""
 
 
 def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool) -> dict[str, Any]:
-    """The generation defaults that the checkpoint's own `generate` would use.
+    """Reads the generation defaults that the checkpoint's own `generate` would use.
 
-    Microsoft's `generate` is that of the inner language model, so it follows `text_config` and never reads the repository's
-    generation_config.json (which says `early_stopping: false`, against `true` in effect). The native one follows
-    generation_config.json; what that leaves out is filled from `text_config`, then from the top of config.json, because
-    transformers 5 writes configs without generation settings.
+    In Microsoft's layout `generate` is that of the inner language model. It follows `text_config` and never reads
+    generation_config.json, which in Microsoft's repositories says `early_stopping: false` where `true` is in effect. In the native
+    layout it follows generation_config.json. What that file leaves out is taken from `text_config`, then from the top level of
+    config.json, since transformers 5 writes configs without generation settings.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint.
         config: Its config.json.
-        is_microsoft: Which layout it is.
+        is_microsoft: Whether it is in Microsoft's layout.
 
     Returns:
-        All keys of `GENERATION_DEFAULTS`, and of the rest those that depart from transformers' defaults.
+        All keys of `GENERATION_DEFAULTS`, and those other settings that differ from transformers' defaults.
     """
     own = None if is_microsoft else read_json(folder, "generation_config.json")
-    # Both classes of text config default to it; only a generation_config.json can leave it out.
+    # The text configs of both layouts default to 2; only an existing generation_config.json can mean "not forced" by omission.
     implied = {"forced_eos_token_id": 2} if own is None else {}
     sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
     known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}

@@ -10,10 +10,10 @@ from florence_onnx.errors import CheckpointError
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file.
+    """Reads a JSON object; returns None if there is no such file.
 
     Raises:
-        CheckpointError: Not JSON, or not an object.
+        CheckpointError: The file is not JSON, or does not hold an object.
     """
     path = folder / name
     if not path.is_file():
@@ -28,5 +28,5 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON for people and machines."""
+    """Writes a value as indented JSON in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a checkpoint says besides its weights: how it generates, and how an image becomes `pixel_values`."""
+"""How an image becomes `pixel_values`, as the checkpoint's processor config says, and how many image tokens that gives."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _RESCALE_FACTOR = 1 / 255
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
+    """How an image becomes `pixel_values`: resized (the aspect ratio is not kept), rescaled, normalised.
 
     Example: `Preprocessing((768, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
     """
 
     image_size: tuple[int, int]
-    """Width and height in pixels, which are equal."""
+    """`(width, height)` in pixels; both are equal."""
     image_mean: tuple[float, float, float]
-    """Per channel, of values 0 to 1."""
+    """Mean of the channels R, G, B, in the range 0 to 1."""
     image_std: tuple[float, float, float]
-    """Per channel."""
+    """Standard deviation of the channels R, G, B, in the range 0 to 1."""
     resample: int
-    """Pillow's filter number; 3 is bicubic."""
+    """Pillow's resampling filter; 3 is bicubic."""
     rescale_factor: float
-    """From bytes to 0 to 1."""
+    """Factor from 0..255 to 0..1."""
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """From preprocessor_config.json, or from processor_config.json, where transformers 5 keeps the same values.
+    """Reads preprocessor_config.json, or processor_config.json, where transformers 5 keeps the same values.
 
     Raises:
-        CheckpointError: Neither exists, a value is missing, or a step is asked for that Florence-2 does not do.
+        CheckpointError: Neither file exists, a value is missing, or the config asks for a step that Florence-2 does not have.
     """
     name = "preprocessor_config.json"
     values = read_json(folder, name)
@@ -94,10 +94,10 @@ def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float
 
 
 def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
-    """Image tokens of a square image: the cells of the last stage and one for their mean.
+    """Counts the image tokens of a square image: the grid cells of the last vision stage, plus one for their mean.
 
     Raises:
-        CheckpointError: More cells than the position embedding has rows, or none.
+        CheckpointError: The grid is empty or larger than the position embedding.
     """
     vision = config.vision_config
     side = image_size[0]

@@ -18,10 +18,10 @@ PICKLED = "pytorch_model.bin"
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by stored name, in their stored dtype: safetensors where there are any, else a pickled state dict.
+    """Reads all tensors, by stored name and in their stored dtype, from safetensors or else from a pickled state dict.
 
     Raises:
-        CheckpointError: No weights, a missing shard, a damaged file, a pickle that holds more than tensors.
+        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than tensors.
     """
     for name in (SAFETENSORS, PICKLED):
         if not has_weights(folder, name):
@@ -39,6 +39,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def has_weights(folder: Path, name: str) -> bool:
+    """Whether a folder has weights under a name (`SAFETENSORS` or `PICKLED`), whole or as the index of shards."""
     return (folder / name).is_file() or (folder / f"{name}.index.json").is_file()
 
 

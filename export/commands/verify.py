@@ -21,14 +21,8 @@ from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.options import GenerationOptions
 
 from ..verification.agreement import Comparison
-from ..verification.answerers import (
-    Answerer,
-    BundleAnswerer,
-    compare_models,
-    open_bundle,
-    open_reference,
-    resolve_searches,
-)
+from ..verification.answerers import Answerer, BundleAnswerer, open_bundle, open_reference
+from ..verification.comparison import compare_models, resolve_searches
 from ..verification.photograph import PHOTOGRAPH
 from ..verification.questions import Question, find_images, load_images, make_questions
 from ..verification.report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,14 +15,13 @@ from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
-from florence_onnx.generation.search import opening
 from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.tasks import parse
 
-from .agreement import Answer, Comparison, compare_answers, compare_logits
+from .agreement import Answer
 from .questions import NamedImage, Question
 
 if TYPE_CHECKING:
@@ -157,77 +155,3 @@ def open_reference(name: str, generation: GenerationDefaults, *, device: str = "
             f"the reference {name} has precision {found.precision}; give the checkpoint or its export in fp32"
         )
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------- comparing
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One answer of one candidate, compared."""
-
-    candidate: Answerer
-    question: Question
-    num_beams: int
-    expected: Answer
-    answer: Answer
-    comparison: Comparison
-
-
-def resolve_searches(
-    generation: GenerationDefaults, beams: Sequence[int], max_new_tokens: int | None
-) -> list[GenerationOptions]:
-    """Options that mean the same to every model.
-
-    Args:
-        generation: The reference's defaults, for what is not given.
-        beams: Numbers of beams; none means greedy and the checkpoint's own.
-        max_new_tokens: Limit of every answer.
-
-    Raises:
-        OptionsError: A number is out of range.
-    """
-    wanted = beams or (1, generation.resolve(None).num_beams)
-    found = []
-    for num_beams in dict.fromkeys(wanted):
-        config = generation.resolve(GenerationOptions(num_beams, max_new_tokens))
-        found.append(GenerationOptions(num_beams, config.max_length - 1))
-    return found
-
-
-def compare_models(
-    reference: Answerer,
-    candidates: Sequence[Answerer],
-    questions: Iterable[Question],
-    searches: Sequence[GenerationOptions],
-) -> Iterator[Measured]:
-    """Asks everyone everything and compares answers and logits with the reference's.
-
-    Args:
-        reference: The measure.
-        candidates: Who is measured.
-        questions: What is asked.
-        searches: How answers are decoded; `num_beams` must be given.
-
-    Yields:
-        One comparison per question, search and candidate.
-
-    Raises:
-        InputError: A candidate's vocabulary is not the reference's.
-    """
-    for question in questions:
-        for options in searches:
-            num_given = len(opening(reference.generation.resolve(options)))
-            expected = reference.answer(question, options)
-            logits = reference.score(question, expected.token_ids)[num_given - 1 :]
-            for candidate in candidates:
-                answer = candidate.answer(question, options)
-                found = candidate.score(question, expected.token_ids)[num_given - 1 :]
-                if found.shape != logits.shape:
-                    raise InputError(
-                        f"{candidate.name} has a vocabulary of {found.shape[1]}, {reference.name} of {logits.shape[1]}: "
-                        "they do not come from the same checkpoint"
-                    )
-                agreement = compare_logits(logits, found) if len(logits) else None
-                comparison = compare_answers(expected, answer, num_given=num_given, logits=agreement)
-                yield Measured(candidate, question, options.num_beams or 1, expected, answer, comparison)
