@@ -17,12 +17,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from optimum.exporters.error_utils import AtolError, OutputMatchError, ShapeError
 from optimum.exporters.onnx import OnnxConfig, export_models, validate_models_outputs
@@ -31,26 +30,9 @@ from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig
 
 from florence_onnx.errors import VerificationError
-from florence_onnx.runtime.engine import OnnxEngine
-from florence_onnx.runtime.load_options import LoadOptions
 
+from .comparison import DynamicAxes, OutputError, Tensors, compare, resized, worst
 from .files import tidy
-
-DynamicAxes = Mapping[str, Mapping[int, str]]
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of a graph is from torch.
-
-    Example: `OutputError(max_abs=2.4e-06, max_rel=3.1e-07)`
-    """
-
-    max_abs: float
-    """Largest absolute difference."""
-    max_rel: float
-    """`max_abs` divided by the largest magnitude of torch's output: element-wise ratios are meaningless near zero."""
 
 
 @dataclass(frozen=True)
@@ -120,53 +102,6 @@ def export_graph(
     with _quiet(), _kept_configs(module):
         _validate(models, path, list(outputs), max(atol, 2 * report.max_abs))
     return report
-
-
-def compare(
-    module: Callable[..., Any],
-    path: Path,
-    inputs: Tensors,
-    outputs: Sequence[str],
-) -> dict[str, OutputError]:
-    """Run a graph on the CPU provider and the module on the same inputs.
-
-    The graph may be of another precision: what it takes is cast to its own types.
-
-    Args:
-        module: As for `export_graph`.
-        path: The `.onnx` file.
-        inputs: Tensors by input name. What the graph does not take (an input folded away) is given to the module only.
-        outputs: Output names, in the module's order.
-
-    Returns:
-        The errors by output name.
-
-    Raises:
-        VerificationError: Shapes differ.
-    """
-    engine = OnnxEngine(path, LoadOptions("cpu"))
-    found = engine.run({name: value.numpy() for name, value in inputs.items() if name in engine.inputs})
-    with torch.inference_mode():
-        expected = module(*inputs.values())
-    tensors = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-    return {
-        name: _difference(path, name, reference.numpy(), found[name])
-        for name, reference in zip(outputs, tensors, strict=True)
-    }
-
-
-def resized(inputs: Tensors, dynamic_axes: DynamicAxes, extra: int = 1) -> dict[str, torch.Tensor]:
-    """The same inputs with every dynamic axis `extra` longer, filled by repeating from the start.
-
-    Repeating keeps masks, positions and token ids valid, which drawing new numbers would not.
-    """
-    result = {}
-    for name, value in inputs.items():
-        for axis in dynamic_axes.get(name, {}):
-            size = value.shape[axis]
-            value = value.index_select(axis, torch.arange(size + extra) % max(size, 1)) if size else value
-        result[name] = value.contiguous()
-    return result
 
 
 class _NamedModule(torch.nn.Module):
@@ -245,28 +180,6 @@ def _validate(models: dict[str, Any], path: Path, outputs: list[str], atol: floa
         )
     except (AtolError, OutputMatchError, ShapeError) as error:
         raise VerificationError(f"{path.name} does not reproduce the checkpoint: {error}") from error
-
-
-def _difference(path: Path, name: str, expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> OutputError:
-    if expected.shape != found.shape:
-        raise VerificationError(f"{path.name}: output {name} has shape {found.shape}, torch gives {expected.shape}")
-    if expected.size == 0:
-        return OutputError(0.0, 0.0)
-    max_abs = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max())
-    if not np.isfinite(max_abs):  # a NaN would be within every bound that asks whether it is larger
-        max_abs = float("inf")
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    return OutputError(max_abs, max_abs / scale)
-
-
-def worst(measured: Iterable[dict[str, OutputError]]) -> dict[str, OutputError]:
-    """The largest errors of each output over several comparisons."""
-    found: dict[str, OutputError] = {}
-    for errors in measured:
-        for name, error in errors.items():
-            before = found.get(name, error)
-            found[name] = OutputError(max(before.max_abs, error.max_abs), max(before.max_rel, error.max_rel))
-    return found
 
 
 def _check(report: GraphReport, atol: float, rtol: float) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from florence_onnx.bundles import bundle
 
 from ..checkpoints.checkpoint import Checkpoint
+from .comparison import DynamicAxes
 from .decoder import Decoder, TextEncoder
-from .exporter import DynamicAxes, GraphReport, export_graph
+from .exporter import GraphReport, export_graph
 from .vision_encoder import VisionEncoder
 
 OPSET = 18

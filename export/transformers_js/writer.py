@@ -34,7 +34,8 @@ from florence_onnx.images.decoding import ImageInput
 from ..bundles.writer import new_directory, versions
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
-from ..graphs.exporter import OutputError, compare, export_graph, resized
+from ..graphs.comparison import OutputError, compare, resized
+from ..graphs.exporter import export_graph
 from ..graphs.files import save, tidy
 from ..graphs.plans import OPSET, GraphPlan
 from ..graphs.vision_encoder import VisionEncoder

@@ -17,7 +17,7 @@ from florence_onnx.model import Florence2
 from florence_onnx.runtime.load_options import LoadOptions
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..graphs.exporter import OutputError, compare, worst
+from ..graphs.comparison import OutputError, compare, worst
 from ..graphs.plans import GraphPlan
 from . import reference
 from .photograph import PHOTOGRAPH
