@@ -21,7 +21,7 @@ from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions
-from florence_onnx.generation.search import GeneratedSequence, GivenAnswer, Search
+from florence_onnx.generation.search import GeneratedSequence, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering
@@ -313,7 +313,7 @@ class Florence2:
         self._check_length(requests, attention_mask)
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
         if len(logits):  # nothing follows the last token
-            self._answering.answer([image], input_ids, attention_mask, lambda _: GivenAnswer(token_ids, logits))
+            self._answering.answer([image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits))
         return logits
 
     def warm_up(self) -> None:

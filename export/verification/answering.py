@@ -16,7 +16,7 @@ from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
-from florence_onnx.generation.search import opening
+from florence_onnx.generation.search import initial_tokens
 from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
@@ -217,7 +217,7 @@ def compare_models(
     """
     for question in questions:
         for options in searches:
-            num_given = len(opening(reference.generation.resolve(options)))
+            num_given = len(initial_tokens(reference.generation.resolve(options)))
             expected = reference.answer(question, options)
             logits = reference.score(question, expected.token_ids)[num_given - 1 :]
             for candidate in candidates:
