@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
-from florence_onnx.generation.search import opening
+from florence_onnx.generation.search import initial_tokens
 
 from .agreement import Answer, Comparison, compare_answers, compare_logits
 from .answerers import Answerer
@@ -69,7 +69,7 @@ def compare_models(
     """
     for question in questions:
         for options in searches:
-            num_given = len(opening(reference.generation.resolve(options)))
+            num_given = len(initial_tokens(reference.generation.resolve(options)))
             expected = reference.answer(question, options)
             logits = reference.score(question, expected.token_ids)[num_given - 1 :]
             for candidate in candidates:
