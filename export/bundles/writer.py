@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,11 @@ from florence_onnx.images.decoding import ImageInput
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
 from ..graphs.plans import OPSET, export_graphs, plans
-from ..graphs.top_k import add_top_scores
+from ..graphs.top_k import add_top_k
 from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
 from ..verification import checks
 from ..verification.photograph import PHOTOGRAPH
+from .directories import new_directory
 from .memory import measure
 from .weights import gather_weights
 
@@ -37,63 +36,6 @@ Progress = Callable[[str], None]
 
 def _silent(step: str) -> None:
     """No progress."""
-
-
-@contextmanager
-def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when its content is complete.
-
-    Args:
-        output: The final place.
-        force: Whether an existing export in `output` may be replaced; it is, at the very end. A process that is killed
-            between the last two renames leaves it beside, as `.NAME.old-*`.
-
-    Yields:
-        A temporary directory beside `output`; it is removed when the block fails.
-
-    Raises:
-        CheckpointError: `output` exists and `force` was not given, or it is something else than an export.
-    """
-    output = output.resolve()
-    if output.exists() and not force:
-        raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
-    if output.exists() and not _is_replaceable(output):
-        raise CheckpointError(f"{output} is not an exported model: --force replaces nothing else; remove it yourself")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Whether a directory is empty or an export, and not a checkpoint or anything that merely has its name."""
-    if not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir()}
-    is_checkpoint = any(name.endswith((".safetensors", ".bin")) for name in names)
-    is_single = bundles.DESCRIPTION in names or {"onnx", "config.json"} <= names
-    is_several = names <= set(PRECISIONS) and all((path / name / bundles.DESCRIPTION).is_file() for name in names)
-    is_export = is_single or is_several
-    return not names or (is_export and not is_checkpoint)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if not target.exists():
-        source.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-    target.rename(old / target.name)
-    try:
-        source.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
 
 
 def export_bundle(
@@ -201,7 +143,7 @@ def _finish(
     graphs = graphs | _convert_graphs(checkpoint, directory, {bundles.VISION_ENCODER: own}, precision, progress)
     progress("sharing weights")
     gather_weights([directory / plan.name for plan in plans(checkpoint)], directory / bundles.WEIGHTS)
-    graphs |= _add_top_scores(checkpoint, directory, precision)
+    graphs |= _add_top_k(checkpoint, directory, precision)
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
@@ -240,10 +182,10 @@ def _convert_graphs(
     return found
 
 
-def _add_top_scores(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[str, Any]:
+def _add_top_k(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[str, Any]:
     """Writes the accelerators' decoder beside the other, and checks it by the same module and bound."""
     path = directory / bundles.DECODER_TOP
-    add_top_scores(directory / bundles.DECODER, path)
+    add_top_k(directory / bundles.DECODER, path)
     plan = next(plan for plan in plans(checkpoint) if plan.name == bundles.DECODER)
     return {path.name: checks.check_graph(path.name, checks.compare_graph(plan, path), precision)}
 

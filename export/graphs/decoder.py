@@ -1,8 +1,7 @@
-"""The text encoder and the decoder as torch modules, written for export: caches as arguments, no control flow.
+"""The decoder as a torch module, written for export: no control flow, and the KV cache as inputs and outputs.
 
-They borrow the weights of a transformers `Florence2ForConditionalGeneration` and compute what its modules compute.
-Shapes use P prompts, T prompt tokens, N image tokens, E = N + T encoder positions, S new decoder tokens of a prompt,
-C slots of its cache, H heads, d head size, D = H·d.
+It borrows the weights of a transformers `Florence2ForConditionalGeneration` and computes what its modules compute.
+Shapes use P prompts, E encoder positions, S new decoder tokens of a prompt, C slots of its cache, H heads, d head size, D = H·d.
 """
 
 from __future__ import annotations
@@ -15,39 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-POSITION_OFFSET = 2
-"""BART's position table starts two rows late (transformers, `BartLearnedPositionalEmbedding`)."""
-
-
-class _KeepAxes(torch.autograd.Function):
-    """Reshapes all axes but the first ones, as one `Reshape` by a constant, whatever sizes those have.
-
-    torch's own export of a reshape computes the shape from its input, in five nodes that run on the host at every call,
-    and of which ONNX Runtime cannot infer that the first axes stay: the fusion of residual and normalisation, which
-    wants equal shapes, then never happens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, num_kept: int, *sizes: int) -> Tensor:
-        return states.reshape(*states.shape[:num_kept], *sizes)
-
-    @staticmethod
-    def symbolic(graph: Any, states: Any, num_kept: int, *sizes: int) -> Any:
-        # 0 stands for the input's own size, -1 for what remains; torch's own inference insists on seeing the latter
-        shape = [0] * num_kept + [*sizes[:-1], -1]
-        return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor(shape)))
-
-
-def split_heads(states: Tensor, num_heads: int) -> Tensor:
-    """`(A, B, H·d)` to `(A, H, B, d)`."""
-    split: Tensor = keep_axes(states, 2, num_heads, int(states.shape[-1]) // num_heads)
-    return split.transpose(1, 2)
-
-
-def merge_heads(states: Tensor) -> Tensor:
-    """`(A, H, B, d)` to `(A, B, H·d)`."""
-    merged: Tensor = keep_axes(states.transpose(1, 2), 2, int(states.shape[1]) * int(states.shape[3]))
-    return merged
+from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_heads, split_heads
 
 
 class _WriteSlots(torch.autograd.Function):
@@ -69,80 +36,7 @@ class _WriteSlots(torch.autograd.Function):
 
 
 # torch leaves `apply` untyped
-keep_axes: Any = _KeepAxes.apply
 _write_slots: Any = _WriteSlots.apply
-
-
-def _masking_bias(visible: Tensor) -> Tensor:
-    """0 where visible, -inf elsewhere, to be added to attention scores."""
-    return torch.where(visible, 0.0, float("-inf"))
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Args: query `(A, H, B, d)`, scaled; key `(A, H, d, L)`; value `(A, H, L, d)`; bias broadcastable to `(A, H, B, L)`."""
-    return (query @ key + bias).softmax(-1) @ value
-
-
-class _Projection(nn.Module):
-    """Linear layers over the same input as one product, `(…, D)` to `(…, sum of their widths)`.
-
-    The weights are copies: the scale of the attention is folded into the query's, and the checkpoint's own must stay.
-    """
-
-    def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()) -> None:
-        super().__init__()
-        factors = (*scales, *[1.0] * (len(layers) - len(scales)))
-        pairs = list(zip(layers, factors, strict=True))
-        self.weight = nn.Parameter(torch.cat([layer.weight.detach() * factor for layer, factor in pairs]), False)
-        self.bias = nn.Parameter(torch.cat([layer.bias.detach() * factor for layer, factor in pairs]), False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-class TextEncoder(nn.Module):
-    """Prompt and image to the cross-attention keys and values of every decoder layer.
-
-    `input_ids` and `attention_mask` `(P, T)`, `image_features` `(P, N, D)` to key `(P, H, d, E)` and value
-    `(P, H, E, d)` of each layer. Keys are transposed, as the decoder's product reads them.
-    """
-
-    def __init__(self, model: Florence2ForConditionalGeneration) -> None:
-        super().__init__()
-        bart = model.model.language_model
-        self.encoder: Any = bart.encoder
-        self.cross = nn.ModuleList(layer.encoder_attn for layer in bart.decoder.layers)
-        self.queries = nn.ModuleList(
-            _Projection(layer.self_attn.q_proj, scales=(layer.self_attn.scaling,)) for layer in bart.encoder.layers
-        )
-        self.embed_scale = float(getattr(bart.encoder.embed_tokens, "embed_scale", 1.0))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
-        encoder = self.encoder
-        text = functional.embedding(input_ids, encoder.embed_tokens.weight) * self.embed_scale
-        states = torch.cat([image_features, text], dim=1)
-        positions = encoder.embed_positions.weight[POSITION_OFFSET : POSITION_OFFSET + states.shape[1]]
-        states = encoder.layernorm_embedding(states + positions)
-        # Fractions are padded and not the mask: the CUDA provider has no Pad of integers. The number of image tokens is fixed.
-        bias = functional.pad(_masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
-        for layer, project_query in zip(encoder.layers, self.queries, strict=True):
-            attended = self._attention(layer.self_attn, project_query, states, bias)
-            states = layer.self_attn_layer_norm(states + attended)
-            states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
-        return tuple(part for attention in self.cross for part in self._keys_values(attention, states))
-
-    @staticmethod
-    def _attention(attention: Any, project_query: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
-        query = split_heads(project_query(states), attention.num_heads)
-        key, value = TextEncoder._keys_values(attention, states)
-        attended: Tensor = attention.out_proj(merge_heads(_attend(query, key, value, bias)))
-        return attended
-
-    @staticmethod
-    def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-        heads = attention.num_heads
-        key = split_heads(attention.k_proj(states), heads).transpose(2, 3)
-        return key, split_heads(attention.v_proj(states), heads)
 
 
 @dataclass(frozen=True)
@@ -173,8 +67,8 @@ class DecoderLayer(nn.Module):
         self.layer: Any = layer
         own, cross = layer.self_attn, layer.encoder_attn
         self.heads = int(own.num_heads)
-        self.project = _Projection(own.q_proj, own.k_proj, own.v_proj, scales=(own.scaling,))
-        self.project_cross = _Projection(cross.q_proj, scales=(cross.scaling,))
+        self.project = Projection(own.q_proj, own.k_proj, own.v_proj, scales=(own.scaling,))
+        self.project_cross = Projection(cross.q_proj, scales=(cross.scaling,))
 
     def forward(
         self, states: Tensor, slots: _Slots, past: tuple[Tensor, ...], cross: tuple[Tensor, ...]
@@ -184,10 +78,10 @@ class DecoderLayer(nn.Module):
         query, new_key, new_value = split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
         key = _write_slots(past[0], slots.places, new_key)
         value = _write_slots(past[1], slots.places, new_value)
-        attended = merge_heads(_attend(query, key.transpose(2, 3), value, slots.bias))
+        attended = merge_heads(attend(query, key.transpose(2, 3), value, slots.bias))
         states = layer.self_attn_layer_norm(states + layer.self_attn.out_proj(attended))
         query = split_heads(self.project_cross(states), self.heads)
-        attended = merge_heads(_attend(query, cross[0], cross[1], slots.cross_bias))
+        attended = merge_heads(attend(query, cross[0], cross[1], slots.cross_bias))
         states = layer.encoder_attn_layer_norm(states + layer.encoder_attn.out_proj(attended))
         states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
         return states, key, value
@@ -225,8 +119,8 @@ class Decoder(nn.Module):
         cross, past = caches[: 2 * num_layers], caches[2 * num_layers :]
         shared = _Slots(
             _places(slots, past[0].shape[1]),
-            _masking_bias(visible[:, None]),
-            _masking_bias(encoder_attention_mask[:, None, None, :] != 0),
+            masking_bias(visible[:, None]),
+            masking_bias(encoder_attention_mask[:, None, None, :] != 0),
         )
         states = functional.embedding(input_ids, decoder.embed_tokens.weight)
         if self.embed_scale != 1:

@@ -13,8 +13,9 @@ from florence_onnx.bundles import bundle
 
 from ..checkpoints.checkpoint import Checkpoint
 from .comparison import DynamicAxes
-from .decoder import Decoder, TextEncoder
+from .decoder import Decoder
 from .exporter import GraphReport, export_graph
+from .text_encoder import TextEncoder
 from .vision_encoder import VisionEncoder
 
 OPSET = 18

@@ -24,7 +24,7 @@ _ONE = "top_scores/one"
 _COUNT = "top_scores/count"
 
 
-def add_top_scores(decoder: Path, target: Path) -> None:
+def add_top_k(decoder: Path, target: Path) -> None:
     """Writes a decoder with more outputs.
 
     `top_values` `(P, S, k)` float32 and `top_ids` `(P, S, k)` int64 are the greatest logits, best first, and their tokens, k =

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-from .decoder import keep_axes, merge_heads, split_heads
+from .attention import keep_axes, merge_heads, split_heads
 
 
 def with_residual(conv: nn.Conv2d) -> nn.Conv2d:

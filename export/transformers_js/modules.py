@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-from ..graphs.decoder import POSITION_OFFSET
+from ..graphs.attention import POSITION_OFFSET
 
 
 class EmbedTokens(nn.Module):
