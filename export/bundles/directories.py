@@ -16,18 +16,18 @@ from ..precisions.recipes import PRECISIONS
 
 @contextmanager
 def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when its content is complete.
+    """Creates a directory that appears as `output` only when the block has succeeded.
 
     Args:
-        output: The final place.
-        force: Whether an existing export in `output` may be replaced; it is, at the very end. A process that is killed
-            between the last two renames leaves it beside, as `.NAME.old-*`.
+        output: The final path.
+        force: Whether to replace an existing export in `output`. It is replaced at the very end; a process that is killed between
+            the last two renames leaves it beside `output`, as `.NAME.old-*`.
 
     Yields:
-        A temporary directory beside `output`; it is removed when the block fails.
+        A temporary directory beside `output`; it is removed if the block fails.
 
     Raises:
-        CheckpointError: `output` exists and `force` was not given, or it is something else than an export.
+        CheckpointError: `output` exists and `force` is not set, or it is not an export.
     """
     output = output.resolve()
     if output.exists() and not force:
@@ -45,7 +45,7 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Whether a directory is empty or an export, and not a checkpoint or anything that merely has its name."""
+    """Whether a directory is empty, or an export and not a checkpoint. Nothing else is ever deleted."""
     if not path.is_dir():
         return False
     names = {entry.name for entry in path.iterdir()}

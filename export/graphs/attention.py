@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 POSITION_OFFSET = 2
-"""BART's position table starts two rows late (transformers, `BartLearnedPositionalEmbedding`)."""
+"""BART's position table has two unused rows before position 0 (transformers, `BartLearnedPositionalEmbedding`)."""
 
 
 class _KeepAxes(torch.autograd.Function):
-    """Reshapes all axes but the first ones, as one `Reshape` by a constant, whatever sizes those have.
+    """Reshapes all axes but the first ones, of whatever size, exported as one `Reshape` by a constant.
 
-    torch's own export of a reshape computes the shape from its input, in five nodes that run on the host at every call,
-    and of which ONNX Runtime cannot infer that the first axes stay: the fusion of residual and normalisation, which
-    wants equal shapes, then never happens.
+    torch exports a reshape as five nodes that compute the new shape from the input's shape, on the host and in every call. ONNX Runtime
+    cannot infer from them that the first axes keep their sizes, and so does not fuse the residual sum with the layer normalisation
+    after it, which needs equal shapes.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class _KeepAxes(torch.autograd.Function):
 
     @staticmethod
     def symbolic(graph: Any, states: Any, num_kept: int, *sizes: int) -> Any:
-        # 0 stands for the input's own size, -1 for what remains; torch's own inference insists on seeing the latter
+        # In Reshape, 0 keeps the input's size and -1 is computed. torch's shape inference requires the -1.
         shape = [0] * num_kept + [*sizes[:-1], -1]
         return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor(shape)))
 
@@ -51,19 +51,31 @@ def merge_heads(states: Tensor) -> Tensor:
 
 
 def masking_bias(visible: Tensor) -> Tensor:
-    """0 where visible, -inf elsewhere, to be added to attention scores."""
+    """Returns the bias of attention scores: 0 where visible, -inf elsewhere."""
     return torch.where(visible, 0.0, float("-inf"))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Args: query `(A, H, B, d)`, scaled; key `(A, H, d, L)`; value `(A, H, L, d)`; bias broadcastable to `(A, H, B, L)`."""
+    """Computes scaled dot-product attention: `(A, H, B, d)`.
+
+    Args:
+        query: `(A, H, B, d)`, multiplied by the scale of the attention.
+        key: `(A, H, d, L)`.
+        value: `(A, H, L, d)`.
+        bias: Added to the scores; broadcastable to `(A, H, B, L)`.
+    """
     return (query @ key + bias).softmax(-1) @ value
 
 
 class Projection(nn.Module):
-    """Linear layers over the same input as one product, `(…, D)` to `(…, sum of their widths)`.
+    """Linear layers over the same input, concatenated into one product: `(…, D)` to `(…, sum of their widths)`.
 
-    The weights are copies: the scale of the attention is folded into the query's, and the checkpoint's own must stay.
+    Args:
+        layers: The layers, in the order of their outputs.
+        scales: Factors of the first layers' outputs, folded into weight and bias: `s·(Wx + b) = (sW)x + sb`.
+
+    This saves operators in every call: one product instead of several, and none for the scale 1/√d of the attention. The weights are
+    copies, because the checkpoint's own stay unscaled as the reference of the verification.
     """
 
     def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()) -> None:

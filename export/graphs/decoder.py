@@ -18,11 +18,11 @@ from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_
 
 
 class _WriteSlots(torch.autograd.Function):
-    """`cache` `(P, H, C, d)` with `new` `(P, H, S, d)` at `places` `(P, H, S, 3)`: one `ScatterND`.
+    """Returns `cache` `(P, H, C, d)` with `new` `(P, H, S, d)` written at `places` `(P, H, S, 3)`, exported as one `ScatterND`.
 
-    It copies rows of d numbers, which `ScatterElements` writes one by one (fifteen times slower on ONNX Runtime's CPU
-    provider), and writes in place where input and output are bound to one buffer. torch would export an indexed
-    assignment as a dozen nodes a cache.
+    `ScatterND` copies rows of d numbers; `ScatterElements` writes number by number, fifteen times slower on ONNX Runtime's CPU provider.
+    It writes in place if input and output are bound to the same buffer. torch would export an indexed assignment as a dozen nodes for
+    each cache.
     """
 
     @staticmethod
@@ -41,18 +41,18 @@ _write_slots: Any = _WriteSlots.apply
 
 @dataclass(frozen=True)
 class _Slots:
-    """What all layers share in one call."""
+    """Tensors of one decoder call that all layers share."""
 
     places: Tensor
-    """`(P, H, S, 3)`, where the new tokens are written: prompt, head and slot."""
+    """`(P, H, S, 3)`: indices (prompt, head, slot) at which the new tokens' keys and values are written."""
     bias: Tensor
-    """`(P, 1, S, C)`, 0 for the slots that a token attends, -inf for the others."""
+    """`(P, 1, S, C)`: 0 for the slots that a token attends to, -inf for the others."""
     cross_bias: Tensor
-    """`(P, 1, 1, E)`, the same for the encoder's positions."""
+    """`(P, 1, 1, E)`: the same for the encoder positions."""
 
 
 def _places(slots: Tensor, heads: int) -> Tensor:
-    """Args: slots `(P, S)`."""
+    """Expands `slots` `(P, S)` to the indices `(P, H, S, 3)` of `ScatterND`."""
     prompts, length = slots.shape
     sizes = prompts, heads, length
     axes = torch.arange(prompts)[:, None, None], torch.arange(heads)[:, None], slots[:, None]
@@ -60,7 +60,7 @@ def _places(slots: Tensor, heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """One layer: what it computes is transformers', with the queries' scale inside the weights."""
+    """One decoder layer; computes what transformers' layer does, with fused projections and the scale folded into the query's weights."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, states: Tensor, slots: _Slots, past: tuple[Tensor, ...], cross: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the states `(P, S, D)`, and the self keys and values with those of the new tokens."""
+        """Returns the states `(P, S, D)`, and the self key and value `(P, H, C, d)` with the new tokens written."""
         layer = self.layer
         query, new_key, new_value = split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
         key = _write_slots(past[0], slots.places, new_key)
@@ -88,15 +88,22 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One decoder call: S new tokens of every prompt in, logits after each of them out, the cache written in place.
+    """One decoder call: S new tokens of every prompt to the logits after each of them, with the KV cache updated.
 
-    Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(P, S)`, where in
-    the cache each is written; `visible` `(P, S, C)` bool, which slots a token attends, its own among them;
-    `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value `(P, H, E, d)`, self key and value
-    `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys and values in the same shapes.
+    Inputs:
+        input_ids: `(P, S)` int64.
+        positions: `(P, S)` int64, the position of each token in its answer.
+        slots: `(P, S)` int64, the slot of the cache to which each token's key and value are written.
+        visible: `(P, S, C)` bool, the slots that each token attends to; its own must be among them.
+        encoder_attention_mask: `(P, E)` int64.
+        cross KV: per layer key `(P, H, d, E)` and value `(P, H, E, d)`.
+        self KV: per layer key and value `(P, H, C, d)`.
 
-    A prompt has one cache, whatever its number of beams: they lie side by side on the query axis of both attentions,
-    and which history belongs to whom is a matter of `visible` alone. So are drafts that turn out wrong.
+    Outputs: `logits` `(P, S, V)`, and per layer the self key and value in the shapes of the inputs.
+
+    Prefill, decode steps, beams and drafts are the same graph. A prompt has one cache whatever its number of beams: the S axis holds
+    the tokens of all beams, and `visible` alone says which slots are the history of which. Beams are so reordered, and rejected drafts
+    dropped, without copying the cache.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:

@@ -11,19 +11,21 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from ..graphs.files import save, tidy
 
 FP32_IO = ("pixel_values", "image_features", "logits")
-"""Kept in fp32 at every precision: what the caller hands over, keeps and searches. Caches follow the precision."""
+"""Inputs and outputs that stay fp32 in every precision: those that the host reads or writes. KV caches have the precision of the graph."""
 
 FP16_MAX = 65504.0
 """Largest finite half-precision number (IEEE 754)."""
 
 
 def to_fp16(path: Path) -> None:
-    """Halves weights, activations and caches, in place.
+    """Converts weights, activations and KV caches to fp16, in place.
 
-    Runs on the CPU provider too: ONNX Runtime casts around the operators that it has in fp32 only. Normalisation takes and
-    gives fp16, and sums in fp32 inside the operator (`stash_type` 1, ONNX's default), without which beams were lost in other
-    ports; the CUDA provider's fused form does so under `enable_skip_layer_norm_strict_mode`, which `providers` sets. Casts
-    around it, as they were here once, change nothing in the answers and keep it from being fused with the sum before it.
+    The graph also runs on the CPU provider, where ONNX Runtime inserts casts around operators that it has in fp32 only.
+
+    Layer normalisation has fp16 inputs and outputs, and computes its mean and variance in fp32 (`stash_type` 1, ONNX's default); in fp16
+    they cost other ports beams. The CUDA provider's fused form needs `enable_skip_layer_norm_strict_mode` for that, which
+    `florence_onnx.runtime.providers` sets. Casts to fp32 around the operator would change no answer, and prevent its fusion with the
+    residual sum before it.
     """
     model = onnx.load(str(path))
     names = {value.name for value in (*model.graph.input, *model.graph.output)}
@@ -31,10 +33,10 @@ def to_fp16(path: Path) -> None:
         model,
         keep_io_types=sorted(names & set(FP32_IO)),
         op_block_list=[],
-        # the converter clips what fp16 cannot hold: -inf, the mask of the attention, becomes its lowest number
+        # The converter clips constants to this. -inf in the attention masks so becomes -65504, which softmax still takes to 0.
         max_finite_val=FP16_MAX,
     )
-    # the converter adds its casts at the end, and ONNX wants nodes in the order in which they can run
+    # The converter appends its casts at the end, but ONNX requires nodes in topological order.
     OnnxModel(converted).topological_sort()
     save(converted, path)
     tidy(path)

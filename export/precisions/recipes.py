@@ -1,6 +1,6 @@
-"""Precisions: one recipe per name, from fp32 graphs to the same graphs in another precision.
+"""The precisions by name: a recipe says how each graph is converted from fp32.
 
-A new precision is one more entry of `PRECISIONS`, and a tolerance in `verification/checks.py`.
+To add a precision, add an entry to `PRECISIONS`, and its bound to `MAX_RELATIVE_ERROR` in `verification/checks.py`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .fp16 import to_fp16
 from .quantization import to_blocks, to_dynamic_int8
 
 Conversion = Callable[[Path], None]
-"""Rewrites a graph in place."""
+"""Rewrites an `.onnx` file in place."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of each graph; None leaves it in fp32."""
+    """The conversion of each graph; None leaves it in fp32."""
 
     vision_encoder: Conversion | None = None
     text_encoder: Conversion | None = None
     decoder: Conversion | None = None
 
     def conversion(self, graph: str) -> Conversion | None:
-        """The conversion of a graph, named as in `florence_onnx.bundles.bundle.GRAPHS`."""
+        """Returns the conversion of a graph, given its file name in `florence_onnx.bundles.bundle`."""
         by_name = {
             bundle.VISION_ENCODER: self.vision_encoder,
             bundle.TEXT_ENCODER: self.text_encoder,
@@ -37,6 +37,7 @@ class Recipe:
         return by_name[graph]
 
 
+# The MatMul nodes of the vision encoder stay in fp32: see `to_dynamic_int8`.
 _VISION_INT8 = partial(to_dynamic_int8, kinds=("Gemm",))
 
 PRECISIONS: dict[str, Recipe] = {
@@ -45,7 +46,7 @@ PRECISIONS: dict[str, Recipe] = {
     "int8": Recipe(_VISION_INT8, to_dynamic_int8, partial(to_blocks, bits=8)),
     "int4": Recipe(_VISION_INT8, to_dynamic_int8, partial(to_blocks, bits=4)),
 }
-"""By the name that the command line, the bundle and `from_pretrained` use."""
+"""Recipes by the name that the command line, the bundle and `from_pretrained` use."""
 
 VISION_PRECISIONS = tuple(PRECISIONS)[:3]
-"""What the vision encoder may have by itself; int4 would be its int8."""
+"""Precisions that can be chosen for the vision encoder alone: fp32, fp16, int8. In int4 its recipe is that of int8."""

@@ -18,6 +18,7 @@ NEXT = "decoder_with_past_model"
 
 
 def plans(checkpoint: Checkpoint) -> Iterator[GraphPlan]:
+    """Yields the plans of the vision encoder, the token embedding, the encoder, and the decoder without and with a cache."""
     model = checkpoint.model
     text = model.config.text_config
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +55,7 @@ def plans(checkpoint: Checkpoint) -> Iterator[GraphPlan]:
 
 
 def _cache_names(prefix: str, layers: int, parts: Sequence[str] = ("decoder", "encoder")) -> list[str]:
-    """`prefix.0.decoder.key`, `prefix.0.decoder.value`, `prefix.0.encoder.key`, …"""
+    """Returns `prefix.0.decoder.key`, `prefix.0.decoder.value`, `prefix.0.encoder.key`, …"""
     return [f"{prefix}.{layer}.{part}.{kind}" for layer in range(layers) for part in parts for kind in ("key", "value")]
 
 

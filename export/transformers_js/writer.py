@@ -7,9 +7,9 @@
 | `encoder_model` | `attention_mask`, `inputs_embeds` | `last_hidden_state` |
 | `decoder_model_merged` | encoder mask and states, `inputs_embeds`, `past_key_values.*`, `use_cache_branch` | `logits`, `present.*` |
 
-The merged decoder is an `If` of two graphs that share their weights, made by optimum. With a cache, its `present.*.encoder.*` are empty:
-the caller keeps those of the first step. The batch axis of `past_key_values.*` is called `batch_size`, because transformers.js looks
-for that name, and makes a cache of no rows, without an error, where it is called otherwise.
+The merged decoder is an `If` of two graphs that share their weights, made by optimum. When it is called with a cache, its
+`present.*.encoder.*` are empty, and the caller keeps those of the first step. The batch axis of `past_key_values.*` must be named
+`batch_size`: transformers.js looks for that name, and otherwise creates a cache with 0 rows without an error.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ def export_transformers_js(
     force: bool = False,
     progress: Progress = lambda step: None,
 ) -> bundles.Bundle:
-    """Export, verify and write the layout of transformers.js.
+    """Exports, verifies and writes the layout of transformers.js.
 
     Args:
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
-        precision: `fp16` halves the weights; the files end in `_fp16`, their inputs and outputs stay fp32.
-        images: What the verification asks about, see `checks.check_tokens`.
-        force: Whether to replace an existing directory.
-        progress: Called with what is done next.
+        precision: `fp32` or `fp16`. In fp16 the files end in `_fp16`, and their inputs and outputs stay fp32.
+        images: The images to verify on, see `checks.check_tokens`.
+        force: Whether to replace an existing export.
+        progress: Called with a line of text before each step.
 
     Returns:
-        What lies on disk now; its `verification` has the errors by file and the tokens that agree by search.
+        The bundle on disk; its `verification` has the errors of each file and the token agreement of each search.
 
     Raises:
         CheckpointError: The precision is unknown, or the directory exists.
-        VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
+        VerificationError: A graph does not reproduce the checkpoint. Nothing is written.
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
@@ -116,16 +116,16 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress
 
 
 def _to_fp16(path: Path) -> None:
-    """Halve a graph's weights and arithmetic in place; inputs and outputs stay fp32.
+    """Converts a graph's weights and arithmetic to fp16, in place; inputs and outputs stay fp32.
 
-    The two halves of the decoder are converted before they are merged: converting the merged graph puts the casts of its outputs
-    outside the `If` and lets a branch return an outer value, which ONNX Runtime rejects. LayerNormalization stays in fp32, as one
-    operator, so ONNX Runtime's `SimplifiedLayerNormFusion` finds no casts to trip over.
+    The two decoders are converted before they are merged. Converting the merged graph would put the casts of its outputs outside the
+    `If`, and let a branch return a value of the outer graph, which ONNX Runtime rejects. LayerNormalization stays in fp32, because ONNX
+    Runtime's `SimplifiedLayerNormFusion` fails on the casts around an fp16 one.
     """
     converted = convert_float_to_float16(
         onnx.load(str(path)), keep_io_types=True, op_block_list=["LayerNormalization"], max_finite_val=FP16_MAX
     )
-    # The converter appends its casts; `If` branches must be in order.
+    # The converter appends its casts at the end, but the nodes of an `If` branch must be in topological order.
     OnnxModel.graph_topological_sort(converted.graph)
     save(converted, path)
     tidy(path)
@@ -140,7 +140,11 @@ def _merge(first: Path, following: Path, merged: Path) -> None:
 
 
 def _merged_errors(path: Path, first: GraphPlan, following: GraphPlan) -> dict[str, OutputError]:
-    """The errors of both branches; what a branch does not read is fed as a caller would: an empty cache, the encoder's states."""
+    """Returns the errors of both branches.
+
+    The merged graph has the inputs of both. Those that a branch does not read are fed as a caller feeds them: an empty cache at the
+    first step, and the encoder's hidden states after it.
+    """
     branches = []
     for plan, other, flag in ((first, following, False), (following, first, True)):
         inputs = resized(plan.inputs, plan.dynamic_axes)
