@@ -22,7 +22,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class OutputError:
-    """How far one output of a graph is from torch.
+    """The error of one output of a graph against torch.
 
     Example: `OutputError(max_abs=2.4e-06, max_rel=3.1e-07)`
     """
@@ -30,7 +30,7 @@ class OutputError:
     max_abs: float
     """Largest absolute difference."""
     max_rel: float
-    """`max_abs` divided by the largest magnitude of torch's output: element-wise ratios are meaningless near zero."""
+    """`max_abs` divided by the largest magnitude of torch's output. Element-wise ratios are meaningless near zero."""
 
 
 def compare(
@@ -39,21 +39,19 @@ def compare(
     inputs: Tensors,
     outputs: Sequence[str],
 ) -> dict[str, OutputError]:
-    """Run a graph on the CPU provider and the module on the same inputs.
-
-    The graph may be of another precision: what it takes is cast to its own types.
+    """Runs a graph on the CPU provider and the module on the same inputs.
 
     Args:
         module: As for `export_graph`.
-        path: The `.onnx` file.
-        inputs: Tensors by input name. What the graph does not take (an input folded away) is given to the module only.
+        path: The `.onnx` file, in any precision; inputs are cast to the graph's own dtypes.
+        inputs: Tensors by input name. An input that the graph does not have, because it was folded away, goes to the module only.
         outputs: Output names, in the module's order.
 
     Returns:
         The errors by output name.
 
     Raises:
-        VerificationError: Shapes differ.
+        VerificationError: The shapes of an output differ.
     """
     engine = OnnxEngine(path, LoadOptions("cpu"))
     found = engine.run({name: value.numpy() for name, value in inputs.items() if name in engine.inputs})
@@ -67,7 +65,7 @@ def compare(
 
 
 def worst(measured: Iterable[dict[str, OutputError]]) -> dict[str, OutputError]:
-    """The largest errors of each output over several comparisons."""
+    """Returns the largest errors of each output over several comparisons."""
     found: dict[str, OutputError] = {}
     for errors in measured:
         for name, error in errors.items():
@@ -77,9 +75,9 @@ def worst(measured: Iterable[dict[str, OutputError]]) -> dict[str, OutputError]:
 
 
 def resized(inputs: Tensors, dynamic_axes: DynamicAxes, extra: int = 1) -> dict[str, torch.Tensor]:
-    """The same inputs with every dynamic axis `extra` longer, filled by repeating from the start.
+    """Returns the inputs with every dynamic axis `extra` longer, filled by repeating from the start.
 
-    Repeating keeps masks, positions and token ids valid, which drawing new numbers would not.
+    Repeated masks, positions and token ids stay valid; random numbers would not be.
     """
     result = {}
     for name, value in inputs.items():
@@ -96,7 +94,7 @@ def _difference(path: Path, name: str, expected: np.ndarray[Any, Any], found: np
     if expected.size == 0:
         return OutputError(0.0, 0.0)
     max_abs = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max())
-    if not np.isfinite(max_abs):  # a NaN would be within every bound that asks whether it is larger
+    if not np.isfinite(max_abs):  # NaN > bound is false, so a NaN would pass; infinity does not
         max_abs = float("inf")
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     return OutputError(max_abs, max_abs / scale)

@@ -1,8 +1,7 @@
-"""The text encoder and the decoder as torch modules, written for export: caches as arguments, no control flow.
+"""The decoder as a torch module, written for export: no control flow, and the KV cache as inputs and outputs.
 
-They borrow the weights of a transformers `Florence2ForConditionalGeneration` and compute what its modules compute.
-Shapes use P prompts, T prompt tokens, N image tokens, E = N + T encoder positions, S new decoder tokens of a prompt,
-C slots of its cache, H heads, d head size, D = H·d.
+It borrows the weights of a transformers `Florence2ForConditionalGeneration` and computes what its modules compute.
+Shapes use P prompts, E encoder positions, S new decoder tokens of a prompt, C slots of its cache, H heads, d head size, D = H·d.
 """
 
 from __future__ import annotations
@@ -15,47 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-POSITION_OFFSET = 2
-"""BART's position table starts two rows late (transformers, `BartLearnedPositionalEmbedding`)."""
-
-
-class _KeepAxes(torch.autograd.Function):
-    """Reshapes all axes but the first ones, as one `Reshape` by a constant, whatever sizes those have.
-
-    torch's own export of a reshape computes the shape from its input, in five nodes that run on the host at every call,
-    and of which ONNX Runtime cannot infer that the first axes stay: the fusion of residual and normalisation, which
-    wants equal shapes, then never happens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, num_kept: int, *sizes: int) -> Tensor:
-        return states.reshape(*states.shape[:num_kept], *sizes)
-
-    @staticmethod
-    def symbolic(graph: Any, states: Any, num_kept: int, *sizes: int) -> Any:
-        # 0 stands for the input's own size, -1 for what remains; torch's own inference insists on seeing the latter
-        shape = [0] * num_kept + [*sizes[:-1], -1]
-        return graph.op("Reshape", states, graph.op("Constant", value_t=torch.tensor(shape)))
-
-
-def split_heads(states: Tensor, num_heads: int) -> Tensor:
-    """`(A, B, H·d)` to `(A, H, B, d)`."""
-    split: Tensor = keep_axes(states, 2, num_heads, int(states.shape[-1]) // num_heads)
-    return split.transpose(1, 2)
-
-
-def merge_heads(states: Tensor) -> Tensor:
-    """`(A, H, B, d)` to `(A, B, H·d)`."""
-    merged: Tensor = keep_axes(states.transpose(1, 2), 2, int(states.shape[1]) * int(states.shape[3]))
-    return merged
+from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_heads, split_heads
 
 
 class _WriteSlots(torch.autograd.Function):
-    """`cache` `(P, H, C, d)` with `new` `(P, H, S, d)` at `places` `(P, H, S, 3)`: one `ScatterND`.
+    """Returns `cache` `(P, H, C, d)` with `new` `(P, H, S, d)` written at `places` `(P, H, S, 3)`, exported as one `ScatterND`.
 
-    It copies rows of d numbers, which `ScatterElements` writes one by one (fifteen times slower on ONNX Runtime's CPU
-    provider), and writes in place where input and output are bound to one buffer. torch would export an indexed
-    assignment as a dozen nodes a cache.
+    `ScatterND` copies rows of d numbers; `ScatterElements` writes number by number, fifteen times slower on ONNX Runtime's CPU provider.
+    It writes in place if input and output are bound to the same buffer. torch would export an indexed assignment as a dozen nodes for
+    each cache.
     """
 
     @staticmethod
@@ -69,96 +36,23 @@ class _WriteSlots(torch.autograd.Function):
 
 
 # torch leaves `apply` untyped
-keep_axes: Any = _KeepAxes.apply
 _write_slots: Any = _WriteSlots.apply
-
-
-def _masking_bias(visible: Tensor) -> Tensor:
-    """0 where visible, -inf elsewhere, to be added to attention scores."""
-    return torch.where(visible, 0.0, float("-inf"))
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Args: query `(A, H, B, d)`, scaled; key `(A, H, d, L)`; value `(A, H, L, d)`; bias broadcastable to `(A, H, B, L)`."""
-    return (query @ key + bias).softmax(-1) @ value
-
-
-class _Projection(nn.Module):
-    """Linear layers over the same input as one product, `(…, D)` to `(…, sum of their widths)`.
-
-    The weights are copies: the scale of the attention is folded into the query's, and the checkpoint's own must stay.
-    """
-
-    def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()) -> None:
-        super().__init__()
-        factors = (*scales, *[1.0] * (len(layers) - len(scales)))
-        pairs = list(zip(layers, factors, strict=True))
-        self.weight = nn.Parameter(torch.cat([layer.weight.detach() * factor for layer, factor in pairs]), False)
-        self.bias = nn.Parameter(torch.cat([layer.bias.detach() * factor for layer, factor in pairs]), False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-class TextEncoder(nn.Module):
-    """Prompt and image to the cross-attention keys and values of every decoder layer.
-
-    `input_ids` and `attention_mask` `(P, T)`, `image_features` `(P, N, D)` to key `(P, H, d, E)` and value
-    `(P, H, E, d)` of each layer. Keys are transposed, as the decoder's product reads them.
-    """
-
-    def __init__(self, model: Florence2ForConditionalGeneration) -> None:
-        super().__init__()
-        bart = model.model.language_model
-        self.encoder: Any = bart.encoder
-        self.cross = nn.ModuleList(layer.encoder_attn for layer in bart.decoder.layers)
-        self.queries = nn.ModuleList(
-            _Projection(layer.self_attn.q_proj, scales=(layer.self_attn.scaling,)) for layer in bart.encoder.layers
-        )
-        self.embed_scale = float(getattr(bart.encoder.embed_tokens, "embed_scale", 1.0))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
-        encoder = self.encoder
-        text = functional.embedding(input_ids, encoder.embed_tokens.weight) * self.embed_scale
-        states = torch.cat([image_features, text], dim=1)
-        positions = encoder.embed_positions.weight[POSITION_OFFSET : POSITION_OFFSET + states.shape[1]]
-        states = encoder.layernorm_embedding(states + positions)
-        # Fractions are padded and not the mask: the CUDA provider has no Pad of integers. The number of image tokens is fixed.
-        bias = functional.pad(_masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
-        for layer, project_query in zip(encoder.layers, self.queries, strict=True):
-            attended = self._attention(layer.self_attn, project_query, states, bias)
-            states = layer.self_attn_layer_norm(states + attended)
-            states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
-        return tuple(part for attention in self.cross for part in self._keys_values(attention, states))
-
-    @staticmethod
-    def _attention(attention: Any, project_query: nn.Module, states: Tensor, bias: Tensor) -> Tensor:
-        query = split_heads(project_query(states), attention.num_heads)
-        key, value = TextEncoder._keys_values(attention, states)
-        attended: Tensor = attention.out_proj(merge_heads(_attend(query, key, value, bias)))
-        return attended
-
-    @staticmethod
-    def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-        heads = attention.num_heads
-        key = split_heads(attention.k_proj(states), heads).transpose(2, 3)
-        return key, split_heads(attention.v_proj(states), heads)
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """What all layers share in one call."""
+    """Tensors of one decoder call that all layers share."""
 
     places: Tensor
-    """`(P, H, S, 3)`, where the new tokens are written: prompt, head and slot."""
+    """`(P, H, S, 3)`: indices (prompt, head, slot) at which the new tokens' keys and values are written."""
     bias: Tensor
-    """`(P, 1, S, C)`, 0 for the slots that a token attends, -inf for the others."""
+    """`(P, 1, S, C)`: 0 for the slots that a token attends to, -inf for the others."""
     cross_bias: Tensor
-    """`(P, 1, 1, E)`, the same for the encoder's positions."""
+    """`(P, 1, 1, E)`: the same for the encoder positions."""
 
 
 def _places(slots: Tensor, heads: int) -> Tensor:
-    """Args: slots `(P, S)`."""
+    """Expands `slots` `(P, S)` to the indices `(P, H, S, 3)` of `ScatterND`."""
     prompts, length = slots.shape
     sizes = prompts, heads, length
     axes = torch.arange(prompts)[:, None, None], torch.arange(heads)[:, None], slots[:, None]
@@ -166,43 +60,50 @@ def _places(slots: Tensor, heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """One layer: what it computes is transformers', with the queries' scale inside the weights."""
+    """One decoder layer; computes what transformers' layer does, with fused projections and the scale folded into the query's weights."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer: Any = layer
         own, cross = layer.self_attn, layer.encoder_attn
         self.heads = int(own.num_heads)
-        self.project = _Projection(own.q_proj, own.k_proj, own.v_proj, scales=(own.scaling,))
-        self.project_cross = _Projection(cross.q_proj, scales=(cross.scaling,))
+        self.project = Projection(own.q_proj, own.k_proj, own.v_proj, scales=(own.scaling,))
+        self.project_cross = Projection(cross.q_proj, scales=(cross.scaling,))
 
     def forward(
         self, states: Tensor, slots: _Slots, past: tuple[Tensor, ...], cross: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the states `(P, S, D)`, and the self keys and values with those of the new tokens."""
+        """Returns the states `(P, S, D)`, and the self key and value `(P, H, C, d)` with the new tokens written."""
         layer = self.layer
         query, new_key, new_value = split_heads(self.project(states), 3 * self.heads).split(self.heads, dim=1)
         key = _write_slots(past[0], slots.places, new_key)
         value = _write_slots(past[1], slots.places, new_value)
-        attended = merge_heads(_attend(query, key.transpose(2, 3), value, slots.bias))
+        attended = merge_heads(attend(query, key.transpose(2, 3), value, slots.bias))
         states = layer.self_attn_layer_norm(states + layer.self_attn.out_proj(attended))
         query = split_heads(self.project_cross(states), self.heads)
-        attended = merge_heads(_attend(query, cross[0], cross[1], slots.cross_bias))
+        attended = merge_heads(attend(query, cross[0], cross[1], slots.cross_bias))
         states = layer.encoder_attn_layer_norm(states + layer.encoder_attn.out_proj(attended))
         states = layer.final_layer_norm(states + layer.fc2(layer.activation_fn(layer.fc1(states))))
         return states, key, value
 
 
 class Decoder(nn.Module):
-    """One decoder call: S new tokens of every prompt in, logits after each of them out, the cache written in place.
+    """One decoder call: S new tokens of every prompt to the logits after each of them, with the KV cache updated.
 
-    Inputs: `input_ids` `(P, S)`; `positions` `(P, S)`, the place of each token in its answer; `slots` `(P, S)`, where in
-    the cache each is written; `visible` `(P, S, C)` bool, which slots a token attends, its own among them;
-    `encoder_attention_mask` `(P, E)`; per layer cross key `(P, H, d, E)` and value `(P, H, E, d)`, self key and value
-    `(P, H, C, d)`. Outputs: `logits` `(P, S, V)` and the self keys and values in the same shapes.
+    Inputs:
+        input_ids: `(P, S)` int64.
+        positions: `(P, S)` int64, the position of each token in its answer.
+        slots: `(P, S)` int64, the slot of the cache to which each token's key and value are written.
+        visible: `(P, S, C)` bool, the slots that each token attends to; its own must be among them.
+        encoder_attention_mask: `(P, E)` int64.
+        cross KV: per layer key `(P, H, d, E)` and value `(P, H, E, d)`.
+        self KV: per layer key and value `(P, H, C, d)`.
 
-    A prompt has one cache, whatever its number of beams: they lie side by side on the query axis of both attentions,
-    and which history belongs to whom is a matter of `visible` alone. So are drafts that turn out wrong.
+    Outputs: `logits` `(P, S, V)`, and per layer the self key and value in the shapes of the inputs.
+
+    Prefill, decode steps, beams and drafts are the same graph. A prompt has one cache whatever its number of beams: the S axis holds
+    the tokens of all beams, and `visible` alone says which slots are the history of which. Beams are so reordered, and rejected drafts
+    dropped, without copying the cache.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
@@ -225,8 +126,8 @@ class Decoder(nn.Module):
         cross, past = caches[: 2 * num_layers], caches[2 * num_layers :]
         shared = _Slots(
             _places(slots, past[0].shape[1]),
-            _masking_bias(visible[:, None]),
-            _masking_bias(encoder_attention_mask[:, None, None, :] != 0),
+            masking_bias(visible[:, None]),
+            masking_bias(encoder_attention_mask[:, None, None, :] != 0),
         )
         states = functional.embedding(input_ids, decoder.embed_tokens.weight)
         if self.embed_scale != 1:

@@ -1,4 +1,4 @@
-"""Who is asked when two models are compared: a bundle on ONNX Runtime, or a checkpoint in transformers."""
+"""Models to compare, behind one interface: a bundle on ONNX Runtime, or a checkpoint in transformers."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _RECENT = 64
-"""Answers kept: those of one image, which its other questions are made of."""
+"""Answers that are cached. Those of one image suffice: questions with text or a region are made from other answers about it."""
 
 
 class Answerer(Protocol):
     """A model that answers questions."""
 
     name: str
-    """As the user gave it."""
+    """The name as the user gave it."""
     precision: str
-    """`fp32` of a checkpoint."""
+    """Precision of the bundle; `fp32` for a checkpoint."""
     generation: GenerationDefaults
-    """How it decodes where nothing else is asked for."""
+    """Its generation defaults."""
 
     def answer(self, question: Question, options: GenerationOptions) -> Answer:
-        """Asks."""
+        """Generates the answer to a question."""
 
     def score(self, question: Question, token_ids: tuple[int, ...]) -> Floats:
-        """Logits `(L - 1, V)` at every position of a given answer of L tokens."""
+        """Returns the logits `(L - 1, V)` at every position of a given answer of L tokens."""
 
 
 class BundleAnswerer:
@@ -59,7 +59,7 @@ class BundleAnswerer:
         self.precision = bundle.precision
         self.generation = bundle.generation
         self._model = Florence2.from_bundle(bundle, LoadOptions(device=device))
-        # an image is encoded once for all its questions, and searches that give the same tokens are scored once
+        # An image is encoded once for all its questions, and searches that give the same tokens are scored once.
         self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(
             lambda image: self._model.encode(image.image)
         )
@@ -115,16 +115,16 @@ class CheckpointAnswerer:
 
 
 def open_bundle(name: str, *, precision: str | None = None, device: str = "auto") -> BundleAnswerer:
-    """Loads a bundle by its directory, its name on the hub, or `demo`.
+    """Loads a bundle from a directory, a hub repository, or `demo`.
 
     Raises:
-        FlorenceError: It cannot be used.
+        FlorenceError: The bundle is missing or cannot be loaded.
     """
     return BundleAnswerer(name, hub.resolve(name, precision=precision), device=device)
 
 
 def is_bundle(name: str) -> bool:
-    """Whether a reference is a bundle; anything else (another folder, a hub id) is taken for a checkpoint."""
+    """Whether a name is that of a bundle; anything else (another folder, a hub id) is taken for a checkpoint."""
     path = Path(name)
     has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     is_transformers_js = (path / "onnx").is_dir() and not has_weights
@@ -133,15 +133,15 @@ def is_bundle(name: str) -> bool:
 
 
 def open_reference(name: str, generation: GenerationDefaults, *, device: str = "auto") -> Answerer:
-    """Loads what others are compared with.
+    """Loads the model that the others are compared with.
 
     Args:
         name: An fp32 bundle, or the folder or hub id of a checkpoint.
-        generation: Of a bundle that was exported from it: a checkpoint states its own less completely.
-        device: For a bundle.
+        generation: The generation defaults of a bundle that was exported from the checkpoint; used if `name` is a checkpoint.
+        device: The device of a bundle.
 
     Raises:
-        FlorenceError: It cannot be used.
+        FlorenceError: The bundle or checkpoint is missing or cannot be loaded.
         InputError: It is a bundle of another precision.
     """
     if not is_bundle(name):

@@ -16,25 +16,27 @@ from .questions import Question
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer of one candidate, compared."""
+    """One answer of one candidate, compared with the reference's."""
 
     candidate: Answerer
     question: Question
     num_beams: int
     expected: Answer
+    """The reference's answer."""
     answer: Answer
+    """The candidate's answer."""
     comparison: Comparison
 
 
 def resolve_searches(
     generation: GenerationDefaults, beams: Sequence[int], max_new_tokens: int | None
 ) -> list[GenerationOptions]:
-    """Options that mean the same to every model.
+    """Returns the options of every search with explicit limits, so that they mean the same to every model.
 
     Args:
-        generation: The reference's defaults, for what is not given.
-        beams: Numbers of beams; none means greedy and the checkpoint's own.
-        max_new_tokens: Limit of every answer.
+        generation: The reference's defaults, for options that are not given.
+        beams: Numbers of beams; empty means greedy and the reference's own number.
+        max_new_tokens: Most tokens of an answer; None is the reference's limit.
 
     Raises:
         OptionsError: A number is out of range.
@@ -53,24 +55,26 @@ def compare_models(
     questions: Iterable[Question],
     searches: Sequence[GenerationOptions],
 ) -> Iterator[Measured]:
-    """Asks everyone everything and compares answers and logits with the reference's.
+    """Compares the answers and logits of every candidate with those of the reference.
 
     Args:
-        reference: The measure.
-        candidates: Who is measured.
-        questions: What is asked.
-        searches: How answers are decoded; `num_beams` must be given.
+        reference: The model to compare with.
+        candidates: The models to compare.
+        questions: Images and prompts.
+        searches: The options of each search; `num_beams` must be set.
 
     Yields:
         One comparison per question, search and candidate.
 
     Raises:
-        InputError: A candidate's vocabulary is not the reference's.
+        InputError: A candidate's vocabulary has another size than the reference's.
     """
     for question in questions:
         for options in searches:
             num_given = len(initial_tokens(reference.generation.resolve(options)))
             expected = reference.answer(question, options)
+            # Logits are compared along the reference's answer: after a first different token, the candidate's own answer has
+            # another history, and a difference of logits would say nothing about precision.
             logits = reference.score(question, expected.token_ids)[num_given - 1 :]
             for candidate in candidates:
                 answer = candidate.answer(question, options)

@@ -19,7 +19,7 @@ from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
-from export.bundles import writer  # noqa: E402
+from export.bundles import directories, writer  # noqa: E402
 from export.graphs.plans import plans  # noqa: E402
 from export.precisions.recipes import PRECISIONS, Recipe  # noqa: E402
 from export.verification import checks  # noqa: E402
@@ -196,7 +196,7 @@ def test_the_old_export_comes_back_when_the_new_one_cannot_take_its_place(
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="no permission"), writer.new_directory(output, force=True) as directory:
+    with pytest.raises(OSError, match="no permission"), directories.new_directory(output, force=True) as directory:
         (directory / bundle.DESCRIPTION).write_text("new")
     assert (output / bundle.DESCRIPTION).read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
