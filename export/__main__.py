@@ -1,4 +1,4 @@
-"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE` measures what was exported."""
+"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE…` measures exported bundles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _EXTRA_PACKAGES = (
 
 
 def main() -> None:
-    """Runs the command line; without the packages of the extra it says how to install them and exits with 2.
+    """Runs the command line. If a package of the extra is missing, says how to install it and exits with 2.
 
-    A first argument `verify` is the command; a checkpoint of that name is `./verify`.
+    `verify` as the first argument is the command; a checkpoint of that name is written as `./verify`.
     """
     try:
         if sys.argv[1:2] == ["verify"]:  # needs no torch where the reference is a bundle

@@ -1,25 +1,25 @@
-"""Every error that florence_onnx raises on purpose, each also the builtin that a caller would expect.
+"""All errors that florence_onnx raises on purpose. Each is also the builtin exception that a caller would expect.
 
 ```text
 FlorenceError
-├── InputError (ValueError)                 what was passed to a call is wrong
-│   ├── ImageError                          the image
+├── InputError (ValueError)                 an argument of a call is wrong
+│   ├── ImageError                          the image cannot be used
 │   │   ├── ImageNotFoundError (FileNotFoundError)
 │   │   ├── ImageDecodeError                not an image, empty, truncated
 │   │   ├── ImageTooLargeError              more pixels or bytes than allowed
-│   │   └── ImageDownloadError (OSError)    an http(s) URL that did not give an image
+│   │   └── ImageDownloadError (OSError)    an http(s) URL that did not return an image
 │   ├── UnknownTaskError
-│   ├── TextInputError                      text missing, empty or superfluous
-│   ├── RegionError                         region missing, superfluous or out of range
+│   ├── TextInputError                      text_input missing, blank, or not taken by the task
+│   ├── RegionError                         region missing, out of range, or not taken by the task
 │   └── OptionsError                        GenerationOptions that contradict each other or the model
-├── BundleError                             the model on disk
+├── BundleError                             the model on disk cannot be used
 │   ├── BundleNotFoundError (FileNotFoundError)
 │   ├── BundleFileMissingError (FileNotFoundError)
 │   ├── BundleFormatError (ValueError)      unreadable, or of another version
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
-├── ProviderError (RuntimeError)            an execution provider that was asked for and cannot run
-│   └── DeviceMemoryError (MemoryError)     a device's memory is full; the model stays usable
-├── MissingExtraError (ImportError)         an optional dependency; names the `pip install` line
+├── ProviderError (RuntimeError)            a requested execution provider cannot run
+│   └── DeviceMemoryError (MemoryError)     device memory is full; the model stays usable
+├── MissingExtraError (ImportError)         an optional dependency is missing; has the `pip install` line
 └── CheckpointError (ValueError)            export: a checkpoint that cannot be converted
     └── VerificationError                   export: the graphs do not reproduce the checkpoint
 ```
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 
 class FlorenceError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class InputError(FlorenceError, ValueError):
@@ -53,7 +53,7 @@ class ImageTooLargeError(ImageError):
 
 
 class ImageDownloadError(ImageError, OSError):
-    """An http(s) URL could not be fetched."""
+    """An http(s) URL could not be fetched, or returned no image."""
 
 
 class UnknownTaskError(InputError):
@@ -61,7 +61,7 @@ class UnknownTaskError(InputError):
 
 
 class TextInputError(InputError):
-    """`text_input` is missing, empty, or given to a task that takes none."""
+    """`text_input` is missing, blank, or given to a task that takes none."""
 
 
 class RegionError(InputError):
@@ -69,7 +69,7 @@ class RegionError(InputError):
 
 
 class OptionsError(InputError):
-    """Generation options contradict each other or exceed what the model can do."""
+    """Generation options contradict each other, or exceed a limit of the model."""
 
 
 class BundleError(FlorenceError):
@@ -81,23 +81,23 @@ class BundleNotFoundError(BundleError, FileNotFoundError):
 
 
 class BundleFileMissingError(BundleError, FileNotFoundError):
-    """The bundle lacks a file that it needs."""
+    """A file of the bundle is missing."""
 
 
 class BundleFormatError(BundleError, ValueError):
-    """The bundle's description is unreadable or of another format."""
+    """The bundle's description is unreadable or of an unsupported format version."""
 
 
 class CorruptGraphError(BundleError, ValueError):
-    """A graph file is damaged or not an ONNX graph of the expected interface."""
+    """A graph file is damaged, or is not an ONNX graph with the expected inputs."""
 
 
 class ProviderError(FlorenceError, RuntimeError):
-    """An execution provider that was asked for cannot run here."""
+    """A requested execution provider cannot run here."""
 
 
 class DeviceMemoryError(ProviderError, MemoryError):
-    """The memory of the device, or the part of it that is allowed, does not suffice; the model stays usable."""
+    """Device memory, or the part of it that may be used, is full; the model stays usable."""
 
 
 class MissingExtraError(FlorenceError, ImportError):
@@ -112,4 +112,4 @@ class CheckpointError(FlorenceError, ValueError):
 
 
 class VerificationError(CheckpointError):
-    """The exported graphs do not reproduce the checkpoint within tolerance."""
+    """The exported graphs do not reproduce the checkpoint within the tolerance."""

@@ -1,4 +1,4 @@
-"""Loading and preprocessing under the name that users import; the code is in `florence_onnx.images`."""
+"""Public names for loading and preprocessing images; the code is in `florence_onnx.images`."""
 
 from florence_onnx.images.decoding import ImageInput, load
 from florence_onnx.images.preprocessing import preprocess

@@ -1,4 +1,11 @@
-"""`Florence2`: the stages wired together."""
+"""`Florence2`: the stages of the model composed. What happens to an image, a prompt and an answer starts and ends here.
+
+```text
+images, tasks, text_inputs, regions ─_make_requests─▶ _Request ─_encode_prompts─▶ input_ids (P, T), attention_mask (P, T)
+images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence      # inference: images -> tokens
+GeneratedSequence ─PromptTokenizer.decode─▶ text ─tasks.parse─▶ results ─▶ Prediction
+```
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,7 @@ from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions
-from florence_onnx.generation.search import GeneratedSequence, GivenAnswer, Search
+from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering
@@ -43,17 +50,21 @@ _log = logging.getLogger("florence_onnx")
 
 @dataclass(frozen=True)
 class _Request:
-    """One checked question of a batch."""
+    """A task about an image, its input checked and formatted. Its index is that of its row in `input_ids`."""
 
     task: Task[Any]
-    prompt: str
-    given: str
-    """The prompt's own part: text, location tokens or nothing."""
     image: ImageInput | EncodedImage
+    formatted_input: str
+    """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
+
+    @property
+    def prompt(self) -> str:
+        """The whole prompt, ready for the tokenizer."""
+        return self.task.fill_prompt(self.formatted_input)
 
 
 class Florence2:
-    """A Florence-2 model on ONNX Runtime. Safe to use from several threads."""
+    """A Florence-2 model on ONNX Runtime. All methods may be called from several threads at once."""
 
     def __init__(
         self,
@@ -65,7 +76,7 @@ class Florence2:
         tokenizer: PromptTokenizer | None = None,
         resident: ResidentModel | None = None,
     ) -> None:
-        """Wires loaded stages; use `from_pretrained`."""
+        """Composes stages that are loaded already; call `from_pretrained` or `from_bundle` instead."""
         self._bundle = bundle
         self._vision_encoder = vision_encoder
         self._text_model = text_model
@@ -76,7 +87,8 @@ class Florence2:
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
-            from florence_onnx.inference.device_answering import DeviceAnswering  # not for those who have a CPU
+            # takes time to import, and a CPU does not need it
+            from florence_onnx.inference.device_answering import DeviceAnswering
 
             self._answering = DeviceAnswering(bundle.sizes, resident)
 
@@ -98,25 +110,27 @@ class Florence2:
         """Loads a model.
 
         Args:
-            name: A bundle directory, a hub repository (`owner/name`; a bundle, or the layout of
-                `onnx-community/Florence-2-*`), or `"demo"`, the built-in model for drawn shapes.
+            name: A bundle directory, a hub repository (`owner/name`: a bundle, or a repository in the layout of
+                `onnx-community/Florence-2-*`), or `"demo"`, the built-in model, which knows drawn shapes only.
             device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
-            precision: Which files to take (`"fp32"`, `"fp16"`, …), or `"bf16"`: the fp32 files, computed in bf16 by a
-                provider that can (OpenVINO, on a processor with bf16 arithmetic). None takes what there is; of several, on a
-                CPU int8, elsewhere fp16 or fp32.
-            providers: Explicit ONNX Runtime execution providers (names, or names with options) instead of `device`.
-            provider_options: Options of the device's execution provider over this package's own, e.g. for `"openvino"`
-                `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as value is passed on as JSON.
-            session_options: Attributes and config entries of `onnxruntime.SessionOptions` over this package's own, e.g.
-                `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
-            graph_cache: Keeps the optimised graphs, on the CPU, for a faster start and weights that processes share, at
-                twice the bundle's size on disk: a folder, True (`~/.cache/florence_onnx/graphs`), False, or None for
-                what the environment variable `FLORENCE_ONNX_GRAPH_CACHE` says.
-            max_batch: Most prompts decoded together, those of other threads included: whoever is done leaves, whoever waits
-                enters, and all that lies between the graphs stays on the device. None: 32 on a card, none of this on a CPU,
-                where 0 means none as well. Its memory: `florence-onnx info`.
+            precision: Which files to load (`"fp32"`, `"fp16"`, `"int8"`, …), or `"bf16"`: the fp32 files, computed in bf16 by
+                a provider that can (OpenVINO, on a processor with bf16 arithmetic). None loads the one that there is; of
+                several, int8 on a CPU, fp16 with CUDA or TensorRT, fp32 with OpenVINO.
+            providers: ONNX Runtime execution providers (names, or names with options), first choice first; replaces
+                `device`.
+            provider_options: Options of the device's execution provider, which override this package's, e.g. for
+                `"openvino"` `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as a value is passed on as JSON.
+            session_options: Attributes and config entries of `onnxruntime.SessionOptions`, which override this package's,
+                e.g. `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
+            graph_cache: Where to cache optimised graphs (CPU only): a folder, True (`~/.cache/florence_onnx/graphs`), False
+                (nowhere), or None for the environment variable `FLORENCE_ONNX_GRAPH_CACHE`. Loading gets faster and
+                processes share the weights; the cache takes twice the bundle's size on disk.
+            max_batch: Most prompts in flight. Prompts of all threads are then decoded as one continuous batch: a prompt
+                enters it at any decode step and leaves it when it is finished, and features and KV caches stay in device
+                memory. 0 decodes each call by itself, through the host. None is 32 on a GPU and 0 on a CPU. For the device
+                memory that this needs see `florence-onnx info`.
             revision: Branch, tag or commit of a hub repository.
-            cache_dir: Where downloads are kept.
+            cache_dir: Where downloads are kept, instead of the hub client's default.
 
         Raises:
             BundleError: The model is missing, damaged or of another format.
@@ -139,20 +153,20 @@ class Florence2:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, options: LoadOptions | None = None) -> Florence2:
-        """Loads a model whose bundle was already read; errors as for `from_pretrained`.
+        """Loads a model from a bundle that was read before; errors as for `from_pretrained`.
 
         Args:
-            bundle: What `florence_onnx.bundles.bundle.read` or an export returned.
-            options: As the arguments of `from_pretrained`.
+            bundle: A bundle that `florence_onnx.bundles.bundle.read` or an export returned.
+            options: The arguments of `from_pretrained` of the same names.
         """
         return cls(*load(bundle, options or LoadOptions()))
 
     @property
     def max_batch(self) -> int:
-        """Most prompts decoded together, those of other threads included; 0 where every call is decoded by itself."""
+        """Most prompts in flight, those of all threads together; 0 where each call is decoded by itself."""
         return 0 if self._resident is None else self._resident.max_batch
 
-    # ------------------------------------------------------------------------------------------------------- asking
+    # ------------------------------------------------------------------------------------------------------ requests
 
     def encode(
         self,
@@ -165,17 +179,17 @@ class Florence2:
         public_only: bool = False,
         allowed_hosts: Collection[str] = (),
     ) -> EncodedImage:
-        """Runs the vision encoder once, for any number of tasks.
+        """Runs the vision encoder; its output serves any number of tasks.
 
         Args:
             image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
-            apply_exif: Whether to turn the image as its EXIF orientation says; the reference does not.
-            max_pixels: Largest width times height to accept.
+            apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
+            max_pixels: Most pixels (width times height) to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
             timeout: Seconds for a download, redirects included.
-            public_only: For strings that come from strangers: they must be URLs, not paths, and lead to the public
-                internet only, also in redirects; proxies of the environment are not used.
-            allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
+            public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
+                public internet, redirects included; proxies of the environment are not used.
+            allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
 
         Raises:
             ImageError: The image cannot be read.
@@ -189,9 +203,9 @@ class Florence2:
             timeout=timeout,
             public_only=public_only,
             allowed_hosts=allowed_hosts,
+            copy=True,
         )
-        # a copy of a caller's own image: what is drawn later must be what was seen
-        return self._answering.encode(loaded.copy() if loaded is image else loaded)
+        return self._answering.encode(loaded)
 
     @overload
     def run(
@@ -224,17 +238,18 @@ class Florence2:
         region: Region | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]:
-        """Asks one task about one image.
+        """Runs one task on one image.
 
         Args:
             task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`).
-            image: What `encode` takes, or what it returned.
+            image: An image that `encode` accepts, or one that it returned.
             text_input: Text, for the tasks that need one.
-            region: Region in bins, for the tasks that need one; see `Region.from_pixels`.
-            options: Decoding options over the checkpoint's own.
+            region: Region in location bins, for the tasks that need one; see `Region.from_pixels`.
+            options: Generation options, which override the checkpoint's.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong.
+            ProviderError: The device failed.
         """
         return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
 
@@ -247,39 +262,45 @@ class Florence2:
         regions: Iterable[Region | None] | None = None,
         options: GenerationOptions | None = None,
     ) -> list[Prediction[Any]]:
-        """Asks several questions in one batch; each answer is what `run` gives.
+        """Runs several requests as one batch.
+
+        Every prediction is the one that `run` returns, with an exception: in int8 and int4 the text encoder quantizes
+        activations with one scale for the whole batch, so a prediction may depend on the other requests.
 
         An image that occurs several times, as the same object or the same name, is encoded once.
 
         Args:
-            tasks: One task for all, or one per image.
-            images: The images, loaded or encoded, repeated where several tasks are asked of one.
-            text_inputs: One entry per image, None where the task takes no text.
-            regions: One entry per image, None where the task takes no region.
-            options: Decoding options for all.
+            tasks: One task for all images, or one an image.
+            images: Images as for `run`, repeated where several tasks are run on one.
+            text_inputs: One entry an image, None where the task takes no text.
+            regions: One entry an image, None where the task takes no region.
+            options: Generation options for all requests.
 
         Returns:
-            One prediction per image, in order.
+            One prediction an image, in order.
 
         Raises:
             InputError: As for `run`, or the sequences differ in length.
+            ProviderError: The device failed.
         """
-        requests = _requests(tasks, images, text_inputs, regions)
+        requests = _make_requests(tasks, images, text_inputs, regions)
         if not requests:
             return []
         config = self._bundle.generation.resolve(options)
         self._answering.check(config)
-        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
-        self._check_length(requests, attention_mask)
-        given = [self._tokenizer.encode_text(request.given) for request in requests]
+        input_ids, attention_mask = self._encode_prompts(requests)
+        # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first token,
+        # and an answer that repeats the text has no space there.
+        lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
 
-        def search(places: Sequence[int]) -> Search:
-            return new_search(len(places), config, [given[place] for place in places])
+        def make_search(indices: Sequence[int]) -> Search:
+            return new_search(len(indices), config, [lookup_ids[index] for index in indices])
 
-        images = [request.image for request in requests]
-        encoded, sequences = self._answering.answer(images, input_ids, attention_mask, search)
+        encoded, sequences = self._answering.answer(
+            [request.image for request in requests], input_ids, attention_mask, make_search
+        )
         return [
-            self._prediction(request.task, each, sequence)
+            self._make_prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
         ]
 
@@ -292,7 +313,7 @@ class Florence2:
         text_input: str | None = None,
         region: Region | None = None,
     ) -> npt.NDArray[np.float32]:
-        """The logits at every position of a given answer, whatever the model itself would have said.
+        """Computes the logits at every position of a given answer (teacher forcing).
 
         Args:
             task: As for `run`.
@@ -302,25 +323,25 @@ class Florence2:
             region: As for `run`.
 
         Returns:
-            `(L - 1, V)`: row i is what the model expects after the first i + 1 tokens, before any logits processor.
+            `(L - 1, V)` float32: row i has the logits after the first i + 1 tokens, before any logits processor.
 
         Raises:
-            InputError: As for `run`, or a token is not in the vocabulary, or there are none or too many.
+            InputError: As for `run`, or `token_ids` is empty, too long, or has a token outside the vocabulary.
+            ProviderError: The device failed.
         """
-        requests = _requests(task, [image], [text_input], [region])
+        requests = _make_requests(task, [image], [text_input], [region])
         self._check_tokens(token_ids)
-        input_ids, attention_mask = self._tokenizer.encode([requests[0].prompt])
-        self._check_length(requests, attention_mask)
+        input_ids, attention_mask = self._encode_prompts(requests)
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
         if len(logits):  # nothing follows the last token
-            self._answering.answer([image], input_ids, attention_mask, lambda _: GivenAnswer(token_ids, logits))
+            self._answering.answer([image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits))
         return logits
 
     def warm_up(self) -> None:
-        """Runs every stage once on a blank image, so that the first real call is not the slow one.
+        """Runs every stage once on a blank image, so that the first real request is not slowed down by it.
 
-        On a card every shape of a step is captured when it first occurs: here those of a single prompt, greedy and with the
-        checkpoint's own beams.
+        On a GPU a CUDA graph is captured when a shape of a decode step first occurs: this captures the shapes of a single
+        prompt, greedy and with the checkpoint's number of beams.
         """
         width, height = self._bundle.sizes.image_size
         blank = PILImage.new("RGB", (width, height))
@@ -328,7 +349,7 @@ class Florence2:
             self.run(tasks.CAPTION, blank, options=GenerationOptions(num_beams, max_new_tokens=4, min_new_tokens=3))
 
     def info(self) -> dict[str, Any]:
-        """What was loaded and where it runs, ready for JSON."""
+        """The loaded bundle, its sizes and where it runs, ready for JSON."""
         bundle, sizes = self._bundle, self._bundle.sizes
         return {
             "path": str(bundle.path),
@@ -344,7 +365,7 @@ class Florence2:
             "device_memory": memory.table(bundle),
         }
 
-    # ------------------------------------------------------------------------------------------------------- stages
+    # --------------------------------------------------------------------------------- between requests and stages
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
         sizes = self._bundle.sizes
@@ -353,7 +374,9 @@ class Florence2:
         if not all(0 <= token < sizes.vocab_size for token in token_ids):
             raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
 
-    def _check_length(self, requests: Sequence[_Request], attention_mask: npt.NDArray[np.int64]) -> None:
+    def _encode_prompts(self, requests: Sequence[_Request]) -> tuple[Ids, Ids]:
+        """The prompts' `input_ids` and `attention_mask`, both `(P, T)`; raises TextInputError where one is too long."""
+        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         num_image_tokens = self._bundle.sizes.num_image_tokens
         room = self._bundle.sizes.max_positions - num_image_tokens
         for request, length in zip(requests, attention_mask.sum(axis=1), strict=True):
@@ -362,19 +385,22 @@ class Florence2:
                     f"the prompt of {request.task.slug} has {length} tokens; this model has room for {room} "
                     f"beside {num_image_tokens} image tokens: shorten text_input"
                 )
+        return input_ids, attention_mask
 
-    def _prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
+    def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
-        answer = parse(task, text, encoded.size)
-        return Prediction(answer, task, text, sequence.token_ids, sequence.truncated, encoded.source_image)
+        results = parse(task, text, encoded.size)
+        return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image)
 
 
-def _requests(
+def _make_requests(
     task_or_tasks: Task[Any] | str | Iterable[Task[Any] | str],
     images: Iterable[ImageInput | EncodedImage],
     text_inputs: Iterable[str | None] | None,
     regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
+    """Checks and formats the arguments of `Florence2.run_batch`; one request an image."""
+    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
         raise InputError("images must be a list of images; for a single one call run")
     if isinstance(text_inputs, str):
@@ -389,11 +415,10 @@ def _requests(
     for name, column in columns.items():
         if len(column) != count:
             raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
-    found = []
-    for task_name, image, text, region in zip(
+    requests = []
+    for name, image, text, region in zip(
         columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
     ):
-        task = tasks.get(task_name)
-        prompt, given = task.format_prompt(text, region), task.format_input(text, region)
-        found.append(_Request(task, prompt, given, image))
-    return found
+        task = tasks.get(name)
+        requests.append(_Request(task, image, task.format_input(text, region)))
+    return requests

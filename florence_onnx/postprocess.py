@@ -1,4 +1,4 @@
-"""Generated text to results under the name that users import; the code is in `florence_onnx.answers` and `florence_onnx.tasks`."""
+"""Public names for parsing generated text; the code is in `florence_onnx.answers` and `florence_onnx.tasks`."""
 
 from florence_onnx.answers.postprocess import pure_text
 from florence_onnx.tasks import parse

@@ -1,9 +1,10 @@
-"""What a model hands back: an encoded image, and an answer."""
+"""What a model returns: an encoded image, and a prediction."""
 
 from __future__ import annotations
 
 import base64
 import io
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -21,52 +22,70 @@ R = TypeVar("R")
 
 
 def encode_png(image: PILImage.Image) -> bytes:
-    """An image as a PNG file, quickly: three times as fast as with Pillow's default level, and little larger."""
+    """An image as the bytes of a PNG file."""
+    # level 1 compresses three times as fast as Pillow's default, 6, and the file is little larger
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
+def _warn_renamed(owner: str) -> None:
+    message = f"{owner}.picture has been renamed: use {owner}.source_image"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image after the vision encoder, to be asked any number of tasks."""
+    """An image and the vision encoder's output for it, which any number of tasks can share."""
 
     stored: npt.NDArray[np.float32] | DeviceArray = field(repr=False)
-    """`(N, D)`, where the vision encoder left them: for a card, in its memory."""
+    """Image features `(N, D)`, in the memory of the device that computed them."""
     source_image: PILImage.Image = field(repr=False)
-    """The image itself, RGB."""
+    """The image that was encoded, RGB."""
+
+    @property
+    def picture(self) -> PILImage.Image:
+        """Deprecated name of `source_image`."""
+        _warn_renamed("EncodedImage")
+        return self.source_image
 
     @cached_property
     def image_features(self) -> npt.NDArray[np.float32]:
-        """`(N, D)` on the host; copied there when first asked for."""
+        """Image features `(N, D)` on the host; copied from a device at the first access."""
         return self.stored.download() if isinstance(self.stored, DeviceArray) else self.stored
 
     @property
     def size(self) -> tuple[int, int]:
-        """`(width, height)` in pixels, the frame of all coordinates."""
+        """`(width, height)` in pixels; all coordinates of results refer to it."""
         return self.source_image.size
 
 
 @dataclass(frozen=True)
 class Prediction(Generic[R]):
-    """One answer."""
+    """The answer to one request: results, and what they were made of."""
 
     results: R
-    """The answer in fal's shape; see `florence_onnx.answers.results`."""
+    """The parsed answer; see `florence_onnx.answers.results`."""
     task: Task[R]
-    """The task that was asked."""
+    """The task of the request."""
     text: str
-    """What the model said, with special and location tokens."""
+    """The generated text, with special and location tokens."""
     token_ids: tuple[int, ...]
-    """The same in tokens, from the decoder start token on."""
+    """The generated tokens, from the decoder start token on."""
     truncated: bool
-    """Whether the token limit cut the answer off; its last item may then be missing or incomplete."""
+    """Whether the token limit cut the answer off; its last item may be missing or incomplete."""
     source_image: PILImage.Image = field(repr=False, compare=False)
-    """The image that was asked about, RGB."""
+    """The image of the request, RGB."""
+
+    @property
+    def picture(self) -> PILImage.Image:
+        """Deprecated name of `source_image`."""
+        _warn_renamed("Prediction")
+        return self.source_image
 
     @property
     def image(self) -> Image | None:
-        """The annotated image as fal describes it, in a `data:` URI; None for tasks without geometry."""
+        """The annotated image as a PNG in a `data:` URI, in fal's shape; None for tasks without geometry."""
         if not self.task.has_image:
             return None
         content = encode_png(self.draw())
@@ -84,11 +103,11 @@ class Prediction(Generic[R]):
         """The image with the answer drawn on it.
 
         Raises:
-            InputError: The task's answer is text.
+            InputError: The answer is text.
         """
         if isinstance(self.results, str):
             raise InputError(f"{self.task.slug} answers with text: there is nothing to draw")
-        from florence_onnx.answers import draw  # fonts and drawing: not for those who only want results
+        from florence_onnx.answers import draw  # fonts and drawing take time to import
 
         return draw.draw(self.source_image, self.results)
 
@@ -96,10 +115,10 @@ class Prediction(Generic[R]):
         """fal's JSON for this answer.
 
         Args:
-            with_image: Whether `image` holds the annotated image; otherwise it is None, as fal has it when unset.
+            with_image: Whether to draw and include the annotated image; otherwise `image` is None.
 
         Returns:
-            `{"results": …}`, and `"image"` for the tasks where fal has one.
+            `{"results": …}`, and `"image"` for tasks with geometry, as fal has it.
         """
         answer: dict[str, Any] = {"results": to_dict(self.results)}
         if self.task.has_image:

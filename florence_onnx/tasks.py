@@ -1,4 +1,4 @@
-"""What Florence-2 can be asked: one constant per task, by name, fal slug and token.
+"""The tasks of Florence-2: one constant a task, found by name, fal slug or token; and `parse`, which reads an answer.
 
 ```python
 tasks.OBJECT_DETECTION              # Task[BoundingBoxes]
@@ -6,7 +6,7 @@ tasks.get("object-detection")       # the same, by fal's endpoint name
 tasks.get("<OD>")                   # the same, by Microsoft's token
 ```
 
-A fine-tuned checkpoint brings a task of its own; its token is usually the prompt itself:
+A fine-tuned checkpoint may have a task of its own, whose prompt usually starts with its token:
 
 ```python
 VQA = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure_text, has_image=False)
@@ -27,31 +27,31 @@ from florence_onnx.errors import InputError, RegionError, TextInputError, Unknow
 R = TypeVar("R")
 
 Needs: TypeAlias = Literal["nothing", "text", "region"]
-"""What a task takes besides the image."""
+"""What a task takes beside the image."""
 
 _PLACEHOLDER = "{input}"
 
 
 @dataclass(frozen=True)
 class Task(Generic[R]):
-    """A question that the model was trained on, and how to read its answer.
+    """A task that the model was trained on: how to prompt for it, and how to parse its answer into R.
 
     Raises:
-        InputError: `needs` is unknown, or `prompt` has no place for the input or one too many.
+        InputError: `needs` is unknown, or `prompt` does not contain `{input}` exactly as often as `needs` says.
     """
 
     slug: str
-    """Name in addresses and on the command line: fal's endpoint name, such as "object-detection"."""
+    """Name in URLs and on the command line: fal's endpoint name, such as "object-detection"."""
     token: str
-    """Microsoft's name, such as "<OD>". It is no token of the vocabulary."""
+    """Microsoft's name, such as "<OD>". Despite its look it is not in the vocabulary, and the model never reads it."""
     prompt: str
-    """What the model reads; `{input}` stands for the text or the region's location tokens."""
+    """The text that the model reads; `{input}` is replaced with the text or the region's location tokens."""
     needs: Needs
-    """What the task takes besides the image: "nothing", "text" or "region"."""
+    """What the task takes beside the image: "nothing", "text" or "region"."""
     parser: Callable[[str, Size], R]
-    """Turns generated text and the image's (width, height) into results."""
+    """Turns generated text and the image's (width, height) in pixels into results."""
     has_image: bool
-    """Whether fal's answer has an `image` (the annotated image) beside `results`."""
+    """Whether fal's JSON has an `image` (the annotated image) beside `results`."""
 
     def __post_init__(self) -> None:
         if self.needs not in ("nothing", "text", "region"):
@@ -63,23 +63,27 @@ class Task(Generic[R]):
             )
 
     def format_prompt(self, text_input: str | None = None, region: Region | None = None) -> str:
-        """Writes the prompt.
+        """Checks the input and formats the prompt.
 
         Args:
-            text_input: For a task that needs text; surrounding white space is removed.
-            region: For a task that needs a region.
+            text_input: Text for a task that needs text; surrounding white space is removed.
+            region: Region for a task that needs a region.
 
         Returns:
             The prompt, ready for the tokenizer.
 
         Raises:
-            TextInputError: The text is missing, blank, not a string, or not wanted by this task.
-            RegionError: The region is missing, not a Region, or not wanted by this task.
+            TextInputError: The text is missing, blank or not a string, or the task takes none.
+            RegionError: The region is missing or not a Region, or the task takes none.
         """
-        return self.prompt.replace(_PLACEHOLDER, self.format_input(text_input, region))
+        return self.fill_prompt(self.format_input(text_input, region))
+
+    def fill_prompt(self, formatted_input: str) -> str:
+        """Puts an input, as `format_input` returned it, into the prompt."""
+        return self.prompt.replace(_PLACEHOLDER, formatted_input)
 
     def format_input(self, text_input: str | None = None, region: Region | None = None) -> str:
-        """Writes what stands in the prompt's place for input; arguments and errors as for `format_prompt`.
+        """Checks the input and formats it as it stands in the prompt; arguments and errors as for `format_prompt`.
 
         Returns:
             The text or the region's location tokens; empty for a task that needs nothing.
@@ -101,21 +105,24 @@ class Task(Generic[R]):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
             raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
+        # a lone surrogate, as from a file name that is not UTF-8; the tokenizer would panic on it
         try:
             text_input.encode()
         except UnicodeEncodeError as error:
             raise TextInputError(f"text_input={text_input!r} is not valid Unicode: {error}") from error
 
     def _check_region(self, region: Region | None) -> None:
-        how = "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, or region=Region.from_pixels(x1, y1, x2, y2, size)"
+        remedy = (
+            "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, or region=Region.from_pixels(x1, y1, x2, y2, size)"
+        )
         if self.needs != "region":
             if region is not None:
                 raise RegionError(f"task {self.slug!r} takes no region, got {region!r}; leave it out")
             return
         if region is None:
-            raise RegionError(f"task {self.slug!r} needs a region: {how}")
+            raise RegionError(f"task {self.slug!r} needs a region: {remedy}")
         if not isinstance(region, Region):
-            raise RegionError(f"region must be a Region, got {region!r}; {how}")
+            raise RegionError(f"region must be a Region, got {region!r}; {remedy}")
 
 
 CAPTION: Task[str] = Task(
@@ -186,7 +193,7 @@ REGION_PROPOSAL: Task[BoundingBoxes] = Task(
     postprocess.bboxes,
     has_image=True,
 )
-"""Boxes of whatever stands out, without labels."""
+"""Boxes of salient objects, without labels."""
 
 CAPTION_TO_PHRASE_GROUNDING: Task[BoundingBoxes] = Task(
     "caption-to-phrase-grounding",
@@ -287,13 +294,13 @@ def get(task: Task[Any] | str) -> Task[Any]:
     """Finds a task.
 
     Args:
-        task: A task (returned as it is, also one of your own), a slug ("object-detection") or a token ("<OD>").
+        task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token ("<OD>").
 
     Returns:
         The task.
 
     Raises:
-        UnknownTaskError: There is no such task; the message lists those that exist.
+        UnknownTaskError: There is no such task; the message lists all tasks and the nearest name.
     """
     if isinstance(task, Task):
         return task
@@ -305,15 +312,16 @@ def get(task: Task[Any] | str) -> Task[Any]:
 
 
 def _suggestion(task: object) -> str:
-    """`; did you mean "object-detection"?`, or nothing where no name is near."""
-    by_plain_name = {_plain(name): name for name in reversed(_BY_NAME)}  # where both are near, the slug wins
-    import difflib  # here, on the way to an error
+    """`; did you mean "object-detection"?`, or "" where no name is similar."""
+    import difflib  # takes milliseconds to import, and only this error needs it
 
-    near = difflib.get_close_matches(_plain(str(task)[:100]), by_plain_name, n=1)
+    by_plain_name = {_normalize(name): name for name in reversed(_BY_NAME)}  # a slug replaces an equal token
+    near = difflib.get_close_matches(_normalize(str(task)[:100]), by_plain_name, n=1)
     return f'; did you mean "{by_plain_name[near[0]]}"?' if near else ""
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
+    """A slug or token without the differences in spelling that people get wrong."""
     return name.strip(" <>").lower().replace("_", "-").replace(" ", "-")
 
 
@@ -322,7 +330,7 @@ def parse(task: Task[R], text: str, size: Size) -> R: ...
 @overload
 def parse(task: str, text: str, size: Size) -> Any: ...
 def parse(task: Task[Any] | str, text: str, size: Size) -> Any:
-    """Turns what the model generated for a task into that task's results.
+    """Parses the text that the model generated for a task.
 
     Args:
         task: A constant of `florence_onnx.tasks`, a task of your own, a slug ("object-detection") or a token ("<OD>").
@@ -330,7 +338,7 @@ def parse(task: Task[Any] | str, text: str, size: Size) -> Any:
         size: (width, height) of the image in pixels.
 
     Returns:
-        BoundingBoxes, OCRBoundingBox, PolygonOutput or str, as the task says.
+        BoundingBoxes, OCRBoundingBox, PolygonOutput or str, depending on the task.
 
     Raises:
         UnknownTaskError: No task has that slug or token.

@@ -41,7 +41,7 @@ class Exported:
 def _export(directory: Path, config_name: str, precision: str = "fp32") -> Exported:
     pytest.importorskip("torch", reason=NO_TORCH)
     pytest.importorskip("optimum.exporters", reason=NO_TORCH)
-    from export.bundles.write_bundle import export_bundle
+    from export.bundles.writer import export_bundle
     from export.checkpoints.checkpoint import load_checkpoint
     from tests import checkpoints
 

@@ -9,9 +9,9 @@ import argparse
 import os
 from pathlib import Path
 
-from export.bundles.write_bundle import export_bundle
+from export.bundles.writer import export_bundle
 from export.checkpoints.checkpoint import load_checkpoint
-from export.transformers_js.export import export_transformers_js
+from export.transformers_js.writer import export_transformers_js
 from tests import checkpoints
 
 

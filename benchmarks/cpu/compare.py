@@ -30,12 +30,12 @@ from benchmarks.cpu import bars, peers, report, results
 from benchmarks.cpu.jobs import Job, Peer, Prompt, Workload
 from benchmarks.cpu.processes import FailedError, Launcher
 from benchmarks.models import ROOT, Models, PreparationError
+from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
 from florence_onnx.runtime import cpu
 
-IMAGE = ROOT / "export" / "photograph.jpg"
 _console = Console(stderr=True)
 _LARGE_IMAGE = 512
 """Pixels of a side from which a model is no toy: only then is memory read far beyond the caches."""
@@ -162,7 +162,7 @@ def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, s
 def known_precisions() -> list[str]:
     """What `python -m export` writes for a CPU, as far as this environment can tell."""
     try:
-        from export.precisions.optimize import PRECISIONS
+        from export.precisions.recipes import PRECISIONS
     except ImportError:
         return ["fp32"]
     return [name for name in PRECISIONS if name != "fp16"]  # fp16 is for GPUs: a CPU computes it in fp32
@@ -257,7 +257,7 @@ def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path
 def compare(
     size: Annotated[str, typer.Option(help=f"Random-weight checkpoint: {', '.join(SIZES)}.")] = "base",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with real weights, instead of --size.")] = None,
-    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = IMAGE,
+    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = PHOTOGRAPH,
     tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=4)] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the second search.", min=2)] = 3,
     threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = cpu.num_cores(),

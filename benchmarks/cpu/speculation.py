@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from export.demo.answers import TASK_TOKENS, Question
 from export.demo.metrics import collect_questions, make_scenes
+from export.demo.questions import TASK_TOKENS, Question
 from florence_onnx import Florence2, GenerationOptions, tasks
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.generation.options import DEFAULT_PROMPT_LOOKUP

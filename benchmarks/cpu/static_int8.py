@@ -22,7 +22,7 @@ import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from PIL import ImageOps
 
-from export.precisions.quantize import to_dynamic_int8
+from export.precisions.quantization import to_dynamic_int8
 from florence_onnx.bundles import bundle
 from florence_onnx.images import decoding, preprocessing
 from florence_onnx.runtime import cpu

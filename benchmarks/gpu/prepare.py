@@ -74,9 +74,9 @@ def export(checkpoint: Path, kind: str, output: Path) -> Path:
     Returns:
         `output`.
     """
-    from export.bundles.write_bundle import export_bundle
+    from export.bundles.writer import export_bundle
     from export.checkpoints.checkpoint import load_checkpoint
-    from export.transformers_js.export import export_transformers_js
+    from export.transformers_js.writer import export_transformers_js
 
     loaded = load_checkpoint(checkpoint)
     if kind == PLAIN:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from export.demo import answers
+from export.demo import questions
 from export.demo.metrics import collect_questions, from_results, make_scenes, score_answers
 from export.demo.scenes import Scene
 from export.verification.agreement import Answer, Comparison
-from export.verification.agreement_report import COLUMNS, Agreement, make_agreement
-from export.verification.answering import Answerer, compare_models, open_bundle, open_reference, resolve_searches
+from export.verification.answerers import Answerer, open_bundle, open_reference
+from export.verification.comparison import compare_models, resolve_searches
 from export.verification.questions import NamedImage, Question
+from export.verification.report import COLUMNS, Agreement, make_agreement
 from florence_onnx import __version__, tasks
 
 DEFAULT_SEED = 20261101
@@ -41,7 +42,7 @@ class Asked:
     """A question with what is drawn."""
 
     scene: Scene
-    truth: answers.Question
+    truth: questions.Question
     question: Question
 
 
@@ -143,7 +144,7 @@ def _score(asked: Sequence[Asked], found: Sequence[Answer]) -> Figures:
     }
 
 
-def _to_question(truth: answers.Question, image: NamedImage) -> Question:
+def _to_question(truth: questions.Question, image: NamedImage) -> Question:
     return Question(tasks.get(truth.task), image, text_input=truth.text, region=truth.region)
 
 
@@ -253,13 +254,13 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--beams", type=int, action="append", help="may be repeated; default: 1 and 3")
-    parser.add_argument("--task", action="append", choices=answers.TASK_TOKENS, help="may be repeated; default: all")
+    parser.add_argument("--task", action="append", choices=questions.TASK_TOKENS, help="may be repeated; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=DEFAULT_RESULTS, help="folder of precisions_demo.md and .json")
     arguments = parser.parse_args()
     candidates = [open_bundle(name, device=arguments.device) for name in dict.fromkeys(arguments.bundles)]
     reference = open_reference(arguments.reference, candidates[0].generation, device=arguments.device)
-    asked = ask_scenes(make_scenes(arguments.seed, arguments.scenes), arguments.task or answers.TASK_TOKENS)
+    asked = ask_scenes(make_scenes(arguments.seed, arguments.scenes), arguments.task or questions.TASK_TOKENS)
     reports = measure(reference, candidates, asked, arguments.beams or (1, 3))
     versions = {"florence_onnx": __version__, "onnxruntime": onnxruntime.__version__, "device": arguments.device}
     setup = {"scenes": arguments.scenes, "seed": arguments.seed, **versions}

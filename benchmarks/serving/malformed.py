@@ -21,11 +21,12 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.models import ROOT
 from benchmarks.serving.servers import Server, serve
+from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.fal.contract import APP
 
 IMAGE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
-JPEG = (ROOT / "export" / "photograph.jpg").read_bytes()
+JPEG = PHOTOGRAPH.read_bytes()
 ADDRESSES = (
     *(
         "http://127.0.0.1/",

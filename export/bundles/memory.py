@@ -1,7 +1,7 @@
-"""How much memory a graph needs on a device, found in the graph itself: what it holds, and what is alive at its fullest moment.
+"""How much memory a graph needs on a device, computed from the graph: its weights, and the peak of its activations.
 
-ONNX Runtime fuses some nodes, which needs less, and keeps what it once took, in pieces of its own sizes, which needs more; so these
-are estimates of what its arenas grow to.
+These are estimates of what ONNX Runtime's arenas grow to. It fuses some nodes, which needs less, and allocates in chunks that it does not
+return, which needs more.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from florence_onnx.bundles.memory import IMAGE
 from florence_onnx.runtime.tensorrt import profiles
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
-"""Operators whose output is their input's memory."""
+"""Operators whose output shares the memory of their input."""
 TOKENS = 4
-"""Of a step, in the measurement of what each needs."""
+"""Tokens of the decoder call in which the memory for each token is measured."""
 IMAGES = 4
+"""Images of the batch in which the memory for each image is measured."""
 
 
 def measure(bundle: Bundle) -> dict[str, Any]:
-    """The facts from which `florence_onnx.bundles.memory` computes what a model needs.
+    """Measures the figures from which `florence_onnx.bundles.memory` forecasts the memory of a model.
 
     Args:
-        bundle: With all graphs written; its description need not be.
+        bundle: All its graphs must be written; its description need not be.
 
     Returns:
-        `weights`, bytes by graph; `IMAGE`, bytes of activations for each image of the vision encoder; `text_encoder`, pairs of a
-        prompt's tokens and the bytes of activations; `token`, bytes of activations of the decoder for each token of a step.
+        All in bytes: `weights`, by graph; `IMAGE`, activations of the vision encoder per image; `text_encoder`, pairs of a number of
+        prompt tokens and the activations for them; `token`, activations of the decoder per token of a step.
     """
     paths = bundle.stages(is_resident=True)
     shapes = profiles(bundle, max_batch=1)
@@ -61,8 +62,8 @@ def measure(bundle: Bundle) -> dict[str, Any]:
 
 
 def _measure(path: Path, sizes: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, list[int]]:
-    """Bytes of a graph's weights, and of its activations at some sizes of its inputs."""
-    graph = onnx.load(str(path))  # one at a time: with its weights, at which the inference below looks
+    """Returns the bytes of a graph's weights, and those of its activations for several input shapes."""
+    graph = onnx.load(str(path))  # with its weights, which shape inference reads
     return weight_bytes(graph), [activation_bytes(graph, shapes) for shapes in sizes]
 
 
@@ -70,7 +71,7 @@ _PER_TOKEN = ("input_ids", "positions", "slots", "visible")
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the weights of a graph, and of their transposes, which ONNX Runtime makes when it loads."""
+    """Returns the bytes of a graph's weights, and of the transposes that ONNX Runtime computes from them when it loads the graph."""
     sizes = {tensor.name: _tensor_bytes(tensor.data_type, tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, int] = {}
     for node in model.graph.node:
@@ -81,14 +82,13 @@ def weight_bytes(model: onnx.ModelProto) -> int:
 
 
 def activation_bytes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of the values between a graph's inputs and outputs at the moment when they are most.
+    """Returns the peak size in bytes of the values between a graph's inputs and outputs.
+
+    Nodes run in their order in the file; a value is freed after its last reader.
 
     Args:
         model: The graph.
-        inputs: Shapes of its inputs.
-
-    Raises:
-        ValueError: The shape of a large value cannot be told.
+        inputs: Shapes of its inputs. Values whose shapes do not follow from them count as empty.
     """
     sizes = _sizes(model, inputs)
     kept = {value.name for value in (*model.graph.input, *model.graph.output)}
@@ -111,7 +111,7 @@ def activation_bytes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...
 
 
 def _constants(model: onnx.ModelProto) -> set[str]:
-    """Weights, and what follows from them alone, which is computed when the graph is loaded."""
+    """Returns the names of the weights, and of the values that follow from them alone, which are computed when the graph is loaded."""
     found = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.input and all(name in found for name in node.input if name)):
@@ -120,7 +120,7 @@ def _constants(model: onnx.ModelProto) -> set[str]:
 
 
 def _sizes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Bytes of every value whose shape follows from those of the inputs."""
+    """Returns the bytes of every value whose shape follows from the shapes of the inputs."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     for value in fixed.graph.input:
@@ -129,7 +129,7 @@ def _sizes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> dic
     for value in fixed.graph.output:
         value.type.tensor_type.ClearField("shape")
     del fixed.graph.value_info[:]
-    # onnx's own inference loses the thread where a shape is computed, as for a padding
+    # onnx's own shape inference gives up where a shape is computed, such as that of a Pad.
     inferred = SymbolicShapeInference.infer_shapes(fixed, auto_merge=True)
     found = {}
     for value in inferred.graph.value_info:

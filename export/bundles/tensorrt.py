@@ -1,7 +1,7 @@
-"""`--tensorrt`: engines beside a bundle that was just exported.
+"""`--tensorrt`: TensorRT engines for a bundle that was just exported.
 
-What builds them is `florence_onnx.loading`, which needs no PyTorch, so that `florence-onnx build-engines` can do the same on the
-machine where they are going to run.
+They are built by `florence_onnx.loading`, which needs no PyTorch; `florence-onnx build-engines` does the same on the machine where the
+engines will run.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from florence_onnx.errors import CheckpointError
 from florence_onnx.runtime import tensorrt
 
 PRECISIONS = ("fp32", "fp16")
-"""Of which there are engines."""
+"""Precisions for which engines can be built."""
 
 
 def check_tensorrt(precisions: Sequence[str], is_own_layout: bool, max_batch: int) -> None:
-    """Says before an export, which takes minutes, why its engines could not be built.
+    """Checks, before an export that takes minutes, whether its engines can be built.
+
+    Args:
+        precisions: Precisions of the export.
+        is_own_layout: Whether bundles are written, and not the layout of transformers.js.
+        max_batch: Most prompts that the engines take together.
 
     Raises:
-        CheckpointError: There are no engines of a precision or layout.
-        ProviderError: There is no card, or TensorRT is missing.
+        CheckpointError: Engines of a precision or of the layout are not supported.
+        ProviderError: There is no GPU, or TensorRT is missing.
     """
     wrong = [precision for precision in precisions if precision not in PRECISIONS]
     if wrong or not is_own_layout:
@@ -39,12 +44,12 @@ def build_engines(bundle: Bundle, max_batch: int, progress: Callable[[str], None
     """Builds the engines of a bundle.
 
     Args:
-        bundle: As it lies on disk.
-        max_batch: Most prompts that they take together.
-        progress: Called with what is done next.
+        bundle: A bundle on disk.
+        max_batch: Most prompts that the engines take together.
+        progress: Called with a line of text before the build.
 
     Raises:
-        ProviderError: TensorRT refuses a graph; the bundle itself stays.
+        ProviderError: TensorRT rejects a graph. The bundle is kept.
     """
     progress(f"building TensorRT engines of {bundle.path.name}: minutes")
     return loading.build_engines(bundle, max_batch)

@@ -1,7 +1,7 @@
 """The weights of all graphs of a bundle in one file, each stored once.
 
-The token embedding is read by the text encoder and by the decoder, whose language model head it is as well. ONNX lets
-several graphs point into one external data file, and ONNX Runtime maps it into memory instead of copying it.
+The text encoder and the decoder both read the token embedding, and it is the language model head too. ONNX lets several graphs refer to
+one file of external data, which ONNX Runtime maps into memory instead of copying it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 MIN_BYTES = 1024
-"""Smaller tensors stay inside the graph, where shape inference can see them."""
+"""Smaller tensors stay inside the graph, where shape inference can read them."""
 ALIGNMENT = 4096
-"""Of every tensor's offset: a page, so that the mapping needs no copy."""
+"""Alignment of the offsets, in bytes: a page, so that a tensor can be mapped without a copy."""
 SMALL_ALIGNMENT = 64
+"""Alignment of tensors smaller than a page: a cache line."""
 
 
 def gather_weights(paths: Sequence[Path], weights: Path) -> None:
-    """Moves the large tensors of some graphs, in one directory, to one file.
+    """Moves the large tensors of several graphs to one file of external data.
 
     Args:
-        paths: The `.onnx` files, rewritten in place.
+        paths: The `.onnx` files, all in one directory; they are rewritten.
         weights: The file to write, in the same directory.
     """
     places: dict[bytes, tuple[int, int]] = {}
@@ -49,6 +50,6 @@ def _move(tensor: TensorProto, file: BinaryIO, location: str, places: dict[bytes
         file.write(bytes(-file.tell() % alignment))
         places[key] = (file.tell(), len(data))
         file.write(data)
-    tensor.raw_data = data  # the helper below accepts raw tensors only
+    tensor.raw_data = data  # set_external_data accepts raw tensors only
     set_external_data(tensor, location, *places[key])
     tensor.ClearField("raw_data")

@@ -1,7 +1,7 @@
 """Loading a Florence-2 checkpoint of either layout into transformers' native class.
 
-Nothing of the checkpoint is executed: configs are mapped, names are mapped, pickles are read as plain tensors. Every weight is
-accounted for: transformers' own `from_pretrained` warns about missing and unknown ones and goes on with random numbers.
+No code of the checkpoint is run: its config and the names of its weights are mapped, and pickles are read as plain tensors.
+A missing or unknown weight is an error. transformers' own `from_pretrained` only warns, and initialises a missing one at random.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration, Gen
 from florence_onnx.errors import CheckpointError
 
 from . import microsoft
-from .files import find_folder, read_json, read_weights
-from .settings import Preprocessing, count_image_tokens, read_generation, read_preprocessing
+from .folder import find_folder
+from .generation import read_generation
+from .json_files import read_json
+from .preprocessing import Preprocessing, count_image_tokens, read_preprocessing
 from .tokenizer import load_tokenizer
+from .weight_files import read_weights
 from .weights import NATIVE, Layout, Weights, native_weights
 
 
@@ -33,42 +36,43 @@ class Checkpoint:
     """
 
     model: Florence2ForConditionalGeneration
-    """float32, on the CPU, in eval mode; `model.generation_config` is made of `generation`. With `pixel_values`, `input_ids` must hold
-    `config.image_token_id` once per image token, as transformers' processor writes them."""
+    """float32, on the CPU, in eval mode; its `generation_config` is built from `generation`. When it is called with `pixel_values`,
+    `input_ids` must hold `config.image_token_id` once per image token, as transformers' processor writes them."""
     tokenizer: Tokenizer
-    """With Florence-2's 1024 tokens and those of the fine-tune."""
+    """Includes Florence-2's 1024 added tokens and the extra tokens of a fine-tune."""
     generation: dict[str, Any]
-    """The checkpoint's effective defaults, see `checkpoint_settings.read_generation`."""
+    """The checkpoint's effective generation defaults, see `generation.read_generation`."""
     preprocessing: Preprocessing
     source: dict[str, Any]
-    """`name` (hub id, or the folder's own name: never a path of this machine), `layout` (`transformers` or `microsoft`), `dtype`
-    in which most weights are stored, `revision` (commit on the hub; None for a folder), `transformers_version` (the library that
-    the graphs are verified against)."""
+    """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without its path),
+    `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the hub; None for a folder)
+    and `transformers_version` (of the library that the graphs are verified against)."""
 
     @property
     def config(self) -> Florence2Config:
-        """The native config."""
+        """The config in transformers' native layout."""
         return self.model.config
 
     @property
     def num_image_tokens(self) -> int:
-        """Rows of `image_features` per image, 577 for 768 pixels."""
+        """Rows of `image_features` per image: 577 at 768 x 768 pixels."""
         return count_image_tokens(self.config, self.preprocessing.image_size)
 
 
 def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
-    """Load a Florence-2 checkpoint of transformers' native or of Microsoft's original layout.
+    """Loads a Florence-2 checkpoint in transformers' native or in Microsoft's original layout.
 
     Args:
-        source: A folder, or a hub id. safetensors are preferred to a pickled state dict; both may be sharded.
+        source: A folder or a hub id. safetensors are preferred to a pickled state dict; both may be sharded.
         revision: Branch, tag or commit of a hub id.
 
     Returns:
         The model in float32 with everything that an export needs.
 
     Raises:
-        CheckpointError: It cannot be had, is not Florence-2, or its weights, config and tokenizer do not fit each other. A
-            non-zero `final_logits_bias` is refused: the native class has no place for it (all published ones are zero).
+        CheckpointError: The checkpoint cannot be found or downloaded, is not a Florence-2, or its weights, config and tokenizer
+            do not fit each other. A non-zero `final_logits_bias` is refused, because the native class has no such bias (it is
+            zero in all published checkpoints).
     """
     folder = find_folder(source, revision)
     config_json = _read_config(folder)
@@ -80,8 +84,8 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     tokenizer = load_tokenizer(folder, config.text_config.vocab_size, generation)
     stored = read_weights(folder)
     model = _build_model(config, stored, microsoft.LAYOUT if is_microsoft else NATIVE)
-    # The originals' tables have no row for `<image>`. The row of the placeholder is never used, only its place; byte-level BPE never
-    # gives <unk>.
+    # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any token will do that
+    # does not occur in text: byte-level BPE has no use for <unk>.
     model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
     model.generation_config = GenerationConfig(**generation)
     origin = {
@@ -131,7 +135,7 @@ def _build_config(config: dict[str, Any], is_microsoft: bool) -> Florence2Config
 
 def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Florence2ForConditionalGeneration:
     try:
-        # Without memory, so that nothing is drawn at random only to be thrown away.
+        # On the meta device nothing is allocated or initialised: all weights are assigned below.
         with torch.device("meta"):
             model = Florence2ForConditionalGeneration(config)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
@@ -145,7 +149,7 @@ def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Fl
 
 
 def _tie(model: Florence2ForConditionalGeneration, *, is_tied: bool) -> None:
-    """`load_state_dict(assign=True)` gives every name a parameter of its own; one embedding must be one tensor again."""
+    """Makes the token embedding one parameter under all its names: `load_state_dict(assign=True)` made one of each."""
     bart = model.model.language_model
     bart.encoder.embed_tokens.weight = bart.shared.weight
     bart.decoder.embed_tokens.weight = bart.shared.weight

@@ -1,7 +1,7 @@
 """Microsoft's original layout (`microsoft/Florence-2-*` and their fine-tunes) in terms of transformers' native one.
 
-Only names and sizes are mapped; the remote code that such a repository carries is never run. Both implementations compute the same
-graph. What the original layout could say and the native class cannot do is refused by `native_config`.
+Only the names of weights and the config are mapped; the Python code in such a repository is never run. Both implementations compute
+the same function. `native_config` refuses settings of the original layout that the native class does not support.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ _TEXT_UNSUPPORTED = ("normalize_before", "add_final_layer_norm", "add_bias_logit
 
 
 def is_microsoft(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of the original layout."""
+    """Whether a config.json is in the original layout."""
     vision = config.get("vision_config")
     return isinstance(vision, dict) and "dim_embed" in vision
 
 
 def stored_name(native: str) -> str:
-    """The original name of a native weight.
+    """Returns the name in the original layout of a weight of the native class.
 
-    Example: `model.vision_tower.blocks.0.0.spatial_block.norm1.weight` was
+    Example: `model.vision_tower.blocks.0.0.spatial_block.norm1.weight` is stored as
     `vision_tower.blocks.0.0.spatial_block.window_attn.norm.weight`.
     """
     block = re.match(_BLOCK, native)
@@ -102,12 +102,12 @@ def _block_name(kind: str, name: str) -> str:
 
 
 def native_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Florence2Config` for an original config.json.
+    """Maps an original config.json to the arguments of `Florence2Config`.
 
-    `<image>` is no token of the original layout; `load_checkpoint` sets another `image_token_id`.
+    The original layout has no token `<image>`, so `image_token_id` is left to `load_checkpoint`.
 
     Raises:
-        CheckpointError: A part is missing, or asks for what the native class cannot do.
+        CheckpointError: A setting is missing, or is not supported by the native class.
     """
     vision, text = dict(config["vision_config"]), config.get("text_config")
     if not isinstance(text, dict):
@@ -159,4 +159,4 @@ def _require(section: str, values: dict[str, Any], names: tuple[str, ...]) -> No
 
 
 LAYOUT = Layout(stored_name, frozenset({"model.multi_modal_projector.image_projection.weight"}))
-"""Microsoft multiplies `features @ image_projection`; torch's `Linear` holds the transpose."""
+"""Microsoft computes `features @ image_projection`; the native class has a `Linear`, which stores the transpose."""

@@ -1,4 +1,4 @@
-"""Florence-2's tokenizer: BART's byte-level BPE and the 1024 tokens that Microsoft's processor adds in code."""
+"""Florence-2's tokenizer: BART's byte-level BPE plus the 1024 tokens that Microsoft's processor adds in code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from florence_onnx.errors import CheckpointError
 
-from .files import read_json
+from .json_files import read_json
 
 NUM_LOCATIONS = 1000
 
@@ -39,25 +39,26 @@ ADDED_TOKENS: tuple[str, ...] = (
     "</poly>",
     "<and>",
 )
-"""In the order of their ids; `desciption` is how the checkpoints spell it."""
+"""In the order of their ids. The spelling `desciption` is that of the checkpoints."""
 
 _BART_ENTRIES = 50265
+"""Entries of BART's vocabulary; in full-size checkpoints the added tokens follow them."""
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> Tokenizer:
-    """The tokenizer of a checkpoint folder with all of Florence-2's tokens at the ids the weights were trained with.
+    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids that the weights were trained with.
 
     Args:
-        folder: Holds tokenizer.json, or vocab.json and merges.txt (and maybe added_tokens.json).
-        vocab_size: Rows of the embedding; no id may reach it, but an `<image>` that only marks where features go.
+        folder: Has tokenizer.json, or vocab.json and merges.txt, with or without added_tokens.json.
+        vocab_size: Rows of the embedding. All ids must be smaller, except that of `<image>`, which is never embedded.
         token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`.
 
     Returns:
         A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are kept.
 
     Raises:
-        CheckpointError: No tokenizer, an unreadable one, or ids that do not fit.
+        CheckpointError: There is no tokenizer, it cannot be read, or its ids do not fit the config.
     """
     tokenizer = _read(folder)
     tokenizer.no_padding()
@@ -77,7 +78,7 @@ def _read(folder: Path) -> Tokenizer:
         if vocab.is_file() and merges.is_file():
             return _build(folder, vocab, merges)
     except Exception as error:
-        # tokenizers raises the bare class, and nothing narrower, whatever is wrong with the file.
+        # tokenizers raises a bare `Exception` for every fault of a file.
         if type(error) is not Exception:
             raise
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
@@ -88,7 +89,7 @@ def _read(folder: Path) -> Tokenizer:
 
 
 def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
-    """What transformers makes of BART's vocab.json and merges.txt."""
+    """Builds from vocab.json and merges.txt the tokenizer that transformers builds from them for BART."""
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,7 +106,7 @@ def _build(folder: Path, vocab: Path, merges: Path) -> Tokenizer:
 
 
 def _add_listed(tokenizer: Tokenizer, folder: Path) -> None:
-    """The tokens of added_tokens.json, which slow tokenizers write beside vocab.json."""
+    """Adds the tokens of added_tokens.json, which transformers' slow tokenizers write beside vocab.json."""
     listed = read_json(folder, "added_tokens.json") or {}
     for token, wanted in sorted(listed.items(), key=lambda item: int(item[1])):
         tokenizer.add_special_tokens([AddedToken(token, normalized=False)])

@@ -1,4 +1,4 @@
-"""The weights of transformers' native class out of whatever names a file stores them under; every one accounted for."""
+"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class; none may be missing or left over."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from florence_onnx.errors import CheckpointError
 
 Weights = dict[str, torch.Tensor]
+"""Tensors by name."""
 
 LOGITS_BIAS = "language_model.final_logits_bias"
-"""A buffer of zeros that BART's class carries and the native class does not have."""
+"""A buffer of BART's class, zero in all published checkpoints; the native class does not have it."""
 
 _EMBEDDINGS = (
     "model.language_model.shared.weight",
@@ -24,35 +25,35 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file names the weights.
+    """How a checkpoint names and stores the weights.
 
     Example: `Layout(stored_name=str)` stores them under their native names.
     """
 
     stored_name: Callable[[str], str]
-    """From a native name to the stored one."""
+    """Maps a native name to the stored one."""
     transposed: frozenset[str] = frozenset()
-    """Native names of those stored transposed."""
+    """Native names of the weights that are stored transposed."""
 
 
 NATIVE = Layout(stored_name=str)
-"""transformers' own."""
+"""transformers' native layout."""
 
 
 def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: Layout, *, is_tied: bool) -> Weights:
-    """All weights of the native class.
+    """Returns all weights of the native class.
 
     Args:
-        stored: Tensors by stored name.
-        shapes: What the class expects, by native name.
-        layout: Of the file.
-        is_tied: Whether the config ties the output layer to the embedding.
+        stored: Tensors by stored name, of any float dtype.
+        shapes: The shapes that the class expects, by native name.
+        layout: How `stored` is named.
+        is_tied: Whether the config ties the language model head to the token embedding.
 
     Returns:
-        float32 tensors by native name; the embedding is one tensor under all its names.
+        float32 tensors by native name; the token embedding is one tensor under all its names.
 
     Raises:
-        CheckpointError: Weights are missing, unknown, wrongly shaped, or contradict each other; it names them.
+        CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message lists them.
     """
     _check_logits_bias(stored)
     names = {native: layout.stored_name(native) for native in shapes}
@@ -100,7 +101,10 @@ def _check_logits_bias(stored: Weights) -> None:
 
 
 def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> Weights:
-    """The one embedding under its three names, and the output layer, whichever of the four the file holds."""
+    """The token embedding under its three names, and the language model head, from whichever of the four names are stored.
+
+    BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its names.
+    """
     inputs = [names[native] for native in _EMBEDDINGS if names[native] in stored]
     head = names[_HEAD]
     if not inputs and (not is_tied or head not in stored):
@@ -114,7 +118,7 @@ def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> 
     embedding = _float32(stored[first])
     if is_tied and head in stored and not torch.equal(stored[head], stored[first]):
         raise CheckpointError(
-            f"{head} differs from {first}, but config.json ties them; if the output layer is meant to be separate, set "
+            f"{head} differs from {first}, but config.json ties them; if the head is meant to be separate, set "
             '"tie_word_embeddings": false in config.json and in its text_config'
         )
     return {**dict.fromkeys(_EMBEDDINGS, embedding), _HEAD: embedding if is_tied else _float32(stored[head])}

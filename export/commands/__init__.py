@@ -1,1 +1,1 @@
-"""The command line: `florence-onnx-export CHECKPOINT OUT` and `florence-onnx-export verify`."""
+"""The commands of `florence-onnx-export`, one module each: `export` (`CHECKPOINT OUT`) and `verify`. They call the other rooms."""

@@ -15,17 +15,17 @@ from florence_onnx.errors import CheckpointError, FlorenceError
 from florence_onnx.runtime.tensorrt import DEFAULT_MAX_BATCH
 
 from ..bundles.tensorrt import build_engines, check_tensorrt
-from ..bundles.write_bundle import export_bundle, export_bundles
+from ..bundles.writer import export_bundle, export_bundles
 from ..checkpoints.checkpoint import load_checkpoint
-from ..precisions.optimize import PRECISIONS, VISION_PRECISIONS
-from ..transformers_js.export import export_transformers_js
+from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
+from ..transformers_js.writer import export_transformers_js
 from ..verification.photograph import PHOTOGRAPH
 
 _console = Console(stderr=True)
 
 
 class Layout(str, Enum):
-    """Directory layouts that can be written."""
+    """The directory layouts that can be written."""
 
     BUNDLE = "florence_onnx"
     TRANSFORMERS_JS = "transformers.js"
@@ -37,8 +37,8 @@ def export(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Of weights and activations: {', '.join(PRECISIONS)}. Default: fp32. "
-            "May be repeated: each then gets its directory in OUTPUT."
+            help=f"Precision of weights and activations: {', '.join(PRECISIONS)}. Default: fp32. "
+            "May be repeated: each then gets a directory in OUTPUT."
         ),
     ] = None,
     vision_precision: Annotated[
@@ -46,26 +46,26 @@ def export(
         typer.Option(help=f"Another precision for the vision encoder: {', '.join(VISION_PRECISIONS)}."),
     ] = None,
     layout: Annotated[
-        Layout, typer.Option(help="This project's three graphs, or the four of onnx-community/Florence-2-*.")
+        Layout, typer.Option(help="Three graphs for this package, or four as in onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Image to verify on; may be repeated. Default: a photograph that comes along."),
+        typer.Option(help="Image to verify on; may be repeated. Default: a built-in photograph."),
     ] = None,
     tensorrt: Annotated[
-        bool, typer.Option("--tensorrt", help="Build TensorRT engines for the card of this machine too.")
+        bool, typer.Option("--tensorrt", help="Also build TensorRT engines for this machine's GPU.")
     ] = False,
     max_batch: Annotated[
         int, typer.Option(help="Most prompts that the engines take together.", min=1)
     ] = DEFAULT_MAX_BATCH,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
 ) -> None:
-    """Turns a Florence-2 checkpoint into ONNX, and proves that it answers as before.
+    """Exports a Florence-2 checkpoint to ONNX, and verifies that it gives the same answers.
 
-    Exits with 1, leaving nothing behind, when the graphs do not reproduce the checkpoint.
+    Exits with 1 and writes nothing if the graphs do not reproduce the checkpoint.
 
-    With `verify` as the first argument, measures instead how much bundles agree with fp32: see `verify --help`.
+    `verify` as the first argument measures instead how much bundles agree with fp32: see `verify --help`.
     """
     try:
         if tensorrt:
@@ -92,7 +92,7 @@ def export(
                 written = export_bundles(loaded, output, precisions=precisions, **common)
             engines = [build_engines(bundle, max_batch, progress) for bundle in written] if tensorrt else []
     except (FlorenceError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)  # not through rich, which would take [cpu] for markup
+        typer.echo(f"error: {error}", err=True)  # not with rich, which would read [cpu] as markup
         raise typer.Exit(1) from error
     for bundle in written:
         _console.print(_report(bundle))

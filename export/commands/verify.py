@@ -1,6 +1,6 @@
-"""`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on a user's own images.
+"""`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on the user's own images.
 
-Exit codes: 0 all well, 1 below a bar, 2 stopped because of the arguments, a model or the disk.
+Exit codes: 0 if every bar is reached, 1 if one is not, 2 for wrong arguments, or a model or file that cannot be read or written.
 """
 
 from __future__ import annotations
@@ -21,17 +21,11 @@ from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.options import GenerationOptions
 
 from ..verification.agreement import Comparison
-from ..verification.agreement_report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
-from ..verification.answering import (
-    Answerer,
-    BundleAnswerer,
-    compare_models,
-    open_bundle,
-    open_reference,
-    resolve_searches,
-)
+from ..verification.answerers import Answerer, BundleAnswerer, open_bundle, open_reference
+from ..verification.comparison import compare_models, resolve_searches
 from ..verification.photograph import PHOTOGRAPH
 from ..verification.questions import Question, find_images, load_images, make_questions
+from ..verification.report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -40,7 +34,7 @@ _Share = Annotated[float | None, typer.Option(min=0, max=1, help="From 0 to 1.")
 
 @app.callback()
 def florence_onnx_export() -> None:
-    """Measures what was exported; `florence-onnx-export CHECKPOINT OUT` exports."""
+    """Measures exported bundles; `florence-onnx-export CHECKPOINT OUT` exports one."""
 
 
 @app.command()
@@ -49,18 +43,21 @@ def verify(
         list[str], typer.Argument(help="Bundle directories, hub repositories, or demo.", metavar="BUNDLE")
     ],
     reference: Annotated[
-        str, typer.Option(help="What they should agree with: a checkpoint (folder or hub id), or its fp32 bundle.")
+        str, typer.Option(help="What to compare with: a checkpoint (folder or hub id), or its fp32 bundle.")
     ],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of images. Default: a photograph that comes along.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of images. Default: a built-in photograph.", metavar="DIR")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most images to take.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most images to use.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Slug or token; may be repeated. Default: all tasks.")] = None,
     beams: Annotated[
-        list[int] | None, typer.Option(help="1 is greedy; may be repeated. Default: greedy, and the checkpoint's own.")
+        list[int] | None,
+        typer.Option(help="Beams; 1 is greedy; may be repeated. Default: 1 and the checkpoint's own number."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Which files to take where a bundle has several.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Which files to load if a bundle has several precisions.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     json_file: Annotated[
         str | None, typer.Option("--json", help="Also write the figures as JSON; - is standard output.", metavar="FILE")
@@ -72,22 +69,21 @@ def verify(
 ) -> None:
     """Measures how much bundles of any precision agree with fp32, task by task.
 
-    Tasks that need text or a region get them from what the reference itself sees: its caption, its first object. Logits are
-    compared where both models are fed the reference's answer. A bar (--min-…, --max-…) must be cleared by every task; if one is
-    not, the command exits with 1.
+    Tasks with a text or region input get it from the reference's own answers: its caption, or its first detected object. Logits are
+    compared along the reference's answer. Every task must reach every bar (--min-…, --max-…); otherwise the command exits with 1.
     """
     bars = _bars(min_token_agreement, min_box_f1, min_text_similarity, max_logit_error)
     try:
         asked = [tasks.get(name) for name in dict.fromkeys(task or tasks.TASKS)]
         named_images = _find(images, limit)
         candidates = [open_bundle(name, precision=precision, device=device) for name in dict.fromkeys(bundle)]
-        judge = open_reference(reference, candidates[0].generation, device=device)
-        searches = resolve_searches(judge.generation, beams or (), max_new_tokens)
-        questions = _questions(judge, named_images, asked, searches[0])
-        agreements = _measure(judge, candidates, questions, searches)
+        reference_model = open_reference(reference, candidates[0].generation, device=device)
+        searches = resolve_searches(reference_model.generation, beams or (), max_new_tokens)
+        questions = _questions(reference_model, named_images, asked, searches[0])
+        agreements = _measure(reference_model, candidates, questions, searches)
         failures = find_failures(agreements, bars)
         _print_tables(agreements, to_stderr=json_file == "-")
-        report = _report(judge, len(named_images), agreements, bars, failures)
+        report = _report(reference_model, len(named_images), agreements, bars, failures)
         _write_json(report, json_file)
     except (FlorenceError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -118,24 +114,27 @@ def _find(folder: Path | None, limit: int | None) -> list[Path]:
 
 
 def _questions(
-    judge: Answerer, named_images: Sequence[Path], asked: Sequence[tasks.Task[Any]], options: GenerationOptions
+    reference_model: Answerer,
+    named_images: Sequence[Path],
+    asked: Sequence[tasks.Task[Any]],
+    options: GenerationOptions,
 ) -> Iterator[Question]:
     console = Console(stderr=True)
     loaded = track(
         load_images(named_images), "images", total=len(named_images), console=console, disable=not console.is_terminal
     )
     for image in loaded:
-        yield from make_questions(image, asked, lambda question: judge.answer(question, options))
+        yield from make_questions(image, asked, lambda question: reference_model.answer(question, options))
 
 
 def _measure(
-    judge: Answerer,
+    reference_model: Answerer,
     candidates: Sequence[Answerer],
     questions: Iterator[Question],
     searches: Sequence[GenerationOptions],
 ) -> list[Agreement]:
     found: dict[tuple[str, int], dict[str, list[Comparison]]] = defaultdict(lambda: defaultdict(list))
-    for each in compare_models(judge, candidates, questions, searches):
+    for each in compare_models(reference_model, candidates, questions, searches):
         found[each.candidate.name, each.num_beams][each.question.task.slug].append(each.comparison)
     return [
         make_agreement(candidate.name, candidate.precision, num_beams, found[candidate.name, num_beams])
@@ -146,7 +145,7 @@ def _measure(
 
 def _print_tables(agreements: Sequence[Agreement], *, to_stderr: bool) -> None:
     stream = sys.stderr if to_stderr else sys.stdout
-    # when piped, rich would fold the rows at 80 columns
+    # A pipe has no width; rich would wrap the rows at 80 columns.
     console = Console(file=stream, width=None if stream.isatty() else 200, markup=False, emoji=False, highlight=False)
     for agreement in agreements:
         console.print(tasks_table(agreement))
@@ -155,11 +154,15 @@ def _print_tables(agreements: Sequence[Agreement], *, to_stderr: bool) -> None:
 
 
 def _report(
-    judge: Answerer, num_images: int, agreements: Sequence[Agreement], bars: Sequence[Bar], failures: Sequence[str]
+    reference_model: Answerer,
+    num_images: int,
+    agreements: Sequence[Agreement],
+    bars: Sequence[Bar],
+    failures: Sequence[str],
 ) -> dict[str, Any]:
-    kind = "bundle" if isinstance(judge, BundleAnswerer) else "checkpoint"
+    kind = "bundle" if isinstance(reference_model, BundleAnswerer) else "checkpoint"
     return {
-        "reference": {"name": judge.name, "kind": kind},
+        "reference": {"name": reference_model.name, "kind": kind},
         "num_images": num_images,
         "bundles": [agreement.to_dict() for agreement in agreements],
         "bars": {bar.option: bar.value for bar in bars},

@@ -8,7 +8,7 @@ import math
 import torch
 from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, Florence2VisionConfig
 
-from .answers import NUM_BINS
+from .questions import NUM_BINS
 
 IMAGE_SIZE = 128  # pixels, both sides
 GRID = 8  # image tokens per side; one pooled token comes before them

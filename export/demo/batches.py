@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .answers import NUMBERS, Question, ask, bins
 from .architecture import GRID, IMAGE_SIZE
+from .questions import NUMBERS, Question, ask, bins
 from .scenes import BACKGROUNDS, COLOURS, DIAMETERS, LETTERS, SHAPE_KINDS, Box, Scene, Shape, Word, make_scene
 from .settings import TrainingSettings
 from .tokenizer import BOS_ID, EOS_ID, PAD_ID

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
-from .answers import TASK_TOKENS, Question
 from .metrics import collect_questions, make_scenes, score_answers
+from .questions import TASK_TOKENS, Question
 from .scenes import Scene
 
 DEFAULT_SEED = 31415

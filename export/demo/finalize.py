@@ -21,7 +21,7 @@ from transformers import (
 
 from florence_onnx.answers.postprocess import BANNED_PHRASES
 
-from ..checkpoints.files import write_json
+from ..checkpoints.json_files import write_json
 from .architecture import GRID, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, build_model
 
 NUM_IMAGE_TOKENS = GRID * GRID + 1

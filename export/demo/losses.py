@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .answers import NUM_BINS, NUMBERS
 from .architecture import FIRST_LOCATION_ID, WIDTH
 from .batches import KIND_OF_WORD, Targets
+from .questions import NUM_BINS, NUMBERS
 from .scenes import BACKGROUNDS, COLOURS, DIAMETERS, LETTERS, SHAPE_KINDS
 from .tokenizer import PAD_ID
 

@@ -17,7 +17,7 @@ from PIL import Image
 from florence_onnx.answers.matching import LabelledBox, box_iou, draw_polygons, mask_iou, pair_boxes, quad_to_box
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, PolygonOutput
 
-from .answers import TASK_TOKENS, Question, ask
+from .questions import TASK_TOKENS, Question, ask
 from .scenes import Box, Scene, draw_mask, make_scene
 
 Predict = Callable[[Image.Image, str, str], Any]  # (image, task token, text input) -> parsed answer

@@ -13,8 +13,8 @@ from typing import Any
 
 import florence_onnx
 
-from .answers import caption, detailed_caption, full_name, short_name
 from .metrics import to_pixels
+from .questions import caption, detailed_caption, full_name, short_name
 from .scenes import Box, Scene, Shape, make_scene
 
 DEFAULT_DIRECTORY = Path(florence_onnx.__file__).parent / "demo" / "samples"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .answers import NUM_BINS, NUMBERS, TASK_TOKENS, ask
+from .questions import NUM_BINS, NUMBERS, TASK_TOKENS, ask
 from .scenes import COLOURS, DIAMETERS, SHAPE_KINDS, make_scene
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"

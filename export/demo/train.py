@@ -22,7 +22,7 @@ from .batches import Batch, QuestionGroup, number_token_ids, stream_batches
 from .evaluate import evaluate_model, summarise
 from .finalize import make_processor, save_checkpoint
 from .losses import LOCATIONS, AuxiliaryHeads, answer_loss, auxiliary_loss, kept_tokens
-from .optim import MovingAverage, Muon, split_parameters
+from .optimizers import MovingAverage, Muon, split_parameters
 from .settings import TrainingSettings
 from .tokenizer import EOS_ID, PAD_ID, save_tokenizer, train_tokenizer
 

@@ -1,4 +1,4 @@
-"""Reading, tidying and writing `.onnx` files: no weight twice, nothing of the exporting machine inside."""
+"""Reading, tidying and writing `.onnx` files: every weight stored once, and nothing about the exporting machine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import onnx
 from onnx import numpy_helper
 
 _MIN_SHARED_BYTES = 1024
-"""Smaller tensors are left alone: equal scalars and shapes are not weights, and sharing them saves nothing."""
+"""Smaller tensors are not shared: they are scalars and shapes, and sharing them saves nothing."""
 
 _MAX_PROTOBUF_BYTES = 2**31 - 2**24
-"""protobuf's limit of 2 GB, less room for the nodes."""
+"""protobuf's limit of 2 GiB, minus room for the nodes."""
 
 
 def tidy(path: Path) -> None:
-    """Store every weight once and drop doc strings and metadata, in place."""
+    """Shares equal weights and removes doc strings and metadata, in place."""
     model = onnx.load(str(path))
     share_weights(model)
     strip(model)
@@ -27,7 +27,7 @@ def tidy(path: Path) -> None:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model, with `<path>_data` beside it only when protobuf cannot hold the weights."""
+    """Writes a model; weights beyond protobuf's limit go to `<path>_data` beside it."""
     data = path.with_name(path.name + "_data")
     data.unlink(missing_ok=True)
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < _MAX_PROTOBUF_BYTES:
@@ -37,7 +37,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about itself: torch writes source paths and stack traces of this machine."""
+    """Removes doc strings and metadata, in which torch writes source paths and stack traces of this machine."""
     model.ClearField("doc_string")
     del model.metadata_props[:]
     for graph in graphs(model.graph):
@@ -48,7 +48,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and all graphs inside its nodes."""
+    """Yields a graph and all subgraphs inside its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -57,10 +57,10 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def share_weights(model: onnx.ModelProto) -> None:
-    """Replace equal initializers by one, and those that are the transpose of another by a `Transpose` of it.
+    """Replaces equal initializers by one, and an initializer that is the transpose of another by a `Transpose` node.
 
-    The copy that a `Gather` reads is the one kept, since a transposed embedding cannot be quantized. ONNX Runtime folds the
-    `Transpose` at load time, so it costs nothing per run.
+    Of an embedding and its transpose, the one that a `Gather` reads is kept: a `Gather` of a `Transpose` could not be quantized. ONNX
+    Runtime folds the `Transpose` when it loads the graph, so it costs nothing per run.
     """
     names: dict[str, str] = {}
     transposed: dict[str, str] = {}
@@ -96,7 +96,7 @@ def _rename_inputs(model: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def _insert_transposes(model: onnx.ModelProto, sources: dict[str, str]) -> None:
-    """The node takes over the removed initializer's name, so its readers need no change."""
+    """Inserts `Transpose` nodes whose outputs have the names of the removed initializers, so that readers need no change."""
     for target, source in sources.items():
         node = onnx.helper.make_node("Transpose", [source], [target], name=f"transpose_{target}", perm=[1, 0])
         model.graph.node.insert(0, node)

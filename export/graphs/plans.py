@@ -1,4 +1,4 @@
-"""The three graphs of a bundle: names, example inputs and dynamic axes, exported through optimum."""
+"""The three graphs of a bundle: names, example inputs, dynamic axes, and the inputs that each is checked on."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from torch import Tensor, nn
 from florence_onnx.bundles import bundle
 
 from ..checkpoints.checkpoint import Checkpoint
-from .export import DynamicAxes, GraphReport, export_graph
-from .text import Decoder, TextEncoder
-from .vision import VisionEncoder
+from .comparison import DynamicAxes
+from .decoder import Decoder
+from .exporter import GraphReport, export_graph
+from .text_encoder import TextEncoder
+from .vision_encoder import VisionEncoder
 
 OPSET = 18
-"""The oldest with everything needed (LayerNormalization is 17), so that TensorRT 10.3 and ONNX Runtime 1.18 can read it."""
+"""ONNX operator set. LayerNormalization needs 17; TensorRT 10.3 and ONNX Runtime 1.18 read 18."""
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What one graph is exported from."""
+    """What one graph is exported from and checked on."""
 
     name: str
     """File name in the bundle."""
     module: nn.Module
     inputs: dict[str, Tensor]
+    """Example inputs by name, in the order of the module's arguments."""
     outputs: list[str]
+    """Output names, in the order in which the module returns them."""
     dynamic_axes: DynamicAxes
     check_inputs: tuple[dict[str, Tensor], ...] = ()
+    """More inputs to check on, of other sizes."""
 
 
 def plans(checkpoint: Checkpoint) -> list[GraphPlan]:
-    """The plans of the vision encoder, the text encoder and the decoder."""
+    """Returns the plans of the vision encoder, the text encoder and the decoder."""
     vision = VisionEncoder(checkpoint.model, checkpoint.preprocessing.image_size)
     num_image_tokens = vision.num_image_tokens
     return [
@@ -47,18 +52,18 @@ def plans(checkpoint: Checkpoint) -> list[GraphPlan]:
 def export_graphs(
     checkpoint: Checkpoint, directory: Path, *, progress: Callable[[str], None] = lambda step: None
 ) -> Iterator[GraphReport]:
-    """Exports every graph in fp32 and compares each with torch.
+    """Exports every graph in fp32 and compares it with its module.
 
     Args:
         checkpoint: The model.
-        directory: Where the `.onnx` files go.
-        progress: Called with a graph's name before it is exported.
+        directory: The folder for the `.onnx` files.
+        progress: Called with a graph's file name before it is exported.
 
     Yields:
-        The errors of each graph.
+        The report of each graph.
 
     Raises:
-        VerificationError: A graph does not reproduce the model.
+        VerificationError: A graph does not reproduce its module.
     """
     for plan in plans(checkpoint):
         progress(plan.name)
@@ -81,7 +86,7 @@ def _vision_plan(module: VisionEncoder, image_size: tuple[int, int]) -> GraphPla
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
-    """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, …"""
+    """Returns `prefix.0.key`, `prefix.0.value`, `prefix.1.key`, …"""
     return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
 
 
@@ -141,7 +146,7 @@ def _decoder_inputs(
     generator = torch.Generator().manual_seed(prompts * num_tokens)
     mask = torch.ones(prompts, length, dtype=torch.long)
     mask[-1, -2:] = 0
-    # each token sees some of the history and itself, and not the other new ones: what beams do
+    # As in beam search, each new token sees part of the history and itself, and none of the other new tokens.
     visible = torch.rand(prompts, num_tokens, capacity, generator=generator) < 0.6
     visible[..., first:] = False
     slots = first + torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(prompts)])

@@ -1,4 +1,4 @@
-"""The graphs of the transformers.js layout as torch modules, besides the vision encoder, which both layouts share.
+"""The torch modules of the transformers.js layout. The vision encoder is that of `graphs`, which both layouts share.
 
 Shapes use B rows, S new tokens, P past tokens, E encoder positions, H heads, d head size, D = H·d, V vocabulary rows.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-from ..graphs.text import POSITION_OFFSET
+from ..graphs.attention import POSITION_OFFSET
 
 
 class EmbedTokens(nn.Module):
@@ -74,8 +74,8 @@ class NextDecoder(nn.Module):
     """The decoder with a cache.
 
     `encoder_attention_mask` `(B, E)`, `inputs_embeds` `(B, S, D)` and the cache (per layer self key, self value `(B, H, P, d)`, cross
-    key, cross value `(B, H, E, d)`) to `logits` `(B, S, V)` and per layer self key, self value `(B, H, P + S, d)`. The cross part is not
-    returned: the caller has it, and an output that only passes an input through is what ONNX Runtime rejects in fp16.
+    key, cross value `(B, H, E, d)`) to `logits` `(B, S, V)` and per layer self key, self value `(B, H, P + S, d)`. The cross KV is not
+    returned: the caller has it, and in fp16 ONNX Runtime rejects a branch whose output is one of its inputs.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
@@ -111,25 +111,25 @@ def _decoder_layer(
 
 
 def _positioned(side: Any, embeds: Tensor, start: int) -> Tensor:
-    """Token embeddings with positions from `start` on, normalised: `(B, S, D)`."""
+    """Adds the positions from `start` on to token embeddings, and normalises: `(B, S, D)`."""
     positions = torch.arange(embeds.shape[1]) + start + POSITION_OFFSET
     states: Tensor = side.layernorm_embedding(embeds + functional.embedding(positions, side.embed_positions.weight))
     return states
 
 
 def _bias(visible: Tensor) -> Tensor:
-    """0 where visible, -inf elsewhere, to be added to attention scores."""
+    """Returns the bias of attention scores: 0 where visible, -inf elsewhere."""
     return torch.where(visible, 0.0, float("-inf"))
 
 
 def _causal_bias(length: int, past_length: int) -> Tensor:
-    """A new token sees all past ones, and the new ones up to itself: `(S, P + S)`."""
+    """Returns the causal mask `(S, P + S)`: a new token attends to all past tokens, and to the new ones up to itself."""
     rows = torch.arange(length)[:, None] + past_length
     return _bias(torch.arange(length + past_length)[None, :] <= rows)
 
 
 def _keys_values(attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value, each `(B, H, length, d)`."""
+    """Returns key and value, each `(B, H, length, d)`."""
     return _split_heads(attention, attention.k_proj(states)), _split_heads(attention, attention.v_proj(states))
 
 

@@ -1,6 +1,6 @@
-"""How much two models agree, in figures: answer by answer, then summed up. Pure functions, no model is run here.
+"""Figures of how much two models agree: for each pair of answers, then aggregated. Pure functions; no model is run here.
 
-Geometry is compared in location bins (1000 to a side), so that figures mean the same for every image size.
+Coordinates are compared in location bins, 1000 to a side, so that the figures do not depend on the size of the images.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from florence_onnx.answers.matching import (
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 
 LOOSE_IOU = 0.5
-"""From this overlap on a box counts as found."""
+"""IoU from which a box counts as found."""
 TIGHT_IOU = 0.9
-"""From this overlap on a box counts as found in the same place."""
+"""IoU from which a box counts as found in the same place."""
 
 _MARKS = re.compile(r"(?:</?s>|<pad>|<loc_\d+>|</?poly>|<sep>)+")
 
@@ -38,93 +38,96 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said."""
+    """The answer of one model to one question."""
 
     token_ids: tuple[int, ...]
-    """From the decoder start token on."""
+    """All tokens, the decoder start token first."""
     text: str
-    """The same, decoded, with special and location tokens."""
+    """The tokens decoded, special and location tokens included."""
     results: Any
-    """The same, parsed: a result of `florence_onnx.answers.results` or a string."""
+    """The text parsed: a result of `florence_onnx.answers.results`, or a string."""
     size: tuple[int, int]
-    """`(width, height)` of the image in pixels, the frame of the results."""
+    """`(width, height)` of the image in pixels, in which the results are."""
 
 
 @dataclass(frozen=True)
 class BoxAgreement:
-    """Boxes of one answer against the reference's; outlines count by the box around them."""
+    """Boxes of an answer against those of the reference; polygons and quad boxes count as their bounding boxes."""
 
     num_reference: int
+    """Boxes of the reference."""
     num_found: int
+    """Boxes of the other model."""
     num_loose: int
-    """Pairs of equal labels with an IoU of at least 0.5."""
+    """Pairs with equal labels and an IoU of at least `LOOSE_IOU`."""
     num_tight: int
-    """The same with at least 0.9."""
+    """Pairs with equal labels and an IoU of at least `TIGHT_IOU`."""
     sum_shift: float
     """Mean absolute difference of the four coordinates, in bins, summed over the loose pairs."""
 
 
 @dataclass(frozen=True)
 class LogitAgreement:
-    """Logits of two models that were fed the same tokens."""
+    """Differences between the logits of two models along the same tokens."""
 
     num_positions: int
     max_abs: float
-    """Largest absolute difference; infinite where one of them is not finite."""
+    """Largest absolute difference; infinite if any logit is not finite."""
     mean_abs: float
     """Mean absolute difference over positions and vocabulary."""
     kl: float
-    """Mean Kullback-Leibler divergence of the other's distribution from the reference's, in nats."""
+    """Mean Kullback-Leibler divergence KL(reference || other) of the next-token distributions, in nats."""
     top1: float
-    """Share of positions where both expect the same token."""
+    """Share of positions where both have the same most likely token."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One answer against the reference's."""
+    """The figures of one answer against the reference's answer. Tokens that no model chooses are left out."""
 
     num_equal_tokens: int
-    """Equal in place, among the tokens that were chosen (given ones are left out)."""
+    """Tokens that are equal at the same position."""
     num_tokens: int
-    """Of the longer of the two."""
+    """Tokens of the longer answer."""
     token_similarity: float
-    """1 - edit distance of the tokens / length of the longer."""
+    """1 - edit distance of the tokens / length of the longer answer."""
     text_similarity: float | None
-    """The same of the words, without location tokens; None where neither says a word."""
+    """1 - edit distance of the texts without location tokens / length of the longer; None if both are empty."""
     is_exact: bool
     """Whether all tokens are equal."""
     boxes: BoxAgreement | None
-    """None where the task has no geometry."""
+    """None if the answers are text."""
     mask_iou: float | None
-    """Of the union of all outlines; None where neither drew an area."""
+    """IoU of the areas inside all polygons; None if both are empty."""
     logits: LogitAgreement | None
-    """None where it was not measured."""
+    """None if logits were not compared."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Agreement over any number of answers; None where there was nothing to measure."""
+    """Agreement over any number of answers; a figure is None if there was nothing to measure."""
 
     num_answers: int
     exact: float
     """Share of answers with all tokens equal."""
     token_agreement: float
-    """Share of tokens equal in place; a single token too many puts all behind it out of place."""
+    """Share of tokens that are equal at the same position. One inserted token shifts all tokens after it."""
     token_similarity: float
     """Mean of 1 - normalised edit distance of the tokens."""
     text_similarity: float | None
-    """Mean of 1 - normalised edit distance of the words."""
+    """Mean of 1 - normalised edit distance of the texts without location tokens."""
     num_boxes: int
-    """The reference's."""
+    """Boxes of the reference."""
     box_f1_50: float | None
     """F1 of boxes at IoU 0.5, labels equal."""
     box_f1_90: float | None
     """F1 of boxes at IoU 0.9, labels equal."""
     coordinate_shift: float | None
-    """Mean absolute difference of coordinates of pairs with IoU 0.5, in bins."""
+    """Mean absolute difference of the coordinates of pairs with an IoU of at least 0.5, in bins."""
     mask_iou: float | None
+    """Mean IoU of the areas inside the polygons."""
     num_positions: int
-    """Where logits were compared."""
+    """Positions whose logits were compared."""
     logit_max_abs: float | None
     logit_mean_abs: float | None
     logit_kl: float | None
@@ -135,16 +138,13 @@ class Figures:
 def compare_answers(
     expected: Answer, answer: Answer, *, num_given: int = 1, logits: LogitAgreement | None = None
 ) -> Comparison:
-    """Measures one answer against the reference's.
+    """Compares an answer with the reference's answer to the same question. The figures are symmetric.
 
     Args:
-        expected: The reference's.
-        answer: The other's, about the same image.
-        num_given: Tokens at the beginning that no model chooses: the decoder start token, and a forced one after it.
-        logits: Measured on the same question.
-
-    Returns:
-        What agrees; the same with both exchanged.
+        expected: The reference's answer.
+        answer: The other model's answer.
+        num_given: Leading tokens that no model chooses: the decoder start token, and a forced one after it.
+        logits: The logits' figures for the same question, to be passed on.
     """
     ours, theirs = answer.token_ids[num_given:], expected.token_ids[num_given:]
     return Comparison(
@@ -160,12 +160,12 @@ def compare_answers(
 
 
 def words(text: str) -> str:
-    """Generated text without special and location tokens: what they separate stands on lines of its own."""
+    """Removes special and location tokens from generated text; each remaining piece becomes a line."""
     return "\n".join(part.strip() for part in _MARKS.split(text) if part.strip())
 
 
 def compare_texts(expected: str, text: str) -> float | None:
-    """1 - edit distance in characters / length of the longer; None where both are empty."""
+    """Returns 1 - edit distance in characters / length of the longer text; None if both are empty."""
     return Levenshtein.normalized_similarity(expected, text) if expected or text else None
 
 
@@ -173,7 +173,7 @@ def compare_texts(expected: str, text: str) -> float | None:
 
 
 def compare_boxes(expected: Answer, answer: Answer) -> BoxAgreement | None:
-    """Boxes, quad boxes and outlines of two answers, by the upright boxes around them; None for an answer of text."""
+    """Compares boxes, quad boxes and polygons by their bounding boxes; None if an answer is text."""
     if isinstance(expected.results, str) or isinstance(answer.results, str):
         return None
     true, found = labelled_boxes(expected), labelled_boxes(answer)
@@ -189,7 +189,7 @@ def compare_boxes(expected: Answer, answer: Answer) -> BoxAgreement | None:
 
 
 def labelled_boxes(answer: Answer) -> list[LabelledBox]:
-    """All things with a place in an answer: label and `(x0, y0, x1, y1)` in bins, x0 <= x1 and y0 <= y1."""
+    """Returns the label and bounding box `(x0, y0, x1, y1)`, in bins, of every box, quad box and polygon of an answer."""
     results = answer.results
     found: Sequence[Any] = ()
     if isinstance(results, BoundingBoxes):
@@ -202,7 +202,7 @@ def labelled_boxes(answer: Answer) -> list[LabelledBox]:
 
 
 def compare_masks(expected: Answer, answer: Answer) -> float | None:
-    """IoU of all that two answers outline; None where neither outlines an area."""
+    """Returns the IoU of the areas inside the polygons of two answers; None if both areas are empty."""
     if not _polygons(expected.results) and not _polygons(answer.results):
         return None
     masks = [
@@ -229,21 +229,18 @@ def _to_bins(flat: Sequence[float], size: tuple[int, int]) -> list[float]:
 
 
 def compare_logits(expected: Floats, logits: Floats) -> LogitAgreement:
-    """Measures logits of two models that were fed the same tokens.
+    """Compares the logits of two models along the same tokens.
 
     Args:
-        expected: The reference's, `(T, V)`, T at least 1.
-        logits: The other's, `(T, V)`.
-
-    Returns:
-        The errors over all positions.
+        expected: The reference's logits, `(T, V)`, T at least 1.
+        logits: The other model's logits, `(T, V)`.
 
     Raises:
-        ValueError: The shapes differ, or there is no position.
+        ValueError: The shapes differ, or T is 0.
     """
     if expected.shape != logits.shape or not len(expected):
         raise ValueError(f"logits of shapes {expected.shape} and {logits.shape} cannot be compared")
-    # row by row: an answer of 1024 tokens over 51,289 words has 210 MB of logits, and a dozen temporaries of that size
+    # Row by row: 1024 positions of 51289 logits take 210 MB, and the formulas below need a dozen temporaries of that size.
     rows = [_compare_row(a, b) for a, b in zip(expected, logits, strict=True)]
     max_abs, mean_abs, kl, top1 = np.array(rows, dtype=np.float64).T
     return LogitAgreement(len(rows), max_abs.max(), float(mean_abs.mean()), float(kl.mean()), float(top1.mean()))
@@ -254,7 +251,7 @@ def _compare_row(expected: Floats, logits: Floats) -> tuple[float, float, float,
         return np.inf, np.inf, np.inf, False
     error = np.abs(expected.astype(np.float64) - logits)
     p, q = _log_probabilities(expected), _log_probabilities(logits)
-    kl = max(0.0, float((np.exp(p) * (p - q)).sum()))  # rounding can take it just below
+    kl = max(0.0, float((np.exp(p) * (p - q)).sum()))  # rounding can make it slightly negative
     return float(error.max()), float(error.mean()), kl, bool(expected.argmax() == logits.argmax())
 
 
@@ -264,14 +261,16 @@ def _log_probabilities(logits: Floats) -> npt.NDArray[np.float64]:
     return normalised
 
 
-# ----------------------------------------------------------------------------------------------------------- summing up
+# ---------------------------------------------------------------------------------------------------------- aggregation
 
 
 def summarise(comparisons: Sequence[Comparison]) -> Figures:
-    """Sums up comparisons: tokens, boxes and logits weigh equally wherever they are, other figures are means of answers.
+    """Aggregates comparisons.
+
+    Token agreement, box and logit figures are over all tokens, boxes and positions; the others are means over the answers.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no comparison.
     """
     if not comparisons:
         raise ValueError("no comparison to sum up")
@@ -282,7 +281,7 @@ def summarise(comparisons: Sequence[Comparison]) -> Figures:
     return Figures(
         num_answers=len(comparisons),
         exact=_mean(each.is_exact for each in comparisons) or 0.0,
-        # without a token, both said the same nothing
+        # 0 of 0 tokens: both answers are empty, and so equal.
         token_agreement=sum(each.num_equal_tokens for each in comparisons) / num_tokens if num_tokens else 1.0,
         token_similarity=_mean(each.token_similarity for each in comparisons) or 0.0,
         text_similarity=_mean(each.text_similarity for each in comparisons),

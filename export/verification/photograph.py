@@ -1,6 +1,6 @@
-"""The image that comes with the export, to verify on where the user gives none."""
+"""The image to verify on if the user gives none."""
 
 from pathlib import Path
 
 PHOTOGRAPH = Path(__file__).parent / "photograph.jpg"
-"""Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image; made smaller."""
+"""Chelsea the cat, by Stéfan van der Walt, CC0, from scikit-image; scaled down."""

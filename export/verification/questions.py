@@ -1,4 +1,4 @@
-"""What is asked when two models are compared: images, and for each of them a question of every task."""
+"""The questions on which models are compared: images, and a prompt of every task for each image."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from florence_onnx.tasks import Task
 from .agreement import Answer, labelled_boxes, words
 
 DEFAULT_REGION = Region(250, 250, 749, 749)
-"""Asked about where the reference detects nothing: the middle of the image."""
+"""The middle of the image: the region input if the reference detects nothing."""
 DEFAULT_TEXT = "a thing"
-"""Asked about where the reference neither detects nor says anything."""
+"""The text input if the reference detects nothing and its caption is empty."""
 MAX_TEXT = 100
-"""Characters of a text input: a model that babbles must not write prompts that are too long for it."""
+"""Most characters of a text input. The captions of a broken model can be longer than its prompts may be."""
 
 
 @dataclass(frozen=True, eq=False)
 class NamedImage:
-    """A loaded image; equal only to itself."""
+    """A loaded image. Compared by identity, so that it can be the key of a cache."""
 
     name: str
     image: Image.Image = field(repr=False)
-    """RGB."""
+    """In mode RGB."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class NamedImage:
 
 @dataclass(frozen=True)
 class Question:
-    """One task asked about one image."""
+    """One task on one image."""
 
     task: Task[Any]
     image: NamedImage
@@ -51,22 +51,22 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the model reads."""
+        """The prompt that the text encoder reads."""
         return self.task.format_prompt(text_input=self.text_input, region=self.region)
 
 
 def find_images(folder: Path, limit: int | None = None) -> tuple[list[Path], list[Path]]:
-    """Looks for images in a folder and all below it.
+    """Finds the images in a folder and its subfolders.
 
     Args:
-        folder: Where to look.
-        limit: Most images to take; None takes all.
+        folder: Where to search.
+        limit: Most images to return; None returns all.
 
     Returns:
-        The files that are images, by name, and the files before the last of them that are not.
+        The image files, sorted by path, and the files that were tried and are not images.
 
     Raises:
-        ImageNotFoundError: It is no folder, or holds no image.
+        ImageNotFoundError: `folder` is not a folder, or holds no image.
     """
     if not folder.is_dir():
         raise ImageNotFoundError(f"{folder} is no folder; give one that holds images")
@@ -90,7 +90,7 @@ def _is_image(path: Path) -> bool:
 
 
 def load_images(paths: Sequence[Path]) -> Iterator[NamedImage]:
-    """Loads images one after the other, so that only one is in memory."""
+    """Loads images one by one, so that only one is in memory at a time."""
     for path in paths:
         yield NamedImage(path.name, decoding.load(path))
 
@@ -98,18 +98,18 @@ def load_images(paths: Sequence[Path]) -> Iterator[NamedImage]:
 def make_questions(
     image: NamedImage, asked: Sequence[Task[Any]], ask: Callable[[Question], Answer]
 ) -> Iterator[Question]:
-    """One question per task, about what the reference itself sees in the image.
+    """Makes one question per task; text and region inputs come from the reference's own answers about the image.
 
-    Text is the reference's caption for phrase grounding and the label of its first detected object elsewhere; the region is that
-    object's box.
+    The text input is the reference's caption for phrase grounding, and the label of its first detected object for other tasks. The
+    region input is the box of that object.
 
     Args:
-        image: What is asked about.
+        image: The image.
         asked: The tasks.
-        ask: Asks the reference.
+        ask: Returns the reference's answer to a question.
 
     Yields:
-        The questions, in the order of the tasks.
+        The questions, in the order of `asked`.
     """
     for task in asked:
         if task.needs == "text":

@@ -1,4 +1,4 @@
-"""Answers of transformers itself, for comparison: same pixels, same prompts, same options."""
+"""transformers' own answers and logits, for the same pixels, prompts and options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import Checkpoint
 
 
 def image_features(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32]) -> torch.Tensor:
-    """The vision encoder's output `(B, N, D)` for `pixel_values` `(B, 3, height, width)`."""
+    """Runs the vision encoder: `pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`."""
     with torch.inference_mode():
         features: torch.Tensor = checkpoint.model.get_image_features(torch.from_numpy(pixel_values))
     return features
@@ -29,32 +29,32 @@ def generate(
     prompts: Sequence[str],
     options: GenerationOptions | None = None,
 ) -> list[tuple[int, ...]]:
-    """Token ids that `Florence2ForConditionalGeneration.generate` gives.
+    """Generates with `Florence2ForConditionalGeneration.generate`.
 
     Args:
         checkpoint: The model.
-        pixel_values: `(B, 3, height, width)`, one image per prompt.
-        prompts: B prompts, padded on the right to the longest.
-        options: What is not None overrides the checkpoint's defaults; -1 forces no token.
+        pixel_values: `(B, 3, H, W)`, one image per prompt.
+        prompts: B prompts; they are padded on the right to the longest.
+        options: Fields that are not None override the checkpoint's defaults; -1 means that no token is forced.
 
     Returns:
-        Per prompt the ids from the decoder start token to the end token, without padding.
+        For each prompt the token ids from the decoder start token to the end token, without padding.
     """
     return search(checkpoint, encode(checkpoint, pixel_values, prompts), options)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images and prompts after transformers' encoder."""
+    """Images and prompts after transformers' text encoder: N image tokens and T prompt tokens in each row."""
 
     hidden_states: torch.Tensor
     """`(B, N + T, D)`."""
     attention_mask: torch.Tensor
-    """`(B, N + T)`, 0 for padding."""
+    """`(B, N + T)`, 1 for tokens and 0 for padding."""
 
 
 def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompts: Sequence[str]) -> Encoded:
-    """Runs the vision encoder and the text encoder once, for any number of searches; arguments as for `generate`."""
+    """Runs both encoders; the result serves any number of searches. The arguments are those of `generate`."""
     model = checkpoint.model
     ids = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(list(prompts))]
     pad = model.config.text_config.pad_token_id
@@ -65,7 +65,8 @@ def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompt
     mask = [[1] * (checkpoint.num_image_tokens + len(row)) + [0] * (longest - len(row)) for row in ids]
     attention_mask = torch.tensor(mask)
     with torch.inference_mode():
-        # with a decoder input, or transformers makes one up from embeddings that it does not have
+        # The decoder runs too, and its output is not used. Its input is given because transformers' own default reads
+        # text_config.decoder_start_token_id, which a checkpoint need not have.
         outputs = model.model(
             input_ids=torch.tensor(rows),
             attention_mask=attention_mask,
@@ -76,7 +77,7 @@ def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompt
 
 
 def search(checkpoint: Checkpoint, encoded: Encoded, options: GenerationOptions | None = None) -> list[tuple[int, ...]]:
-    """What `generate` returns, for what was encoded before."""
+    """Generates from encoded prompts; returns what `generate` returns."""
     model = checkpoint.model
     with torch.inference_mode():
         tokens = model.generate(
@@ -90,15 +91,15 @@ def search(checkpoint: Checkpoint, encoded: Encoded, options: GenerationOptions 
 
 
 def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-    """The logits at every position of a given answer, in one pass.
+    """Computes the logits at every position of a given answer in one pass (teacher forcing).
 
     Args:
         checkpoint: The model.
         encoded: One image and prompt.
-        token_ids: L tokens from the decoder start token on.
+        token_ids: L tokens, the decoder start token first.
 
     Returns:
-        `(L - 1, V)`: row i is what the model expects after the first i + 1 tokens.
+        `(L - 1, V)` float32: row i holds the logits after the first i + 1 tokens.
     """
     with torch.inference_mode():
         outputs = checkpoint.model(
@@ -112,7 +113,11 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
 
 
 def _arguments(checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
-    """Keyword arguments, which transformers obeys, unlike fields of a GenerationConfig that equal its defaults (4.57)."""
+    """Arguments of `generate`: the options over the checkpoint's defaults.
+
+    Keyword arguments, and not a `GenerationConfig`: transformers 4.57 replaces those fields of a config that have transformers' default
+    value by the model's own.
+    """
     given = {name: value for name, value in vars(options).items() if value is not None}
     known = {name: checkpoint.generation[name] for name in vars(options) if checkpoint.generation.get(name) is not None}
     merged = {"max_new_tokens": 1024} | known | given
@@ -120,6 +125,6 @@ def _arguments(checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, 
 
 
 def _until_end(row: list[int], end: int) -> tuple[int, ...]:
-    """Cuts padding. The decoder start token equals the end token in Florence-2, hence the search from the second."""
+    """Cuts off padding. The search starts at the second token: Florence-2's decoder start token is its end token."""
     length = row.index(end, 1) + 1 if end in row[1:] else len(row)
     return tuple(row[:length])

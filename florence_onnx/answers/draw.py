@@ -1,4 +1,4 @@
-"""A result drawn on its image: boxes, quad boxes and translucent polygons with labelled tags."""
+"""Draws results on their image: boxes, quad boxes and translucent polygons, each with a tag that shows its label."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Colour: TypeAlias = tuple[int, int, int]
 _Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 _Corners: TypeAlias = tuple[tuple[float, float], ...]
 _Box: TypeAlias = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom lie outside."""
+"""Left, top, right, bottom in pixels; right and bottom are exclusive."""
 
 _NUM_HUES = 24
 _LIGHTNESSES = (0.46, 0.62)
-_GOLDEN_ANGLE = 0.381966
+_GOLDEN_ANGLE = 0.381966  # of a full turn: consecutive hues stay far apart however many there are
 _FILL_OPACITY = 0.38
 _MAX_LINES = 3
-# Tried in this order for labels beyond ASCII, which Pillow's own font lacks; fonts of many scripts come first.
+# Tried in this order for non-ASCII labels, which Pillow's own font cannot draw; fonts with many scripts come first.
 _SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -47,7 +47,8 @@ _SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
-# Pillow draws slanted edges without smoothing: shapes are drawn this much larger and reduced.
+# Pillow does not antialias: shapes are drawn this many times larger and reduced. Above a megapixel the larger factor
+# would take too much memory.
 _SUPERSAMPLING = 3
 _SUPERSAMPLING_ABOVE_MEGAPIXEL = 2
 _MEGAPIXEL = 1 << 20
@@ -55,6 +56,8 @@ _MEGAPIXEL = 1 << 20
 
 @dataclass(frozen=True)
 class _Shape:
+    """An outline in pixels of the image."""
+
     corners: _Corners
     label: str
     colour: Colour
@@ -67,8 +70,8 @@ class _Shape:
         return min(xs), min(ys), max(xs), max(ys)
 
     @property
-    def is_upright(self) -> bool:
-        """Whether the outline is a box along the axes, whose edges need no smoothing."""
+    def is_axis_aligned(self) -> bool:
+        """Whether the outline is an unfilled axis-aligned box, whose edges need no antialiasing."""
         left, top, right, bottom = self.bounds
         return self.corners == ((left, top), (right, top), (right, bottom), (left, bottom)) and not self.is_filled
 
@@ -83,45 +86,46 @@ def draw(
 ) -> Image.Image:
     """Draws a result on a copy of its image.
 
-    A label has the same colour in every image. Shapes without labels get colours in turn.
+    A label has the same colour in every image. Shapes without a label are coloured in turn.
 
     Args:
-        image: The image that was asked about, in the orientation in which it was.
+        image: The image that the results refer to.
         results: BoundingBoxes, OCRBoundingBox or PolygonOutput, in pixels of `image`.
-        line_width: Pixels; by default a 250th of the shorter side, at least 2.
-        font_size: Pixels; by default a 32nd of the shorter side, at least 11.
-        font: A TrueType or OpenType file for the labels. By default Pillow's own font, which has ASCII only; for labels
-            beyond that a common font of the system. Where there is none, accents are dropped and letters of other
-            scripts show as empty boxes: pass a font that has them.
+        line_width: Width of outlines in pixels; None for 1/250 of the shorter side, at least 2.
+        font_size: Font size in pixels; None for 1/32 of the shorter side, at least 11.
+        font: A TrueType or OpenType file for the labels. None takes Pillow's own font, which has ASCII only, and for other
+            labels a common font of the system. If none is installed, accents are dropped and letters of other scripts are
+            drawn as empty boxes: pass a font that has them.
 
     Returns:
         A new RGB image of the same size.
 
     Raises:
-        InputError: `results` has nothing to draw, such as a caption.
+        InputError: `results` has no geometry, such as a caption.
         ImageNotFoundError: The font file cannot be opened.
     """
     canvas = image.convert("RGB")
     side = min(canvas.size)
     width = line_width or max(2, round(side / 250))
-    # out of the image is out of sight, and coordinates far out would overflow Pillow's integers
+    # coordinates far outside the image (a model can generate any number) would overflow Pillow's integers
     shapes = [_clip(shape, canvas.size, margin=4 * width) for shape in _make_shapes(results)]
-    for shape in sorted(shapes, key=_area, reverse=True):
+    for shape in sorted(shapes, key=_area, reverse=True):  # small ones last, so that they are not covered
         _draw_shape(canvas, shape, width)
     labels = "".join(shape.label for shape in shapes)
-    letters, is_ascii_only = _load_font(font, font_size or max(11, round(side / 32)), labels)
-    _Tags(canvas, letters, width, is_ascii_only).draw(shapes)
+    loaded_font, is_ascii_only = _load_font(font, font_size or max(11, round(side / 32)), labels)
+    _Tags(canvas, loaded_font, width, is_ascii_only).draw(shapes)
     return canvas
 
 
 def colour_of(label: str) -> Colour:
-    """The (red, green, blue) of a label, the same in every process."""
+    """The colour (red, green, blue) of a label, 0 to 255 each; the same in every process."""
+    # crc32 and not `hash`, which is seeded anew in each process
     number = zlib.crc32(label.encode("utf-8", "replace"))
     return _to_rgb(number % _NUM_HUES / _NUM_HUES, _LIGHTNESSES[number // _NUM_HUES % len(_LIGHTNESSES)])
 
 
 def _colour_of_index(index: int) -> Colour:
-    """Neighbours in order are far apart in hue."""
+    """The colour of the shape at an index, far in hue from those of its neighbours."""
     return _to_rgb(index * _GOLDEN_ANGLE % 1, _LIGHTNESSES[0])
 
 
@@ -157,7 +161,7 @@ def _corners(points: tuple[Point, ...]) -> _Corners:
 
 
 def _clip(shape: _Shape, size: tuple[int, int], margin: int) -> _Shape:
-    """Pulls corners that lie far outside the image to just outside it."""
+    """Moves corners that are more than `margin` pixels outside the image to that distance."""
     width, height = size
     clipped = tuple(
         (min(max(x, -margin), width + margin), min(max(y, -margin), height + margin)) for x, y in shape.corners
@@ -171,7 +175,7 @@ def _area(shape: _Shape) -> float:
 
 
 def _draw_shape(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
-    if shape.is_upright:
+    if shape.is_axis_aligned:
         _draw_box(canvas, shape, line_width)
         return
     area = _bounds_on_canvas(shape, canvas.size, line_width)
@@ -187,13 +191,14 @@ def _draw_box(canvas: Image.Image, shape: _Shape, line_width: int) -> None:
     left, top, right, bottom = (round(edge) for edge in shape.bounds)
     if left >= canvas.width or top >= canvas.height or right < 0 or bottom < 0:
         return
-    # an edge on the border of the image stays visible
+    # edges beyond the border are drawn on it, so that the box stays closed
     left, top = max(left, 0), max(top, 0)
     right, bottom = max(left, min(right, canvas.width) - 1), max(top, min(bottom, canvas.height) - 1)
     ImageDraw.Draw(canvas).rectangle((left, top, right, bottom), outline=shape.colour, width=line_width)
 
 
 def _bounds_on_canvas(shape: _Shape, size: tuple[int, int], line_width: int) -> _Box:
+    """The part of the image that a shape with its outline can cover; empty if it is outside."""
     left, top, right, bottom = shape.bounds
     width, height = size
     return (
@@ -205,12 +210,12 @@ def _bounds_on_canvas(shape: _Shape, size: tuple[int, int], line_width: int) -> 
 
 
 def _mask(shape: _Shape, area: _Box, outline_width: int) -> Image.Image:
-    """How much of each pixel of `area` the outline covers, or the inside where `outline_width` is 0 (mode L)."""
+    """Coverage of each pixel in `area`, 0 to 255 (mode L): by the outline, or by the inside if `outline_width` is 0."""
     width, height = area[2] - area[0], area[3] - area[1]
     scale = _SUPERSAMPLING if width * height <= _MEGAPIXEL else _SUPERSAMPLING_ABOVE_MEGAPIXEL
     mask = Image.new("L", (width * scale, height * scale))
     pen = ImageDraw.Draw(mask)
-    # a coordinate is a point between pixels for the model, and the middle of a pixel for Pillow
+    # the model's coordinate 0 is the edge of the first pixel, Pillow's is its middle
     points = [((x - area[0]) * scale - 0.5, (y - area[1]) * scale - 0.5) for x, y in shape.corners]
     if outline_width and len(points) > 1:
         pen.line([*points, *points[:2]], fill=255, width=outline_width * scale, joint="curve")
@@ -227,7 +232,7 @@ def _draw_dot(pen: ImageDraw.ImageDraw, centre: tuple[float, float], radius: int
 
 
 def _load_font(font: str | os.PathLike[str] | None, size: int, labels: str) -> tuple[_Font, bool]:
-    """The font, and whether it has no letters beyond ASCII."""
+    """The font, and whether it has ASCII only."""
     if font is not None:
         try:
             return ImageFont.truetype(os.fspath(font), size), False
@@ -240,11 +245,13 @@ def _load_font(font: str | os.PathLike[str] | None, size: int, labels: str) -> t
 
 
 def _drop_accents(text: str) -> str:
-    return "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return "".join(
+        character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character)
+    )
 
 
 class _Tags:
-    """Puts the labels on an image, each beside its shape and as far as possible not on another."""
+    """Draws labels on an image, each next to its shape and, where possible, not on top of another."""
 
     def __init__(self, canvas: Image.Image, font: _Font, line_width: int, is_ascii_only: bool) -> None:
         self._canvas = canvas
@@ -252,13 +259,13 @@ class _Tags:
         self._font = font
         self._line_width = line_width
         self._is_ascii_only = is_ascii_only
-        _, _, self._letter_width, bottom = self._pen.textbbox((0, 0), "x", font=font)
+        _, _, self._character_width, bottom = self._pen.textbbox((0, 0), "x", font=font)
         self._padding = max(2, round(bottom / 4))
         self._taken: list[_Box] = []
 
     def draw(self, shapes: Sequence[_Shape]) -> None:
         """Draws the tag of every shape that has a label."""
-        for shape in sorted(shapes, key=_area):  # small shapes have the fewest places for a tag
+        for shape in sorted(shapes, key=_area):  # small shapes first: they have the fewest places for a tag
             if shape.label:
                 self._draw_tag(shape)
 
@@ -273,14 +280,14 @@ class _Tags:
         self._taken.append(tag)
 
     def _wrap(self, label: str) -> str:
-        """At most three lines, together at most 60 % of the image's width; control characters become spaces."""
+        """A label in at most three lines of at most 60 % of the image's width; control characters become spaces."""
         spelled = _drop_accents(label) if self._is_ascii_only else label
-        printable = "".join(letter if letter.isprintable() else " " for letter in spelled)
-        num_letters = max(8, int(self._canvas.width * 0.6 / max(1, self._letter_width)))
-        return "\n".join(textwrap.wrap(printable, num_letters, max_lines=_MAX_LINES, placeholder="…")) or " "
+        printable = "".join(character if character.isprintable() else " " for character in spelled)
+        num_characters = max(8, int(self._canvas.width * 0.6 / max(1, self._character_width)))
+        return "\n".join(textwrap.wrap(printable, num_characters, max_lines=_MAX_LINES, placeholder="…")) or " "
 
     def _place(self, shape: _Shape, width: int, height: int) -> _Box:
-        """The first free place: above the shape, inside at its top, below it, inside at its bottom, at its right."""
+        """The first free place of six: above, inside at the top, below, inside at the bottom, then above and below at the right."""
         left, top, right, bottom = (round(edge) for edge in shape.bounds)
         line = self._line_width
         corners = (
@@ -306,6 +313,6 @@ def _overlap(first: _Box, second: _Box) -> bool:
 
 
 def _text_colour(background: Colour) -> Colour:
-    """Black or white, whichever stands out more."""
+    """Black or white, whichever has more contrast; by the luma of Rec. 601."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else (255, 255, 255)

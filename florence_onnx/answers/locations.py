@@ -1,8 +1,8 @@
-"""Pixels to Florence-2's 1000 location bins and back, and the `<loc_n>` tokens that spell the bins.
+"""Pixels to Florence-2's 1000 location bins and back, and the tokens `<loc_0>` to `<loc_999>` for the bins.
 
-Each axis of the image is cut into 1000 bins of equal width. A coordinate is written as the bin it falls in and read
-back as the middle of that bin. All arithmetic is float32: in float64 a coordinate on a bin's edge can land in the next
-bin, and truncated pixels differ for some image sizes.
+Each axis of the image is divided into 1000 bins of equal width. A coordinate is quantized to the bin that contains it and
+dequantized to the middle of that bin. All arithmetic is float32, as in the reference (Microsoft's `processing_florence2.py`):
+in float64 a coordinate at the edge of a bin can fall into its neighbour, and truncated pixels differ for some image sizes.
 
 Flat coordinate lists alternate x and y (`x1, y1, x2, y2, …`), origin top left; `size` is always `(width, height)`.
 """
@@ -22,23 +22,23 @@ from florence_onnx.answers.results import Point
 from florence_onnx.errors import InputError, RegionError
 
 NUM_BINS = 1000
-"""Bins along each axis."""
+"""Number of bins along each axis."""
 
 Size: TypeAlias = tuple[int, int]
 """(width, height) of an image in pixels."""
 
 _LOCATION = re.compile(r"<loc_(\d+)>")
-# Generated text may hold any number. Beyond 18 digits it saturates: still far outside every image, still an int64, and
-# Python refuses to read integers of thousands of digits.
+# Generated text may contain any number. Beyond 18 digits it saturates at 10**18, which is outside every image and still an
+# int64; and `int` raises ValueError for more than 4300 digits.
 _MAX_DIGITS = 18
 _SATURATED_BIN = 10**_MAX_DIGITS
 
 
 def quantize(coordinates: npt.ArrayLike, size: Size) -> npt.NDArray[np.int64]:
-    """Turns pixels into bins, as the reference does.
+    """Quantizes pixels to bins, as the reference does.
 
     Args:
-        coordinates: (..., 2k) pixels, x and y alternating. Values outside the image go to the outermost bin.
+        coordinates: (..., 2k) pixels, x and y alternating. Values outside the image are clipped to the outermost bin.
         size: (width, height) of the image in pixels.
 
     Returns:
@@ -48,7 +48,7 @@ def quantize(coordinates: npt.ArrayLike, size: Size) -> npt.NDArray[np.int64]:
         RegionError: A coordinate is NaN, or the last axis is not even.
         InputError: `size` is not two positive integers.
     """
-    with np.errstate(over="ignore"):  # a coordinate beyond float32 becomes infinite, which the clip below understands
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, which is clipped below
         pixels = np.asarray(coordinates, dtype=np.float64).astype(np.float32)
         bins = np.floor(pixels / _pixels_per_bin(size, pixels.shape))
     if np.isnan(bins).any():
@@ -58,7 +58,7 @@ def quantize(coordinates: npt.ArrayLike, size: Size) -> npt.NDArray[np.int64]:
 
 
 def dequantize(bins: npt.ArrayLike, size: Size) -> npt.NDArray[np.float32]:
-    """Turns bins into the pixels of their middles, bitwise as Microsoft's code does.
+    """Dequantizes bins to the pixels of their middles, bitwise as Microsoft's code does.
 
     Args:
         bins: (..., 2k) integers, x and y alternating. Bins above 999 give coordinates beyond the image.
@@ -77,7 +77,7 @@ def dequantize(bins: npt.ArrayLike, size: Size) -> npt.NDArray[np.float32]:
 
 
 def _pixels_per_bin(size: Size, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """The float32 bin width and height, repeated along the last axis of `shape`."""
+    """Width and height of a bin, float32, alternating along the last axis of `shape`."""
     if not shape or shape[-1] % 2:
         raise RegionError(f"coordinates come in x, y pairs, got an array of shape {shape}")
     width, height = check_size(size)
@@ -85,10 +85,13 @@ def _pixels_per_bin(size: Size, shape: tuple[int, ...]) -> npt.NDArray[np.float3
 
 
 def check_size(size: Size) -> Size:
-    """Returns `size` as two plain integers.
+    """Checks an image size and converts it to Python integers.
 
     Args:
-        size: (width, height) in pixels.
+        size: (width, height) in pixels; numpy integers are accepted.
+
+    Returns:
+        The same size.
 
     Raises:
         InputError: It is not two positive integers.
@@ -104,18 +107,18 @@ def check_size(size: Size) -> Size:
 
 
 def to_tokens(bins: Iterable[int]) -> str:
-    """Spells bins as location tokens: `[52, 332]` becomes `<loc_52><loc_332>`."""
+    """Formats bins as location tokens: `[52, 332]` becomes `<loc_52><loc_332>`."""
     return "".join(f"<loc_{int(value)}>" for value in bins)
 
 
 def from_tokens(run: str) -> list[int]:
-    """Reads the numbers of all location tokens in `run`, in order.
+    """Parses all location tokens in `run`, in order.
 
     Args:
-        run: Any text; what is not a location token is passed over.
+        run: Any text; everything else in it is ignored.
 
     Returns:
-        The numbers, which may exceed 999; absurdly long ones saturate at 10**18.
+        The numbers, which may exceed 999; numbers of more than 18 digits saturate at 10**18.
     """
     return [_to_bin(digits) for digits in _LOCATION.findall(run)]
 
@@ -126,14 +129,14 @@ def _to_bin(digits: str) -> int:
 
 
 def to_boxes(bins: Sequence[int], size: Size) -> list[tuple[float, float, float, float]]:
-    """Cuts bins into boxes of four; one to three left over are dropped.
+    """Dequantizes bins to boxes, four bins a box; an incomplete last box is dropped.
 
     Args:
         bins: x1, y1, x2, y2 of the first box, then of the next.
         size: (width, height) of the image in pixels.
 
     Returns:
-        (x1, y1, x2, y2) of each box in pixels; nothing makes sure that x1 <= x2.
+        (x1, y1, x2, y2) of each box in pixels. x1 <= x2 and y1 <= y2 are not guaranteed.
     """
     whole = len(bins) // 4 * 4
     pixels = dequantize(np.array(bins[:whole], dtype=np.int64).reshape(-1, 4), size)
@@ -141,7 +144,7 @@ def to_boxes(bins: Sequence[int], size: Size) -> list[tuple[float, float, float,
 
 
 def to_points(bins: Sequence[int], size: Size) -> tuple[Point, ...]:
-    """Turns bins into the corners of a quad box or a polygon; an odd last coordinate is dropped.
+    """Dequantizes bins to the corners of a quad box or a polygon; a last x without a y is dropped.
 
     Args:
         bins: x and y of each corner, in drawing order.
@@ -157,10 +160,10 @@ def to_points(bins: Sequence[int], size: Size) -> tuple[Point, ...]:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of an image to ask about, as location bins (not pixels: see `from_pixels`).
+    """A box of an image in location bins; for pixels see `from_pixels`.
 
     Raises:
-        RegionError: A bin is not an integer from 0 to 999, or a corner is on the wrong side of the other.
+        RegionError: A bin is not an integer from 0 to 999, or x1 > x2 or y1 > y2.
     """
 
     x1: int
@@ -174,13 +177,13 @@ class Region:
 
     def __post_init__(self) -> None:
         for name in ("x1", "y1", "x2", "y2"):
-            # numpy integers are accepted and stored as plain ones, so that equality, hashing and JSON behave
+            # numpy integers are converted, because they hash and serialize to JSON differently
             object.__setattr__(self, name, _check_bin(name, getattr(self, name)))
         _check_order(self.x1, self.y1, self.x2, self.y2)
 
     @classmethod
     def from_pixels(cls, x1: float, y1: float, x2: float, y2: float, size: Size) -> Region:
-        """Makes a region from a box in pixels.
+        """Converts a box in pixels to a region.
 
         Args:
             x1: Left edge in pixels.
@@ -190,10 +193,10 @@ class Region:
             size: (width, height) of the image in pixels.
 
         Returns:
-            The region; a box that sticks out of the image is cut at its border.
+            The region, clipped to the image.
 
         Raises:
-            RegionError: A coordinate is not a number, x1 > x2, y1 > y2, or the box lies wholly outside the image.
+            RegionError: A coordinate is not a number, x1 > x2, y1 > y2, or the box is completely outside the image.
             InputError: `size` is not two positive integers.
         """
         width, height = check_size(size)
@@ -207,7 +210,7 @@ class Region:
 
     @property
     def location_tokens(self) -> str:
-        """The region as the model reads it: `<loc_x1><loc_y1><loc_x2><loc_y2>`."""
+        """The region as it stands in a prompt: `<loc_x1><loc_y1><loc_x2><loc_y2>`."""
         return to_tokens((self.x1, self.y1, self.x2, self.y2))
 
 

@@ -1,6 +1,6 @@
-"""Geometry of two answers about one image: overlaps of boxes and masks, and which box belongs to which.
+"""Comparison of two answers about one image: IoU of boxes and masks, and the matching of boxes.
 
-Boxes are `(x0, y0, x1, y1)` with the origin at the top left, in any unit that both sides share.
+Boxes are `(x0, y0, x1, y1)`, origin top left, in any unit that both answers share.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from PIL import Image, ImageDraw
 from florence_onnx.answers.results import Point
 
 LabelledBox = tuple[str, Sequence[float]]
+"""Label and `(x0, y0, x1, y1)`."""
 Mask = npt.NDArray[np.bool_]
+"""(H, W), True inside."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A box of one side and its partner on the other."""
+    """Two boxes with the same label, one of each answer."""
 
     iou: float
-    """Intersection over union, 0 to 1; may be 0 where only the labels match."""
+    """Intersection over union, 0 to 1; 0 where only the labels match."""
     found: int
-    """Index of the box among those found."""
+    """Index in the first answer."""
     true: int
-    """Index of its partner."""
+    """Index in the second answer."""
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -40,7 +42,7 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """The same, but two equal boxes agree (1) even where they have no area."""
+    """`box_iou`, but 1 for two equal boxes without an area."""
     return 1.0 if tuple(a) == tuple(b) else box_iou(a, b)
 
 
@@ -49,15 +51,15 @@ def pair_boxes(
     true: Sequence[LabelledBox],
     iou: Callable[[Sequence[float], Sequence[float]], float] = box_iou,
 ) -> list[Pair]:
-    """Pairs boxes of equal labels one to one, best overlap first.
+    """Matches boxes with the same label one to one, greedily by overlap.
 
     Args:
-        found: Labels and boxes of one side.
-        true: Those of the other.
+        found: Labels and boxes of the first answer, usually the predicted ones.
+        true: Those of the second, usually the ground truth.
         iou: Overlap of two boxes.
 
     Returns:
-        The pairs, best first. Among equal overlaps the order of the answers decides, in the same way whichever side is called true.
+        The pairs, best overlap first.
     """
     candidates = [
         Pair(iou(found_box, true_box), i, j)
@@ -65,6 +67,7 @@ def pair_boxes(
         for j, (true_label, true_box) in enumerate(true)
         if found_label == true_label
     ]
+    # ties are broken by the positions in the answers, symmetrically, so that swapping the answers gives the same pairs
     candidates.sort(key=lambda pair: (-pair.iou, pair.found + pair.true, abs(pair.found - pair.true)))
     used_found: set[int] = set()
     used_true: set[int] = set()
@@ -78,7 +81,15 @@ def pair_boxes(
 
 
 def draw_polygons(polygons: Iterable[Sequence[float]], size: tuple[int, int]) -> Mask:
-    """Union of flat polygons `[x, y, x, y, …]` as a bool array (H, W); `size` is (width, height)."""
+    """Rasterizes the union of polygons.
+
+    Args:
+        polygons: Flat lists `[x, y, x, y, …]` in pixels; those with fewer than three points are ignored.
+        size: (width, height) in pixels.
+
+    Returns:
+        Bool array (H, W), True inside.
+    """
     mask = Image.new("1", size)
     pen = ImageDraw.Draw(mask)
     for polygon in polygons:
@@ -89,17 +100,17 @@ def draw_polygons(polygons: Iterable[Sequence[float]], size: tuple[int, int]) ->
 
 
 def mask_iou(a: Mask, b: Mask) -> float:
-    """Intersection over union of two bool arrays (H, W); 0 where both are empty."""
+    """Intersection over union of two masks (H, W); 0 where both are empty."""
     union = np.logical_or(a, b).sum()
     return float(np.logical_and(a, b).sum() / union) if union else 0.0
 
 
 def flatten_points(points: Iterable[Point]) -> list[float]:
-    """Points as a flat list `[x, y, x, y, …]`."""
+    """Coordinates of points as a flat list `[x, y, x, y, …]`."""
     return [value for point in points for value in (point.x, point.y)]
 
 
 def quad_to_box(quad: Sequence[float]) -> tuple[float, float, float, float]:
-    """Smallest `(x0, y0, x1, y1)` box around the points of a flat list `[x, y, x, y, …]`."""
+    """The axis-aligned box `(x0, y0, x1, y1)` around a quad box or polygon, a flat list `[x, y, x, y, …]`."""
     xs, ys = quad[0::2], quad[1::2]
     return min(xs), min(ys), max(xs), max(ys)

@@ -1,14 +1,14 @@
-"""Generated text to results: one parser per answer grammar, named as transformers names them.
+"""Parsers of generated text, one for each answer grammar; their names are those of transformers.
 
-The parsers accept every string and answer what the reference answers, with float32 coordinates (the reference in
-transformers truncates them to integers), apart from three differences:
+The parsers accept any string and return what the reference returns (Microsoft's `processing_florence2.py`; transformers
+does the same and truncates coordinates to integers). There are three differences:
 
-1. `</s>` never leaks into an OCR label.
-2. Labels are stripped of surrounding white space.
-3. Labels keep characters beyond ASCII.
+1. An OCR label never contains `</s>`.
+2. Labels are stripped of white space at both ends.
+3. Labels keep non-ASCII characters.
 
-Generated text can be anything (an odd checkpoint, words in an image that someone planted), so the grammars are walked
-from left to right in linear time where the obvious regular expression would be quadratic.
+Generated text may be anything, from a poor checkpoint or from words that someone planted in an image. The regular
+expressions of the reference take quadratic time on some strings; these parsers scan from left to right in linear time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BANNED_PHRASES = frozenset({
     "the image", "image", "images", "the", "a", "an", "a group", "other objects", "lots", "a set",
 })
 # fmt: on
-"""Phrases that grounding leaves out because they name nothing; compared exactly, upper and lower case apart."""
+"""Phrases that grounding leaves out, because they name no object; compared case-sensitively with the whole label."""
 
 _TEXT = re.compile(r"[^<]+")
 _LOCATION = re.compile(r"<loc_\d+>")
@@ -50,33 +50,33 @@ _QUAD_LENGTH = 8
 
 
 def pure_text(text: str, size: Size) -> str:
-    """Reads a caption or another plain answer.
+    """Parses a caption or another answer without geometry.
 
     Args:
         text: Generated text.
-        size: Not used; all parsers are called alike.
+        size: Unused; all parsers have the same signature.
 
     Returns:
-        The text without `<s>` and `</s>`, stripped. Location tokens stay: the region tasks echo their region.
+        The text without `<s>` and `</s>`, stripped. Location tokens are kept: the region tasks repeat their region.
     """
     return text.replace("<s>", "").replace("</s>", "").strip()
 
 
 def description_with_bboxes(text: str, size: Size) -> BoundingBoxes:
-    """Reads `label<loc>x4…label<loc>x4…`; a label before several boxes belongs to each of them.
+    """Parses `label<loc>x4…label<loc>x4…`; a label before several boxes belongs to each of them.
 
     Args:
         text: Generated text.
         size: (width, height) of the image in pixels.
 
     Returns:
-        The boxes in the order of the text. A label with a line break inside is dropped with its boxes.
+        The boxes in the order of the text. A label with a line break inside is dropped together with its boxes.
     """
     return BoundingBoxes(tuple(_labelled_boxes(_remove_special_tokens(text), size)))
 
 
 def phrase_grounding(text: str, size: Size) -> BoundingBoxes:
-    """Reads what `description_with_bboxes` reads, without phrases that name nothing (`BANNED_PHRASES`).
+    """Parses the grammar of `description_with_bboxes` and drops the boxes of `BANNED_PHRASES`.
 
     Args:
         text: Generated text.
@@ -90,7 +90,7 @@ def phrase_grounding(text: str, size: Size) -> BoundingBoxes:
 
 
 def bboxes(text: str, size: Size) -> BoundingBoxes:
-    """Reads runs of four or more locations; text between them is passed over.
+    """Parses runs of four or more location tokens; text between them is ignored.
 
     Args:
         text: Generated text.
@@ -104,47 +104,49 @@ def bboxes(text: str, size: Size) -> BoundingBoxes:
 
 
 def ocr(text: str, size: Size) -> OCRBoundingBox:
-    """Reads `line of text<loc>x8…`.
+    """Parses `line of text<loc>x8…`.
 
     Args:
         text: Generated text.
         size: (width, height) of the image in pixels.
 
     Returns:
-        Each line of text with its four corners and the upright box around them.
+        Each line of text with its four corners and the axis-aligned box around them.
     """
     lines = _remove_special_tokens(text).split("\n")  # a label never spans lines
     return OCRBoundingBox(tuple(quad for line in lines for quad in _quads_of_line(line, size)))
 
 
 def polygons(text: str, size: Size) -> PolygonOutput:
-    """Reads runs of four or more locations, `<sep>`, `<poly>` and `</poly>`; text between them is passed over.
+    """Parses runs of four or more of `<loc>`, `<sep>`, `<poly>` and `</poly>`; text between them is ignored.
 
     Args:
         text: Generated text.
         size: (width, height) of the image in pixels.
 
     Returns:
-        One polygon for each part, with empty labels (a run that begins with `<sep>` has that as its label, as in the
-        reference). A part of a single coordinate gives a polygon without points.
+        One polygon for each part between separators, with an empty label (`<sep>` where one comes before the second
+        location token of the run, as in the reference). A part with a single location token is a polygon without points.
     """
     found: list[Polygon] = []
     for run in _POLYGON_RUN.findall(_remove_special_tokens(text)):
-        # the first location never ends the label, so `<loc_1><sep>…` is labelled `<sep>`
+        # The pattern of the reference consumes the first token of a run before it looks for the end of the label, so
+        # `<loc_1><sep><loc_2>…` has the label `<sep>`.
         label = _polygon_label("", _LEADING_LOCATION.sub("", run))
         found.extend(_polygons_of_run(label, run, size))
     return PolygonOutput(tuple(found))
 
 
 def description_with_polygons(text: str, size: Size) -> PolygonOutput:
-    """Reads `label<poly><loc>…<sep><loc>…</poly>…`.
+    """Parses `label<poly><loc>…<sep><loc>…</poly>…`.
 
     Args:
         text: Generated text.
         size: (width, height) of the image in pixels.
 
     Returns:
-        One polygon for each part, labelled. A label with a line break inside is dropped with its polygons.
+        One polygon for each part between separators. A label with a line break inside is dropped together with its
+        polygons.
     """
     found: list[Polygon] = []
     for head, run in _phrases(_remove_special_tokens(text), _POLYGON_RUN):
@@ -153,14 +155,14 @@ def description_with_polygons(text: str, size: Size) -> PolygonOutput:
 
 
 def description_with_bboxes_or_polygons(text: str, size: Size) -> BoundingBoxes:
-    """Reads an open-vocabulary answer: polygons when there is a `<poly>` anywhere, else boxes, never both.
+    """Parses an open-vocabulary answer: polygons if there is any `<poly>`, otherwise boxes; never both.
 
     Args:
         text: Generated text.
         size: (width, height) of the image in pixels.
 
     Returns:
-        The answer with either `bboxes` or `polygons` filled.
+        The result, with `bboxes` or `polygons` filled.
     """
     if "<poly>" in text:
         return BoundingBoxes((), description_with_polygons(text, size).polygons)
@@ -172,11 +174,13 @@ def _remove_special_tokens(text: str) -> str:
 
 
 def _phrases(text: str, run_pattern: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """Yields each piece of text that a run follows directly, with that run.
+    """Yields each piece of text that is directly followed by a run, and the run.
 
-    A piece starts after the last `<` before it, so the tail of an unread tag stays in front of the label (`<od>car`
-    gives `od>car`), as in the reference. If no run follows a piece, then none follows a part of it: one step per piece.
+    A piece contains no `<`, so the rest of a tag that is not a location token stays in front of the label (`<od>car`
+    yields `od>car`), as in the reference.
     """
+    # Where no run follows a piece, none follows any suffix of it either, because they end at the same character. The
+    # search therefore goes on behind the whole piece, which makes it linear; a regular expression would try each suffix.
     position = 0
     while head := _TEXT.search(text, position):
         run = run_pattern.match(text, head.end())
@@ -186,7 +190,7 @@ def _phrases(text: str, run_pattern: re.Pattern[str]) -> Iterator[tuple[str, str
 
 
 def _label(head: str) -> str | None:
-    """The label of a phrase, None where a line break inside forbids it."""
+    """The stripped label, or None if there is a line break inside, for which the reference drops the phrase."""
     label = head.lstrip()
     return None if "\n" in label else label.rstrip()
 
@@ -204,10 +208,13 @@ def _boxes_of_run(label: str, run: str, size: Size) -> Iterator[BoundingBox]:
 
 
 def _quads_of_line(line: str, size: Size) -> Iterator[OCRBoundingBoxSingle]:
-    """Yields a quad for each eight locations in a row that have at least one character in front.
+    """Yields a quad for every eight adjacent location tokens with a label in front.
 
-    The ninth location of a run is text of the next label, and so is a quad that has nothing in front of it.
+    These are the matches of the reference's pattern, `(.+?)` and eight location tokens, in linear time.
     """
+    # The label `.+?` takes at least one character, and location tokens are characters like any other. So eight tokens
+    # directly behind the last match are no quad: the first becomes the beginning of the label, and the next eight are
+    # tried. For the same reason a ninth token in a row is text of the next label.
     tokens = list(_LOCATION.finditer(line))
     position = index = 0
     while index + _QUAD_LENGTH <= len(tokens):
@@ -231,7 +238,7 @@ def _quad(label: str, run: str, size: Size) -> OCRBoundingBoxSingle:
 
 
 def _polygon_label(head: str, run: str) -> str | None:
-    """Everything up to the first location or `<poly>` is label; without any of them there is no phrase."""
+    """The label: the head and the run up to its first location token or `<poly>`. None if the run has neither."""
     end = _POLYGON_LABEL_END.search(run)
     return _label(head + run[: end.start()]) if end else None
 
@@ -241,13 +248,13 @@ def _polygons_of_run(label: str | None, run: str, size: Size) -> Iterator[Polygo
         return
     for instance in _polygon_instances(run):
         for part in _LOCATIONS.finditer(instance):
-            # locations that something other than <sep> or the end follows are no outline
+            # only location tokens in front of a <sep> or the end are an outline, as in the reference
             if part.end() == len(instance) or instance.startswith("<sep>", part.end()):
                 yield Polygon(to_points(from_tokens(part.group()), size), label)
 
 
 def _polygon_instances(run: str) -> Iterator[str]:
-    """The insides of `<poly>…</poly>`, or all of the run where there is no such pair."""
+    """The text inside each `<poly>…</poly>`, or the whole run if it does not contain both tags."""
     if "<poly>" not in run or "</poly>" not in run:
         yield run
         return

@@ -1,8 +1,8 @@
-"""What tasks answer: frozen dataclasses with the field names and order of `fal-ai/florence-2-large`.
+"""Results of the tasks: frozen dataclasses with the field names and field order of `fal-ai/florence-2-large`.
 
-Coordinates are pixels of the image that was given (origin top left, x right, y down). x and y are float32 values; w and
-h are the exact differences of two, so that x + w is again the right edge that the model meant. What fal's JSON does not
-have is kept in fields marked as extra: readable on the object, never in `to_dict`.
+Coordinates are pixels of the input image: origin top left, x to the right, y down. x and y are float32 values in Python
+floats; w and h are differences of two of them in float64, so that x + w is the right edge again. Fields that fal's JSON
+does not have are marked as extra: they can be read from the object and are left out by `to_dict`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _EXTRA = {"extra": True}
 
 
 def to_dict(value: Any) -> Any:
-    """Turns a result into the JSON-ready value that fal returns.
+    """Converts a result to the JSON value that fal returns.
 
     Args:
         value: A result dataclass, a string, or a tuple of either.
 
     Returns:
-        Dicts in field order without extra fields, lists for tuples, everything else as it is.
+        A dict in field order without extra fields for a dataclass, a list for a tuple, any other value unchanged.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kept = (f.name for f in dataclasses.fields(value) if not f.metadata.get("extra"))
@@ -36,14 +36,14 @@ class Point:
     """A point in pixels."""
 
     x: float
-    """From the left edge."""
+    """Distance from the left edge of the image."""
     y: float
-    """From the top edge."""
+    """Distance from the top edge of the image."""
 
 
 @dataclass(frozen=True)
 class BoundingBox:
-    """An upright box in pixels."""
+    """An axis-aligned box in pixels."""
 
     x: float
     """X-coordinate of the top-left corner."""
@@ -59,7 +59,7 @@ class BoundingBox:
 
 @dataclass(frozen=True)
 class OCRBoundingBoxSingle:
-    """A line of text and the upright box that encloses its quadrilateral."""
+    """A line of text and the axis-aligned box around its quadrilateral, in pixels."""
 
     x: float
     """X-coordinate of the top-left corner."""
@@ -72,32 +72,32 @@ class OCRBoundingBoxSingle:
     label: str
     """The text."""
     quad: tuple[Point, ...] = field(default=(), metadata=_EXTRA)
-    """Extra: the four corners as the model gave them, clockwise from the text's top left."""
+    """Extra: the four corners in pixels as the model located them, clockwise from the top left of the text."""
 
 
 @dataclass(frozen=True)
 class Polygon:
-    """One closed outline."""
+    """A closed outline in pixels."""
 
     points: tuple[Point, ...]
-    """List of points, in drawing order; the last joins the first."""
+    """List of points, in drawing order; the last is joined to the first."""
     label: str
     """Label of the polygon; empty for the segmentation tasks."""
 
 
 @dataclass(frozen=True)
 class BoundingBoxes:
-    """Answer of the detection tasks."""
+    """Result of the detection, grounding and region tasks that return boxes."""
 
     bboxes: tuple[BoundingBox, ...]
     """List of bounding boxes."""
     polygons: tuple[Polygon, ...] = field(default=(), metadata=_EXTRA)
-    """Extra: outlines of an open-vocabulary answer that came as polygons (fal drops them)."""
+    """Extra: the outlines where an open-vocabulary answer has polygons instead of boxes (fal drops them)."""
 
 
 @dataclass(frozen=True)
 class OCRBoundingBox:
-    """Answer of OCR with regions."""
+    """Result of OCR with regions."""
 
     quad_boxes: tuple[OCRBoundingBoxSingle, ...]
     """List of quadrilateral boxes."""
@@ -105,7 +105,7 @@ class OCRBoundingBox:
 
 @dataclass(frozen=True)
 class PolygonOutput:
-    """Answer of the segmentation tasks."""
+    """Result of the segmentation tasks."""
 
     polygons: tuple[Polygon, ...]
     """List of polygons."""
@@ -113,10 +113,10 @@ class PolygonOutput:
 
 @dataclass(frozen=True)
 class Image:
-    """fal's description of an image file (the annotated preview of an answer)."""
+    """An image file as fal describes it; here the annotated image of a prediction."""
 
     url: str
-    """Where the file can be fetched; a `data:` URI when there is no server."""
+    """URL of the file; a `data:` URI where no server stores it."""
     content_type: str | None = None
     """MIME type."""
     file_name: str | None = None

@@ -1,7 +1,7 @@
-"""How tokens are generated: the loop that drives a decoder by a search.
+"""The generation loop: a search chooses tokens, a decoder session computes the logits after them.
 
 Everything here works on token ids and logits; text never appears. The searches reproduce `generate` of transformers
-4.57 token for token. Prompts of a batch do not influence each other, so a finished prompt leaves the batch at once.
+4.57 token for token. Prompts of a batch are independent of each other, so a finished prompt leaves the batch at once.
 """
 
 from __future__ import annotations
@@ -17,32 +17,48 @@ from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Sear
 
 
 class DecoderSession(Protocol):
-    """A decoder with the encoder's output of some prompts and a cache for the rows in flight."""
+    """A decoder with the cross KV of some encoded prompts and the self KV cache of their rows."""
 
     def step(self, token_ids: Ids) -> Floats:
-        """Feeds tokens `(rows, S)` and returns the logits `(rows, V)` after the last.
+        """Runs a decode step.
 
-        They are valid until the next step, and may be overwritten.
+        Args:
+            token_ids: `(rows, S)`, tokens that every row is fed.
+
+        Returns:
+            Logits `(rows, V)` after the last token; valid until the next step, and the caller may overwrite them.
         """
 
     def reorder(self, rows: Ids, prompts: Ids) -> None:
-        """Lets new row i continue old row `rows[i]`.
+        """Makes new row i continue the history of old row `rows[i]`.
 
         Args:
-            rows: `(R,)`; rows of one prompt are adjacent and every prompt has equally many.
-            prompts: `(P,)`, increasing; the prompts, in their present numbering, that stay.
+            rows: `(R,)`; rows of one prompt are adjacent, and every prompt has the same number of them.
+            prompts: `(P,)`, the current indices of the prompts that stay, increasing.
         """
 
 
 @runtime_checkable
 class VerifyingSession(DecoderSession, Protocol):
-    """A session that can try several tokens in one call and forget those that were wrong."""
+    """A session that can score several tokens of a row in one call and then forget some of them (speculative decoding).
+
+    A search drafts d1, d2, d3 behind its last token t and has all four fed at once:
+
+    ```text
+    fed        t     d1    d2    d3
+    choice     d1    x     -     -      by the logits after each
+    ```
+
+    The choice after t is d1, so that draft is accepted, and the logits after it are valid as well: they choose x. x is not
+    d2, so the logits behind d2 were computed from a wrong history. The search keeps two tokens (t, d1) and feeds x next:
+    one call gave two tokens, and they are those of decoding one at a time.
+    """
 
     def verify(self, token_ids: Ids) -> Floats:
-        """Feeds tokens `(rows, S)` and returns the logits `(rows, S, V)` after each, as `step` does."""
+        """Feeds tokens `(rows, S)` and returns the logits `(rows, S, V)` after each of them, valid as those of `step`."""
 
     def keep(self, counts: Ids) -> None:
-        """Keeps the first tokens that the last `verify` fed, and forgets the others.
+        """Keeps the first tokens of each row that the last `verify` fed, and drops the others from the cache.
 
         Args:
             counts: `(rows,)`, at least 1 each.
@@ -53,60 +69,62 @@ def generate(
     session: DecoderSession,
     num_prompts: int,
     config: SearchConfig,
-    given: Sequence[Sequence[int]] | None = None,
+    lookup_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[GeneratedSequence]:
-    """Decodes every prompt of a session.
+    """Generates the answer to every prompt of a session.
 
     Args:
-        session: Decoder that holds `num_prompts` encoded prompts and no token yet.
+        session: Decoder with `num_prompts` encoded prompts and an empty self KV cache.
         num_prompts: Number of prompts.
         config: How to search.
-        given: As for `new_search`; only a `VerifyingSession` makes use of it.
+        lookup_ids: As for `new_search`; ignored unless the session is a `VerifyingSession`.
 
     Returns:
-        One sequence per prompt.
+        One sequence a prompt.
     """
-    return drive(session, new_search(num_prompts, config, given if isinstance(session, VerifyingSession) else None))
+    can_verify = isinstance(session, VerifyingSession)
+    return drive(session, new_search(num_prompts, config, lookup_ids if can_verify else None))
 
 
-def new_search(num_prompts: int, config: SearchConfig, given: Sequence[Sequence[int]] | None) -> Search:
-    """The search that a configuration asks for.
+def new_search(num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequence[int]] | None) -> Search:
+    """Makes the search that a configuration asks for.
 
-    Greedy search drafts tokens by prompt lookup where it is given something. A draft never changes what is
-    chosen: every token is the greedy choice, with all processors, after the tokens before it. What a draft may change
-    is the rounding of that choice's logits, because a product of several rows sums in another order than that of one;
-    between tokens that are equally likely to within that rounding (about 1e-6 of the logits in fp32; more where
-    activations are quantized over all rows of a call) either may come out, as it may on another machine.
+    Greedy search drafts tokens by prompt lookup where it has tokens to look up. A draft never changes the choice: every
+    token is the greedy one, after all processors, given the tokens before it. It may change the rounding of the logits,
+    because a matrix product over several rows sums in another order than one over a single row. Where two tokens are
+    equally likely to within that rounding (about 1e-6 of the logits in fp32; more where activations are quantized with
+    one scale for all rows of a call) either may be chosen, as on a different machine.
 
     Args:
         num_prompts: Number of prompts.
         config: How to search.
-        given: For each prompt, token ids that its answer may repeat (a caption, a region), as the answer would write
-            them; None: no drafts, for decoders that cannot verify them.
+        lookup_ids: For each prompt the token ids that its answer may repeat (a caption, a region), spelled as the answer
+            would spell them; None for no drafts, with decoders that cannot verify them.
     """
     if config.num_beams > 1:
         return BeamSearch(num_prompts, config)
-    return GreedySearch(num_prompts, config, given)
+    return GreedySearch(num_prompts, config, lookup_ids)
 
 
 def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:
-    """Steps a session through a search.
+    """Alternates between a session and a search until the search is finished.
 
     Args:
-        session: Decoder that holds the prompts and no token yet.
-        search: Of as many prompts.
+        session: Decoder with encoded prompts and an empty self KV cache.
+        search: A search for the same number of prompts.
 
     Returns:
-        One sequence per prompt.
+        One sequence a prompt.
     """
     verifying = session if isinstance(session, VerifyingSession) else None
     scores = AllScores().read(session.step(search.start())[:, None])
-    while (continuation := search.advance(scores)) is not None:
-        if continuation.kept is not None and verifying is not None:
-            verifying.keep(continuation.kept)
-        session.reorder(continuation.rows, continuation.prompts)
-        if verifying is not None and continuation.token_ids.shape[1] > 1:
-            scores.read(verifying.verify(continuation.token_ids))
+    while (step := search.advance(scores)) is not None:
+        # `keep` speaks of the rows as they were fed, so it comes before they are reordered
+        if step.kept is not None and verifying is not None:
+            verifying.keep(step.kept)
+        session.reorder(step.rows, step.prompts)
+        if verifying is not None and step.token_ids.shape[1] > 1:
+            scores.read(verifying.verify(step.token_ids))
         else:
-            scores.read(session.step(continuation.token_ids)[:, None])
+            scores.read(session.step(step.token_ids)[:, None])
     return search.results()

@@ -1,4 +1,4 @@
-"""Greedy search, one token at a time or, where the session can verify drafts, several."""
+"""Greedy search: one token per decoder call, or several where the session can verify drafts."""
 
 from __future__ import annotations
 
@@ -10,50 +10,52 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.prompt_lookup import PromptLookup
 from florence_onnx.generation.scores import StepScores
-from florence_onnx.generation.search import Continuation, GeneratedSequence, Ids, opening
+from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, initial_tokens
 
 
 class _Row:
-    """The answer to one prompt."""
+    """The answer to one prompt while it grows."""
 
-    def __init__(self, given: Sequence[int] | None, config: SearchConfig) -> None:
+    def __init__(self, lookup_ids: Sequence[int] | None, config: SearchConfig) -> None:
         self._config = config
-        self.tokens = opening(config)
+        self.tokens = initial_tokens(config)
         self._processors = LogitsProcessors(config, self.tokens)
         self._lookup: PromptLookup | None = None
-        if given is not None and config.prompt_lookup_num_tokens:
-            self._lookup = PromptLookup(given, self.tokens, config.prompt_lookup_num_tokens)
+        if lookup_ids is not None and config.prompt_lookup_num_tokens:
+            self._lookup = PromptLookup(lookup_ids, self.tokens, config.prompt_lookup_num_tokens)
         self._draft: list[int] = []
         self.answer: GeneratedSequence | None = None
 
-    def take(self, scores: StepScores, row: int) -> int:
-        """Chooses tokens while the drafted ones turn out to be the choice.
+    def advance(self, scores: StepScores, row: int) -> int:
+        """Appends a token, and another one for each draft that turns out to be the greedy choice.
 
         Args:
-            scores: A place for the last token and for each drafted one.
-            row: This one's row in them.
+            scores: Scores with a position for the last token and for each drafted one.
+            row: Index of this row in them.
 
         Returns:
-            How many of the tokens that were fed belong to the answer.
+            How many of the fed tokens belong to the answer: the first and the accepted drafts.
         """
         num_kept = 0
         for drafted in (*self._draft, None):
-            self._take_one(scores, row, num_kept)
+            self._append_best(scores, row, num_kept)
             num_kept += 1
+            # all scores behind a rejected draft were computed from a history with that wrong token in it
             if self.answer is not None or self.tokens[-1] != drafted:
                 break
         if self._draft and self._lookup is not None:
-            # of the tokens kept the first is no draft, and the last one may be the first choice to differ
-            self._lookup.settle(num_kept - 1)
+            self._lookup.record(num_kept - 1)  # the first token fed was no draft
         return num_kept
 
-    def _take_one(self, scores: StepScores, row: int, place: int) -> None:
+    def _append_best(self, scores: StepScores, row: int, position: int) -> None:
         config, tokens = self._config, self.tokens
         at_limit = len(tokens) + 1 >= config.max_length
-        unforced = scores.best_token(row, place) if at_limit else config.eos_token_id
+        # `forced_eos_token_id` ends the answer at the limit in any case. What the model would have chosen freely tells
+        # whether the answer was complete.
+        unforced = scores.best_token(row, position) if at_limit else config.eos_token_id
         token = self._processors.forced(len(tokens))
         if token is None:
-            token = scores.best_token(row, place, self._processors.banned(tokens))
+            token = scores.best_token(row, position, self._processors.banned(tokens))
         tokens.append(token)
         self._processors.add(tokens)
         if self._lookup is not None:
@@ -65,7 +67,7 @@ class _Row:
         """The last token and the draft of what may follow it."""
         self._draft = []
         if self._lookup is not None:
-            room = self._config.max_length - 1 - len(self.tokens)  # the last token is never fed
+            room = self._config.max_length - 1 - len(self.tokens)  # the last token of an answer is never fed
             self._draft = self._lookup.draft(self.tokens, room, self._processors.banned)
         return [self.tokens[-1], *self._draft]
 
@@ -73,30 +75,35 @@ class _Row:
 class GreedySearch:
     """Takes the most probable token at every step."""
 
-    def __init__(self, num_prompts: int, config: SearchConfig, given: Sequence[Sequence[int]] | None = None) -> None:
-        """Args:
-        num_prompts: Number of answers.
-        config: How to search.
-        given: For each, token ids that it may repeat; None where the session cannot verify drafts.
+    def __init__(
+        self, num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Starts an empty answer for each prompt.
+
+        Args:
+            num_prompts: Number of prompts.
+            config: How to search.
+            lookup_ids: For each prompt the token ids that its answer may repeat; None where the session cannot verify drafts.
         """
-        self._rows = [_Row(None if given is None else given[i], config) for i in range(num_prompts)]
+        self._rows = [_Row(None if lookup_ids is None else lookup_ids[i], config) for i in range(num_prompts)]
         self._active = list(self._rows)
 
     def start(self) -> Ids:
         return np.array([row.tokens for row in self._rows], dtype=np.int64)
 
-    def advance(self, scores: StepScores) -> Continuation | None:
+    def advance(self, scores: StepScores) -> DecodeStep | None:
         active = self._active
-        kept = [row.take(scores, place) for place, row in enumerate(active)]
-        staying = [place for place, row in enumerate(active) if row.answer is None]
+        num_kept = [row.advance(scores, index) for index, row in enumerate(active)]
+        staying = [index for index, row in enumerate(active) if row.answer is None]
         if not staying:
             return None
-        self._active = [active[place] for place in staying]
+        self._active = [active[index] for index in staying]
         rows = np.array(staying, dtype=np.int64)
-        return Continuation(rows, rows, self._feed(), np.array(kept, dtype=np.int64) if scores.num_tokens > 1 else None)
+        kept = np.array(num_kept, dtype=np.int64) if scores.num_tokens > 1 else None
+        return DecodeStep(rows, rows, self._next_tokens(), kept)
 
-    def _feed(self) -> Ids:
-        """Drafts are padded with their row's last token to the length of the longest; the padding is never kept."""
+    def _next_tokens(self) -> Ids:
+        """The tokens `(R, S)` fed next. Shorter drafts are padded with their last token; padding is never accepted."""
         following = [row.next_tokens() for row in self._active]
         longest = max(map(len, following))
         return np.array([tokens + tokens[-1:] * (longest - len(tokens)) for tokens in following], dtype=np.int64)

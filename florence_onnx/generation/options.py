@@ -1,4 +1,4 @@
-"""How a call decodes: what a caller may set, what a checkpoint says, and the complete, checked outcome of both."""
+"""Generation options: those of a call, the defaults of a checkpoint, and the checked configuration made of both."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ from florence_onnx.errors import OptionsError
 
 EarlyStopping = bool | Literal["never"]
 DEFAULT_MAX_NEW_TOKENS = 1024
-"""What Microsoft's samples pass; transformers itself would stop after 20 tokens when nothing is given."""
+"""The value in Microsoft's samples. The default of transformers, 20 tokens, would cut most answers off."""
 MAX_BEAMS = 64
 MAX_NGRAM = 1024
 MAX_PROMPT_LOOKUP = 64
 DEFAULT_PROMPT_LOOKUP = 4
-"""Measured with `python -m benchmarks.cpu.speculation`."""
+"""Tokens a draft: 4 save nearly as many decoder calls as 8 (`python -m benchmarks.cpu.speculation`)."""
 MAX_LENGTH_PENALTY = 10
-"""Beyond it, length ** penalty leaves the range of float32 for the longest answers."""
+"""Beyond this, length ** penalty overflows float32 for the longest answers."""
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How one call decodes. `None` means: as the checkpoint says."""
+    """Generation options of one call. None takes the checkpoint's value."""
 
     num_beams: int | None = None
     """Beams kept per prompt; 1 is greedy search."""
     max_new_tokens: int | None = None
-    """Most tokens generated, the end token included; at most the model's number of positions. Default 1024 or that."""
+    """Most tokens to generate, end token included; at most the model's number of positions, which is the default where it is
+    below 1024."""
     min_new_tokens: int | None = None
-    """The end token is forbidden until so many tokens were generated."""
+    """Fewest tokens to generate; the end token is banned before that."""
     length_penalty: float | None = None
-    """A hypothesis scores sum of log-probabilities / length ** length_penalty (beam search only)."""
+    """A hypothesis scores its sum of log-probabilities / length ** length_penalty (beam search only)."""
     early_stopping: EarlyStopping | None = None
-    """True: stop at `num_beams` finished hypotheses; False: when no better one is likely; "never": when none is possible."""
+    """When beam search ends. True: at `num_beams` finished hypotheses. False: when a better one is unlikely. "never": when a
+    better one is impossible."""
     no_repeat_ngram_size: int | None = None
-    """No run of so many tokens occurs twice; 0 switches the rule off."""
+    """Length of the n-grams that must not occur twice; 0 allows all."""
     forced_bos_token_id: int | None = None
-    """Token forced in first place; -1 forces none."""
+    """Token forced in first position; -1 forces none."""
     forced_eos_token_id: int | None = None
-    """Token forced in last place when the limit is reached; -1 forces none."""
+    """Token forced in last position when the token limit is reached; -1 forces none."""
     prompt_lookup_num_tokens: int | None = None
-    """Most tokens guessed from the input at a time and verified in one decoder call; 0 guesses none. Greedy search only:
-    the tokens stay the same, the calls get fewer."""
+    """Most tokens drafted from the input and verified in one decoder call (greedy search only); 0 drafts none. Drafts save
+    decoder calls and do not change the tokens."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A complete, checked set of decoding values."""
+    """A complete and checked set of generation options."""
 
     decoder_start_token_id: int
     eos_token_id: int
     max_length: int
-    """Most tokens of a sequence, the decoder start token included."""
+    """Most tokens in a sequence, decoder start token included."""
     num_beams: int = 1
     min_new_tokens: int = 0
     length_penalty: float = 1.0
@@ -66,7 +68,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint says about decoding (`generation_config.json`)."""
+    """Generation defaults of a checkpoint (`generation_config.json`), and the limits of its model."""
 
     decoder_start_token_id: int
     eos_token_id: int
@@ -75,7 +77,10 @@ class GenerationDefaults:
     options: GenerationOptions = GenerationOptions()
 
     def resolve(self, options: GenerationOptions | None) -> SearchConfig:
-        """Merges a call's options over the checkpoint's.
+        """Merges the options of a call over the checkpoint's.
+
+        Args:
+            options: Options of the call; None takes the checkpoint's.
 
         Raises:
             OptionsError: A value is out of range or contradicts another.

@@ -1,7 +1,12 @@
-"""What a search reads from a decoder call: all logits on the host, or the best few that the device has found.
+"""Scores of one decoder call, in the form that the searches read.
 
-Both give the same tokens. The few suffice unless so many tokens are forbidden, or so many are equal, that the choice could lie beyond
-them; then all logits of the call are fetched.
+There are two sources behind one interface (`StepScores`): `AllScores` holds all logits on the host; `TopScores` holds
+the top-k logits that the device selected, and the log-sum that turns them into log-probabilities. Both lead to the same
+tokens. The top-k do not suffice where so many of them are banned, or so many tokens are tied with the last of them, that
+a token outside the top-k could win; then `TopScores` fetches all logits of that call.
+
+A decoder call feeds S tokens to each row and scores each of them. `position` is the index of a fed token, 0 to S - 1 (not
+its place in the answer); the scores at a position are those of the token that follows it.
 """
 
 from __future__ import annotations
@@ -16,57 +21,64 @@ Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 BLOCK = 128
-"""Tokens whose greatest score is found first; only the blocks that can hold a candidate are looked at again."""
+"""Tokens in a block of `BlockedLogProbs`; Florence-2's vocabulary of 51,289 makes 400 blocks and a tail of 89 tokens."""
 
 
 class LogProbs(Protocol):
-    """Log-probabilities of the next token after some rows, of which the best are asked for."""
+    """Log-probabilities of the next token for some rows, from which beam search takes the top-k."""
 
     def ban(self, row: int, tokens: Sequence[int]) -> None:
-        """Makes tokens of a row impossible."""
+        """Sets tokens of a row to minus infinity."""
 
     def force(self, row: int, token: int) -> None:
-        """Makes a token of a row certain and all others impossible."""
+        """Sets one token of a row to 0 and all its others to minus infinity."""
 
-    def best(self, first_row: int, scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
-        """The k best continuations of some beams, the lower beam and token first among equals.
+    def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
+        """Selects the k best continuations of the beams of one prompt; among equals the lower beam and token first.
 
         Args:
-            first_row: Row of the first beam.
-            scores: `(K,)` of the beams so far; their rows follow each other.
-            k: How many; at most the number of all continuations.
-            is_shared: Whether all beams read the first row.
+            first_row: Row of the first beam; the rows of the others follow it.
+            beam_scores: `(K,)`, sum of log-probabilities of each beam so far.
+            k: Number of continuations, at most K times the vocabulary.
+            is_shared: Whether all beams read the first row, as they do before they have branched.
 
         Returns:
-            Score, beam and token of each, `(k,)`.
+            Scores (best first), beams and tokens, each `(k,)`.
         """
 
 
 class StepScores(Protocol):
-    """The scores of one decoder call: a row for each row of tokens, in it a place for each token that was fed."""
+    """Scores of one decoder call: for each row, one set of V scores for each fed token."""
 
     @property
     def num_tokens(self) -> int:
-        """Places of a row."""
+        """S, the number of positions."""
 
-    def best_token(self, row: int, place: int, banned: Sequence[int] = ()) -> int:
-        """The most probable token, the lowest among equals."""
+    def best_token(self, row: int, position: int, banned: Sequence[int] = ()) -> int:
+        """The most probable token that is not banned; the lowest id among equals."""
 
     def log_probs(self, k: int) -> LogProbs:
-        """Of the last place of every row, of which at most `k` are going to be asked for."""
+        """Log-probabilities at the last position of every row, for `top_k` with at most this `k`."""
 
-    def logits(self, row: int, place: int) -> Floats:
-        """All logits `(V,)` of a place; valid until the next call."""
+    def logits(self, row: int, position: int) -> Floats:
+        """All logits `(V,)` at a position; valid until the next decoder call."""
 
 
 class AllScores:
-    """Complete logits on the host."""
+    """Scores of a decoder call whose logits are all on the host."""
 
     def __init__(self) -> None:
         self._log_probs = BlockedLogProbs()
 
     def read(self, logits: Floats) -> AllScores:
-        """Args: logits `(rows, S, V)`; taken over and overwritten."""
+        """Takes the logits of the next call.
+
+        Args:
+            logits: `(rows, S, V)`, used in place and overwritten.
+
+        Returns:
+            This object.
+        """
         self._logits = logits
         return self
 
@@ -74,25 +86,25 @@ class AllScores:
     def num_tokens(self) -> int:
         return int(self._logits.shape[1])
 
-    def best_token(self, row: int, place: int, banned: Sequence[int] = ()) -> int:
+    def best_token(self, row: int, position: int, banned: Sequence[int] = ()) -> int:
         for token in banned:
-            self._logits[row, place, token] = -np.inf
-        return int(self._logits[row, place].argmax())
+            self._logits[row, position, token] = -np.inf
+        return int(self._logits[row, position].argmax())
 
     def log_probs(self, k: int) -> LogProbs:
         self._log_probs.read(self._logits[:, -1])
         return self._log_probs
 
-    def logits(self, row: int, place: int) -> Floats:
-        logits: Floats = self._logits[row, place]
+    def logits(self, row: int, position: int) -> Floats:
+        logits: Floats = self._logits[row, position]
         return logits
 
 
 class BlockedLogProbs:
-    """Log-probabilities of some rows, with the greatest of every block, in buffers that are reused.
+    """Log-probabilities `(R, V)` with the maximum of every block of tokens, in buffers that are reused between steps.
 
-    A block is every n-th token, so that the maxima of all n blocks are elementwise maxima of `BLOCK` vectors. The
-    tokens left over form a tail that is always looked at.
+    Block b of n holds the tokens b, b + n, b + 2n, …, so that the maxima of all n blocks are one elementwise maximum of
+    `block` contiguous vectors. The last V mod n·block tokens are in no block; `top_k` always looks at this tail.
     """
 
     def __init__(self, block: int = BLOCK) -> None:
@@ -100,7 +112,11 @@ class BlockedLogProbs:
         self._scratch: Floats = np.zeros((0, 0), dtype=np.float32)
 
     def read(self, logits: Floats) -> None:
-        """Args: logits `(R, V)`, float32; taken over and overwritten."""
+        """Takes the logits of the next step.
+
+        Args:
+            logits: `(R, V)`, used in place and overwritten.
+        """
         if self._scratch.shape != logits.shape:
             self._scratch = np.empty(logits.shape, dtype=np.float32)
         num_blocks = logits.shape[1] // self._block
@@ -111,10 +127,11 @@ class BlockedLogProbs:
         self._maxima: Floats = self._blocks.max(axis=1)
         greatest = np.max(self._maxima, axis=1, initial=-np.inf)
         greatest = np.maximum(greatest, np.max(self._tail, axis=1, initial=-np.inf))[:, None]
+        # log-softmax is (logit - greatest) - log_sum. The second subtraction waits until `top_k` knows which few values
+        # it needs: the same two roundings as for the whole vocabulary, one pass over (R, V) less.
         self._values -= greatest
         self._maxima -= greatest
         np.exp(self._values, out=self._scratch)
-        # what is left to subtract; doing so candidate by candidate rounds as doing so for all would
         self._log_sums: Floats = np.log(self._scratch.sum(axis=1, keepdims=True))
 
     def ban(self, row: int, tokens: Sequence[int]) -> None:
@@ -130,42 +147,53 @@ class BlockedLogProbs:
         if token < self._blocks[0].size:
             self._maxima[row, token % self._maxima.shape[1]] = 0
 
-    def best(self, first_row: int, scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
-        rows = np.full(len(scores), first_row) if is_shared else np.arange(first_row, first_row + len(scores))
-        beam, log_sum = scores[:, None], self._log_sums[rows]
+    def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
+        num_beams = len(beam_scores)
+        rows = np.full(num_beams, first_row) if is_shared else np.arange(first_row, first_row + num_beams)
+        beam, log_sum = beam_scores[:, None], self._log_sums[rows]
         maxima = (self._maxima[rows] - log_sum) + beam
-        # each of the k best blocks holds a token with its score, so no token below the k-th of them is among the k best
-        least = np.partition(maxima, maxima.size - k, axis=None)[maxima.size - k] if maxima.size > k else -np.inf
-        beams, blocks = np.nonzero(maxima >= least)
+        # Each of the k greatest block maxima is the score of some token, so at least k tokens reach the k-th of them and
+        # nothing below it is among the top k. Only blocks whose maximum reaches it are looked into: about k of 400.
+        threshold = np.partition(maxima, maxima.size - k, axis=None)[maxima.size - k] if maxima.size > k else -np.inf
+        beams, blocks = np.nonzero(maxima >= threshold)
         inside = (self._blocks[rows[beams], :, blocks] - log_sum[beams]) + beam[beams]
         tail = (self._tail[rows] - log_sum) + beam
         vocab, num_blocks = self._values.shape[1], self._maxima.shape[1]
-        places = (beams * vocab + blocks)[:, None] + num_blocks * np.arange(self._block)
-        tail_places = vocab * np.arange(len(scores))[:, None] + np.arange(vocab - tail.shape[1], vocab)
-        found = np.concatenate([inside.ravel(), tail.ravel()])
-        candidates = np.flatnonzero(found >= least)
-        place = np.concatenate([places.ravel(), tail_places.ravel()])[candidates]
-        return _first(found[candidates], place, k, vocab)
+        inside_keys = (beams * vocab + blocks)[:, None] + num_blocks * np.arange(self._block)
+        tail_keys = vocab * np.arange(num_beams)[:, None] + np.arange(vocab - tail.shape[1], vocab)
+        totals = np.concatenate([inside.ravel(), tail.ravel()])
+        candidates = np.flatnonzero(totals >= threshold)
+        keys = np.concatenate([inside_keys.ravel(), tail_keys.ravel()])[candidates]
+        return _sort(totals[candidates], keys, k, vocab)
 
 
-def _first(found: Floats, place: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:
-    """Args: found and place `(n,)`, a score and `beam * vocab_size + token` of each candidate."""
-    order = np.lexsort((place, -found))[:k]
-    return found[order], place[order] // vocab_size, place[order] % vocab_size
+def _sort(totals: Floats, keys: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:
+    """Sorts candidates into the top k, as `LogProbs.top_k` returns them.
+
+    Args:
+        totals: `(n,)`, score of each candidate.
+        keys: `(n,)`, `beam * vocab_size + token` of each; the lower key wins a tie.
+        k: How many to return.
+        vocab_size: V.
+    """
+    order = np.lexsort((keys, -totals))[:k]
+    return totals[order], keys[order] // vocab_size, keys[order] % vocab_size
 
 
 class TopScores:
-    """The best tokens of every place, found on a device, and the way to the complete logits."""
+    """Scores of a decoder call of which the device sent the top-k; all logits are fetched when those do not decide."""
 
     def __init__(
         self, values: Floats, ids: Ids, log_sums: Floats, vocab_size: int, fetch: Callable[[], Floats]
     ) -> None:
-        """Args:
-        values: `(rows, S, k)`, the greatest logits, best first.
-        ids: `(rows, S, k)`, their tokens.
-        log_sums: `(rows, S)`, the logarithm of the sum of exp(logit - greatest logit).
-        vocab_size: V.
-        fetch: Gives all logits `(rows, S, V)`.
+        """Wraps the outputs of `decoder_top.onnx`.
+
+        Args:
+            values: `(rows, S, k)`, the greatest logits, best first.
+            ids: `(rows, S, k)`, their tokens. The order of equal logits is up to the device.
+            log_sums: `(rows, S)`, logarithm of the sum of exp(logit - greatest logit) over the vocabulary.
+            vocab_size: V.
+            fetch: Returns all logits `(rows, S, V)`.
         """
         self._values = values
         self._ids = ids
@@ -178,27 +206,28 @@ class TopScores:
     def num_tokens(self) -> int:
         return int(self._values.shape[1])
 
-    def last_place(self) -> TopScores:
-        """The scores after the last token of each row only."""
+    def last_position(self) -> TopScores:
+        """The scores at the last position of each row only."""
         last = self._values[:, -1:], self._ids[:, -1:], self._log_sums[:, -1:]
         return TopScores(*last, self._vocab_size, lambda: self._fetch()[:, -1:])
 
     @property
     def was_fetched(self) -> bool:
-        """Whether the best tokens did not suffice."""
+        """Whether the top-k did not suffice and all logits were copied to the host."""
         return self._fetched is not None
 
-    def best_token(self, row: int, place: int, banned: Sequence[int] = ()) -> int:
-        values, ids = self._values[row, place].tolist(), self._ids[row, place].tolist()
+    def best_token(self, row: int, position: int, banned: Sequence[int] = ()) -> int:
+        values, ids = self._values[row, position].tolist(), self._ids[row, position].tolist()
         allowed = [(-value, token) for value, token in zip(values, ids, strict=True) if token not in banned]
         is_complete = len(ids) == self._vocab_size
-        # equal to the last one: an equal token of a lower id may lie beyond it
+        # A winner that is tied with the last of the top-k may be tied with unlisted tokens too, and the lowest id of all
+        # must win, as in argmax.
         if not is_complete and (not allowed or -allowed[0][0] == values[-1]):
-            return self._best_of_all(row, place, banned)
-        return min(allowed)[1] if allowed else 0  # where all are forbidden, as the maximum of equal numbers
+            return self._best_of_all(row, position, banned)
+        return min(allowed)[1] if allowed else 0  # everything banned: argmax of nothing but -inf is 0
 
-    def _best_of_all(self, row: int, place: int, banned: Sequence[int]) -> int:
-        logits = self.logits(row, place).copy()
+    def _best_of_all(self, row: int, position: int, banned: Sequence[int]) -> int:
+        logits = self.logits(row, position).copy()
         logits[list(banned)] = -np.inf
         return int(logits.argmax())
 
@@ -216,8 +245,8 @@ class TopScores:
             lambda row: self.logits(row, last),
         )
 
-    def logits(self, row: int, place: int) -> Floats:
-        logits: Floats = self._all()[row, place]
+    def logits(self, row: int, position: int) -> Floats:
+        logits: Floats = self._all()[row, position]
         return logits
 
     def _all(self) -> Floats:
@@ -227,23 +256,25 @@ class TopScores:
 
 
 class _TopLogProbs:
-    """The best tokens of some rows; a row of which more are needed is completed."""
+    """Log-probabilities of the top-k of some rows; rows for which they do not decide are completed one by one."""
 
     def __init__(
-        self, shifted: Floats, ids: Ids, log_sums: Floats, vocab_size: int, complete: Callable[[int], Floats]
+        self, shifted: Floats, ids: Ids, log_sums: Floats, vocab_size: int, fetch_row: Callable[[int], Floats]
     ) -> None:
-        """Args:
-        shifted: `(R, k)`, logits less the greatest.
-        ids: `(R, k)`.
-        log_sums: `(R,)`.
-        vocab_size: V.
-        complete: Gives all logits `(V,)` of a row.
+        """Wraps the last position of `TopScores`.
+
+        Args:
+            shifted: `(R, k)`, logits less the greatest of their row, best first.
+            ids: `(R, k)`, their tokens.
+            log_sums: `(R,)`, as for `TopScores`.
+            vocab_size: V.
+            fetch_row: Returns all logits `(V,)` of a row.
         """
         self._shifted = shifted
         self._ids = ids
         self._log_sums = log_sums
         self._vocab_size = vocab_size
-        self._complete = complete
+        self._fetch_row = fetch_row
         self._banned: dict[int, list[int]] = {}
         self._forced: dict[int, int] = {}
 
@@ -253,32 +284,34 @@ class _TopLogProbs:
     def force(self, row: int, token: int) -> None:
         self._forced[row] = token
 
-    def best(self, first_row: int, scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
-        rows = [first_row if is_shared else first_row + beam for beam in range(len(scores))]
-        found = [self._listed(row, k) for row in rows]
-        totals = [values + score for (values, _), score in zip(found, scores, strict=True)]
+    def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
+        rows = [first_row if is_shared else first_row + beam for beam in range(len(beam_scores))]
+        listed = [self._listed(row, k) for row in rows]
+        totals = [log_probs + score for (log_probs, _), score in zip(listed, beam_scores, strict=True)]
         every = np.concatenate(totals)
-        least = np.partition(every, len(every) - k)[len(every) - k] if len(every) > k else -np.inf
+        threshold = np.partition(every, len(every) - k)[len(every) - k] if len(every) > k else -np.inf
         for beam, row in enumerate(rows):
-            # what is not listed is at most what is listed last; an equal token of a lower id would come first
-            if not self._is_known(row) and self._shifted[row, -1] - self._log_sums[row] + scores[beam] >= least:
-                found[beam] = self._all_of(row)
-                totals[beam] = found[beam][0] + scores[beam]
-        place = [ids + beam * self._vocab_size for beam, (_, ids) in enumerate(found)]
-        return _first(np.concatenate(totals), np.concatenate(place), k, self._vocab_size)
+            # An unlisted token scores at most what the last listed one does. If that bound reaches the k-th best, an
+            # unlisted token may be among the top k, or tie with its last and win by a lower id: look at the whole row.
+            bound = self._shifted[row, -1] - self._log_sums[row] + beam_scores[beam]
+            if not self._is_complete(row) and bound >= threshold:
+                listed[beam] = self._whole_row(row)
+                totals[beam] = listed[beam][0] + beam_scores[beam]
+        keys = [ids + beam * self._vocab_size for beam, (_, ids) in enumerate(listed)]
+        return _sort(np.concatenate(totals), np.concatenate(keys), k, self._vocab_size)
 
     def _listed(self, row: int, k: int) -> tuple[Floats, Ids]:
-        """Log-probabilities and tokens that are known of a row."""
+        """Log-probabilities and tokens of a row without fetching anything."""
         if row in self._forced:
-            return self._only(self._forced[row], k)
+            return self._forced_only(self._forced[row], k)
         return self._log_probs(row, self._shifted[row], self._ids[row])
 
-    def _is_known(self, row: int) -> bool:
-        """Whether the list is all that there is to know."""
+    def _is_complete(self, row: int) -> bool:
+        """Whether no token outside the list can matter."""
         return row in self._forced or self._shifted.shape[1] == self._vocab_size
 
-    def _all_of(self, row: int) -> tuple[Floats, Ids]:
-        logits = self._complete(row)
+    def _whole_row(self, row: int) -> tuple[Floats, Ids]:
+        logits = self._fetch_row(row)
         return self._log_probs(row, logits - logits.max(), np.arange(self._vocab_size))
 
     def _log_probs(self, row: int, shifted: Floats, ids: Ids) -> tuple[Floats, Ids]:
@@ -287,7 +320,7 @@ class _TopLogProbs:
             log_probs[np.isin(ids, self._banned[row])] = -np.inf
         return log_probs, ids
 
-    def _only(self, token: int, k: int) -> tuple[Floats, Ids]:
-        """The forced token, and the first others as impossible ones."""
+    def _forced_only(self, token: int, k: int) -> tuple[Floats, Ids]:
+        """The forced token at 0, and the lowest other ids at minus infinity to fill up k candidates."""
         ids = np.union1d(np.arange(min(k, self._vocab_size)), [token])
         return np.where(ids == token, np.float32(0), np.float32(-np.inf)), ids

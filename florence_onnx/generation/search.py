@@ -1,4 +1,4 @@
-"""What every search has in common: its interface, its answers, and the tokens known before anything is computed."""
+"""What all searches share: their interface, their results, and the tokens that are known before the first decoder call."""
 
 from __future__ import annotations
 
@@ -11,60 +11,62 @@ import numpy as np
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
 
-__all__ = ["Continuation", "Floats", "GeneratedSequence", "GivenAnswer", "Ids", "Search", "opening"]
+__all__ = ["DecodeStep", "Floats", "GeneratedSequence", "Ids", "Search", "TeacherForcing", "initial_tokens"]
 
 
 @dataclass(frozen=True)
 class GeneratedSequence:
-    """One answer in tokens."""
+    """The generated tokens of one prompt."""
 
     token_ids: tuple[int, ...]
     """From the decoder start token to the end token, without padding."""
     truncated: bool
-    """Whether the token limit ended it before the model did."""
+    """Whether the token limit ended the answer before the model did."""
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """What the decoder does next."""
+class DecodeStep:
+    """The next decode step of a search: which rows go on, and which tokens they are fed."""
 
     rows: Ids
-    """`(R,)` the present row that each next row continues."""
+    """`(R,)`, for each row of the step the current row whose history it continues."""
     prompts: Ids
-    """`(P,)` the present prompts that stay."""
+    """`(P,)`, the current prompts that stay in the batch, increasing; finished ones leave it."""
     token_ids: Ids
-    """`(R, S)` what each next row is fed; every token behind the first is a draft to be verified."""
+    """`(R, S)`, tokens fed to each row: the one chosen last, then drafts to be verified."""
     kept: Ids | None = None
-    """`(present rows,)` how many of the tokens last fed hold; None where all do."""
+    """`(current rows,)`, how many of the tokens fed last time were accepted; None where all were."""
 
 
 class Search(Protocol):
-    """A way to choose tokens."""
+    """A strategy that chooses tokens for a batch of prompts, one decoder call at a time."""
 
     def start(self) -> Ids:
-        """The tokens `(P, S)` that open every prompt's answer."""
+        """The tokens `(P, S)` fed in the first decoder call, one row a prompt."""
 
-    def advance(self, scores: StepScores) -> Continuation | None:
-        """Takes the next decision.
+    def advance(self, scores: StepScores) -> DecodeStep | None:
+        """Chooses the next tokens.
 
         Args:
-            scores: After each token that was fed; at the start after the last one only.
+            scores: Scores of the last decoder call; of the first call those at the last position only.
 
         Returns:
-            How to go on, or None when all is done.
+            The next step, or None when all prompts are finished.
         """
 
     def results(self) -> list[GeneratedSequence]:
-        """One answer per prompt, in the order of the prompts."""
+        """One sequence a prompt, in the order of the prompts."""
 
 
-class GivenAnswer:
-    """No search: one answer that is known, to see what the model expects at each of its places."""
+class TeacherForcing:
+    """A `Search` that follows a given sequence of one prompt and records the logits at each of its positions."""
 
     def __init__(self, token_ids: Sequence[int], logits: Floats) -> None:
-        """Args:
-        token_ids: L tokens, from the decoder start token on; at least two.
-        logits: `(L - 1, V)`, filled: row i is what the model expects after the first i + 1 tokens.
+        """Prepares one pass.
+
+        Args:
+            token_ids: L tokens, at least two, from the decoder start token on.
+            logits: `(L - 1, V)`, written to: row i gets the logits after the first i + 1 tokens.
         """
         self._token_ids = list(token_ids)
         self._logits = logits
@@ -73,23 +75,23 @@ class GivenAnswer:
     def start(self) -> Ids:
         return np.array([self._token_ids[:1]], dtype=np.int64)
 
-    def advance(self, scores: StepScores) -> Continuation | None:
+    def advance(self, scores: StepScores) -> DecodeStep | None:
         self._logits[self._num_done] = scores.logits(0, 0)
         self._num_done += 1
         if self._num_done == len(self._logits):
             return None
         only = np.zeros(1, dtype=np.int64)
-        return Continuation(only, only, np.array([[self._token_ids[self._num_done]]], dtype=np.int64))
+        return DecodeStep(only, only, np.array([[self._token_ids[self._num_done]]], dtype=np.int64))
 
     def results(self) -> list[GeneratedSequence]:
         return [GeneratedSequence(tuple(self._token_ids), False)]
 
 
-def opening(config: SearchConfig) -> list[int]:
-    """The tokens known before anything is computed: the start token, and a forced first token after it.
+def initial_tokens(config: SearchConfig) -> list[int]:
+    """The tokens that are known before the first decoder call: the start token and a forced first token.
 
-    Feeding both in one step saves a decoder call. Where the limit leaves room for one token only, the forced last
-    token has precedence, as in transformers.
+    Feeding both in one call saves a decode step. Where the limit leaves room for a single token, the forced last token
+    takes precedence over the forced first one, as in transformers.
     """
     forced = config.forced_bos_token_id
     if forced is None or forced == config.eos_token_id or config.max_length <= 2:

@@ -1,27 +1,27 @@
-"""Which addresses, ports and host names an image of a stranger may come from: rules only, no network."""
+"""Rules for URLs from untrusted callers: which IP addresses, ports and hosts may be contacted. No network access here."""
 
 from __future__ import annotations
 
 import ipaddress
 import urllib.parse
 
-# Written out, because what `ipaddress` calls global differs between versions of Python.
+# Written out, because `ipaddress.is_global` differs between versions of Python.
 _NOT_PUBLIC_V4 = tuple(
     map(
         ipaddress.IPv4Network,
         (
-            "0.0.0.0/8",  # this network; reaches the machine itself
+            "0.0.0.0/8",  # this network; 0.0.0.0 reaches the machine itself
             "10.0.0.0/8",
-            "100.64.0.0/10",  # carriers' NAT, and a cloud's metadata
+            "100.64.0.0/10",  # carrier-grade NAT; Alibaba Cloud's metadata service
             "127.0.0.0/8",
-            "168.63.129.16/32",  # Azure's host agent: a public address that a virtual machine reaches privately
-            "169.254.0.0/16",  # link-local, and most clouds' metadata
+            "168.63.129.16/32",  # Azure's host agent: a public address, answered privately inside a virtual machine
+            "169.254.0.0/16",  # link-local; the metadata service of most clouds
             "172.16.0.0/12",
-            "192.0.0.0/24",  # protocol assignments, and a cloud's metadata
+            "192.0.0.0/24",  # protocol assignments; Oracle Cloud's metadata service
             "192.0.2.0/24",  # documentation
-            "192.88.99.0/24",  # relays of 6to4
+            "192.88.99.0/24",  # 6to4 relays
             "192.168.0.0/16",
-            "198.18.0.0/15",  # measurements
+            "198.18.0.0/15",  # benchmarks of network devices
             "198.51.100.0/24",  # documentation
             "203.0.113.0/24",  # documentation
             "224.0.0.0/4",  # multicast
@@ -41,17 +41,20 @@ _NOT_PUBLIC_V6 = tuple(
         ),
     )
 )
-# the last 32 bits are an IPv4 address, and that is what is reached
+# IPv4-mapped and NAT64: packets go to the IPv4 address in the last 32 bits, so that is the one to check
 _EMBEDDING_V6 = tuple(map(ipaddress.IPv6Network, ("::ffff:0:0/96", "64:ff9b::/96")))
 
 _DEFAULT_PORTS = (80, 443)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to a machine of the public internet.
+    """Whether an IP address is one of the public internet.
 
-    IPv4 inside IPv6 counts as that IPv4 address where it is IPv4-mapped or NAT64 (64:ff9b::/96). The embeddings that
-    are out of use (IPv4-compatible, 6to4, Teredo) are never public, nor is an address with a zone (`%eth0`).
+    An IPv4-mapped or NAT64 (64:ff9b::/96) address is public if the IPv4 address inside is. Obsolete embeddings of IPv4
+    (IPv4-compatible, 6to4, Teredo) are never public, nor is an address with a zone (`%eth0`).
+
+    Args:
+        address: An IPv4 or IPv6 address in the usual notation; any other string is not public.
     """
     if "%" in address:
         return False
@@ -68,29 +71,29 @@ def is_public(address: str) -> bool:
 
 
 def is_web_port(port: int) -> bool:
-    """Whether images may come from a port: 80, 443 or one from 1024 on. Below are mail, SSH and the like."""
+    """Whether images may be fetched from a port: 80, 443, or 1024 and above. The others belong to mail, SSH and the like."""
     return port in _DEFAULT_PORTS or 1024 <= port <= 65535
 
 
 def parse_host(entry: str) -> frozenset[tuple[str, int]]:
-    """Reads one entry of `allowed_hosts`.
+    """Parses one entry of `allowed_hosts`.
 
     Args:
-        entry: `HOST:PORT`, or `HOST` alone for its ports 80 and 443; an IPv6 address stands in brackets, and a name in
-            other letters than ASCII is written as DNS has it (`xn--…`).
+        entry: `HOST:PORT`, or `HOST` alone for its ports 80 and 443. An IPv6 address is put in brackets, an
+            internationalized name in its ASCII form (`xn--…`).
 
     Returns:
-        Pairs of host, in lower case and without brackets, and port.
+        Pairs of host (lower case, without brackets) and port.
 
     Raises:
-        ValueError: It is something else, such as a URL.
+        ValueError: The entry is something else, such as a URL.
     """
-    wanted = f"an allowed host is HOST or HOST:PORT (an IPv6 address in brackets), got {entry!r}"
+    message = f"an allowed host is HOST or HOST:PORT (an IPv6 address in brackets), got {entry!r}"
     try:
         parts = urllib.parse.urlsplit(f"//{entry}")
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise ValueError(wanted) from None
+        raise ValueError(message) from None
     if not host or not entry.isascii() or parts.netloc != entry or "@" in entry or entry.endswith(":"):
-        raise ValueError(wanted)
+        raise ValueError(message)
     return frozenset((host, each) for each in (_DEFAULT_PORTS if port is None else (port,)))

@@ -1,6 +1,7 @@
-"""HTTP connections that end at a deadline and, when asked, only at public addresses.
+"""HTTP connections with a deadline and, for untrusted URLs, to public addresses only.
 
-The check sits where the connection is made, so that no way of writing a URL and no redirect leads past it.
+Addresses are checked where the socket is connected: after the host name was resolved, and for each redirect again. No
+spelling of an address, redirect or change of a DNS record between check and use gets around it.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ _log = logging.getLogger("florence_onnx")
 
 
 class RefusedError(Exception):
-    """Something that is not asked for at all; the message may be shown to a stranger."""
+    """A request that is not sent because a rule forbids it; the message has nothing that an untrusted caller must not see."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all connections of one download."""
+    """The rules for all connections of one download."""
 
     deadline: float
-    """What `time.monotonic()` may at most be."""
+    """The value of `time.monotonic()` at which the download is given up."""
     public_only: bool = False
-    """Whether hosts must be public: no proxy, as that would resolve names by itself, and no private address."""
+    """Whether to connect to public addresses only, and never through a proxy, which would resolve names by itself."""
     exempt: frozenset[tuple[str, int]] = frozenset()
-    """(host, port) for which `public_only` does not hold."""
+    """Pairs (host, port) that `public_only` does not apply to."""
 
     def seconds_left(self) -> float:
         """Seconds until the deadline, more than 0.
 
         Raises:
-            TimeoutError: It has passed.
+            TimeoutError: The deadline has passed.
         """
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:
@@ -48,7 +49,7 @@ class Rules:
 
 
 def make_opener(rules: Rules) -> urllib.request.OpenerDirector:
-    """An opener for `http` and `https` only, that follows no redirect and returns every status."""
+    """An opener for `http` and `https` only, which follows no redirects and returns responses of any status."""
     opener = urllib.request.OpenerDirector()
     if not rules.public_only:
         opener.add_handler(urllib.request.ProxyHandler())
@@ -84,37 +85,37 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 class _Connection(http.client.HTTPConnection):
-    rules: Rules  # without a default: a connection that was not given any cannot be opened
+    rules: Rules  # deliberately without a default: a connection whose rules were not set cannot be opened
 
     def connect(self) -> None:
-        found = _resolve(self.host, self.port, self.rules)
-        self.sock = _connect_to_first(found, self.rules)
+        self.sock = _connect_to_first(_resolve(self.host, self.port, self.rules), self.rules)
         if self._tunnel_host:  # type: ignore[attr-defined]  # through a proxy
             self._tunnel()  # type: ignore[attr-defined]
             self.sock.settimeout(self.rules.seconds_left())
 
-    def response_class(self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        return _Response(sock, self.rules, *arguments, **options)
+    def response_class(self, sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        return _Response(sock, self.rules, *args, **kwargs)
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """TLS on top: `HTTPSConnection.connect` calls the `connect` above and checks the certificate by the name."""
+    """The same over TLS: `HTTPSConnection.connect` calls `_Connection.connect`, then checks the certificate for the host."""
 
     def connect(self) -> None:
         super().connect()
-        self.sock.settimeout(self.rules.seconds_left())  # the handshake took some
+        self.sock.settimeout(self.rules.seconds_left())  # less than before the handshake
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, rules: Rules, *arguments: Any, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
+    def __init__(self, sock: socket.socket, rules: Rules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_TimedStream(self.fp.detach(), sock, rules))
 
 
 class _TimedStream(io.RawIOBase):
     """Reads from a socket until the deadline.
 
-    A socket's own timeout starts anew with every byte that comes, also within the headers.
+    A socket's own timeout starts again with every byte, so a server that sends one now and then, even within the headers,
+    would never time out. Here each read gets the time that is left.
     """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, rules: Rules) -> None:
@@ -133,7 +134,13 @@ class _TimedStream(io.RawIOBase):
 
 
 def _resolve(host: str, port: int, rules: Rules) -> list[tuple[int, Any]]:
-    """The (family, socket address) of a host, every one of them allowed; this is the only look-up of its name.
+    """Resolves a host and checks all its addresses.
+
+    This is the only lookup of the name, and the connection goes to one of the addresses returned. A second lookup could
+    return a private address after the first returned a public one (DNS rebinding).
+
+    Returns:
+        Address family and socket address of each.
 
     Raises:
         RefusedError: The port or one of the addresses is not allowed.
@@ -157,7 +164,7 @@ def _resolve(host: str, port: int, rules: Rules) -> list[tuple[int, Any]]:
 
 
 def _connect_to_first(found: list[tuple[int, Any]], rules: Rules) -> socket.socket:
-    """A connection to the first address that answers; each gets an equal share of the time that is left."""
+    """Connects to the first address that answers; each attempt gets an equal share of the time that is left."""
     error = OSError("the host has no address")
     for position, (family, address) in enumerate(found):
         try:
@@ -173,7 +180,7 @@ def _connect(family: int, address: Any, rules: Rules, num_shares: int) -> socket
         sock.settimeout(rules.seconds_left() / num_shares)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(rules.seconds_left())  # for what is sent and for the handshake of TLS, each as a whole
+        sock.settimeout(rules.seconds_left())  # for sending and for the TLS handshake, each as a whole
     except BaseException:
         sock.close()
         raise

@@ -1,6 +1,6 @@
-"""Images of every kind to upright RGB.
+"""Loads images from all supported sources, as upright RGB.
 
-Nothing here changes a setting of Pillow or of `warnings`, so all of it may run in many threads at once.
+No global setting of Pillow or of `warnings` is changed, so all of this may run in several threads at once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ImageInput: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.Im
 """Path, `http(s)` URL or `data:` URI, encoded bytes, binary file object, PIL image, or (H,W,3) uint8 array."""
 
 MAX_PIXELS = 178_956_970
-"""Default limit: where Pillow itself refuses (from half of it on Pillow warns). Every phone camera stays below."""
+"""Default limit of width times height: where Pillow itself refuses to decode (it warns from half of that on)."""
 MAX_BYTES = 50 * 2**20
 """Default limit of downloads and `data:` URIs: 50 MiB, as at fal."""
 TIMEOUT = 30.0
-"""Default seconds for a download."""
+"""Default time limit of a download in seconds."""
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
@@ -49,7 +49,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged data, found by feeding them damaged files of every format.
+# Pillow's decoders raise all of these on damaged data (found by decoding damaged files of every format).
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -62,10 +62,11 @@ _DAMAGED = (
     RuntimeError,
     struct.error,
     zlib.error,
-    Warning,  # where warnings are errors
+    Warning,  # where the caller turns warnings into errors
 )
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# A PIL image that comes from a caller may still be unread, and Pillow reads pixels and EXIF without a lock of its own.
+# A PIL image is decoded at its first use, and Pillow has no lock for that: two threads that share an image of a caller
+# would both read from its file.
 _CALLERS_IMAGE_LOCK = threading.Lock()
 
 
@@ -78,39 +79,42 @@ def load(
     timeout: float = TIMEOUT,
     public_only: bool = False,
     allowed_hosts: Collection[str] = (),
+    copy: bool = False,
 ) -> Image.Image:
-    """Reads an image.
+    """Loads an image.
 
-    Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Only where that would clip
-    (grey of 16 and 32 bits, floats) values are scaled: 16 bits by 1/257; 32 bits and floats stay if they lie within
-    0..255, are scaled if they lie within 0..65535 or (floats) 0..1, and else stretched from smallest to largest.
+    Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Grey values that it would clip
+    (16 and 32 bits, floats) are scaled: 16 bits by 1/257; 32 bits and floats are kept if all are within 0..255, scaled if
+    all are within 0..65535 or (floats) 0..1, and otherwise stretched from the smallest to the largest.
 
     Args:
-        image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from where it stands),
-            a PIL image, or an (H,W,3) uint8 array in RGB order.
-        apply_exif: Turn the image as its EXIF orientation says. The reference does not: pass False to match it.
-        max_pixels: Largest width times height to accept; looked at before any pixel is decoded.
+        image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from its current
+            position), a PIL image, or an (H,W,3) uint8 array in RGB order.
+        apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
+        max_pixels: Most pixels (width times height) to accept; checked before any pixel is decoded.
         max_bytes: Most bytes of a download or a `data:` URI.
         timeout: Seconds for a download, redirects included.
-        public_only: For strings that come from strangers: they must be URLs, not paths, and lead to the public internet
-            only, also in redirects; proxies of the environment are not used.
-        allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold.
+        public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the public
+            internet, redirects included; proxies of the environment are not used.
+        allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
+        copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
     Returns:
-        The image in mode RGB, decoded. A PIL image that is RGB and upright is returned itself, not a copy.
+        The image in mode RGB, decoded. Without `copy`, a PIL image that is RGB and upright is returned itself.
 
     Raises:
         ImageNotFoundError: There is no such file.
         ImageDecodeError: The data is not an image, is empty or is truncated.
-        ImageTooLargeError: More pixels or bytes than allowed, or Pillow takes it for a decompression bomb.
-        ImageDownloadError: The URL was refused, could not be fetched, or what came is not an image.
+        ImageTooLargeError: There are more pixels or bytes than allowed, or Pillow takes it for a decompression bomb.
+        ImageDownloadError: The URL was refused, could not be fetched, or returned no image.
         InputError: `allowed_hosts` is malformed.
-        ImageError: A directory, an unreadable file, or an argument or array of the wrong kind.
+        ImageError: The image is a directory, an unreadable file, or of an unsupported type, shape or dtype.
     """
     if isinstance(image, Image.Image):
         with _CALLERS_IMAGE_LOCK:
             _decode_pixels(image, "the PIL image", max_pixels)
-            return _to_upright_rgb(image, apply_exif)
+            rgb = _to_upright_rgb(image, apply_exif)
+            return rgb.copy() if copy and rgb is image else rgb
     if isinstance(image, np.ndarray):
         return from_array(image, max_pixels)
     if isinstance(image, str) and url.is_url(image):
@@ -124,7 +128,9 @@ def load(
         content = url.decode_data_uri(image, max_bytes=max_bytes)
         return _decode(io.BytesIO(content), "the data: URI", apply_exif, max_pixels)
     if isinstance(image, str) and public_only:
-        raise ImageDownloadError(f"cannot download {url.shorten(image)!r}: it is no http(s) URL and no data: URI")
+        raise ImageDownloadError(
+            f"cannot download {url.shorten(image)!r}: it is neither an http(s) URL nor a data: URI"
+        )
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(image), f"{len(image)} bytes of data", apply_exif, max_pixels)
     if isinstance(image, (str, os.PathLike)):
@@ -152,7 +158,7 @@ def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) 
     try:
         with Path(path).open("rb") as stream:
             return _decode(stream, name, apply_exif, max_pixels)
-    except ImageError:  # some of these are an OSError or ValueError as well
+    except ImageError:  # several of ours are an OSError or ValueError too
         raise
     except FileNotFoundError:
         raise ImageNotFoundError(f"no such image file: {name} (working directory {Path.cwd()})") from None
@@ -160,7 +166,7 @@ def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) 
         raise ImageError(f"{name} is a directory; pass the images in it one by one") from None
     except OSError as error:
         raise ImageError(f"cannot open {name}: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # the path contains NUL
         raise ImageError(f"cannot open {name!r}: {error}") from None
 
 
@@ -192,7 +198,7 @@ def _decode(stream: BinaryIO, name: str, apply_exif: bool, max_pixels: int) -> I
 
 
 def _remove_metadata(image: Image.Image) -> None:
-    """Makes sure that an image, upright by now, is not turned once more when it is loaded again."""
+    """Removes the EXIF orientation among others, so that the image is not rotated again when it is loaded a second time."""
     image.info.clear()
     with contextlib.suppress(*_DAMAGED):
         image.getexif().clear()
@@ -235,6 +241,6 @@ def _to_upright_rgb(image: Image.Image, apply_exif: bool) -> Image.Image:
 def _get_orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGED:  # damaged EXIF is no reason to refuse an image
+    except _DAMAGED:  # an image with damaged EXIF is still usable
         return 1
     return orientation if isinstance(orientation, int) else 1

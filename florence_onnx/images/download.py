@@ -1,6 +1,6 @@
-"""Images from `http(s)`, with nothing but the standard library.
+"""Downloads over `http(s)`, with the standard library only.
 
-Imported at the first download: `http.client`, `ssl` and what they need take as long to import as the rest of this package.
+Imported at the first download, because `http.client` and `ssl` take as long to import as the rest of this package.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from florence_onnx.images.url import check_length, shorten
 _CHUNK_BYTES = 1 << 16
 _HEADERS = {"User-Agent": "florence-onnx", "Accept": "image/*, */*;q=0.5"}
 _MAX_REDIRECTS = 5
-_MAX_URL_LENGTH = 16_384  # a request that fits into a socket's buffer cannot be held up
+_MAX_URL_LENGTH = (
+    16_384  # a request that fits into the socket's send buffer cannot block on a server that does not read
+)
 _REDIRECTIONS = (301, 302, 303, 307, 308)
-# what may stand in a URL as it is; everything else (spaces, letters beyond ASCII) is percent-encoded
+# left as they are in a URL; all other characters (spaces, non-ASCII letters) are percent-encoded
 _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
 
@@ -32,33 +34,33 @@ def download(
 ) -> bytes:
     """Fetches a URL.
 
-    Only http and https are followed, also in redirects, of which there may be 5. No credentials are sent.
+    Up to 5 redirects are followed, to http and https only. No credentials are sent.
 
-    With `public_only`, as a server needs that takes URLs from strangers, nothing inside your own network is asked: at
-    every redirect anew the host is resolved once, all its addresses must be public ones, and the connection goes to
-    one of these. Its port must be 80, 443 or at least 1024. Proxies of the environment are not used, because a proxy
-    resolves names by itself. What was refused is logged (INFO); the error does not tell to which address a name leads.
+    With `public_only`, for servers that accept URLs from untrusted callers, no host of the own network is contacted. For
+    the URL and each redirect the host is resolved once, all its addresses must be public, and the connection goes to one
+    of them, at port 80, 443 or from 1024 on. Proxies of the environment are not used, because a proxy resolves names by
+    itself. A refusal is logged at level INFO; the error does not reveal the address that a name resolves to.
 
     Args:
         url: An `http(s)` URL.
         max_bytes: Most bytes of content to accept.
-        timeout: Seconds for the whole download, redirects included. Only the system's resolver has limits of its own.
-        public_only: Refuse hosts that are not on the public internet.
-        allowed_hosts: `HOST:PORT`, or `HOST` for its ports 80 and 443, for which `public_only` does not hold. Compared
-            with what the URL says, letter by letter but for case.
+        timeout: Seconds for the whole download, redirects included; only the system's resolver has limits of its own.
+        public_only: Whether to refuse hosts that are not on the public internet.
+        allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443. Compared with the host
+            in the URL, not with the address it resolves to; case is ignored.
 
     Returns:
         The content.
 
     Raises:
-        ImageDownloadError: It was refused, or could not be fetched in time, or at all.
-        ImageTooLargeError: There is more than `max_bytes`.
+        ImageDownloadError: The URL was refused, or could not be fetched within `timeout`.
+        ImageTooLargeError: The content has more than `max_bytes`.
         InputError: `allowed_hosts` is malformed.
     """
     rules = Rules(time.monotonic() + timeout, public_only, parse_hosts(allowed_hosts))
     try:
         return _fetch(url, max_bytes, rules)
-    except ImageTooLargeError:  # a ValueError as well, and no failure of the download
+    except ImageTooLargeError:  # caught first: it is a ValueError too
         raise
     except TimeoutError:
         reason = f"no complete answer within {timeout:g} s; raise timeout"
@@ -71,13 +73,13 @@ def download(
 
 
 def parse_hosts(entries: Collection[str]) -> frozenset[tuple[str, int]]:
-    """Reads `allowed_hosts`.
+    """Parses all entries of `allowed_hosts`.
 
     Returns:
-        Host and port of each.
+        Pairs of host and port.
 
     Raises:
-        InputError: One is malformed.
+        InputError: An entry is malformed.
     """
     if isinstance(entries, str):
         raise InputError(f"allowed_hosts must be a list of hosts, got the string {entries!r}")
@@ -95,7 +97,7 @@ def _fetch(url: str, max_bytes: int, rules: Rules) -> bytes:
             location = response.headers.get("Location")
             if response.status not in _REDIRECTIONS or location is None:
                 return _read(response, max_bytes, url)
-        # headers come as Latin-1, whatever their bytes mean
+        # http.client decodes headers as Latin-1; this restores the bytes that the server sent, percent-encoded
         current = urllib.parse.urljoin(current, urllib.parse.quote(location, string.punctuation, encoding="latin-1"))
     raise OSError(f"more than {_MAX_REDIRECTS} redirects")
 

@@ -1,4 +1,4 @@
-"""RGB to the model's `pixel_values`."""
+"""RGB images to the vision encoder's `pixel_values`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from florence_onnx.images.rgb import from_array, to_rgb
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+"""Those of ImageNet, as in the `preprocessor_config.json` of Florence-2."""
 
 
 def preprocess(
@@ -23,22 +24,22 @@ def preprocess(
     std: Sequence[float] = IMAGE_STD,
     out: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Turns an image into `pixel_values`, bitwise as transformers does with Pillow.
+    """Resizes and normalizes an image; the result is bitwise that of transformers' `CLIPImageProcessor` with Pillow.
 
-    The aspect ratio is not kept.
+    The image is stretched to `size`; its aspect ratio is not kept.
 
     Args:
-        image: A PIL image (converted to RGB as in `load`, EXIF left alone) or an (H,W,3) uint8 array.
-        size: (width, height) that the model reads.
-        mean: Mean of red, green and blue, on the scale of 0 to 1.
-        std: Standard deviation of red, green and blue, on the scale of 0 to 1.
+        image: A PIL image (converted to RGB as by `load`, EXIF orientation not applied) or an (H,W,3) uint8 array.
+        size: Input size of the vision encoder, (width, height) in pixels.
+        mean: Mean of red, green and blue, on the scale 0 to 1.
+        std: Standard deviation of red, green and blue, on the scale 0 to 1.
         out: C-contiguous (3,H,W) float32 array to write into, such as one image of a batch.
 
     Returns:
-        (1,3,H,W) float32, C-contiguous: `out` with an axis in front, or a new array.
+        (1,3,H,W) float32, C-contiguous: a view of `out` with a batch axis, or a new array.
 
     Raises:
-        ImageError: `image` is neither, or `out` has another shape, dtype or layout.
+        ImageError: `image` is of another type, or `out` has another shape, dtype or layout.
     """
     if isinstance(image, np.ndarray):
         image = from_array(image, max_pixels=image.size)
@@ -48,8 +49,9 @@ def preprocess(
     pixels = np.empty((3, height, width), dtype=np.float32) if out is None else _check_out(out, (3, height, width))
     bands = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC).split()
     for plane, band, band_mean, band_std in zip(pixels, bands, mean, std, strict=True):
-        # Per level this gives the same float32 as the reference's float64 product with 1/255 (a test compares all 256),
-        # and it is twice as fast as a table of 256 floats.
+        # transformers multiplies by 1/255 in float64 and rounds to float32, then subtracts and divides in float32. One
+        # float32 division rounds to the same value for each of the 256 levels (a test compares them all), so the float64
+        # copy of the image is not needed. Folding mean and std into one factor would round differently.
         np.divide(np.asarray(band), np.float32(255), out=plane, dtype=np.float32)
         plane -= np.float32(band_mean)
         plane /= np.float32(band_std)

@@ -1,4 +1,4 @@
-"""Images and arrays to RGB, with the colours of Pillow's `convert("RGB")`."""
+"""Converts images and arrays to RGB, with the colours of Pillow's `convert("RGB")`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from florence_onnx.errors import ImageError, ImageTooLargeError
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image itself if it is RGB, else what `convert("RGB")` gives, with wide grey scaled instead of clipped."""
+    """Converts an image to RGB; grey of more than 8 bits is scaled, where `convert("RGB")` would clip it.
+
+    Returns:
+        A new image, or `image` itself if it is RGB already.
+    """
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         return _to_grey(np.asarray(image)).convert("RGB")
-    if image.mode == "La":  # premultiplied; Pillow only converts it in two steps
+    if image.mode == "La":  # premultiplied alpha, which Pillow does not convert to RGB directly
         image = image.convert("LA")
-    if "transparency" in image.info:  # has no influence on RGB, and Pillow would warn about it
+    if "transparency" in image.info:  # has no effect on RGB, but Pillow may warn about it
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
 
 
 def from_array(array: npt.NDArray[np.uint8], max_pixels: int) -> Image.Image:
+    """Copies an (H,W,3) uint8 array in RGB order into an image.
+
+    Raises:
+        ImageTooLargeError: It has more than `max_pixels` pixels.
+        ImageError: It has another shape or dtype, or is empty.
+    """
     needed = "an image array must be (H, W, 3) uint8 in RGB order"
     if array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(f"{needed}, got shape {array.shape}")
@@ -43,10 +53,11 @@ def _to_grey(values: npt.NDArray[np.generic]) -> Image.Image:
     """Scales grey values of more than 8 bits to 8 bits.
 
     Args:
-        values: (H,W) uint16, int32 or float32, scaled as `load` says; NaN is black, infinite values are the extremes.
+        values: (H,W) uint16, int32 or float32. The scale is documented in `decoding.load`; NaN and -inf become black,
+            +inf becomes white.
 
     Returns:
-        The image in mode L.
+        An image of mode L.
     """
     wide = values.astype(np.float64)
     finite = wide[np.isfinite(wide)]

@@ -96,8 +96,7 @@ class HostAnswering:
 
 def load(image: ImageInput) -> PILImage.Image:
     """An image that a caller cannot change afterwards."""
-    loaded = decoding.load(image)
-    return loaded.copy() if loaded is image else loaded
+    return decoding.load(image, copy=True)
 
 
 def preprocess(sizes: ModelSizes, image: PILImage.Image) -> Floats:

@@ -244,7 +244,7 @@ class ContinuousBatch:
         return has_ended
 
     def _advance(self, place: int, job: Job, scores: TopScores) -> bool:
-        continuation = job.search.advance(scores if job.is_started else scores.last_place())
+        continuation = job.search.advance(scores if job.is_started else scores.last_position())
         job.is_started = True
         if continuation is None:
             self._end(place, job)

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="the scenes' fonts come with matplotlib: pip install -e '.[test]'")
 pytest.importorskip("rapidfuzz", reason="needs the export extra: pip install -e '.[export]'")
 from benchmarks.quality.precisions import PrecisionReport, ask_scenes, measure, score_task, to_dict, to_markdown
-from export.demo.answers import TASK_TOKENS
 from export.demo.metrics import make_scenes
-from export.verification.answering import open_bundle
+from export.demo.questions import TASK_TOKENS
+from export.verification.answerers import open_bundle
 
 
 def test_the_score_of_a_task() -> None:

@@ -83,7 +83,7 @@ def test_every_step_on_the_cpu(step: Step, settings: Settings, tmp_path: Path) -
 
 def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path: Path) -> None:
     """Whatever the step asks for was carried: here a tiny model, under the name that it looks for."""
-    from export.transformers_js.export import export_transformers_js
+    from export.transformers_js.writer import export_transformers_js
 
     export_transformers_js(tiny.checkpoint, tmp_path / "plain", precision="fp16")
     packed = skeleton.pack(tmp_path / "plain", tmp_path / "demo-plain.tar", tiny.bundle.parent / "checkpoint")

@@ -23,7 +23,7 @@ from export.verification.agreement import (
     summarise,
     words,
 )
-from export.verification.agreement_report import Bar, find_failures, make_agreement
+from export.verification.report import Bar, find_failures, make_agreement
 from florence_onnx import tasks
 from florence_onnx.answers.matching import pair_boxes
 from florence_onnx.tasks import Task, parse

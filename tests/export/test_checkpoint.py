@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from export.checkpoints.settings import count_image_tokens  # noqa: E402
+from export.checkpoints.preprocessing import count_image_tokens  # noqa: E402
 from export.checkpoints.tokenizer import ADDED_TOKENS, load_tokenizer  # noqa: E402
 from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests import checkpoints  # noqa: E402

@@ -16,7 +16,7 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="the drawn words use matplotlib's bundled fonts")
 
 from export.demo import metrics
-from export.demo.answers import TASK_TOKENS, ask, bins, caption, detailed_caption, more_detailed_caption
+from export.demo.questions import TASK_TOKENS, ask, bins, caption, detailed_caption, more_detailed_caption
 from export.demo.samples import DEFAULT_DIRECTORY, SPECS, describe, draw_sample, write_samples
 from export.demo.scenes import COLOURS, Scene, Shape, Word, draw_mask, make_scene, unit_outline
 from florence_onnx import tasks

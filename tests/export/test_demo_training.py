@@ -22,7 +22,7 @@ from export.demo.architecture import FIRST_LOCATION_ID, GRID, IMAGE_TOKEN_ID, VO
 from export.demo.batches import KIND_OF_WORD, make_batch, make_targets, number_token_ids
 from export.demo.finalize import save_checkpoint
 from export.demo.losses import AuxiliaryHeads, auxiliary_loss, padded_indices, soft_location_loss
-from export.demo.optim import MovingAverage, Muon, orthogonalise, split_parameters
+from export.demo.optimizers import MovingAverage, Muon, orthogonalise, split_parameters
 from export.demo.scenes import make_scene
 from export.demo.settings import TrainingSettings
 from export.demo.tokenizer import save_tokenizer, train_tokenizer

@@ -19,10 +19,10 @@ from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
-from export.bundles import write_bundle  # noqa: E402
+from export.bundles import directories, writer  # noqa: E402
 from export.graphs.plans import plans  # noqa: E402
-from export.precisions.optimize import PRECISIONS, Recipe  # noqa: E402
-from export.verification import verify  # noqa: E402
+from export.precisions.recipes import PRECISIONS, Recipe  # noqa: E402
+from export.verification import checks  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -121,7 +121,7 @@ def test_a_wrong_graph_is_refused_and_nothing_is_left(
 
     monkeypatch.setitem(PRECISIONS, "fp16", Recipe(damage, damage, damage))
     with pytest.raises(VerificationError, match=r"vision_encoder.onnx does not reproduce the checkpoint in fp16"):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="fp16")
+        writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="fp16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,14 +143,14 @@ def test_a_graph_that_answers_nan_is_refused(tiny: Exported, tmp_path: Path, mon
     with pytest.raises(
         VerificationError, match=r"text_encoder\.onnx does not reproduce .* cross_key_values\.1\.value is off by inf"
     ):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="fp16")
+        writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="fp16")
 
 
 def test_other_tokens_are_refused(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiny.checkpoint.generation, "no_repeat_ngram_size", 0)
     written = bundle.read(tiny.bundle)  # was exported with 3
     with pytest.raises(VerificationError, match=r"decoding .* gives other tokens than transformers: \d+ of \d+ agree"):
-        verify.check_tokens(tiny.checkpoint, written)
+        checks.check_tokens(tiny.checkpoint, written)
 
 
 def test_a_failure_at_any_step_leaves_an_existing_bundle_alone(
@@ -163,12 +163,12 @@ def test_a_failure_at_any_step_leaves_an_existing_bundle_alone(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write_bundle, "gather_weights", full_disk)
+    monkeypatch.setattr(writer, "gather_weights", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_bundle.export_bundle(tiny.checkpoint, output, force=True)
+        writer.export_bundle(tiny.checkpoint, output, force=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", bundle.DESCRIPTION]
     with pytest.raises(CheckpointError, match="exists"):
-        write_bundle.export_bundle(tiny.checkpoint, output)
+        writer.export_bundle(tiny.checkpoint, output)
 
 
 @pytest.mark.parametrize("content", ["thesis.txt", "model.safetensors"])
@@ -178,7 +178,7 @@ def test_force_replaces_exports_only(tiny: Exported, tmp_path: Path, content: st
     (output / content).touch()
     (output / bundle.DESCRIPTION if content == "model.safetensors" else output / "notes.txt").touch()
     with pytest.raises(CheckpointError, match="is not an exported model"):
-        write_bundle.export_bundle(tiny.checkpoint, output, force=True)
+        writer.export_bundle(tiny.checkpoint, output, force=True)
     assert (output / content).exists()
 
 
@@ -196,7 +196,7 @@ def test_the_old_export_comes_back_when_the_new_one_cannot_take_its_place(
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="no permission"), write_bundle.new_directory(output, force=True) as directory:
+    with pytest.raises(OSError, match="no permission"), directories.new_directory(output, force=True) as directory:
         (directory / bundle.DESCRIPTION).write_text("new")
     assert (output / bundle.DESCRIPTION).read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -205,7 +205,7 @@ def test_the_old_export_comes_back_when_the_new_one_cannot_take_its_place(
 def test_a_bad_image_is_refused_before_the_work(tiny: Exported, tmp_path: Path) -> None:
     steps: list[str] = []
     with pytest.raises(ImageNotFoundError):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", images=["/nope.jpg"], progress=steps.append)
+        writer.export_bundle(tiny.checkpoint, tmp_path / "out", images=["/nope.jpg"], progress=steps.append)
     assert steps == []
 
 
@@ -227,5 +227,5 @@ def test_a_killed_export_leaves_no_bundle_that_loads(source: Path, tmp_path: Pat
 
 def test_every_graph_takes_every_size_it_promises(odd: Exported) -> None:
     for plan in plans(odd.checkpoint):
-        errors = verify.compare_graph(plan, odd.bundle / plan.name)
-        assert verify.check_graph(plan.name, errors, "fp32")["max_rel"] < 1e-4
+        errors = checks.compare_graph(plan, odd.bundle / plan.name)
+        assert checks.check_graph(plan.name, errors, "fp32")["max_rel"] < 1e-4

@@ -33,7 +33,7 @@ OPTIONS = GenerationOptions(max_new_tokens=16)
 def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, photographs: list[Image.Image]) -> None:
     import torch
 
-    from export.bundles.write_bundle import export_bundle
+    from export.bundles.writer import export_bundle
     from export.checkpoints.checkpoint import load_checkpoint
     from export.verification import reference
     from tests import checkpoints

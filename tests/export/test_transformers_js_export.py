@@ -15,8 +15,8 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 import onnxruntime  # noqa: E402
 
 from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from export.graphs.export import export_graph  # noqa: E402
-from export.transformers_js.export import export_transformers_js  # noqa: E402
+from export.graphs.exporter import export_graph  # noqa: E402
+from export.transformers_js.writer import export_transformers_js  # noqa: E402
 from florence_onnx.bundles import bundle  # noqa: E402
 from florence_onnx.errors import CheckpointError, VerificationError  # noqa: E402
 from tests import checkpoints  # noqa: E402

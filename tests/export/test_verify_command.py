@@ -20,7 +20,7 @@ from tests.conftest import NO_TORCH, Exported
 pytest.importorskip("rapidfuzz", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from export.verification.agreement import Answer, words  # noqa: E402
-from export.verification.answering import is_bundle, open_reference  # noqa: E402
+from export.verification.answerers import is_bundle, open_reference  # noqa: E402
 from export.verification.questions import (  # noqa: E402
     DEFAULT_REGION,
     DEFAULT_TEXT,
@@ -96,7 +96,7 @@ def test_an_fp32_bundle_agrees_fully_with_its_checkpoint(tiny: Exported, tmp_pat
 def test_the_demo_agrees_fully_with_its_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A trained model finds something: boxes, outlines and words are compared too."""
     pytest.importorskip("torch", reason=NO_TORCH)
-    from export.bundles.write_bundle import export_bundle
+    from export.bundles.writer import export_bundle
     from export.checkpoints.checkpoint import load_checkpoint
 
     output = tmp_path_factory.mktemp("demo") / "fp32"

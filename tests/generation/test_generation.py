@@ -1,4 +1,4 @@
-"""Greedy and beam search against transformers' `generate`, on a language model that is a table."""
+"""Greedy and beam search against transformers' `generate`, on a language model that is a table of logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TableSession:
 
 
 class VerifyingTableSession(TableSession):
-    """One that takes several tokens at once, and whose rows may be of different lengths."""
+    """A session that verifies several tokens in one call; its rows may have different lengths."""
 
     def __init__(self, tables: np.ndarray) -> None:
         super().__init__(tables)
@@ -175,7 +175,7 @@ def test_truncated_says_whether_the_limit_or_the_model_ended_the_answer(num_beam
 def test_a_forced_first_token_saves_a_decoder_step() -> None:
     session = TableSession(make_tables(1, 0, -100.0))
     generate(session, 1, greedy_config(forced_bos_token_id=BOS))
-    assert session.steps == 6, "8 tokens: two are fed at first, and the last is fed to nobody"
+    assert session.steps == 6, "8 tokens: two are fed in the first call, and the last is never fed"
 
 
 @given(configs_with_minimum(), st.integers(0, 2**31), st.sampled_from([0.0, 3.0]), st.integers(1, 4), st.data())
@@ -183,7 +183,7 @@ def test_a_forced_first_token_saves_a_decoder_step() -> None:
 def test_drafts_change_no_token(
     config: SearchConfig, seed: int, end_bias: float, count: int, data: st.DataObject
 ) -> None:
-    """Of any kind: right ones taken from the answer, wrong ones, and those that run into the end or the limit."""
+    """Drafts of any kind: right ones copied from the answer, wrong ones, and some that run past the end or the limit."""
     config = dataclasses.replace(config, num_beams=1)
     tables = make_tables(count, seed, end_bias)
     expected = generate(TableSession(tables), count, config)
@@ -205,7 +205,7 @@ def test_a_prompt_that_holds_the_answer_saves_decoder_steps() -> None:
     assert plain.steps == 7
     with_lookup = dataclasses.replace(config, prompt_lookup_num_tokens=4)
     assert generate(drafting, 1, with_lookup, [answer.token_ids]) == [answer]
-    assert drafting.steps == 3, "the start token, then one with four drafted, then what was left"
+    assert drafting.steps == 3, "the start token, then one token with four drafts, then the rest"
     for silent_config, prompts in ((config, [answer.token_ids]), (with_lookup, None)):
         silent = VerifyingTableSession(tables)
         assert generate(silent, 1, silent_config, prompts) == [answer] and silent.steps == 7
@@ -224,16 +224,16 @@ def test_wrong_drafts_are_given_up() -> None:
 
 
 def reference_banned(tokens: list[int], size: int) -> set[int]:
-    """By scanning the row, as transformers does."""
+    """The banned tokens, found by scanning the row as transformers does."""
     start = len(tokens) - size + 1
-    places = range(len(tokens) - size + 1) if start >= 0 else ()
-    return {tokens[i + size - 1] for i in places if tokens[i : i + size - 1] == tokens[start:]}
+    starts = range(len(tokens) - size + 1) if start >= 0 else ()
+    return {tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == tokens[start:]}
 
 
 @given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=40))
 @settings(max_examples=300, deadline=None)
-def test_no_repeat_ngram_forbids_exactly_the_repeating_tokens(size: int, choices: list[tuple[int, int]]) -> None:
-    """For three rows that share one index and take over each other's history, as beams do."""
+def test_no_repeat_ngram_bans_exactly_the_repeating_tokens(size: int, choices: list[tuple[int, int]]) -> None:
+    """Three rows share one index and replace each other, as beams do."""
     ngrams = NoRepeatNGram(size)
     rows: list[list[int]] = [[], [], []]
     for parent, token in choices:
@@ -244,7 +244,7 @@ def test_no_repeat_ngram_forbids_exactly_the_repeating_tokens(size: int, choices
             assert set(ngrams.banned(row)) == reference_banned(row, size)
 
 
-def reference_best(log_probs: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def reference_top_k(log_probs: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     total = (log_probs + scores[:, None]).reshape(-1)
     order = np.argsort(-total, kind="stable")[:k]
     return total[order], order
@@ -260,10 +260,10 @@ def reference_best(log_probs: np.ndarray, scores: np.ndarray, k: int) -> tuple[n
     st.data(),
 )
 @settings(max_examples=300, deadline=None)
-def test_the_best_continuations_are_those_of_a_full_sort(
+def test_the_top_k_continuations_are_those_of_a_full_sort(
     k: int, vocab: int, block: int, seed: int, is_shared: bool, rounding: float, data: st.DataObject
 ) -> None:
-    """With ties (rounded logits), banned and forced tokens, beams out of reach, and vocabularies of any size."""
+    """With ties (rounded logits), banned and forced tokens, unreachable beams, and vocabularies of any size."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, 3, (1 if is_shared else k, vocab)).astype(np.float32)
     if rounding:
@@ -282,18 +282,18 @@ def test_the_best_continuations_are_those_of_a_full_sort(
         else:
             log_probs[row, tokens] = -np.inf
             found.ban(row, tokens)
-    expected, place = reference_best(
+    expected, keys = reference_top_k(
         np.repeat(log_probs, k, axis=0) if is_shared else log_probs, scores, min(2 * k, vocab)
     )
-    best, beams, tokens_found = found.best(0, scores, min(2 * k, vocab), is_shared=is_shared)
+    best, beams, tokens_found = found.top_k(0, scores, min(2 * k, vocab), is_shared=is_shared)
     np.testing.assert_array_equal(best, expected)
-    assert (beams * vocab + tokens_found).tolist() == place.tolist()
+    assert (beams * vocab + tokens_found).tolist() == keys.tolist()
 
 
 def test_log_probabilities_are_a_distribution_even_for_large_logits() -> None:
     found = BlockedLogProbs(2)
     found.read(np.array([[1e4, 1e4 - 1, -1e4]], dtype=np.float32))
-    scores, _, tokens = found.best(0, np.zeros(1, dtype=np.float32), 3, is_shared=False)
+    scores, _, tokens = found.top_k(0, np.zeros(1, dtype=np.float32), 3, is_shared=False)
     assert tokens.tolist() == [0, 1, 2]
     np.testing.assert_allclose(np.exp(scores).sum(), 1, rtol=1e-6)
     assert np.isfinite(scores).all()

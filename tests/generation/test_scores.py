@@ -1,4 +1,4 @@
-"""The best tokens from a device decide as all logits on the host do, and all are fetched when they could not."""
+"""Top-k scores from a device lead to the same tokens as all logits on the host, which are fetched where the top-k do not decide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 300
 
 
 def top_scores(logits: Floats, count: int) -> TopScores:
-    """What a device gives: the greatest first, which of equal ones is up to it (here the highest token)."""
+    """What a device returns: the greatest logits first; the order of equal ones is unspecified (here the highest token first)."""
     order = np.argsort(logits[..., ::-1], axis=-1, kind="stable")[..., ::-1]
     ids = (logits.shape[-1] - 1 - order)[..., :count]
     values = np.take_along_axis(logits, ids, axis=-1)
@@ -27,7 +27,7 @@ def top_scores(logits: Floats, count: int) -> TopScores:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """Logits `(3, 1, V)`, whole numbers in half of the cases so that many are equal; what is forbidden or forced."""
+    """Logits `(3, 1, V)`, in half of the cases rounded so that many are equal; banned and forced tokens."""
     vocabulary = draw(st.sampled_from([20, 40, VOCABULARY]))
     seed, is_whole = draw(st.integers(0, 10**6)), draw(st.booleans())
     random = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     best = np.argsort(-logits[:, 0], axis=-1)
     return {
         "logits": np.round(logits) if is_whole else logits,
-        # mostly of the best, or it would not matter
+        # banning matters only for tokens among the best
         "banned": [list(map(int, best[row, : draw(st.integers(0, 34))])) for row in range(3)],
         "forced": draw(st.sampled_from([None, None, 0, 7, vocabulary - 1])),
         "beams": np.sort(random.normal(-3, 2, 3).astype(np.float32))[::-1].copy(),
@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(deadline=None, max_examples=300)
 @given(case=cases())
-def test_the_best_continuations_are_the_same(case: dict[str, Any]) -> None:
+def test_the_top_k_continuations_are_the_same(case: dict[str, Any]) -> None:
     logits, k = case["logits"], min(case["k"], case["logits"].size // 3)
     results = []
     for scores in (AllScores().read(logits.copy()), top_scores(logits, min(32, logits.shape[-1]))):
@@ -56,11 +56,11 @@ def test_the_best_continuations_are_the_same(case: dict[str, Any]) -> None:
                 log_probs.force(row, case["forced"])
             elif banned:
                 log_probs.ban(row, banned)
-        results.append(log_probs.best(0, case["beams"], k, is_shared=case["is_shared"]))
+        results.append(log_probs.top_k(0, case["beams"], k, is_shared=case["is_shared"]))
     (expected, beams, tokens), (found, found_beams, found_tokens) = results
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    # sums in another order may turn what is equal but for the last bit
-    with np.errstate(invalid="ignore"):  # of two that are impossible
+    # log-sums are computed in another order, so neighbours that differ in the last bit may swap
+    with np.errstate(invalid="ignore"):  # -inf minus -inf
         certain = np.abs(np.diff(expected, append=-np.inf)) > 1e-4
         certain &= np.abs(np.diff(expected, prepend=np.inf)) > 1e-4
     is_sure = certain & np.isfinite(expected)
@@ -78,28 +78,28 @@ def test_the_best_token_is_the_same(case: dict[str, Any]) -> None:
             assert top.best_token(row, 0, banned) == every.best_token(row, 0, banned)
 
 
-def test_logits_are_fetched_only_when_the_best_do_not_decide() -> None:
+def test_logits_are_fetched_only_when_the_top_k_do_not_decide() -> None:
     logits = np.random.default_rng(1).normal(0, 2, (3, 1, VOCABULARY)).astype(np.float32)
     best = np.argsort(-logits[0, 0])
     scores = top_scores(logits, 32)
-    scores.log_probs(6).best(0, np.zeros(3, np.float32), 6, is_shared=False)
+    scores.log_probs(6).top_k(0, np.zeros(3, np.float32), 6, is_shared=False)
     assert scores.best_token(0, 0, best[:20].tolist()) == best[20]
     assert not scores.was_fetched
-    assert scores.best_token(0, 0, best[:32].tolist()) == best[32], "all of them are forbidden"
+    assert scores.best_token(0, 0, best[:32].tolist()) == best[32], "all of the top-k are banned"
     assert scores.was_fetched
 
 
 @pytest.mark.parametrize(("count", "is_fetched"), [(6, False), (33, True)])
-def test_more_candidates_than_there_are_best_tokens(count: int, is_fetched: bool) -> None:
+def test_more_candidates_than_the_top_k(count: int, is_fetched: bool) -> None:
     logits = np.random.default_rng(2).normal(0, 2, (1, 1, VOCABULARY)).astype(np.float32)
     scores = top_scores(logits, 32)
-    _, _, tokens = scores.log_probs(count).best(0, np.zeros(1, np.float32), count, is_shared=False)
+    _, _, tokens = scores.log_probs(count).top_k(0, np.zeros(1, np.float32), count, is_shared=False)
     np.testing.assert_array_equal(tokens, np.argsort(-logits[0, 0], kind="stable")[:count])
     assert scores.was_fetched is is_fetched
 
 
-def test_equal_logits_at_the_end_of_the_best_are_looked_at_again() -> None:
-    """Forty tokens are equally likely; the device gives the higher ones, and the lowest is to be taken."""
+def test_a_tie_with_the_last_of_the_top_k_is_decided_by_all_logits() -> None:
+    """Forty tokens are equally likely; the device returns the higher ids, and the lowest must be chosen."""
     logits = np.zeros((1, 1, VOCABULARY), np.float32)
     logits[0, 0, 100:140] = 5
     scores = top_scores(logits, 32)
@@ -107,9 +107,9 @@ def test_equal_logits_at_the_end_of_the_best_are_looked_at_again() -> None:
     assert scores.was_fetched
 
 
-def test_the_last_place_of_several() -> None:
+def test_the_last_position_of_several() -> None:
     logits = np.random.default_rng(3).normal(0, 2, (2, 3, VOCABULARY)).astype(np.float32)
-    last = top_scores(logits, 32).last_place()
+    last = top_scores(logits, 32).last_position()
     assert last.num_tokens == 1
     np.testing.assert_array_equal(last.logits(1, 0), logits[1, 2])
     assert last.best_token(1, 0) == int(logits[1, 2].argmax())

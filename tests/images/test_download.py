@@ -740,9 +740,9 @@ def test_encode_passes_it_all_on(server: Server) -> None:
         model.encode(url, public_only=True, allowed_hosts=[f"127.0.0.1:{server.server_port}"])
 
 
-def test_strings_of_strangers_are_no_paths() -> None:
+def test_strings_from_untrusted_callers_are_not_paths() -> None:
     assert load(str(IMAGE)).size == load(IMAGE, public_only=True).size
     for text in (str(IMAGE), f"file://{IMAGE}", f" http://127.0.0.1{IMAGE}", "ftp://public.test/x.png", ""):
-        with pytest.raises(ImageDownloadError, match=r"it is no http\(s\) URL and no data: URI"):
+        with pytest.raises(ImageDownloadError, match=r"it is neither an http\(s\) URL nor a data: URI"):
             load(text, public_only=True)
     assert load("data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs=", public_only=True).size == (1, 1)

@@ -25,7 +25,7 @@ from florence_onnx import (
 )
 from florence_onnx.bundles import bundle
 from florence_onnx.generation.scores import TopScores
-from florence_onnx.generation.search import Continuation, GeneratedSequence
+from florence_onnx.generation.search import DecodeStep, GeneratedSequence
 from florence_onnx.inference.continuous_batching import SHRINK_AFTER, ContinuousBatch, Job
 from florence_onnx.inference.prompt_rows import PromptRows
 from florence_onnx.runtime.engine import OnnxBinding
@@ -187,10 +187,10 @@ class Countdown:
     def start(self) -> Any:
         return np.zeros((1, 1), dtype=np.int64)
 
-    def advance(self, scores: object) -> Continuation | None:
+    def advance(self, scores: object) -> DecodeStep | None:
         self.left -= 1
         rows = np.zeros(1, dtype=np.int64)
-        return Continuation(rows, rows, np.zeros((1, 1), dtype=np.int64)) if self.left else None
+        return DecodeStep(rows, rows, np.zeros((1, 1), dtype=np.int64)) if self.left else None
 
     def results(self) -> list[GeneratedSequence]:
         return [GeneratedSequence((2,), False)]

@@ -31,7 +31,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def directory(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of `tiny` in both precisions of the layout, in one directory as on the hub."""
-    from export.transformers_js.export import export_transformers_js
+    from export.transformers_js.writer import export_transformers_js
 
     output = tmp_path_factory.mktemp("js") / "florence"
     export_transformers_js(tiny.checkpoint, output)

@@ -1,8 +1,7 @@
-"""What a checkpoint says besides its weights: how it generates, and how an image becomes `pixel_values`."""
+"""How an image becomes `pixel_values`, as the checkpoint's processor config says, and how many image tokens that gives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,89 +10,36 @@ from transformers import Florence2Config
 
 from florence_onnx.errors import CheckpointError
 
-from .files import read_json
+from .json_files import read_json
 
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255
 
-GENERATION_DEFAULTS: dict[str, Any] = {
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-    "early_stopping": False,
-    "length_penalty": 1.0,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "decoder_start_token_id": 2,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
-"""transformers' own defaults, and Florence-2's token ids: what holds where a checkpoint says nothing."""
-
-_GENERATION_EXTRAS: dict[str, Any] = {
-    "max_new_tokens": None,
-    "max_length": 20,
-    "min_new_tokens": None,
-    "min_length": 0,
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-}
-"""Passed on only where a checkpoint departs from transformers' default: they change the answer."""
-
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes `pixel_values`: resized without keeping its aspect, scaled, normalised.
+    """How an image becomes `pixel_values`: resized (the aspect ratio is not kept), rescaled, normalised.
 
     Example: `Preprocessing((768, 768), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3, 1 / 255)`
     """
 
     image_size: tuple[int, int]
-    """Width and height in pixels, which are equal."""
+    """`(width, height)` in pixels; both are equal."""
     image_mean: tuple[float, float, float]
-    """Per channel, of values 0 to 1."""
+    """Mean of the channels R, G, B, in the range 0 to 1."""
     image_std: tuple[float, float, float]
-    """Per channel."""
+    """Standard deviation of the channels R, G, B, in the range 0 to 1."""
     resample: int
-    """Pillow's filter number; 3 is bicubic."""
+    """Pillow's resampling filter; 3 is bicubic."""
     rescale_factor: float
-    """From bytes to 0 to 1."""
-
-
-def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool) -> dict[str, Any]:
-    """The generation defaults that the checkpoint's own `generate` would use.
-
-    Microsoft's `generate` is that of the inner language model, so it follows `text_config` and never reads the repository's
-    generation_config.json (which says `early_stopping: false`, against `true` in effect). The native one follows
-    generation_config.json; what that leaves out is filled from `text_config`, then from the top of config.json, because
-    transformers 5 writes configs without generation settings.
-
-    Args:
-        folder: Of the checkpoint.
-        config: Its config.json.
-        is_microsoft: Which layout it is.
-
-    Returns:
-        All keys of `GENERATION_DEFAULTS`, and of the rest those that depart from transformers' defaults.
-    """
-    own = None if is_microsoft else read_json(folder, "generation_config.json")
-    # Both classes of text config default to it; only a generation_config.json can leave it out.
-    implied = {"forced_eos_token_id": 2} if own is None else {}
-    sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
-    known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}
-    extras = {key: _first(key, sources, default) for key, default in _GENERATION_EXTRAS.items()}
-    return {**known, **{key: value for key, value in extras.items() if value != _GENERATION_EXTRAS[key]}}
-
-
-def _first(key: str, sources: Iterable[dict[str, Any]], default: Any) -> Any:
-    return next((source[key] for source in sources if source.get(key) is not None), default)
+    """Factor from 0..255 to 0..1."""
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
-    """From preprocessor_config.json, or from processor_config.json, where transformers 5 keeps the same values.
+    """Reads preprocessor_config.json, or processor_config.json, where transformers 5 keeps the same values.
 
     Raises:
-        CheckpointError: Neither exists, a value is missing, or a step is asked for that Florence-2 does not do.
+        CheckpointError: Neither file exists, a value is missing, or the config asks for a step that Florence-2 does not have.
     """
     name = "preprocessor_config.json"
     values = read_json(folder, name)
@@ -148,10 +94,10 @@ def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float
 
 
 def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
-    """Image tokens of a square image: the cells of the last stage and one for their mean.
+    """Counts the image tokens of a square image: the grid cells of the last vision stage, plus one for their mean.
 
     Raises:
-        CheckpointError: More cells than the position embedding has rows, or none.
+        CheckpointError: The grid is empty or larger than the position embedding.
     """
     vision = config.vision_config
     side = image_size[0]

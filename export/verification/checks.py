@@ -1,4 +1,4 @@
-"""Whether an exported bundle answers as its checkpoint does: graph by graph, then token by token."""
+"""The checks of every export: each graph against its torch module, then whole answers against transformers."""
 
 from __future__ import annotations
 
@@ -17,33 +17,38 @@ from florence_onnx.model import Florence2
 from florence_onnx.runtime.load_options import LoadOptions
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..graphs.export import OutputError, compare, worst
+from ..graphs.comparison import OutputError, compare, worst
 from ..graphs.plans import GraphPlan
 from . import reference
 from .photograph import PHOTOGRAPH
 
 MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.5, "int4": 0.9}
-"""Largest error of a graph's output, as a share of that output's largest magnitude, by precision.
+"""Bound on `OutputError.max_rel` of every output of a graph, by precision.
 
-For integers this catches broken conversions only: how good one is, `python -m export verify` measures.
+In fp32 another order of the sums changes an output by about 1e-6 of its largest value. In fp16 every value is rounded by up to 2**-11
+(5e-4), layer after layer. In int8 and int4 the errors depend on the weights, and those of random weights are large, so these two bounds
+catch broken conversions only; `python -m export verify` measures how good a conversion is.
 """
 
 EXACT = ("fp32",)
-"""Precisions whose tokens must equal the checkpoint's."""
+"""Precisions in which every token must equal the checkpoint's. The others choose differently where two logits are close."""
 
 SEARCHES = {
     "greedy": GenerationOptions(num_beams=1, max_new_tokens=48),
     "beam-3": GenerationOptions(num_beams=3, max_new_tokens=48),
 }
+"""The searches that `check_tokens` compares."""
 TASKS = (tasks.OBJECT_DETECTION, tasks.DETAILED_CAPTION)
+"""The tasks that `check_tokens` compares: location tokens, and text."""
 
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """How many of the checkpoint's tokens a bundle reproduces, in place."""
+    """How many tokens of a bundle's answers equal the checkpoint's at the same position."""
 
     equal: int
     total: int
+    """Tokens of the longer answer of each pair."""
 
     @property
     def is_exact(self) -> bool:
@@ -52,26 +57,30 @@ class TokenAgreement:
 
 
 def compare_graph(plan: GraphPlan, path: Path) -> dict[str, OutputError]:
-    """Runs a converted graph and its torch module on the same inputs.
+    """Compares a graph of any precision with its torch module, on all inputs of its plan.
 
     Args:
         plan: What the graph was exported from.
-        path: The file, in any precision.
+        path: The `.onnx` file.
 
     Returns:
-        The errors by output.
+        The largest errors of each output.
     """
     batches = (plan.inputs, *plan.check_inputs)
     return worst(compare(plan.module, path, inputs, plan.outputs) for inputs in batches)
 
 
 def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) -> dict[str, Any]:
-    """Summarises the errors of one graph.
+    """Checks the errors of a graph against the bound of its precision.
+
+    Returns:
+        The largest `max_abs` and the largest `max_rel` of all outputs.
 
     Raises:
-        VerificationError: One is beyond the precision's bound.
+        VerificationError: An output is beyond `MAX_RELATIVE_ERROR`.
     """
     output, largest = max(errors.items(), key=lambda item: item[1].max_rel)
+    # "not <=" instead of ">": an error that is NaN must not pass.
     if not largest.max_rel <= MAX_RELATIVE_ERROR[precision]:
         raise VerificationError(
             f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by {largest.max_abs:.3g}, "
@@ -83,18 +92,18 @@ def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) ->
 def check_tokens(
     checkpoint: Checkpoint, bundle: Bundle, images: Sequence[ImageInput] = (PHOTOGRAPH,)
 ) -> dict[str, Any]:
-    """Compares whole answers of a bundle with transformers'.
+    """Compares whole answers of a bundle, on the CPU provider, with those of transformers.
 
     Args:
         checkpoint: The original.
         bundle: Its export.
-        images: What to ask about.
+        images: The images to run `TASKS` on.
 
     Returns:
-        Per search, how many tokens agree.
+        `{"equal": …, "total": …}` tokens by the name of the search.
 
     Raises:
-        VerificationError: They differ although the precision is exact.
+        VerificationError: Tokens differ although the precision is in `EXACT`.
     """
     model = Florence2.from_bundle(bundle, LoadOptions(device="cpu"))
     found = {}

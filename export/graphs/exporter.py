@@ -1,15 +1,15 @@
-"""One torch module becomes one ONNX file, through optimum's exporter, and is compared with torch at once.
+"""Exporting one torch module to one ONNX file through optimum, and comparing the file with the module.
 
-optimum is built around whole transformers models: an `OnnxConfig` that invents dummy inputs, a model patcher, a validation that
-reruns both sides. `export_graph` hands it any module with explicit example tensors instead. What had to be known to do so:
+optimum is built around whole transformers models: an `OnnxConfig` generates dummy inputs, a patcher changes the model while it is traced,
+and a validation runs both sides. `export_graph` gives it a module with explicit example tensors instead. That needs some care:
 
-* optimum validates on the shapes that it traced with, which proves nothing about the dynamic axes. Here it validates on other
-  sizes of every dynamic axis, and in this process: its default is a spawned one, which needs a `__main__` guard in the caller.
-* While it exports and validates, optimum patches torch and transformers (masks without vmap, `use_cache` of every config). The
-  figures of the report are therefore measured on the untouched module.
-* Its validation knows one absolute bound for all outputs of a graph, whatever their scale. It is given twice what was measured
-  and accepted output by output, and so checks names, shapes, axes and the patched model on top.
-* torch folds the transpose of a `Linear` into a new initializer, so a tied embedding would be stored twice. `tidy` undoes that.
+* optimum validates on the shapes that it traced with, which says nothing about the dynamic axes. Here it validates with another size
+  of every dynamic axis, and in this process: by default it spawns one, which needs a `__main__` guard in the caller.
+* While it exports and validates, optimum patches torch and transformers (masks without vmap, `use_cache` of every config). The errors
+  in the report are therefore measured on the unpatched module.
+* Its validation has one absolute tolerance for all outputs, whatever their scale. The errors are checked here, output by output;
+  optimum's tolerance is then set to twice the measured error, so that it still checks names, shapes, axes and the patched model.
+* torch folds the transpose of a `Linear` into a new initializer, so a tied embedding would be stored twice. `tidy` undoes this.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from optimum.exporters.error_utils import AtolError, OutputMatchError, ShapeError
 from optimum.exporters.onnx import OnnxConfig, export_models, validate_models_outputs
@@ -31,31 +30,14 @@ from optimum.utils import logging as optimum_logging
 from transformers import PretrainedConfig
 
 from florence_onnx.errors import VerificationError
-from florence_onnx.runtime.engine import OnnxEngine
-from florence_onnx.runtime.load_options import LoadOptions
 
+from .comparison import DynamicAxes, OutputError, Tensors, compare, resized, worst
 from .files import tidy
-
-DynamicAxes = Mapping[str, Mapping[int, str]]
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output of a graph is from torch.
-
-    Example: `OutputError(max_abs=2.4e-06, max_rel=3.1e-07)`
-    """
-
-    max_abs: float
-    """Largest absolute difference."""
-    max_rel: float
-    """`max_abs` divided by the largest magnitude of torch's output: element-wise ratios are meaningless near zero."""
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What `export_graph` wrote and measured.
+    """The file that `export_graph` wrote, and its errors.
 
     Example: `GraphReport(path=Path("vision_encoder.onnx"), outputs={"image_features": OutputError(2.4e-06, 3.1e-07)})`
     """
@@ -86,27 +68,27 @@ def export_graph(
     rtol: float = 1e-4,
     check_inputs: Sequence[Tensors] = (),
 ) -> GraphReport:
-    """Export `module` to `path` and verify the file against the module.
+    """Exports a module and compares the file with it.
 
     Args:
         module: Called as `module(*inputs.values())`; returns one tensor, or a tuple in the order of `outputs`. In eval mode.
         path: The `.onnx` file to write; beyond 2 GB the weights go to `<path>_data` beside it.
-        inputs: Example tensors by input name (dots are allowed), in call order. Axes that share a name share their size. Use
-            sizes of at least 2: torch traces an axis of size 1 as a constant where it broadcasts.
+        inputs: Example tensors by input name (dots are allowed), in call order. Axes with the same name have the same size. Use
+            sizes of at least 2: torch traces a broadcast axis of size 1 as a constant.
         outputs: Output names.
         dynamic_axes: Input or output name -> axis -> axis name. Axes not named here are fixed.
-        opset: ONNX operator set; the TorchScript exporter knows up to 20.
-        atol: Absolute difference that always passes.
-        rtol: Bound on `OutputError.max_rel` where the difference is larger: fp32 sums in another order differ by about 1e-6 of
-            the largest value, so a bound that ignores the scale of the output refuses sound exports of large models.
-        check_inputs: Input sets to verify on besides the automatic one, which is `inputs` with every dynamic axis one longer
-            (see `resized`). Needed where a valid input cannot be made by repeating content.
+        opset: ONNX operator set; torch's TorchScript exporter supports up to 20.
+        atol: Absolute error that always passes.
+        rtol: Bound on `OutputError.max_rel` for larger absolute errors. fp32 sums in another order differ by about 1e-6 of the
+            largest value, so an absolute bound alone would reject sound exports of models with large activations.
+        check_inputs: More inputs to compare on, besides `resized(inputs, dynamic_axes)`. Needed where repeated content is no valid
+            input.
 
     Returns:
         The largest errors over all input sets.
 
     Raises:
-        VerificationError: The file does not reproduce the module.
+        VerificationError: The file does not reproduce the module within the bounds.
     """
     adapter = _NamedModule(module.eval(), tuple(inputs), tuple(outputs))
     config = _ExplicitConfig(inputs, outputs, dynamic_axes)
@@ -122,58 +104,11 @@ def export_graph(
     return report
 
 
-def compare(
-    module: Callable[..., Any],
-    path: Path,
-    inputs: Tensors,
-    outputs: Sequence[str],
-) -> dict[str, OutputError]:
-    """Run a graph on the CPU provider and the module on the same inputs.
-
-    The graph may be of another precision: what it takes is cast to its own types.
-
-    Args:
-        module: As for `export_graph`.
-        path: The `.onnx` file.
-        inputs: Tensors by input name. What the graph does not take (an input folded away) is given to the module only.
-        outputs: Output names, in the module's order.
-
-    Returns:
-        The errors by output name.
-
-    Raises:
-        VerificationError: Shapes differ.
-    """
-    engine = OnnxEngine(path, LoadOptions("cpu"))
-    found = engine.run({name: value.numpy() for name, value in inputs.items() if name in engine.inputs})
-    with torch.inference_mode():
-        expected = module(*inputs.values())
-    tensors = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-    return {
-        name: _difference(path, name, reference.numpy(), found[name])
-        for name, reference in zip(outputs, tensors, strict=True)
-    }
-
-
-def resized(inputs: Tensors, dynamic_axes: DynamicAxes, extra: int = 1) -> dict[str, torch.Tensor]:
-    """The same inputs with every dynamic axis `extra` longer, filled by repeating from the start.
-
-    Repeating keeps masks, positions and token ids valid, which drawing new numbers would not.
-    """
-    result = {}
-    for name, value in inputs.items():
-        for axis in dynamic_axes.get(name, {}):
-            size = value.shape[axis]
-            value = value.index_select(axis, torch.arange(size + extra) % max(size, 1)) if size else value
-        result[name] = value.contiguous()
-    return result
-
-
 class _NamedModule(torch.nn.Module):
-    """Gives a module the signature that optimum wants: one parameter per input name, a dict of named outputs.
+    """Gives a module the signature that optimum needs: one parameter per input, and a dict of named outputs.
 
-    The parameters are called `in_0`, `in_1`…: ONNX input names may hold dots, and names such as `past_key_values` make
-    optimum's patcher rewrite the value.
+    The parameters are named `in_0`, `in_1`, …, since ONNX input names may have dots, and a parameter named `past_key_values` would be
+    rewritten by optimum's patcher.
     """
 
     def __init__(self, module: torch.nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
@@ -191,7 +126,7 @@ class _NamedModule(torch.nn.Module):
 
 
 class _ExplicitConfig(OnnxConfig):  # type: ignore[misc]  # optimum is untyped
-    """An `OnnxConfig` made of explicit tensors and axes instead of generators."""
+    """An `OnnxConfig` with explicit tensors and axes instead of generators of dummy inputs."""
 
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
 
@@ -210,11 +145,11 @@ class _ExplicitConfig(OnnxConfig):  # type: ignore[misc]  # optimum is untyped
         return {name: dict(self._axes.get(name, {})) for name in self._output_names}
 
     def ordered_inputs(self, model: torch.nn.Module) -> dict[str, dict[int, str]]:
-        """optimum orders by the forward's parameter names; here the order is given."""
+        """Returns the inputs in their given order; optimum would sort them by the parameter names of `forward`."""
         return self.inputs
 
     def generate_dummy_inputs(self, framework: str = "pt", extra: int = 0, **_: object) -> dict[str, Any]:
-        """The example tensors; `extra` arrives through optimum's `input_shapes`."""
+        """Returns the example tensors; `extra` is passed through optimum's `input_shapes`, see `_validate`."""
         tensors = resized(self._tensors, self._axes, extra) if extra else dict(self._tensors)
         if framework == "np":
             return {name: value.numpy() for name, value in tensors.items()}
@@ -223,7 +158,7 @@ class _ExplicitConfig(OnnxConfig):  # type: ignore[misc]  # optimum is untyped
     def generate_dummy_inputs_for_validation(
         self, reference_model_inputs: dict[str, Any], onnx_input_names: list[str]
     ) -> dict[str, Any]:
-        """From parameter names to ONNX names, without those that the graph lost as unused."""
+        """Maps parameter names to ONNX names, without the inputs that the graph dropped as unused."""
         named = dict(zip(self._tensors, reference_model_inputs.values(), strict=True))
         return {name: value for name, value in named.items() if name in onnx_input_names}
 
@@ -247,28 +182,6 @@ def _validate(models: dict[str, Any], path: Path, outputs: list[str], atol: floa
         raise VerificationError(f"{path.name} does not reproduce the checkpoint: {error}") from error
 
 
-def _difference(path: Path, name: str, expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> OutputError:
-    if expected.shape != found.shape:
-        raise VerificationError(f"{path.name}: output {name} has shape {found.shape}, torch gives {expected.shape}")
-    if expected.size == 0:
-        return OutputError(0.0, 0.0)
-    max_abs = float(np.abs(expected.astype(np.float64) - found.astype(np.float64)).max())
-    if not np.isfinite(max_abs):  # a NaN would be within every bound that asks whether it is larger
-        max_abs = float("inf")
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    return OutputError(max_abs, max_abs / scale)
-
-
-def worst(measured: Iterable[dict[str, OutputError]]) -> dict[str, OutputError]:
-    """The largest errors of each output over several comparisons."""
-    found: dict[str, OutputError] = {}
-    for errors in measured:
-        for name, error in errors.items():
-            before = found.get(name, error)
-            found[name] = OutputError(max(before.max_abs, error.max_abs), max(before.max_rel, error.max_rel))
-    return found
-
-
 def _check(report: GraphReport, atol: float, rtol: float) -> None:
     bad = {name: error for name, error in report.outputs.items() if not _is_close(error, atol, rtol)}
     if bad:
@@ -285,7 +198,7 @@ def _is_close(error: OutputError, atol: float, rtol: float) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tracer and deprecation warnings of torch, and optimum's log, say nothing that the verification does not check."""
+    """Silences torch's tracer and deprecation warnings and optimum's log; what they warn of, the comparison checks."""
     level = optimum_logging.get_verbosity()
     optimum_logging.set_verbosity(50)
     try:
@@ -298,7 +211,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_configs(module: torch.nn.Module) -> Iterator[None]:
-    """optimum's patcher sets `use_cache` of every config it meets to False for good; the checkpoint's must stay."""
+    """Restores `use_cache` of the module's configs, which optimum's patcher sets to False and leaves so."""
     found: list[Any] = [getattr(child, "config", None) for child in module.modules()]
     configs = [config for config in found if hasattr(config, "use_cache")]
     before = [config.use_cache for config in configs]

@@ -1,4 +1,4 @@
-"""The JSON files that transformers.js wants beside the graphs."""
+"""The JSON files that transformers.js reads beside the graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from florence_onnx import tasks
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import write_json
+from ..checkpoints.json_files import write_json
 
 _ANSWER_TYPES = {
     "<OCR_WITH_REGION>": "ocr",
@@ -20,15 +20,15 @@ _ANSWER_TYPES = {
     "<OPEN_VOCABULARY_DETECTION>": "description_with_bboxes_or_polygons",
     "<REGION_PROPOSAL>": "bboxes",
 }
-"""Microsoft's names of the answer grammars; all other tasks answer `pure_text`."""
+"""Microsoft's names for the format of a task's answer; that of all other tasks is `pure_text`."""
 
 
 def write_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the configs and the tokenizer.
+    """Writes the configs and the tokenizer.
 
     Args:
-        checkpoint: What is exported.
-        directory: The root of the layout, beside `onnx/`.
+        checkpoint: The checkpoint that is exported.
+        directory: The root of the layout, which has the folder `onnx/`.
     """
     write_json(directory / "config.json", _config(checkpoint))
     write_json(directory / "generation_config.json", checkpoint.generation)
@@ -48,7 +48,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         projection_dim=config["vision_config"]["projection_dim"],
         **{key: checkpoint.generation[key] for key in _TOKEN_IDS},
     )
-    # transformers.js finds the sizes of the cache through this name (or "bart"); it must not be absent.
+    # transformers.js finds the sizes of the KV cache by this name (or "bart"), so it must be present.
     config["text_config"]["model_type"] = "florence2_language"
     return config
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason=NO_TORCH)
 pytest.importorskip("transformers", reason=NO_TORCH)
 from transformers.models.florence2.modeling_florence2 import Florence2VisionChannelAttention  # noqa: E402
 
-from export.graphs import vision  # noqa: E402
+from export.graphs import vision_encoder  # noqa: E402
 from tests import checkpoints  # noqa: E402
 
 CONFIGS = {"tiny": checkpoints.tiny_config, "odd": checkpoints.odd_config}
@@ -48,7 +48,7 @@ def test_a_depthwise_convolution_takes_its_residual(tower: Any) -> None:
     for _, spatial, _, side in stages(tower):
         grid = random_tokens(side, spatial.conv1.weight.shape[0]).transpose(1, 2).unflatten(2, (side, side))
         before = spatial.conv1.weight.clone()
-        assert_close(vision.with_residual(spatial.conv1)(grid), grid + spatial.conv1(grid))
+        assert_close(vision_encoder.with_residual(spatial.conv1)(grid), grid + spatial.conv1(grid))
         assert torch.equal(spatial.conv1.weight, before), "the checkpoint keeps its weights"
 
 
@@ -57,7 +57,7 @@ def test_a_scale_goes_into_weight_and_bias(tower: Any) -> None:
     for _, spatial, _, side in stages(tower):
         linear = spatial.window_attn.proj
         states = random_tokens(side, linear.weight.shape[1])
-        assert_close(vision.with_scale(linear.weight, linear.bias, 0.25)(states), 0.25 * linear(states))
+        assert_close(vision_encoder.with_scale(linear.weight, linear.bias, 0.25)(states), 0.25 * linear(states))
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def test_windows_are_sorted_while_heads_are_split(tower: Any) -> None:
     for _, spatial, _, side in stages(tower):
         attention = spatial.window_attn
         states = random_tokens(side, attention.proj.weight.shape[0])
-        found = vision.WindowAttention(attention, (side, side))(states)
+        found = vision_encoder.WindowAttention(attention, (side, side))(states)
         assert_close(found, attention(states.unflatten(1, (side, side))).reshape(states.shape))
 
 
@@ -75,15 +75,17 @@ def test_channel_attention_in_either_form(tower: Any, form: str) -> None:
     for _, _, channel, side in stages(tower):
         attention = channel.channel_attn
         states = random_tokens(side, attention.proj.weight.shape[0])
-        assert_close(getattr(vision, form)(attention, side * side)(states), attention(states))
+        assert_close(getattr(vision_encoder, form)(attention, side * side)(states), attention(states))
 
 
 def test_the_cheaper_form_is_taken(tower: Any) -> None:
     for _, _, channel, _ in stages(tower):
         channels = channel.channel_attn.proj.weight.shape[0]
-        few = vision.channel_attention(channel.channel_attn, channels // 2)
-        many = vision.channel_attention(channel.channel_attn, channels * 4)
-        assert isinstance(few, vision.DirectChannelAttention) and isinstance(many, vision.ChannelAttention)
+        few = vision_encoder.channel_attention(channel.channel_attn, channels // 2)
+        many = vision_encoder.channel_attention(channel.channel_attn, channels * 4)
+        assert isinstance(few, vision_encoder.DirectChannelAttention) and isinstance(
+            many, vision_encoder.ChannelAttention
+        )
 
 
 @torch.inference_mode()
@@ -95,7 +97,7 @@ def test_sums_over_all_tokens_of_a_full_size_image_fit_into_fp16() -> None:
     attention = Florence2VisionChannelAttention(config, 0)
     states = 1.5 * random_tokens(192, 128)[:1]
     assert (states.transpose(1, 2) @ states).max() > 65504
-    rewritten = vision.ChannelAttention(attention, 192**2)
+    rewritten = vision_encoder.ChannelAttention(attention, 192**2)
     expected = rewritten(states)
     assert_close(expected, attention(states))
     found = rewritten.half()(states.half()).float()

@@ -1,10 +1,9 @@
-"""Who is asked when two models are compared: a bundle on ONNX Runtime, or a checkpoint in transformers."""
+"""Models to compare, behind one interface: a bundle on ONNX Runtime, or a checkpoint in transformers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,14 +15,13 @@ from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
-from florence_onnx.generation.search import opening
 from florence_onnx.images import preprocessing
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.tasks import parse
 
-from .agreement import Answer, Comparison, compare_answers, compare_logits
+from .agreement import Answer
 from .questions import NamedImage, Question
 
 if TYPE_CHECKING:
@@ -33,24 +31,24 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _RECENT = 64
-"""Answers kept: those of one image, which its other questions are made of."""
+"""Answers that are cached. Those of one image suffice: questions with text or a region are made from other answers about it."""
 
 
 class Answerer(Protocol):
     """A model that answers questions."""
 
     name: str
-    """As the user gave it."""
+    """The name as the user gave it."""
     precision: str
-    """`fp32` of a checkpoint."""
+    """Precision of the bundle; `fp32` for a checkpoint."""
     generation: GenerationDefaults
-    """How it decodes where nothing else is asked for."""
+    """Its generation defaults."""
 
     def answer(self, question: Question, options: GenerationOptions) -> Answer:
-        """Asks."""
+        """Generates the answer to a question."""
 
     def score(self, question: Question, token_ids: tuple[int, ...]) -> Floats:
-        """Logits `(L - 1, V)` at every position of a given answer of L tokens."""
+        """Returns the logits `(L - 1, V)` at every position of a given answer of L tokens."""
 
 
 class BundleAnswerer:
@@ -61,7 +59,7 @@ class BundleAnswerer:
         self.precision = bundle.precision
         self.generation = bundle.generation
         self._model = Florence2.from_bundle(bundle, LoadOptions(device=device))
-        # an image is encoded once for all its questions, and searches that give the same tokens are scored once
+        # An image is encoded once for all its questions, and searches that give the same tokens are scored once.
         self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(
             lambda image: self._model.encode(image.image)
         )
@@ -117,16 +115,16 @@ class CheckpointAnswerer:
 
 
 def open_bundle(name: str, *, precision: str | None = None, device: str = "auto") -> BundleAnswerer:
-    """Loads a bundle by its directory, its name on the hub, or `demo`.
+    """Loads a bundle from a directory, a hub repository, or `demo`.
 
     Raises:
-        FlorenceError: It cannot be used.
+        FlorenceError: The bundle is missing or cannot be loaded.
     """
     return BundleAnswerer(name, hub.resolve(name, precision=precision), device=device)
 
 
 def is_bundle(name: str) -> bool:
-    """Whether a reference is a bundle; anything else (another folder, a hub id) is taken for a checkpoint."""
+    """Whether a name is that of a bundle; anything else (another folder, a hub id) is taken for a checkpoint."""
     path = Path(name)
     has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     is_transformers_js = (path / "onnx").is_dir() and not has_weights
@@ -135,15 +133,15 @@ def is_bundle(name: str) -> bool:
 
 
 def open_reference(name: str, generation: GenerationDefaults, *, device: str = "auto") -> Answerer:
-    """Loads what others are compared with.
+    """Loads the model that the others are compared with.
 
     Args:
         name: An fp32 bundle, or the folder or hub id of a checkpoint.
-        generation: Of a bundle that was exported from it: a checkpoint states its own less completely.
-        device: For a bundle.
+        generation: The generation defaults of a bundle that was exported from the checkpoint; used if `name` is a checkpoint.
+        device: The device of a bundle.
 
     Raises:
-        FlorenceError: It cannot be used.
+        FlorenceError: The bundle or checkpoint is missing or cannot be loaded.
         InputError: It is a bundle of another precision.
     """
     if not is_bundle(name):
@@ -157,77 +155,3 @@ def open_reference(name: str, generation: GenerationDefaults, *, device: str = "
             f"the reference {name} has precision {found.precision}; give the checkpoint or its export in fp32"
         )
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------- comparing
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One answer of one candidate, compared."""
-
-    candidate: Answerer
-    question: Question
-    num_beams: int
-    expected: Answer
-    answer: Answer
-    comparison: Comparison
-
-
-def resolve_searches(
-    generation: GenerationDefaults, beams: Sequence[int], max_new_tokens: int | None
-) -> list[GenerationOptions]:
-    """Options that mean the same to every model.
-
-    Args:
-        generation: The reference's defaults, for what is not given.
-        beams: Numbers of beams; none means greedy and the checkpoint's own.
-        max_new_tokens: Limit of every answer.
-
-    Raises:
-        OptionsError: A number is out of range.
-    """
-    wanted = beams or (1, generation.resolve(None).num_beams)
-    found = []
-    for num_beams in dict.fromkeys(wanted):
-        config = generation.resolve(GenerationOptions(num_beams, max_new_tokens))
-        found.append(GenerationOptions(num_beams, config.max_length - 1))
-    return found
-
-
-def compare_models(
-    reference: Answerer,
-    candidates: Sequence[Answerer],
-    questions: Iterable[Question],
-    searches: Sequence[GenerationOptions],
-) -> Iterator[Measured]:
-    """Asks everyone everything and compares answers and logits with the reference's.
-
-    Args:
-        reference: The measure.
-        candidates: Who is measured.
-        questions: What is asked.
-        searches: How answers are decoded; `num_beams` must be given.
-
-    Yields:
-        One comparison per question, search and candidate.
-
-    Raises:
-        InputError: A candidate's vocabulary is not the reference's.
-    """
-    for question in questions:
-        for options in searches:
-            num_given = len(opening(reference.generation.resolve(options)))
-            expected = reference.answer(question, options)
-            logits = reference.score(question, expected.token_ids)[num_given - 1 :]
-            for candidate in candidates:
-                answer = candidate.answer(question, options)
-                found = candidate.score(question, expected.token_ids)[num_given - 1 :]
-                if found.shape != logits.shape:
-                    raise InputError(
-                        f"{candidate.name} has a vocabulary of {found.shape[1]}, {reference.name} of {logits.shape[1]}: "
-                        "they do not come from the same checkpoint"
-                    )
-                agreement = compare_logits(logits, found) if len(logits) else None
-                comparison = compare_answers(expected, answer, num_given=num_given, logits=agreement)
-                yield Measured(candidate, question, options.num_beams or 1, expected, answer, comparison)

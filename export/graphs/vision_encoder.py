@@ -1,4 +1,4 @@
-"""The vision encoder as a torch module, written for export: static image sizes, no control flow.
+"""The vision encoder (DaViT) as a torch module, written for export: a fixed image size, no control flow.
 
 It borrows the weights of a transformers `Florence2ForConditionalGeneration` and computes what its modules compute.
 Shapes use B images, N image tokens, C channels of a stage, D columns of the image features.
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Florence2ForConditionalGeneration
 
-from .text import keep_axes, merge_heads, split_heads
+from .attention import keep_axes, merge_heads, split_heads
 
 
 def with_residual(conv: nn.Conv2d) -> nn.Conv2d:
-    """`x + conv(x)` of a depthwise convolution as a single one: the kernel's centre grows by one."""
+    """Folds a residual connection into a depthwise convolution: `x + conv(x)` is `conv'(x)` with 1 added to the kernel's centre."""
     folded = copy.deepcopy(conv)
     height, width = folded.kernel_size
     with torch.no_grad():
@@ -28,7 +28,7 @@ def with_residual(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def with_scale(weight: Tensor, bias: Tensor, scale: float) -> nn.Linear:
-    """`scale * (x W' + b)` as a plain linear layer."""
+    """Folds a factor into a linear layer: `scale * (x W' + b)`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight * scale)
@@ -50,22 +50,29 @@ def _to_tokens(grid: Tensor) -> Tensor:
 
 
 def _convolve(conv: nn.Conv2d, states: Tensor, size: tuple[int, int]) -> Tensor:
-    """A convolution of tokens `(B, H·W, C)`.
+    """Applies a convolution to tokens `(B, H·W, C)`.
 
-    The two permutations stand right at the convolution, four-dimensional: ONNX Runtime then makes them part of its
-    conversion to and from blocked channels instead of running them.
+    ONNX Runtime's CPU provider computes convolutions in a layout of blocked channels (NCHWc). If the permutations between NHWC and NCHW
+    are four-dimensional and adjacent to the convolution, its conversion to and from that layout absorbs them; otherwise each is a pass
+    over all activations.
     """
     return _to_tokens(conv(_to_grid(states, size).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def _apply(linear: nn.Module, states: Tensor) -> Tensor:
-    """A layer on tokens `(B, N, C)`, as a matrix product of two dimensions, into which the bias goes."""
+    """Applies a layer to tokens `(B, N, C)` as a two-dimensional product, which is exported as one `Gemm` with its bias.
+
+    A product of three dimensions is exported as `MatMul` and `Add`. The int8 recipe quantizes the `Gemm` nodes.
+    """
     flat: Tensor = linear(states.reshape(-1, int(states.shape[2])))
     return flat.reshape(-1, int(states.shape[1]), int(flat.shape[1]))
 
 
 class _ConvEmbed(nn.Module):
-    """Patches of a stage: pixels or tokens `(B, H·W, C)` to the next resolution's tokens."""
+    """Patch embedding of a stage: pixels `(B, 3, H, W)` or the tokens `(B, H·W, C)` of the stage before, to this stage's tokens.
+
+    `size` is the grid `(H, W)` of the input tokens, or None for pixels.
+    """
 
     def __init__(self, source: Any, size: tuple[int, int] | None) -> None:
         super().__init__()
@@ -83,9 +90,12 @@ class _ConvEmbed(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows of w x w tokens; windows beyond the edge are filled with zeros, which are attended.
+    """Attention within windows of w x w tokens: `(B, H·W, C)` to `(B, H·W, C)`.
 
-    Tokens stay in rows until queries, keys and values are split by head: that permutation sorts them by window too.
+    Windows that reach over the edge are padded with zeros. Those tokens are attended to, as in the original.
+
+    The grid is not split into windows first, which would be a permutation of its own. Tokens stay in row-major order through the
+    projections, and the permutation that splits queries, keys and values by head sorts them by window as well.
     """
 
     def __init__(self, source: Any, size: tuple[int, int]) -> None:
@@ -124,15 +134,16 @@ class WindowAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Attention of channels to channels within groups, over all tokens.
+    """Attention of channels to channels within groups, over all N tokens: `(B, N, C)` to `(B, N, C)`.
 
-    The scores of a group are `Q'K`, sums over the tokens, and need the tokens only through `x'x`:
-    `(x Wq + bq)'(x Wk + bk) = Wq'(x'x)Wk + (Wq's)bk' + bq(Wk's)' + N bq bk'` with `s` the sum of the tokens. What is
-    left to do for each token is one product with `Wv A' Wp`, the attention `A` set between the value and the output
-    projection. Two products over all tokens instead of four: in Florence-2-base 6 % less arithmetic.
+    The scores of a group are `Q'K`, sums over the tokens, and depend on the tokens `x` only through `x'x` and their sum `s`:
+    `(x Wq + bq)'(x Wk + bk) = Wq'(x'x)Wk + (Wq's)bk' + bq(Wk's)' + N bq bk'`. The rest is linear in each token: value projection,
+    attention `A` and output projection are one product with `Wv A' Wp`. That is two products over all tokens (`x'x` and this one)
+    instead of four, in Florence-2-base 6 % less arithmetic.
 
-    Sums over 36864 tokens do not fit into fp16, so `x'x` and `s` are those of `x / r`, with `r` the power of two next to the root
-    of N; the factors of the queries make up for it, and in fp32 not a bit changes.
+    fp16 ends at 65504, which `x'x` and `s` exceed as sums over up to 36864 tokens. Therefore they are computed from `x / r`, r being
+    the power of two nearest to √N: then `x'x` is divided by about N, and is a mean instead of a sum. The buffers that multiply the
+    sums make up for the factor. Powers of two change only the exponent, so the fp32 result is the same to the last bit.
     """
 
     query: Tensor
@@ -159,7 +170,7 @@ class ChannelAttention(nn.Module):
         self.register_buffer("key", weights[1].t().contiguous())
         self.register_buffer("key_bias", biases[1].transpose(1, 2).contiguous())
         self.register_buffer("constant", num_tokens * biases[0] * scale @ biases[1].transpose(1, 2))
-        # with the bias as one more input channel
+        # The bias is appended as one more input channel (homogeneous coordinates), so that A is applied to both in one product.
         value = torch.cat([weights[2].reshape(groups, -1, channels), biases[2]], dim=2)
         self.register_buffer("value", value.transpose(1, 2).contiguous())
         self.register_buffer("proj", source.proj.weight.detach().t().contiguous())
@@ -172,8 +183,8 @@ class ChannelAttention(nn.Module):
         return states @ merged[:, :-1] + (merged[:, -1:] + self.proj_bias)
 
     def _scores(self, states: Tensor) -> Tensor:
-        """`(B, groups, d, d)`."""
-        # a product with ones: ONNX Runtime's ReduceSum over rows is ten times slower
+        """Returns the attention scores `(B, groups, d, d)`, queries by keys."""
+        # The sum over tokens is a product with ones: ONNX Runtime's ReduceSum over rows is ten times slower.
         ones = states.new_ones(1, int(states.shape[1]))
         states = states * self.shrink
         total = (ones @ states)[:, 0, None, :, None]
@@ -185,7 +196,10 @@ class ChannelAttention(nn.Module):
 
 
 class DirectChannelAttention(nn.Module):
-    """The same by queries, keys and values of every token: less arithmetic where there are few tokens and many channels."""
+    """The same attention, computed from queries, keys and values of every token.
+
+    Less arithmetic than `ChannelAttention` if there are fewer tokens than channels.
+    """
 
     def __init__(self, source: Any, num_tokens: int) -> None:
         super().__init__()
@@ -205,13 +219,13 @@ class DirectChannelAttention(nn.Module):
 
 
 def channel_attention(source: Any, num_tokens: int) -> nn.Module:
-    """The cheaper of two equal forms: the one saves two products of N·C² over the tokens, and adds two of C³."""
+    """Chooses the cheaper of the two forms: `ChannelAttention` saves two products of N·C² operations and adds two of C³."""
     is_cheaper = source.proj.weight.shape[0] < num_tokens
     return (ChannelAttention if is_cheaper else DirectChannelAttention)(source, num_tokens)
 
 
 class _Block(nn.Module):
-    """x + conv(x); x + attention(norm(x)); x + conv(x); x + mlp(norm(x))."""
+    """One DaViT block of either kind: x + conv1(x); x + attention(norm1(x)); x + conv2(x); x + mlp(norm2(x))."""
 
     def __init__(self, source: Any, attention: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
@@ -231,12 +245,14 @@ class _Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """`pixel_values` `(B, 3, height, width)` to `image_features` `(B, N, D)`."""
+    """`pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`; the first of the N tokens is the mean of the others."""
 
     def __init__(self, model: Florence2ForConditionalGeneration, image_size: tuple[int, int]) -> None:
-        """Args:
-        model: Where the weights come from.
-        image_size: `(width, height)` in pixels.
+        """Takes the weights over from a model.
+
+        Args:
+            model: The model; its weights are shared where they are not folded.
+            image_size: `(width, height)` in pixels.
         """
         super().__init__()
         tower: Any = model.model.vision_tower
@@ -272,7 +288,10 @@ def _convolved(conv: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _position_table(projector: Any, size: tuple[int, int]) -> Tensor:
-    """Learned column and row embeddings side by side, plus the embedding of the first (only) frame: `(H·W, C)`."""
+    """Returns the position embedding `(H·W, C)`: learned column and row embeddings concatenated, plus the embedding of frame 0.
+
+    Florence-2 has a temporal embedding for videos; an image is a video of one frame.
+    """
     height, width = size
     embed = projector.image_position_embed
     columns = embed.column_embeddings.weight[:width].expand(height, -1, -1)

@@ -1,12 +1,10 @@
-"""From a checkpoint to a verified bundle directory, all or nothing."""
+"""Writing verified bundles of a checkpoint: completely, or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,13 @@ from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import write_json
+from ..checkpoints.json_files import write_json
 from ..graphs.plans import OPSET, export_graphs, plans
-from ..graphs.top_scores import add_top_scores
-from ..precisions.optimize import PRECISIONS, VISION_PRECISIONS
-from ..verification import verify
+from ..graphs.top_k import add_top_k
+from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
+from ..verification import checks
 from ..verification.photograph import PHOTOGRAPH
+from .directories import new_directory
 from .memory import measure
 from .weights import gather_weights
 
@@ -36,64 +35,7 @@ Progress = Callable[[str], None]
 
 
 def _silent(step: str) -> None:
-    """No progress."""
-
-
-@contextmanager
-def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory that appears under its name only when its content is complete.
-
-    Args:
-        output: The final place.
-        force: Whether an existing export in `output` may be replaced; it is, at the very end. A process that is killed
-            between the last two renames leaves it beside, as `.NAME.old-*`.
-
-    Yields:
-        A temporary directory beside `output`; it is removed when the block fails.
-
-    Raises:
-        CheckpointError: `output` exists and `force` was not given, or it is something else than an export.
-    """
-    output = output.resolve()
-    if output.exists() and not force:
-        raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
-    if output.exists() and not _is_replaceable(output):
-        raise CheckpointError(f"{output} is not an exported model: --force replaces nothing else; remove it yourself")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Whether a directory is empty or an export, and not a checkpoint or anything that merely has its name."""
-    if not path.is_dir():
-        return False
-    names = {entry.name for entry in path.iterdir()}
-    is_checkpoint = any(name.endswith((".safetensors", ".bin")) for name in names)
-    is_single = bundles.DESCRIPTION in names or {"onnx", "config.json"} <= names
-    is_several = names <= set(PRECISIONS) and all((path / name / bundles.DESCRIPTION).is_file() for name in names)
-    is_export = is_single or is_several
-    return not names or (is_export and not is_checkpoint)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if not target.exists():
-        source.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-    target.rename(old / target.name)
-    try:
-        source.rename(target)
-    except OSError:
-        (old / target.name).rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+    """Reports no progress."""
 
 
 def export_bundle(
@@ -106,9 +48,9 @@ def export_bundle(
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
-    """Exports, verifies and writes a bundle; see `export_bundles`."""
+    """Exports, verifies and writes one bundle. The arguments are those of `export_bundles`, except that `output` is the bundle itself."""
     _check_precisions([precision], vision_precision)
-    loaded = [decoding.load(image) for image in images]  # a bad one must not cost the minutes of an export
+    loaded = [decoding.load(image) for image in images]  # before the export, which takes minutes
     with new_directory(Path(output), force=force) as directory:
         graphs, tokens = _write_exact(checkpoint, directory, loaded, progress)
         _finish(checkpoint, directory, precision, vision_precision, loaded, graphs, tokens, progress)
@@ -127,24 +69,24 @@ def export_bundles(
 ) -> list[Bundle]:
     """Exports once and writes a bundle for each precision, as `output/PRECISION`.
 
-    The fp32 graphs must give the checkpoint's tokens; other precisions are converted from them afterwards, must stay
-    within their bounds graph by graph, and how many tokens still agree is measured and noted.
+    The fp32 graphs must reproduce the checkpoint's tokens exactly. Graphs of other precisions are converted from them and must stay
+    within the bounds of their precision; the share of equal tokens is measured and written into the bundle.
 
     Args:
         checkpoint: What `load_checkpoint` returned.
         output: The directory to create.
         precisions: Keys of `PRECISIONS`.
-        vision_precision: Another precision for the vision encoder of those that are not fp32.
-        images: What the verification asks about.
-        force: Whether to replace an existing directory.
-        progress: Called with what is done next.
+        vision_precision: Another precision for the vision encoder; not for fp32 bundles.
+        images: The images to verify on.
+        force: Whether to replace an existing export.
+        progress: Called with a line of text before each step.
 
     Returns:
-        The bundles as they lie on disk.
+        The bundles on disk.
 
     Raises:
-        CheckpointError: A precision is unknown or the directory exists.
-        VerificationError: The graphs do not reproduce the checkpoint; nothing is left behind.
+        CheckpointError: A precision is unknown, or the directory exists.
+        VerificationError: A graph does not reproduce the checkpoint. Nothing is written.
     """
     _check_precisions(precisions, vision_precision)
     loaded = [decoding.load(image) for image in images]
@@ -178,12 +120,12 @@ def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -
 def _write_exact(
     checkpoint: Checkpoint, directory: Path, images: Sequence[ImageInput], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Writes and verifies the fp32 graphs; returns the errors of each and the token agreement."""
+    """Writes and verifies the fp32 graphs; returns the errors of each graph and the token agreement of each search."""
     checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
     write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
     graphs = _write_graphs(checkpoint, directory, progress)
     progress("comparing answers with transformers")
-    return graphs, verify.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
+    return graphs, checks.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
 
 
 def _finish(
@@ -196,16 +138,16 @@ def _finish(
     tokens: dict[str, Any],
     progress: Progress,
 ) -> None:
-    """Turns a directory of verified fp32 graphs into a bundle of another precision."""
+    """Turns a directory of verified fp32 graphs into a bundle of the given precision."""
     own = precision if precision == "fp32" else vision_precision or precision
     graphs = graphs | _convert_graphs(checkpoint, directory, {bundles.VISION_ENCODER: own}, precision, progress)
     progress("sharing weights")
     gather_weights([directory / plan.name for plan in plans(checkpoint)], directory / bundles.WEIGHTS)
-    graphs |= _add_top_scores(checkpoint, directory, precision)
+    graphs |= _add_top_k(checkpoint, directory, precision)
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
-        tokens = verify.check_tokens(checkpoint, bundle, images)
+        tokens = checks.check_tokens(checkpoint, bundle, images)
     description = bundles.describe(
         precision=precision,
         vision_precision=own if own != precision else None,
@@ -215,19 +157,19 @@ def _finish(
         memory=measure(bundle) if {precision, own} <= set(ITEMSIZES) else None,
         files=_files(directory),
     )
-    # Written last: without it the directory is no bundle, whatever happened before.
+    # Written last: without it the directory is not a bundle, wherever the process is killed.
     write_json(directory / bundles.DESCRIPTION, description)
 
 
 def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:
     reports = export_graphs(checkpoint, directory, progress=lambda name: progress(f"exporting {name}"))
-    return {report.path.name: verify.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
+    return {report.path.name: checks.check_graph(report.path.name, report.outputs, "fp32") for report in reports}
 
 
 def _convert_graphs(
     checkpoint: Checkpoint, directory: Path, precisions: dict[str, str], default: str, progress: Progress
 ) -> dict[str, Any]:
-    """Converts the graphs, each to its own of `precisions` or to the default, and checks each by its own bound."""
+    """Converts each graph to its precision in `precisions`, or else to `default`, and checks it against the bound of that precision."""
     found = {}
     for plan in plans(checkpoint):
         precision = precisions.get(plan.name, default)
@@ -236,16 +178,16 @@ def _convert_graphs(
             continue
         progress(f"converting {plan.name} to {precision}")
         conversion(directory / plan.name)
-        found[plan.name] = verify.check_graph(plan.name, verify.compare_graph(plan, directory / plan.name), precision)
+        found[plan.name] = checks.check_graph(plan.name, checks.compare_graph(plan, directory / plan.name), precision)
     return found
 
 
-def _add_top_scores(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[str, Any]:
-    """Writes the accelerators' decoder beside the other, and checks it by the same module and bound."""
+def _add_top_k(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[str, Any]:
+    """Writes the decoder with top-k outputs beside the plain one, and checks it against the same module and bound."""
     path = directory / bundles.DECODER_TOP
-    add_top_scores(directory / bundles.DECODER, path)
+    add_top_k(directory / bundles.DECODER, path)
     plan = next(plan for plan in plans(checkpoint) if plan.name == bundles.DECODER)
-    return {path.name: verify.check_graph(path.name, verify.compare_graph(plan, path), precision)}
+    return {path.name: checks.check_graph(path.name, checks.compare_graph(plan, path), precision)}
 
 
 def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:
@@ -268,7 +210,7 @@ def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bund
 
 
 def versions() -> dict[str, Any]:
-    """What an export was made with."""
+    """Returns the versions of the libraries that made the export, and the operator set."""
     return {
         "florence_onnx": florence_onnx.__version__,
         "torch": torch.__version__,

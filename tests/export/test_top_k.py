@@ -15,7 +15,7 @@ from tests.conftest import NO_TORCH, Exported, _export
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from export.graphs.plans import plans  # noqa: E402
-from export.graphs.top_scores import NUM_TOP, add_top_scores  # noqa: E402
+from export.graphs.top_k import NUM_TOP, add_top_k  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
@@ -96,7 +96,7 @@ def test_equal_logits_come_by_token_and_a_short_vocabulary_comes_whole(tmp_path:
     )
     opset = onnx.helper.make_opsetid("", 18)
     onnx.save(onnx.helper.make_model(bare, opset_imports=[opset], ir_version=9), str(tmp_path / "bare.onnx"))
-    add_top_scores(tmp_path / "bare.onnx", tmp_path / "top.onnx")
+    add_top_k(tmp_path / "bare.onnx", tmp_path / "top.onnx")
     loaded = OnnxEngine(tmp_path / "top.onnx", LoadOptions("cpu"))
     logits = np.random.default_rng(0).integers(-3, 4, (2, 3, vocabulary)).astype(np.float32)
     logits[0, 0] *= 1000  # whose exponentials alone no float holds

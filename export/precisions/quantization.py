@@ -1,11 +1,12 @@
-"""Integer weights: matrix products with constant weights become ONNX Runtime's quantised ones.
+"""Quantization: matrix products with constant weights become ONNX Runtime's quantized operators.
 
-Two forms, chosen by what bounds a graph on a CPU:
+There are two forms, for what limits a graph on a CPU:
 
-* the encoders multiply hundreds of tokens by every weight and are bound by arithmetic: `DynamicQuantizeMatMul` multiplies
-  8-bit integers, the activations quantised per call and tensor;
-* the decoder reads every weight for a token or two and is bound by memory: `MatMulNBits` keeps 8 or 4 bits per weight in
-  blocks of 32 with a scale each, and quantises activations row by row, so that no row depends on its neighbours.
+* The encoders multiply hundreds of tokens by every weight and are limited by arithmetic. `DynamicQuantizeMatMul` multiplies 8-bit
+  integers. It quantizes activations with one scale for the whole tensor, found in every call. All rows of a batch share that scale, so
+  a row's result depends slightly on the other rows of its batch, and a batch need not give the very tokens of single calls.
+* The decoder reads every weight for a few tokens and is limited by memory bandwidth. `MatMulNBits` stores 8 or 4 bits per weight in
+  blocks of 32 with one scale each. It quantizes activations row by row, so no row depends on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -24,37 +25,37 @@ from ..graphs.files import save
 Floats = npt.NDArray[np.float32]
 
 BLOCK_SIZE = 32
-"""Weights that share a scale; the smallest that `MatMulNBits` offers beside 16."""
+"""Weights that share a scale. `MatMulNBits` offers 16, 32 and more."""
 INT8_ACCURACY = 4
-"""`accuracy_level` of `MatMulNBits` at which activations are 8-bit as well; without it weights are expanded to fp32."""
+"""`accuracy_level` of `MatMulNBits` at which activations are quantized to 8 bits; otherwise weights are expanded to fp32."""
 MAX_DYNAMIC_WEIGHT = 63
-"""7-bit weights: on CPUs without VNNI two products of full 8-bit numbers overflow the 16 bits that they are summed in."""
+"""Largest quantized weight: 7 bits. CPUs without VNNI add two 8-bit products in 16 bits, which full 8-bit weights overflow."""
 MIN_WIDTH = 16
-"""Narrower products stay in fp32: they cost nothing."""
+"""Products with fewer input or output channels stay in fp32: they take no time."""
 
 CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A node `MatMul` or `Gemm` whose second factor is constant."""
+    """A `MatMul` or `Gemm` node whose second factor is constant."""
 
     node: onnx.NodeProto
     weight: Floats
-    """`(K, N)`, as the product uses it."""
+    """`(K, N)`: input channels by output channels."""
     source: str
-    """The initializer that holds it, possibly transposed."""
+    """Name of the initializer that holds the weight or its transpose."""
     bias: str
-    """Name of a constant `(N,)`, or empty."""
+    """Name of the constant `(N,)` that is added, or empty."""
 
 
 def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) -> None:
-    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place: one scale per output channel.
+    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place. Weights have a scale per output channel.
 
     Args:
-        path: The graph.
-        kinds: Operators to replace. The linear layers of the vision encoder are its `Gemm` nodes; its `MatMul` nodes with
-            constants work on sums over all tokens (`vision.ChannelAttention`), whose range 8 bits do not span.
+        path: The `.onnx` file.
+        kinds: The operators to replace. In the vision encoder the linear layers are `Gemm` nodes. Its `MatMul` nodes with constants
+            multiply sums over all tokens (`vision_encoder.ChannelAttention`), whose range is too large for 8 bits.
     """
     model = onnx.load(str(path))
     for product in list(_products(model)):
@@ -66,12 +67,12 @@ def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) 
 def to_blocks(path: Path, *, bits: int) -> None:
     """Replaces every product of activations and weights by `MatMulNBits`, in place.
 
-    The language model head is the token embedding too. It keeps 8 bits in any case, because the location tokens, whose
-    rows differ by little from their neighbours', are told apart by it; and the embedding is read from the same bytes.
+    The language model head always has 8 bits: it tells apart location tokens whose rows differ little from their neighbours'. The token
+    embedding, which is the same matrix, is read from the same bytes.
 
     Args:
-        path: The graph.
-        bits: 8 or 4, of all other weights.
+        path: The `.onnx` file.
+        bits: 8 or 4, for all other weights.
     """
     model = onnx.load(str(path))
     embeddings = {node.input[0]: node for node in model.graph.node if node.op_type == "Gather"}
@@ -132,20 +133,21 @@ def _dynamic_node(model: onnx.ModelProto, product: _Product) -> onnx.NodeProto:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """A weight in blocks along its input channels."""
+    """A weight, quantized in blocks along its input channels."""
 
     bits: int
     values: npt.NDArray[np.uint8]
-    """`(N, K / BLOCK_SIZE, BLOCK_SIZE * bits / 8)`; of two 4-bit weights the first lies in the lower half of the byte."""
+    """`(N, K / BLOCK_SIZE, BLOCK_SIZE * bits / 8)`. Two 4-bit weights share a byte, the first in its lower half."""
     scales: Floats
     """`(N, K / BLOCK_SIZE)`."""
 
     @classmethod
     def of(cls, weight: Floats, bits: int) -> _Blocks:
-        """Args: weight `(N, K)`. The zero point is the middle of the range, which `MatMulNBits` assumes unless told."""
+        """Quantizes a weight `(N, K)`. The zero point is the middle of the range, the default of `MatMulNBits`."""
         middle = 1 << (bits - 1)
         blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
-        # the value of largest magnitude becomes -middle: the range has one more negative number than positive ones
+        # The range is -middle to middle - 1. The value of largest magnitude is mapped to -middle, whatever its sign (the scale may be
+        # negative), so that the whole range is used.
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
         scales = np.where(extreme == 0, np.float32(1), extreme / np.float32(-middle)).astype(np.float32)
         values = np.clip(np.rint(blocks / scales) + middle, 0, 2 * middle - 1).astype(np.uint8)
@@ -182,7 +184,7 @@ def _block_node(model: onnx.ModelProto, product: _Product, blocks: _Blocks) -> o
 
 
 def _read_embedding(model: onnx.ModelProto, gather: onnx.NodeProto, name: str, blocks: _Blocks) -> None:
-    """Lets the embedding be read from the head's bytes: equal bytes are stored once (`weights.py`)."""
+    """Replaces the embedding's `Gather` by one from the head's quantized bytes, which are stored once (`bundles/weights.py`)."""
     inputs = [
         _add(model, f"{name}_rows", blocks.values.reshape(len(blocks.values), -1)),
         gather.input[1],
@@ -220,7 +222,7 @@ def _swap(model: onnx.ModelProto, old: onnx.NodeProto, new: onnx.NodeProto) -> N
 
 
 def _finish(model: onnx.ModelProto, path: Path) -> None:
-    """Drops what nothing reads any more, and declares the operators."""
+    """Removes `Transpose` nodes and initializers that are no longer read, declares the operators' domain, and saves."""
     outputs = {output.name for output in model.graph.output}
     read = outputs | {name for node in model.graph.node for name in node.input}
     nodes = [node for node in model.graph.node if node.op_type != "Transpose" or node.output[0] in read]

@@ -17,9 +17,9 @@ torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
 from onnx import helper, numpy_helper  # noqa: E402
 
-from export.bundles import write_bundle  # noqa: E402
-from export.precisions import quantize  # noqa: E402
-from export.verification import verify  # noqa: E402
+from export.bundles import writer  # noqa: E402
+from export.precisions import quantization  # noqa: E402
+from export.verification import checks  # noqa: E402
 from florence_onnx.runtime.engine import OnnxEngine  # noqa: E402
 
 WIDTH, CHANNELS = 64, 48
@@ -52,9 +52,9 @@ def test_a_product_stays_within_what_its_bits_allow(tmp_path: Path, form: str, b
     write_product(path, weight, is_gemm=is_gemm)
     exact = OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"]
     if form == "dynamic":
-        quantize.to_dynamic_int8(path)
+        quantization.to_dynamic_int8(path)
     else:
-        quantize.to_blocks(path, bits=int(form[-1]))
+        quantization.to_blocks(path, bits=int(form[-1]))
     (node,) = onnx.load(str(path)).graph.node
     assert node.op_type == ("DynamicQuantizeMatMul" if form == "dynamic" else "MatMulNBits")
     found = OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"]
@@ -67,7 +67,7 @@ def test_extreme_activations_and_weights_do_not_overflow(tmp_path: Path) -> None
     """Full 8-bit weights would saturate the 16-bit sums of CPUs without VNNI."""
     path = tmp_path / "product.onnx"
     write_product(path, np.ones((WIDTH, CHANNELS), dtype=np.float32), is_gemm=False)
-    quantize.to_dynamic_int8(path)
+    quantization.to_dynamic_int8(path)
     x = np.ones((3, WIDTH), dtype=np.float32)
     np.testing.assert_allclose(OnnxEngine(path, LoadOptions("cpu")).run({"x": x})["y"], WIDTH, rtol=0.01)
 
@@ -75,7 +75,7 @@ def test_extreme_activations_and_weights_do_not_overflow(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def several(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("several") / "out"
-    write_bundle.export_bundles(tiny.checkpoint, output, precisions=["fp32", "int8", "int4", "int8"])
+    writer.export_bundles(tiny.checkpoint, output, precisions=["fp32", "int8", "int4", "int8"])
     return output
 
 
@@ -111,19 +111,19 @@ def test_image_features_in_integers_stay_near_fp32(several: Path, photographs: l
 
 
 def test_the_vision_encoder_may_keep_fp32(tiny: Exported, tmp_path: Path) -> None:
-    written = write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp32")
+    written = writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp32")
     assert "DynamicQuantizeMatMul" not in op_types(written.graph(bundle.VISION_ENCODER))
     assert "MatMulNBits" in op_types(written.graph(bundle.DECODER))
     info = Florence2.from_bundle(written, LoadOptions(device="cpu")).info()
     assert (info["precision"], info["vision_precision"]) == ("int8", "fp32")
     assert written.verification["graphs"][bundle.VISION_ENCODER]["max_rel"] < 1e-4, "measured as what it is"
     with pytest.raises(CheckpointError, match="vision encoder; choose one of fp32, fp16, int8"):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "x", precision="int8", vision_precision="int4")
+        writer.export_bundle(tiny.checkpoint, tmp_path / "x", precision="int8", vision_precision="int4")
 
 
 def test_a_vision_precision_that_would_do_nothing_is_refused(tiny: Exported, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"fp32 bundle is exact in every graph.* fp16, int8, int4"):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", vision_precision="int8")
+        writer.export_bundle(tiny.checkpoint, tmp_path / "out", vision_precision="int8")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,9 +131,9 @@ def test_the_vision_encoder_is_held_to_its_own_bound(
     tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int8 may be off by far more than fp16: an fp16 vision encoder in an int8 bundle must not hide behind that."""
-    monkeypatch.setitem(verify.MAX_RELATIVE_ERROR, "fp16", 1e-9)
+    monkeypatch.setitem(checks.MAX_RELATIVE_ERROR, "fp16", 1e-9)
     with pytest.raises(VerificationError, match=r"vision_encoder\.onnx does not reproduce the checkpoint in fp16"):
-        write_bundle.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp16")
+        writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp16")
 
 
 def test_each_device_prefers_what_it_has_kernels_for() -> None:

@@ -1,4 +1,4 @@
-"""Agreement as tables for people and JSON for machines, and whether it clears the bars that a user sets."""
+"""Agreement as tables and as JSON, and the bars (thresholds) that a user sets on it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """One bundle's agreement with the reference, decoded in one way."""
+    """The agreement of one bundle with the reference, with one search."""
 
     bundle: str
-    """As the user gave it."""
+    """The name as the user gave it."""
     precision: str
     num_beams: int
     overall: Figures
     tasks: Mapping[str, Figures]
-    """By slug."""
+    """By the task's slug."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a figure that is not finite (logits that are not) is None."""
+        """Returns a dict for JSON; figures that are not finite become None."""
         return {
             "bundle": self.bundle,
             "precision": self.precision,
@@ -57,30 +57,32 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Bar:
-    """What every task must reach."""
+    """A threshold that every task must reach."""
 
     option: str
-    """"--min-box-f1"."""
+    """The option of the command line, such as `--min-box-f1`."""
     field: str
-    """Of `Figures`."""
+    """A field of `Figures`."""
     value: float
+    """The threshold."""
     is_maximum: bool = False
+    """Whether `value` is the largest allowed figure instead of the smallest."""
 
     def is_cleared(self, figure: float) -> bool:
-        """Whether a figure is good enough; NaN, of either side, never is."""
+        """Whether a figure reaches the threshold. A comparison with NaN never does."""
         return figure <= self.value if self.is_maximum else figure >= self.value
 
 
 def make_agreement(
     bundle: str, precision: str, num_beams: int, by_task: Mapping[str, Sequence[Comparison]]
 ) -> Agreement:
-    """Sums up the comparisons of one bundle and search, which are given by the task's slug."""
+    """Aggregates the comparisons of one bundle and search, given by the task's slug."""
     overall = summarise([each for comparisons in by_task.values() for each in comparisons])
     return Agreement(bundle, precision, num_beams, overall, {slug: summarise(found) for slug, found in by_task.items()})
 
 
 def figures_to_dict(figures: Figures) -> dict[str, Any]:
-    """JSON knows no infinity: what is not finite becomes None."""
+    """Returns a dict for JSON, which has no infinity or NaN: such figures become None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(figures).items()
@@ -88,7 +90,7 @@ def figures_to_dict(figures: Figures) -> dict[str, Any]:
 
 
 def find_failures(agreements: Sequence[Agreement], bars: Sequence[Bar]) -> list[str]:
-    """Says which task of which bundle misses which bar, and which bar no task has a figure for."""
+    """Lists every bar that a task of a bundle misses, and every bar for which no task has a figure."""
     found = []
     for agreement in agreements:
         where = f"{agreement.bundle}, beams {agreement.num_beams}"
@@ -106,7 +108,7 @@ def find_failures(agreements: Sequence[Agreement], bars: Sequence[Bar]) -> list[
 
 
 def tasks_table(agreement: Agreement) -> Table:
-    """A row per task, and one for all."""
+    """Makes a table with a row per task, and one for all tasks."""
     title = f"{agreement.bundle}: {agreement.precision}, {_search(agreement.num_beams)}"
     table = _table(title, ("task",))
     for slug, figures in agreement.tasks.items():
@@ -117,7 +119,7 @@ def tasks_table(agreement: Agreement) -> Table:
 
 
 def bundles_table(agreements: Sequence[Agreement]) -> Table:
-    """A row per bundle and search, over all tasks."""
+    """Makes a table with a row per bundle and search, over all tasks."""
     table = _table(OVERALL, ("bundle", "precision", "search"))
     for each in agreements:
         table.add_row(each.bundle, each.precision, _search(each.num_beams), *_cells(each.overall))

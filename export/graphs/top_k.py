@@ -1,7 +1,7 @@
-"""The decoder for accelerators: besides the logits it gives the few numbers by which the next token is chosen.
+"""Top-k outputs for a decoder graph, for execution providers whose memory is not the host's.
 
-A step of Florence-2 returns 51289 logits a row; a search looks at the best of them. On a device those are found where the logits
-are, and only they cross to the host.
+A decode step returns 51289 logits for each row, of which a search uses the top-k. With these outputs the device finds them, and only
+they are copied to the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from florence_onnx.bundles.bundle import LOG_SUMS, TOP_IDS, TOP_VALUES
 from .files import save
 
 NUM_TOP = 32
-"""Twice the beams that transformers looks at (2 x 8), so that with 8 beams 16 tokens may be forbidden before all logits are needed."""
+"""k. A beam search with 8 beams chooses among 16 candidates (2 per beam); 16 more may be forbidden before all logits are needed."""
 
 _AXIS = "top_scores/last_axis"
 _ZERO = "top_scores/zero"
@@ -24,16 +24,16 @@ _ONE = "top_scores/one"
 _COUNT = "top_scores/count"
 
 
-def add_top_scores(decoder: Path, target: Path) -> None:
-    """Writes a decoder with more outputs.
+def add_top_k(decoder: Path, target: Path) -> None:
+    """Writes a copy of a decoder graph with three more outputs.
 
-    `top_values` `(P, S, k)` float32 and `top_ids` `(P, S, k)` int64 are the greatest logits, best first, and their tokens, k =
-    min(`NUM_TOP`, V); `log_sums` `(P, S)` float32 is the logarithm of the sum of exp(logit - greatest logit), so that a
-    token's log-probability is its value less the greatest value less this.
+    `top_values` `(P, S, k)` float32 and `top_ids` `(P, S, k)` int64 are the k largest logits in descending order and their token ids,
+    with k = min(`NUM_TOP`, V). `log_sums` `(P, S)` float32 is log Σ exp(logit - largest logit), so that a token's log-probability is
+    `value - largest value - log_sum`.
 
     Args:
-        decoder: The graph to add to, of any precision; its `logits` `(P, S, V)` are float32.
-        target: Where it goes; external data stays what it was.
+        decoder: The `.onnx` file of a decoder of any precision; its `logits` `(P, S, V)` are float32.
+        target: The file to write, in the same folder, since it refers to the same external data.
     """
     model = onnx.load(str(decoder), load_external_data=False)
     logits = next(output for output in model.graph.output if output.name == "logits")
