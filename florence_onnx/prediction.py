@@ -124,3 +124,19 @@ class Prediction(Generic[R]):
         if self.task.has_image:
             answer["image"] = to_dict(self.image) if with_image else None
         return answer
+
+    def to_transformers(self, *, integers: bool = True) -> dict[str, Any]:
+        """The dict that transformers' `processor.post_process_generation` returns for this answer.
+
+        Args:
+            integers: Whether coordinates are truncated to integers, as transformers does. False keeps the floats of
+                Microsoft's code.
+
+        Returns:
+            `{task token: answer}`; see `florence_onnx.answers.reference_dict`.
+        """
+        from florence_onnx.answers.postprocess import description_with_bboxes_or_polygons
+        from florence_onnx.answers.reference_dict import reference_dict
+
+        with_polygons = self.task.parser is description_with_bboxes_or_polygons
+        return {self.task.token: reference_dict(self.results, with_polygons=with_polygons, integers=integers)}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 from florence_onnx.answers.locations import Size, from_tokens, to_boxes, to_points
@@ -128,13 +129,13 @@ def polygons(text: str, size: Size) -> PolygonOutput:
         One polygon for each part between separators, with an empty label (`<sep>` where one comes before the second
         location token of the run, as in the reference). A part with a single location token is a polygon without points.
     """
-    found: list[Polygon] = []
+    found: list[tuple[Polygon, ...]] = []
     for run in _POLYGON_RUN.findall(_remove_special_tokens(text)):
         # The pattern of the reference consumes the first token of a run before it looks for the end of the label, so
         # `<loc_1><sep><loc_2>…` has the label `<sep>`.
         label = _polygon_label("", _LEADING_LOCATION.sub("", run))
-        found.extend(_polygons_of_run(label, run, size))
-    return PolygonOutput(tuple(found))
+        found.extend(_instances_of_run(label, run, size))
+    return _numbered(found)
 
 
 def description_with_polygons(text: str, size: Size) -> PolygonOutput:
@@ -148,10 +149,10 @@ def description_with_polygons(text: str, size: Size) -> PolygonOutput:
         One polygon for each part between separators. A label with a line break inside is dropped together with its
         polygons.
     """
-    found: list[Polygon] = []
+    found: list[tuple[Polygon, ...]] = []
     for head, run in _phrases(_remove_special_tokens(text), _POLYGON_RUN):
-        found.extend(_polygons_of_run(_polygon_label(head, run), run, size))
-    return PolygonOutput(tuple(found))
+        found.extend(_instances_of_run(_polygon_label(head, run), run, size))
+    return _numbered(found)
 
 
 def description_with_bboxes_or_polygons(text: str, size: Size) -> BoundingBoxes:
@@ -243,14 +244,26 @@ def _polygon_label(head: str, run: str) -> str | None:
     return _label(head + run[: end.start()]) if end else None
 
 
-def _polygons_of_run(label: str | None, run: str, size: Size) -> Iterator[Polygon]:
+def _instances_of_run(label: str | None, run: str, size: Size) -> Iterator[tuple[Polygon, ...]]:
+    """Yields the outlines of each instance of a run; an instance without any is skipped, as in the reference."""
     if label is None:
         return
     for instance in _polygon_instances(run):
-        for part in _LOCATIONS.finditer(instance):
-            # only location tokens in front of a <sep> or the end are an outline, as in the reference
-            if part.end() == len(instance) or instance.startswith("<sep>", part.end()):
-                yield Polygon(to_points(from_tokens(part.group()), size), label)
+        # only location tokens in front of a <sep> or the end are an outline, as in the reference
+        parts = tuple(
+            Polygon(to_points(from_tokens(part.group()), size), label)
+            for part in _LOCATIONS.finditer(instance)
+            if part.end() == len(instance) or instance.startswith("<sep>", part.end())
+        )
+        if parts:
+            yield parts
+
+
+def _numbered(instances: list[tuple[Polygon, ...]]) -> PolygonOutput:
+    """All outlines in order, each with the number of its instance."""
+    return PolygonOutput(
+        tuple(replace(part, instance=number) for number, parts in enumerate(instances) for part in parts)
+    )
 
 
 def _polygon_instances(run: str) -> Iterator[str]:

@@ -83,6 +83,8 @@ class Polygon:
     """List of points, in drawing order; the last is joined to the first."""
     label: str
     """Label of the polygon; empty for the segmentation tasks."""
+    instance: int = field(default=0, compare=False, metadata=_EXTRA)
+    """Extra: which object it outlines, counted from 0 within the answer; an object may have several outlines."""
 
 
 @dataclass(frozen=True)

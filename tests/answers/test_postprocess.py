@@ -187,10 +187,10 @@ _pieces = st.one_of(
     ),
     st.text(max_size=5),
 )
-_answers = st.lists(_pieces, max_size=25).map("".join)
+generated_texts = st.lists(_pieces, max_size=25).map("".join)
 
 
-@given(_answers, st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
+@given(generated_texts, st.tuples(st.integers(1, 5000), st.integers(1, 5000)))
 @settings(max_examples=600, deadline=None)
 @example("<po<s>ly>a<loc_1><loc_2><loc_3><loc_4>", (10, 10))
 @example("car<sep><loc_1><loc_2><loc_3>", (10, 10))
@@ -235,7 +235,7 @@ def _assert_equal(name: str, results: Any, expected: Any) -> None:
 # --- hostile strings -----------------------------------------------------------------------------------------------
 
 
-@given(st.one_of(st.text(), _answers), st.tuples(st.integers(1, 100_000), st.integers(1, 100_000)))
+@given(st.one_of(st.text(), generated_texts), st.tuples(st.integers(1, 100_000), st.integers(1, 100_000)))
 def test_no_string_crashes_a_parser(text: str, size: tuple[int, int]) -> None:
     for task in TASKS.values():
         results = parse(task, text, size)
