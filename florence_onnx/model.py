@@ -31,7 +31,7 @@ from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import Answering, HostAnswering
+from florence_onnx.inference.answering import Answering, HostAnswering, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction
@@ -207,6 +207,56 @@ class Florence2:
         )
         return self._answering.encode(loaded)
 
+    def encode_pixels(self, pixel_values: npt.NDArray[np.float32]) -> list[EncodedImage]:
+        """Runs the vision encoder on images that were preprocessed elsewhere, such as by transformers' processor.
+
+        Args:
+            pixel_values: `(B, 3, H, W)` float32, normalised, of the size that the model reads.
+
+        Returns:
+            B images; their `source_image` is what the pixels show, at the model's size.
+
+        Raises:
+            InputError: `pixel_values` has another shape.
+            ProviderError: The device failed.
+        """
+        sizes = self._bundle.sizes
+        width, height = sizes.image_size
+        values = np.asarray(pixel_values, dtype=np.float32)
+        if values.ndim != 4 or values.shape[1:] != (3, height, width):
+            raise InputError(
+                f"pixel_values must be (B, 3, {height}, {width}) for this model, got {values.shape}; preprocess images "
+                f"to {width} x {height}"
+            )
+        return [self._answering.encode_pixels(each[None], to_image(each, sizes)) for each in values]
+
+    def generate_tokens(
+        self,
+        images: Sequence[EncodedImage],
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None = None,
+        options: GenerationOptions | None = None,
+    ) -> list[GeneratedSequence]:
+        """Generates from token ids: what `run_batch` does between the tokenizer and the parser.
+
+        Args:
+            images: P encoded images.
+            input_ids: `(P, T)`, each a prompt as `<s>…</s>` without image tokens, padded on the right.
+            attention_mask: `(P, T)`, 1 for tokens; None: every token that is not the padding token.
+            options: Generation options.
+
+        Raises:
+            InputError: Shapes or ids do not fit, or an image was encoded by another model.
+            TextInputError: A prompt is too long.
+            ProviderError: The device failed.
+        """
+        config = self._bundle.generation.resolve(options)
+        self._answering.check(config)
+        ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
+        self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
+        _, sequences = self._answering.answer(images, ids, mask, lambda indices: new_search(len(indices), config, None))
+        return sequences
+
     @overload
     def run(
         self,
@@ -377,15 +427,32 @@ class Florence2:
     def _encode_prompts(self, requests: Sequence[_Request]) -> tuple[Ids, Ids]:
         """The prompts' `input_ids` and `attention_mask`, both `(P, T)`; raises TextInputError where one is too long."""
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
+        self._check_lengths(attention_mask, [request.task.slug for request in requests])
+        return input_ids, attention_mask
+
+    def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
         num_image_tokens = self._bundle.sizes.num_image_tokens
         room = self._bundle.sizes.max_positions - num_image_tokens
-        for request, length in zip(requests, attention_mask.sum(axis=1), strict=True):
+        for name, length in zip(names, attention_mask.sum(axis=1), strict=True):
             if length > room:
                 raise TextInputError(
-                    f"the prompt of {request.task.slug} has {length} tokens; this model has room for {room} "
+                    f"the prompt of {name} has {length} tokens; this model has room for {room} "
                     f"beside {num_image_tokens} image tokens: shorten text_input"
                 )
-        return input_ids, attention_mask
+
+    def _check_input_ids(self, input_ids: Ids, attention_mask: Ids | None, count: int) -> tuple[Ids, Ids]:
+        sizes = self._bundle.sizes
+        ids = np.asarray(input_ids, dtype=np.int64)
+        if ids.ndim != 2 or len(ids) != count or not ids.size:
+            raise InputError(f"input_ids must be ({count}, T), one row an image, got {ids.shape}")
+        if ids.min() < 0 or ids.max() >= sizes.vocab_size:
+            raise InputError(f"input_ids must be from 0 to {sizes.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+        mask = np.asarray(ids != sizes.pad_token_id if attention_mask is None else attention_mask, dtype=np.int64)
+        if mask.shape != ids.shape or not mask[:, 0].all() or (np.diff(mask, axis=1) > 0).any():
+            raise InputError(
+                "attention_mask must be 1 for tokens and 0 for padding on the right, like input_ids in shape"
+            )
+        return ids, mask
 
     def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)

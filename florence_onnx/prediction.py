@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.tasks import Task
+
+if TYPE_CHECKING:
+    from supervision import Detections
 
 R = TypeVar("R")
 
@@ -140,3 +144,17 @@ class Prediction(Generic[R]):
 
         with_polygons = self.task.parser is description_with_bboxes_or_polygons
         return {self.task.token: reference_dict(self.results, with_polygons=with_polygons, integers=integers)}
+
+    def to_supervision(self, classes: Sequence[str] | None = None) -> Detections:
+        """This answer as `supervision.Detections`; needs the extra `supervision`.
+
+        Args:
+            classes: Labels in the order of their class ids (others get -1); None numbers the labels of this answer alphabetically.
+
+        Raises:
+            InputError: The answer is text.
+            MissingExtraError: supervision is not installed.
+        """
+        from florence_onnx.answers.supervision_detections import to_detections
+
+        return to_detections(self.results, self.source_image.size, classes)

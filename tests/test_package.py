@@ -56,12 +56,12 @@ ROOMS = {
     "_version": set(),
     "errors": set(),
     "images": {"errors", "numpy", "PIL"},
-    "answers": {"errors", "numpy", "PIL"},
+    "answers": {"errors", "numpy", "PIL", "supervision"},
     "generation": {"errors", "numpy"},
     "tasks": {"answers", "errors"},
     "bundles": {"errors", "generation", "numpy", "tokenizers", "huggingface_hub"},
     "runtime": {"bundles", "errors", "numpy", "onnxruntime"},
-    "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL"},
+    "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL", "supervision"},
     "inference": {"bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
     "model": {
@@ -77,6 +77,10 @@ ROOMS = {
             "runtime",
             "tasks",
         ),
+        *("numpy", "PIL"),
+    },
+    "compat": {
+        *("answers", "bundles", "errors", "generation", "images", "loading", "model", "tasks"),
         *("numpy", "PIL"),
     },
     "image": {"images"},
@@ -113,7 +117,7 @@ ROOMS = {
 }
 """What each room may import: rooms that stand before it in this table, and packages of others."""
 
-OPTIONAL = {"huggingface_hub", "onnxruntime"}
+OPTIONAL = {"huggingface_hub", "onnxruntime", "supervision"}
 """Packages that a room imports inside functions only, so that doing without them is possible until they are needed."""
 
 
@@ -231,7 +235,7 @@ LAZY = {
 }
 """Modules of the package that `import florence_onnx` leaves for later."""
 
-ABOVE_MODEL = {"bench_fal", "commands", "demo", "fal", "mcp_server", "server"}
+ABOVE_MODEL = {"bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
 """Rooms that nothing below them imports, so `import florence_onnx` never does."""
 
 HEAVY = {

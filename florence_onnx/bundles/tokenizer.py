@@ -56,10 +56,10 @@ class PromptTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a whole answer, special and location tokens included.
 
         Ids beyond the vocabulary (rows that pad the embedding to a round size) stand for no text.
         """
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text

@@ -33,6 +33,9 @@ class Answering(Protocol):
     def encode(self, image: PILImage.Image) -> EncodedImage:
         """Runs the vision encoder on a loaded image, which is kept as it is."""
 
+    def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
+        """Runs the vision encoder on `pixel_values` `(1, 3, H, W)` of an image."""
+
     def answer(
         self,
         images: Sequence[AnyImage],
@@ -66,7 +69,10 @@ class HostAnswering:
         """All searches are possible."""
 
     def encode(self, image: PILImage.Image) -> EncodedImage:
-        features = self._vision_encoder.run({"pixel_values": preprocess(self._sizes, image)})["image_features"]
+        return self.encode_pixels(preprocess(self._sizes, image), image)
+
+    def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
+        features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
         return EncodedImage(np.asarray(features[0], dtype=np.float32), image)
 
     def answer(
@@ -102,6 +108,12 @@ def load(image: ImageInput) -> PILImage.Image:
 def preprocess(sizes: ModelSizes, image: PILImage.Image) -> Floats:
     """Pixels `(1, 3, H, W)` as the vision encoder takes them."""
     return preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+
+
+def to_image(pixel_values: Floats, sizes: ModelSizes) -> PILImage.Image:
+    """The image that `pixel_values` `(3, H, W)` show: the inverse of `preprocess`, but for the size."""
+    scaled = pixel_values.transpose(1, 2, 0) * np.asarray(sizes.image_std) + np.asarray(sizes.image_mean)
+    return PILImage.fromarray(np.clip(np.rint(scaled * 255), 0, 255).astype(np.uint8))
 
 
 def check(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:

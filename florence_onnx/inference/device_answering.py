@@ -39,7 +39,10 @@ class DeviceAnswering:
             )
 
     def encode(self, image: PILImage.Image) -> EncodedImage:
-        return EncodedImage(self._resident.encode([preprocess(self._sizes, image)])[0], image)
+        return self.encode_pixels(preprocess(self._sizes, image), image)
+
+    def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
+        return EncodedImage(self._resident.encode([pixel_values])[0], image)
 
     def answer(
         self,
