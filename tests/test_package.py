@@ -224,6 +224,8 @@ LAZY = {
     *(
         "__main__",
         "answers.draw",
+        "answers.reference_dict",
+        "answers.supervision_detections",
         "answers.matching",
         "image",
         "images.addresses",
