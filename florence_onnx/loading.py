@@ -1,4 +1,4 @@
-"""Loads the stages of a model: chooses the device and the graphs, and starts their sessions and the tokenizer in parallel."""
+"""Loads the stages of a model: chooses a device and the graphs for it, and starts their sessions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
 
 DEFAULT_MAX_BATCH = 32
-"""Most prompts in flight on a GPU. A decode step reads all weights once, for one prompt or for 32, so a batch costs little
-more than a single prompt."""
+"""Most prompts in flight on a GPU. A decode step reads all weights once, for one prompt or for 32, so a batch costs
+little more than a single prompt."""
 _log = logging.getLogger("florence_onnx")
 
 
@@ -157,7 +157,7 @@ def _max_batch(bundle: Bundle, provider: str, wanted: int | None) -> int:
 
 
 def _load_tensorrt(bundle: Bundle, options: LoadOptions) -> tuple[list[OnnxEngine], int]:
-    """Loads the TensorRT engines of a bundle, which are built first if there are none, and the most prompts that they take."""
+    """Loads the TensorRT engines of a bundle, built first if there are none, and how many prompts they take."""
     if options.max_batch == 0:
         raise InputError(
             'max_batch=0 passes all tensors through the host, which device="tensorrt" cannot do; use device="cuda"'
@@ -234,8 +234,8 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
         found = cuda.card()
         gpu = f"this GPU ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this GPU"
         raise ProviderError(
-            f"{engine.provider} starts but cannot run: {error}. The installed onnxruntime may have no kernels for {gpu}: "
-            "on a Jetson install NVIDIA's build instead of the one from PyPI"
+            f"{engine.provider} starts but cannot run: {error}. The installed onnxruntime may have no kernels for "
+            f"{gpu}: on a Jetson install NVIDIA's build instead of the one from PyPI"
         ) from error
 
 

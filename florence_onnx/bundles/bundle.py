@@ -1,7 +1,7 @@
 """The model on disk: what a bundle consists of, and how it is read, checked and described.
 
-A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder that
-selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
+A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder
+that selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
 `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
@@ -46,7 +46,7 @@ DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
 
 JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
 MAX_HASHED_BYTES = 32 * 2**20
-"""Largest file whose hash is checked at every load. Hashing gigabytes would take longer than loading them; of larger files
+"""Largest file whose hash is checked at every load. Hashing gigabytes would slow down every start; of larger files
 only the size is checked."""
 JS_VERIFICATION = "verification.json"
 """Where an export in the layout of transformers.js, which has no file of its own for that, records its verification."""
@@ -76,7 +76,7 @@ JS_SUFFIXES = {
 """File name suffix by precision in the layout of transformers.js."""
 
 PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
-"""Which bundle of several is read on a CPU, first choice first: int8 is the fastest of those that answer as well as fp32."""
+"""Which bundle of several to read on a CPU, first choice first. int8 is the fastest that answers as well as fp32."""
 
 Layout = Literal["florence_onnx", "transformers.js"]
 
@@ -108,7 +108,7 @@ class ModelSizes:
         return self.decoder_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        """Raises BundleFormatError for values of the wrong type, which would otherwise fail later with an obscure error."""
+        """Raises BundleFormatError for values of the wrong type, which would fail later with an obscure error."""
         for name, value in vars(self).items():
             length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
             numbers = (value,) if length is None else value

@@ -111,8 +111,8 @@ def _from_hub(
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
         raise BundleNotFoundError(
-            f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it with: "
-            f"florence-onnx-export {repository} OUT"
+            f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
+            f"with: florence-onnx-export {repository} OUT"
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Device memory: how much a model needs, and how ONNX Runtime reports that there is not enough.
 
 The need is computed, not measured: weights and activations of each graph as the export found them in the graph
-(`export/bundles/memory.py`), caches and buffers from the model's sizes. Arenas allocate in chunks and release nothing, so
-real use is somewhat higher; `CONTEXT_BYTES` for CUDA itself is an assumption.
+(`export/bundles/memory.py`), caches and buffers from the model's sizes. Arenas allocate in chunks and release nothing,
+so real use is somewhat higher; `CONTEXT_BYTES` for CUDA itself is an assumption.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ OUT_OF_MEMORY = (
     "CUDA failure 2:",
     "_STATUS_ALLOC_FAILED",
 )
-"""Parts of the messages of ONNX Runtime's arena (the first two, observed), of CUDA, and of cuBLAS and cuDNN. ONNX Runtime has
-no exception type for this."""
+"""Parts of the messages of ONNX Runtime's arena (the first two, observed), of CUDA, and of cuBLAS and cuDNN. ONNX
+Runtime has no exception type for this."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,8 +87,8 @@ def estimate(
     images = min(MAX_IMAGES, batch)
     width, height = sizes.image_size
     features = 4 * sizes.num_image_tokens * sizes.width
-    # A decode step feeds one token a beam, the first one of an answer two tokens. Their buffers differ in size, and an arena
-    # seldom fits one into the free chunks of the other, so both are counted.
+    # A decode step feeds one token a beam, the first one of an answer two tokens. Their buffers differ in size, and an
+    # arena seldom fits one into the free chunks of the other, so both are counted.
     tokens = num_beams + 2
     activations = (
         facts[IMAGE] * images + _text_encoder_bytes(facts, num_prompt_tokens) + facts["token"] * tokens * batch

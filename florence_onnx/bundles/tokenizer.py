@@ -63,8 +63,8 @@ class PromptTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decodes a generated sequence; special and location tokens are kept.
 
-        Ids beyond the tokenizer's vocabulary decode to nothing: the embedding is padded to a round number of rows, and a
-        model may generate the id of a padding row.
+        Ids beyond the tokenizer's vocabulary decode to nothing: the embedding is padded to a round number of rows, and
+        a model may generate the id of a padding row.
         """
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text
