@@ -294,7 +294,8 @@ def get(task: Task[Any] | str) -> Task[Any]:
     """Finds a task.
 
     Args:
-        task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token ("<OD>").
+        task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token
+            ("<OD>").
 
     Returns:
         The task.

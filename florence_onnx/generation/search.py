@@ -1,4 +1,4 @@
-"""What all searches share: their interface, their results, and the tokens that are known before the first decoder call."""
+"""What all searches share: their interface, their results, and the tokens known before the first decoder call."""
 
 from __future__ import annotations
 

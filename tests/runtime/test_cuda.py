@@ -321,7 +321,9 @@ def test_a_provider_that_starts_and_cannot_run_is_an_error(monkeypatch: pytest.M
     )
     monkeypatch.setattr(loading, "load_engines", load)
     monkeypatch.setattr(engine.OnnxEngine, "run", fail)
-    with pytest.raises(ProviderError, match=r"starts and cannot run.*on a Jetson take NVIDIA's own build, not PyPI's"):
+    with pytest.raises(
+        ProviderError, match=r"starts but cannot run.*on a Jetson install NVIDIA's build instead of the one from PyPI"
+    ):
         Florence2.from_pretrained("demo", device="cuda")
 
 

@@ -404,7 +404,7 @@ def test_tensorrt_through_the_host_is_refused(copy: bundle.Bundle, monkeypatch: 
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    with pytest.raises(InputError, match='take "cuda"'):
+    with pytest.raises(InputError, match='use device="cuda"'):
         Florence2.from_bundle(copy, LoadOptions(device="tensorrt", max_batch=0))
 
 
@@ -412,7 +412,7 @@ def test_auto_builds_none(copy: bundle.Bundle, card: list[str], caplog: pytest.L
     with caplog.at_level(logging.INFO), pytest.raises(StopIteration):
         Florence2.from_bundle(copy)
     assert card == ["cuda", "cpu"]
-    assert "no TensorRT engines for this card; build them with: florence-onnx build-engines" in caplog.text
+    assert "no TensorRT engines for this GPU; build them with: florence-onnx build-engines" in caplog.text
 
 
 # ------------------------------------------------------------------------------------- the parser and builder, no card
