@@ -28,7 +28,7 @@ from benchmarks.checkpoints import SIZES
 from benchmarks.costs import Costs
 from benchmarks.cpu import bars, peers, report, results
 from benchmarks.cpu.jobs import Job, Peer, Prompt, Workload
-from benchmarks.cpu.processes import FailedError, Launcher
+from benchmarks.cpu.launcher import FailedError, Launcher
 from benchmarks.models import ROOT, Models, PreparationError
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import card, report
+from benchmarks.gpu import hardware, report
 from benchmarks.gpu.bars import judge_answers, judge_checks
 from benchmarks.gpu.steps import Settings, Step, plan
 from benchmarks.gpu.worker import SKIPPED
@@ -64,7 +64,7 @@ class Report:
         for name, step in self.steps.items():
             costs = step.get("figures", {}).get("costs") if name.startswith("floors:") else None
             if costs and rates:
-                costs["floor_ms"] = card.floor_ms(costs, rates)
+                costs["floor_ms"] = hardware.floor_ms(costs, rates)
 
 
 def _relative(argument: str) -> str:
@@ -101,7 +101,7 @@ def run_step(step: Step, settings: Settings, timeout: float, scratch: Path) -> d
 
 def _environment(step: Step) -> dict[str, str]:
     """CUDA and cuDNN where NVIDIA's wheels have them, except for the step that asks whether that is needed."""
-    paths = ([] if step.kind == "start" else [card.library_path()]) + [os.environ.get("LD_LIBRARY_PATH", "")]
+    paths = ([] if step.kind == "start" else [hardware.library_path()]) + [os.environ.get("LD_LIBRARY_PATH", "")]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(path for path in paths if path)}
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from benchmarks.gpu.card import PROMPT_TOKENS
 from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.hardware import PROMPT_TOKENS
 from benchmarks.gpu.timing import Effort, device_time, timed
 from florence_onnx.bundles import bundle as bundles
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.gpu.card import Memory
 from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.hardware import Memory
 from benchmarks.gpu.timing import Effort, device_time, timed
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import Florence2, GenerationOptions, tasks

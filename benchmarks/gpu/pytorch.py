@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.gpu.card import Memory
 from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.hardware import Memory
 from benchmarks.gpu.ours import Load, _difference
 from benchmarks.gpu.timing import Effort, device_time, timed
 from export.verification.photograph import PHOTOGRAPH

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.costs import Costs
-from benchmarks.gpu import answers, card, graphs, ours, pytorch
+from benchmarks.gpu import answers, graphs, hardware, ours, pytorch
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.ours import Load
 from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
@@ -86,14 +86,14 @@ def plan(device: str, sizes: Sequence[str]) -> list[Step]:
 
 
 def _card(step: Step, settings: Settings, figures: Figures) -> None:
-    for name, value in card.describe().items():
+    for name, value in hardware.describe().items():
         figures.add(name, value)
 
 
 def _rates(step: Step, settings: Settings, figures: Figures) -> None:
     is_small = settings.is_quick or settings.device == "cpu"
     sizes = {"copy_bytes": 2**26, "size": 256} if is_small else {}
-    figures.attempt("rates", lambda: card.measure_rates(settings.device, settings.effort, **sizes))
+    figures.attempt("rates", lambda: hardware.measure_rates(settings.device, settings.effort, **sizes))
 
 
 def _start(step: Step, settings: Settings, figures: Figures) -> None:
@@ -116,11 +116,11 @@ def _check(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _floors(step: Step, settings: Settings, figures: Figures) -> None:
-    figures.add("costs", card.costs(Costs.read(settings.sources.checkpoint(step.size))))
+    figures.add("costs", hardware.costs(Costs.read(settings.sources.checkpoint(step.size))))
 
 
 def _ours(step: Step, settings: Settings, figures: Figures) -> None:
-    if step.variant == "tensorrt" and not card.find_tensorrt():
+    if step.variant == "tensorrt" and not hardware.find_tensorrt():
         raise MissingError("TensorRT 10 is not on this machine: libnvinfer.so.10 does not load")
     bundle = settings.sources.bundle(step.size, "fp16")
     has_card = settings.device != "cpu"
@@ -144,7 +144,7 @@ def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
     bundle = settings.sources.bundle(step.size, "fp16")
     variants = ["cpu"]
     if settings.device != "cpu":
-        has_tensorrt = bool(card.find_tensorrt())
+        has_tensorrt = bool(hardware.find_tensorrt())
         variants = [name for name in graphs.VARIANTS if name != "cpu" and (name != "tensorrt" or has_tensorrt)]
     sizes = bundles.read(bundle).sizes
     batches = settings.load.batches[:2] if settings.is_quick else settings.batches

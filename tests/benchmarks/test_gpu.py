@@ -18,7 +18,7 @@ from tests.conftest import NO_TORCH, Exported
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'florence-onnx[cpu]'")
 pytest.importorskip("onnx", reason="pip install -e '.[export]'")
 
-from benchmarks.gpu import answers, bars, card, prepare, report, skeleton, timing  # noqa: E402
+from benchmarks.gpu import answers, bars, hardware, prepare, report, skeleton, timing  # noqa: E402
 from benchmarks.gpu.__main__ import run_step  # noqa: E402
 from benchmarks.gpu.figures import Figures  # noqa: E402
 from benchmarks.gpu.sources import DEMO_CHECKPOINT, MODELS, MissingError, Sources  # noqa: E402
@@ -130,7 +130,7 @@ def test_a_device_that_is_not_there_is_said_and_the_others_go_on(tmp_path: Path)
     assert found["steps"]["start"]["status"] == "failed"
     assert "CUDAExecutionProvider is not in the installed onnxruntime" in found["steps"]["start"]["reason"]
     assert found["steps"]["floors:demo"]["status"] == "done"
-    if not card.find_tensorrt():
+    if not hardware.find_tensorrt():
         assert found["steps"]["ours:demo:tensorrt"]["status"] == "skipped"
     assert "CUDAExecutionProvider is not in" in (tmp_path / "gpu-cuda.md").read_text()
 
@@ -229,7 +229,7 @@ def test_floors_follow_from_rates() -> None:
         "text_encoder_gflop": 100.0,
         "step_mb": {"step_greedy": 300.0, "step_beams": 600.0},
     }
-    found = card.floor_ms(needed, {"float16": 500e12, "copy": 3e12})
+    found = hardware.floor_ms(needed, {"float16": 500e12, "copy": 3e12})
     assert found == {"vision": 4.0, "text_encoder": 0.2, "step_greedy": 0.1, "step_beams": 0.2}
 
 

@@ -1,4 +1,4 @@
-// transformers.js in Node on our four-graph export: `node transformers_js.mjs JOB FOLDER` prints the line that child.py describes.
+// transformers.js in Node on our four-graph export: `node transformers_js.mjs JOB FOLDER` prints the line that worker.py describes.
 //
 // FOLDER is where `npm install @huggingface/transformers` ran. Greedy only: transformers.js takes num_beams and ignores it. Its generate()
 // has no way to keep image features, so a second task runs the vision encoder again. To time the stages of an answer apart, generate() is

@@ -44,7 +44,7 @@ class Launcher:
         """One run of one peer.
 
         Returns:
-            What `child.py` describes.
+            What `worker.py` describes.
 
         Raises:
             FailedError: It crashed, took too long, or printed no result.
@@ -55,7 +55,7 @@ class Launcher:
 
     def _command(self, job: Job) -> list[str]:
         if not job.peer.module.endswith(".mjs"):
-            return [self.interpreters.get(job.peer.name, sys.executable), "-m", "benchmarks.cpu.child", "JOB"]
+            return [self.interpreters.get(job.peer.name, sys.executable), "-m", "benchmarks.cpu.worker", "JOB"]
         node = shutil.which("node")
         if node is None:
             raise FailedError("Node is not installed")

@@ -1,4 +1,4 @@
-"""The process of one peer: `python -m benchmarks.cpu.child JOB` prints one line of JSON.
+"""The process of one peer: `python -m benchmarks.cpu.worker JOB` prints one line of JSON.
 
 The line has `stages` (seconds, a list each), `tokens` by search, `load_s`, `cold_start_s` (from the start of the process to the first
 answer), `peak_rss_bytes`, `versions`, `notes`, and `precision` where it is not what was asked for; or `absent` with the reason.
