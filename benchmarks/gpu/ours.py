@@ -1,4 +1,4 @@
-"""This runtime, from the outside: what a caller waits for, alone and in batches."""
+"""This runtime as a caller sees it: latencies of single requests and of batches, and throughput."""
 
 from __future__ import annotations
 
@@ -27,29 +27,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cuda-host": {"device": "cuda", "max_batch": 0},
     "tensorrt": {"device": "tensorrt"},
 }
-"""Arguments of `from_pretrained`. `cuda-host` lets everything pass through the host, the same graphs."""
+"""Arguments of `from_pretrained`. `cuda-host` runs the same graphs, with all tensors passing through the host."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked."""
+    """The sizes of the work."""
 
     batches: Sequence[int] = (1, 8, 32)
-    """The first must be 1: the peak memory of a single request is read after it."""
+    """Batch sizes. The first must be 1: the peak memory of a single request is read after it."""
     caption_tokens: int = 16
     long_tokens: int = 128
     object_tokens: int = 64
-    """Of an object detection: ten objects of a word or two, four locations each."""
+    """Tokens of an object detection: about ten objects, each with a word or two and four location tokens."""
     num_beams: int = 3
     images: int = 64
-    """Of the throughput mode."""
+    """Images of a throughput measurement."""
 
 
 SMALL = Load(batches=(1, 2), caption_tokens=5, long_tokens=6, object_tokens=6, images=2)
 
 
 def forced(num_beams: int, num_tokens: int) -> GenerationOptions:
-    """Exactly so many tokens, the forced end token included; none guessed, which random weights would never confirm."""
+    """Returns options for exactly `num_tokens` tokens, the forced end token included.
+
+    Greedy search has no drafts here: with random weights none would be accepted.
+    """
     lookup = 0 if num_beams == 1 else None
     return GenerationOptions(
         num_beams=num_beams,
@@ -60,7 +63,7 @@ def forced(num_beams: int, num_tokens: int) -> GenerationOptions:
 
 
 class Caller:
-    """A loaded model and the images to ask about."""
+    """A loaded model and its images."""
 
     def __init__(self, bundle: Path, variant: str, load: Load, precision: str | None) -> None:
         arguments = {**VARIANTS[variant], "precision": precision}
@@ -76,7 +79,7 @@ class Caller:
         self.image = self._photograph.resize(self._size)
 
     def describe(self) -> dict[str, Any]:
-        """What the runtime says of itself."""
+        """Returns the part of `Florence2.info()` that describes the runtime."""
         info = self.model.info()
         return {name: value for name, value in info.items() if name not in ("path", "model", "source", "verification")}
 
@@ -87,16 +90,16 @@ class Caller:
         return self.model.encode(self.image)
 
     def answers(self, images: Sequence[Any], num_beams: int, num_tokens: int, task: tasks.Task[Any]) -> int:
-        """Asks about all images, and returns the number of tokens of the first answer."""
+        """Runs a task on all images, and returns the number of tokens of the first answer."""
         found = self.model.run_batch(task, images, options=forced(num_beams, num_tokens))
         return len(found[0].token_ids) - 1
 
     def different_images(self, count: int) -> list[Image.Image]:
-        """Images of the model's size that are no copies of one another."""
+        """Returns images of the model's size, all different."""
         return [self.image.rotate(360 * index / count) for index in range(count)]
 
     def files(self, count: int) -> list[bytes]:
-        """As JPEG, so that decoding and scaling are part of the work."""
+        """Returns different JPEG files, so that decoding and resizing are part of the work."""
         found = []
         for index in range(count):
             buffer = io.BytesIO()
@@ -115,16 +118,16 @@ def measure(
     with_device: bool,
     precision: str | None = None,
 ) -> None:
-    """Times one variant; the names of the figures are those of `pytorch.measure` too.
+    """Times one variant. `pytorch.measure` uses the same names of figures.
 
     Args:
-        bundle: Directory of a bundle, of either layout.
-        variant: Key of `VARIANTS`.
-        load: How much is asked.
-        effort: Of each figure.
-        figures: Where they go.
-        with_device: Whether there is a card whose work can be seen.
-        precision: For the layout of transformers.js, where fp32 is what is taken otherwise.
+        bundle: Directory of a bundle, in either layout.
+        variant: A key of `VARIANTS`.
+        load: The sizes of the work.
+        effort: Warm-ups and repeats of each figure.
+        figures: Receives the figures.
+        with_device: Whether to measure device time too, which needs a GPU.
+        precision: Precision to load from the layout of transformers.js; fp32 by default.
     """
     with Memory() as memory:
         caller = Caller(bundle, variant, load, precision)
@@ -137,7 +140,7 @@ def measure(
         _measure_throughput(caller, load, figures)
         figures.add("memory_all", memory.peak())
     figures.attempt("info", caller.describe)
-    if with_device:  # last: the profiler takes memory, and some time off every launch
+    if with_device:  # last: the profiler takes memory, and slows down every launch
         _measure_device(caller, load, figures)
 
 
@@ -165,7 +168,7 @@ def _measure_batch(caller: Caller, load: Load, batch: int, effort: Effort, figur
 
 
 def _measure_steps(caller: Caller, load: Load, batch: int, effort: Effort, figures: Figures) -> None:
-    """A decode step is the difference of two lengths, without the prompt's part; the images are encoded already."""
+    """Times decode steps, as the difference between answers of two lengths on encoded images, so that prefill cancels out."""
     encoded = [caller.model.encode(image) for image in caller.different_images(batch)]
     for search, beams in (("greedy", 1), ("beams", load.num_beams)):
         short, long = (f"answer_{search}_{count}_b{batch}" for count in (2, load.object_tokens))
@@ -176,10 +179,10 @@ def _measure_steps(caller: Caller, load: Load, batch: int, effort: Effort, figur
 
 
 def _difference(figures: Figures, long: str, short: str, parts: int = 1) -> dict[str, float]:
-    """Of two figures, divided by a number of parts.
+    """Returns the difference of two figures, divided by a number of parts.
 
     Raises:
-        RuntimeError: It is not positive: what else the machine does is larger.
+        RuntimeError: The difference is not positive, because other processes disturbed the measurement.
     """
     found = figures.found
     parted = {name: (found[long][name] - found[short][name]) / parts for name in ("ms", "min_ms")}

@@ -1,4 +1,4 @@
-"""The steps by name, in the order in which they are worth their time, and what each of them runs."""
+"""The steps, most valuable first, and the function that runs each kind of step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.gpu.timing import QUICK, Effort, timed
 from florence_onnx.bundles import bundle as bundles
 
 RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
-"""They take half a second where we take a few milliseconds, and device time is short."""
+"""Fewer repeats for the rivals: a call takes half a second where ours takes a few milliseconds, and device time is limited."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process."""
+    """A measurement that runs in a process of its own."""
 
     name: str
     kind: str
-    """Key of `RUNNERS`."""
+    """A key of `RUNNERS`."""
     size: str = ""
     """`demo`, `base` or `large`."""
     variant: str = ""
@@ -34,15 +34,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all steps are told; travels to their processes as JSON."""
+    """Settings of all steps; sent to their processes as JSON."""
 
     device: str
     carried: str
     work: str
     is_quick: bool = False
-    """Each figure once, tiny batches: to see whether the code runs."""
+    """Whether to measure each figure once, with tiny batches: a smoke test."""
     num_images: int = 3
-    """Sample images that are asked about."""
+    """Sample images whose answers are compared."""
     batches: Sequence[int] = field(default_factory=lambda: (1, 8, 32))
 
     @property
@@ -62,13 +62,13 @@ class Settings:
 
 
 def plan(device: str, sizes: Sequence[str]) -> list[Step]:
-    """All steps for a device.
+    """Returns all steps for a device.
 
     Args:
         device: `cpu` or `cuda`.
-        sizes: Of the models that are timed, the most important first.
+        sizes: Sizes of the models that are timed, most important first.
     """
-    steps = [Step("card", "card"), Step("rates", "rates"), Step("start", "start"), Step("answers", "answers")]
+    steps = [Step("hardware", "hardware"), Step("rates", "rates"), Step("start", "start"), Step("answers", "answers")]
     is_cpu = device == "cpu"
     own = ("cpu", "cpu-resident") if is_cpu else ("cuda-graphs", "cuda")
     more = () if is_cpu else ("tensorrt", "cuda-host")
@@ -85,7 +85,7 @@ def plan(device: str, sizes: Sequence[str]) -> list[Step]:
     return steps
 
 
-def _card(step: Step, settings: Settings, figures: Figures) -> None:
+def _hardware(step: Step, settings: Settings, figures: Figures) -> None:
     for name, value in hardware.describe().items():
         figures.add(name, value)
 
@@ -97,7 +97,7 @@ def _rates(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _start(step: Step, settings: Settings, figures: Figures) -> None:
-    """Whether a session of the device starts as a user would start it: this process has no library path of ours."""
+    """Tests whether a session starts as a user would start it: this process has no library path of ours."""
     from florence_onnx import Florence2
 
     model = Florence2.from_pretrained(DEMO, device=settings.device)
@@ -123,12 +123,12 @@ def _ours(step: Step, settings: Settings, figures: Figures) -> None:
     if step.variant == "tensorrt" and not hardware.find_tensorrt():
         raise MissingError("TensorRT 10 is not on this machine: libnvinfer.so.10 does not load")
     bundle = settings.sources.bundle(step.size, "fp16")
-    has_card = settings.device != "cpu"
-    ours.measure(bundle, step.variant, settings.load, settings.effort, figures, with_device=has_card)
+    has_gpu = settings.device != "cpu"
+    ours.measure(bundle, step.variant, settings.load, settings.effort, figures, with_device=has_gpu)
 
 
 def _plain(step: Step, settings: Settings, figures: Figures) -> None:
-    """The four graphs of transformers.js's layout, the same provider, arrays of the host in between."""
+    """Times the layout of transformers.js on the same provider, with host arrays between the graphs."""
     bundle = settings.sources.bundle(step.size, PLAIN)
     variant = "cpu" if settings.device == "cpu" else "cuda"
     load = Load(batches=settings.load.batches[:2], **_lengths(settings.load))
@@ -153,7 +153,7 @@ def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
 
 def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
     sources, load = settings.sources, settings.load
-    if step.variant == "compile" or settings.is_quick:  # every batch and every length is compiled anew
+    if step.variant == "compile" or settings.is_quick:  # every batch size and length is compiled anew
         load = Load(batches=(1,), **_lengths(load))
     pytorch.measure(
         sources.checkpoint(step.size),
@@ -167,7 +167,7 @@ def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 RUNNERS = {
-    "card": _card,
+    "hardware": _hardware,
     "rates": _rates,
     "start": _start,
     "answers": _answers,
@@ -178,4 +178,4 @@ RUNNERS = {
     "graphs": _graphs,
     "transformers": _transformers,
 }
-"""By `Step.kind`."""
+"""The functions that run the steps, by `Step.kind`."""

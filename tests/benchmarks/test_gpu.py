@@ -1,4 +1,4 @@
-"""The script that measures a card: every step of it here, on the CPU; all of it where there is a card."""
+"""The benchmark of the GPU path: every step on the CPU here, and all of it if there is a GPU."""
 
 from __future__ import annotations
 
@@ -103,23 +103,26 @@ def test_what_was_not_carried_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
-    code, first = run(tmp_path, "--steps", "card,floors")
+    code, first = run(tmp_path, "--steps", "hardware,floors")
     assert code == 0
-    assert {name: step["status"] for name, step in first["steps"].items()} == {"card": "done", "floors:demo": "done"}
-    code, second = run(tmp_path, "--steps", "card,floors,start,plain")
+    assert {name: step["status"] for name, step in first["steps"].items()} == {
+        "hardware": "done",
+        "floors:demo": "done",
+    }
+    code, second = run(tmp_path, "--steps", "hardware,floors,start,plain")
     assert code == 0
-    assert second["steps"]["card"] == first["steps"]["card"]
+    assert second["steps"]["hardware"] == first["steps"]["hardware"]
     assert second["steps"]["start"]["figures"]["provider"] == "CPUExecutionProvider"
     assert second["steps"]["plain:demo"]["status"] == "skipped"
     assert "was not carried" in second["steps"]["plain:demo"]["reason"]
     assert str(tmp_path) not in second["command"]
-    _, third = run(tmp_path, "--steps", "card", "--again")
-    assert third["steps"]["card"]["seconds"] != first["steps"]["card"]["seconds"]
+    _, third = run(tmp_path, "--steps", "hardware", "--again")
+    assert third["steps"]["hardware"]["seconds"] != first["steps"]["hardware"]["seconds"]
     assert "| vision, wall |" not in (tmp_path / "gpu-cpu.md").read_text()  # nothing of ours was timed
 
 
 def test_no_step_is_started_without_time_for_it(tmp_path: Path) -> None:
-    code, found = run(tmp_path, "--steps", "card", "--budget-s", "1")
+    code, found = run(tmp_path, "--steps", "hardware", "--budget-s", "1")
     assert (code, found["steps"]) == (1, {})
 
 
@@ -136,13 +139,13 @@ def test_a_device_that_is_not_there_is_said_and_the_others_go_on(tmp_path: Path)
 
 
 def test_a_step_that_takes_too_long_is_ended(settings: Settings, tmp_path: Path) -> None:
-    outcome = run_step(Step("card", "card"), settings, 0.05, tmp_path)
+    outcome = run_step(Step("hardware", "hardware"), settings, 0.05, tmp_path)
     assert (outcome["status"], outcome["reason"]) == ("timeout", "after 0 s")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA card and onnxruntime-gpu")
-def test_the_script_on_the_card(tmp_path: Path) -> None:
+@pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA GPU and onnxruntime-gpu")
+def test_the_script_on_the_gpu(tmp_path: Path) -> None:
     code, found = run(tmp_path, "--without", "transformers,plain", device="cuda")
     assert code == 0, found
     assert found["steps"]["ours:demo:cuda-graphs"]["figures"]["info"]["provider"] == "CUDAExecutionProvider"
