@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.gpu.figures import Figures
 from benchmarks.gpu.hardware import Memory
-from benchmarks.gpu.ours import Load, _difference
+from benchmarks.gpu.ours import Workload, _difference
 from benchmarks.gpu.timing import Effort, device_time, timed
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
@@ -140,7 +140,7 @@ class Transformers:
 
 
 def measure(
-    checkpoint: Path, bundle: Path, variant: str, device: str, load: Load, effort: Effort, figures: Figures
+    checkpoint: Path, bundle: Path, variant: str, device: str, workload: Workload, effort: Effort, figures: Figures
 ) -> None:
     """Times one variant, see `ours.measure`. The throughput is that of the largest batch."""
     with Memory() as memory:
@@ -149,48 +149,50 @@ def measure(
         figures.add("load_s", time.perf_counter() - begin)
         with Image.open(PHOTOGRAPH) as opened:
             image = opened.convert("RGB").resize(peer.sizes.image_size)
-        for batch in load.batches:
-            _measure_batch(peer, [image] * batch, load, effort, figures)
+        for batch in workload.batches:
+            _measure_batch(peer, [image] * batch, workload, effort, figures)
             if batch == 1:
                 figures.add("memory_b1", memory.peak())
         figures.add("memory_all", memory.peak())
     if device != "cpu":
-        _measure_device(peer, image, load, figures)
+        _measure_device(peer, image, workload, figures)
 
 
-def _measure_batch(peer: Transformers, images: list[Image.Image], load: Load, effort: Effort, figures: Figures) -> None:
+def _measure_batch(
+    peer: Transformers, images: list[Image.Image], workload: Workload, effort: Effort, figures: Figures
+) -> None:
     batch = len(images)
     pixel_values = peer.pixel_values(images)
     figures.attempt(f"vision_b{batch}", lambda: timed(lambda: peer.vision(pixel_values), effort))
-    for search, beams, counts in _searches(peer, batch, load):
-        names = [_name(search, count, batch, load) for count in counts]
+    for search, beams, counts in _searches(peer, batch, workload):
+        names = [_name(search, count, batch, workload) for count in counts]
         for name, count in zip(names, counts, strict=True):
             figures.attempt(name, partial(timed, partial(peer.answers, images, beams, count), effort))
         if len(counts) > 1:
             steps = counts[-1] - counts[0]
             figures.attempt(f"step_{search}_b{batch}", partial(_difference, figures, names[-1], names[0], steps))
     caption = figures.found.get(f"caption_b{batch}")
-    if caption and batch == load.batches[-1]:
+    if caption and batch == workload.batches[-1]:
         figures.add("throughput_captions", {"per_s": batch / caption["min_ms"] * 1e3})
 
 
-def _searches(peer: Transformers, batch: int, load: Load) -> list[tuple[str, int, list[int]]]:
+def _searches(peer: Transformers, batch: int, workload: Workload) -> list[tuple[str, int, list[int]]]:
     """Returns name, beams and numbers of tokens of each search; fewer if compiled, since every cache length is compiled anew."""
-    caption, long = load.caption_tokens, load.long_tokens
+    caption, long = workload.caption_tokens, workload.long_tokens
     greedy = [caption, long] if batch == 1 else [caption] if peer.is_compiled else [2, caption]
-    return [("greedy", 1, greedy), ("beams", load.num_beams, [caption] if peer.is_compiled else [2, caption])]
+    return [("greedy", 1, greedy), ("beams", workload.num_beams, [caption] if peer.is_compiled else [2, caption])]
 
 
-def _name(search: str, count: int, batch: int, load: Load) -> str:
-    if count == load.long_tokens:
+def _name(search: str, count: int, batch: int, workload: Workload) -> str:
+    if count == workload.long_tokens:
         return f"greedy128_b{batch}"
-    if count == load.caption_tokens:
+    if count == workload.caption_tokens:
         return f"caption{'_greedy' if search == 'greedy' else ''}_b{batch}"
     return f"whole_{search}_{count}_b{batch}"
 
 
-def _measure_device(peer: Transformers, image: Image.Image, load: Load, figures: Figures) -> None:
+def _measure_device(peer: Transformers, image: Image.Image, workload: Workload, figures: Figures) -> None:
     pixel_values = peer.pixel_values([image])
     figures.attempt("encode_b1_device", partial(device_time, lambda: peer.vision(pixel_values)))
-    call = partial(peer.answers, [image], load.num_beams, load.caption_tokens)
+    call = partial(peer.answers, [image], workload.num_beams, workload.caption_tokens)
     figures.attempt("caption_b1_device", partial(device_time, call))

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.costs import Costs
 from benchmarks.gpu import answers, graphs, hardware, ours, pytorch
 from benchmarks.gpu.figures import Figures
-from benchmarks.gpu.ours import Load
+from benchmarks.gpu.ours import Workload
 from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
 from benchmarks.gpu.timing import QUICK, Effort, timed
 from florence_onnx.bundles import bundle as bundles
@@ -54,8 +54,8 @@ class Settings:
         return QUICK if self.is_quick else Effort()
 
     @property
-    def load(self) -> Load:
-        return ours.SMALL if self.is_quick else Load(batches=tuple(self.batches))
+    def workload(self) -> Workload:
+        return ours.SMALL if self.is_quick else Workload(batches=tuple(self.batches))
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,20 +124,20 @@ def _ours(step: Step, settings: Settings, figures: Figures) -> None:
         raise MissingError("TensorRT 10 is not on this machine: libnvinfer.so.10 does not load")
     bundle = settings.sources.bundle(step.size, "fp16")
     has_gpu = settings.device != "cpu"
-    ours.measure(bundle, step.variant, settings.load, settings.effort, figures, with_device=has_gpu)
+    ours.measure(bundle, step.variant, settings.workload, settings.effort, figures, with_device=has_gpu)
 
 
 def _plain(step: Step, settings: Settings, figures: Figures) -> None:
     """Times the layout of transformers.js on the same provider, with host arrays between the graphs."""
     bundle = settings.sources.bundle(step.size, PLAIN)
     variant = "cpu" if settings.device == "cpu" else "cuda"
-    load = Load(batches=settings.load.batches[:2], **_lengths(settings.load))
-    ours.measure(bundle, variant, load, settings.effort, figures, with_device=False, precision="fp16")
+    workload = Workload(batches=settings.workload.batches[:2], **_lengths(settings.workload))
+    ours.measure(bundle, variant, workload, settings.effort, figures, with_device=False, precision="fp16")
 
 
-def _lengths(load: Load) -> dict[str, int]:
+def _lengths(workload: Workload) -> dict[str, int]:
     names = ("caption_tokens", "long_tokens", "object_tokens", "num_beams", "images")
-    return {name: getattr(load, name) for name in names}
+    return {name: getattr(workload, name) for name in names}
 
 
 def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
@@ -147,20 +147,20 @@ def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
         has_tensorrt = bool(hardware.find_tensorrt())
         variants = [name for name in graphs.VARIANTS if name != "cpu" and (name != "tensorrt" or has_tensorrt)]
     sizes = bundles.read(bundle).sizes
-    batches = settings.load.batches[:2] if settings.is_quick else settings.batches
+    batches = settings.workload.batches[:2] if settings.is_quick else settings.batches
     graphs.measure(bundle, sizes.num_image_tokens, settings.device, variants, batches, settings.effort, figures)
 
 
 def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
-    sources, load = settings.sources, settings.load
+    sources, workload = settings.sources, settings.workload
     if step.variant == "compile" or settings.is_quick:  # every batch size and length is compiled anew
-        load = Load(batches=(1,), **_lengths(load))
+        workload = Workload(batches=(1,), **_lengths(workload))
     pytorch.measure(
         sources.checkpoint(step.size),
         sources.bundle(step.size, "fp16"),
         step.variant,
         settings.device,
-        load,
+        workload,
         QUICK if settings.is_quick else RIVALS_EFFORT,
         figures,
     )
