@@ -120,7 +120,7 @@ def main() -> None:
     name = "the demo model" if arguments.bundle == DEMO else Path(arguments.bundle).name
     text = (
         f"Decoder calls with prompt lookup, greedy, {name}, {arguments.scenes} scenes, one thread; time is the ratio "
-        "of processor time from the encoded image to the answer, without vision.\n"
+        "of CPU time from the encoded image to the answer, without vision.\n"
         f"`python -m benchmarks.cpu.speculation --scenes {arguments.scenes}`\n\n{table(measured)}\n"
     )
     line = json.dumps({"scenes": arguments.scenes, "tasks": {name: asdict(each) for name, each in measured.items()}})
