@@ -32,7 +32,7 @@ IMAGE = answers.SAMPLES / "scene-1.png"
 
 
 def run(out: Path, *more: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:
-    """The exit code of the command, and what it wrote."""
+    """The exit code of the command, and the JSON that it wrote."""
     command = [sys.executable, "-m", "benchmarks.gpu", "demo", "--device", device, "--quick", "--out", str(out)]
     more = (*more, "--work", str(out / "work"), "--carried", str(out / "carried"))
     done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -53,7 +53,7 @@ def run_here(step: Step, settings: Settings, folder: Path) -> Figures:
     """A step in this process, which has imported torch already."""
     figures = Figures(folder / "figures.json")
     RUNNERS[step.kind](step, settings, figures)
-    # the difference of two lengths may drown in what else this machine does
+    # other processes may make the difference between two lengths negative
     assert [said for said in figures.errors.values() if "took no longer than" not in said] == []
     assert json.loads((folder / "figures.json").read_text())["figures"] == json.loads(json.dumps(figures.found))
     return figures
@@ -82,7 +82,7 @@ def test_every_step_on_the_cpu(step: Step, settings: Settings, tmp_path: Path) -
 
 
 def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path: Path) -> None:
-    """Whatever the step asks for was carried: here a tiny model, under the name that it looks for."""
+    """A tiny model under the name of the skeleton that the step reads."""
     from export.transformers_js.writer import export_transformers_js
 
     export_transformers_js(tiny.checkpoint, tmp_path / "plain", precision="fp16")

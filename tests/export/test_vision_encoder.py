@@ -20,7 +20,7 @@ CONFIGS = {"tiny": checkpoints.tiny_config, "odd": checkpoints.odd_config}
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def tower(request: pytest.FixtureRequest) -> Any:
-    """The vision tower of a random-weight model, with the image size that belongs to it."""
+    """The vision tower of a model with random weights, and its image size."""
     config = CONFIGS[request.param]()
     model = checkpoints.build_model(config)
     return model.model.vision_tower, checkpoints.image_size(config)
