@@ -33,7 +33,9 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
     if output.exists() and not _is_replaceable(output):
-        raise CheckpointError(f"{output} is not an exported model: --force replaces nothing else; remove it yourself")
+        raise CheckpointError(
+            f"{output} is not an exported model, and --force replaces nothing else; remove it yourself"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
     try:

@@ -35,7 +35,7 @@ def check_tensorrt(precisions: Sequence[str], is_own_layout: bool, max_batch: in
     if wrong or not is_own_layout:
         what = f"precision {wrong[0]}" if wrong else "the layout of transformers.js"
         raise CheckpointError(
-            f"there are no TensorRT engines of {what}: export with --precision fp16 and without --layout"
+            f"TensorRT engines of {what} are not supported: export with --precision fp16 and without --layout"
         )
     tensorrt.target(onnxruntime, max_batch)
 

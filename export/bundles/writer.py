@@ -112,7 +112,7 @@ def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -
         )
     if vision_precision is not None and set(precisions) == {"fp32"}:
         raise CheckpointError(
-            "an fp32 bundle is exact in every graph: another precision of the vision encoder goes with "
+            "an fp32 bundle is exact in every graph; another precision of the vision encoder can be combined with "
             f"{', '.join(name for name in PRECISIONS if name != 'fp32')}"
         )
 

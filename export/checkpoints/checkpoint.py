@@ -139,7 +139,7 @@ def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Fl
         with torch.device("meta"):
             model = Florence2ForConditionalGeneration(config)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json describes no possible model: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"no model can be built from config.json: {type(error).__name__}: {error}") from error
     is_tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(native_weights(stored, shapes, layout, is_tied=is_tied), assign=True)

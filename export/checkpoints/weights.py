@@ -114,7 +114,9 @@ def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> 
     first = inputs[0] if inputs else head
     different = [name for name in inputs if not torch.equal(stored[name], stored[first])]
     if different:
-        raise CheckpointError(f"{first} and {', '.join(different)} differ; Florence-2 has one embedding for both sides")
+        raise CheckpointError(
+            f"{first} and {', '.join(different)} differ; Florence-2's encoder and decoder share one embedding"
+        )
     embedding = _float32(stored[first])
     if is_tied and head in stored and not torch.equal(stored[head], stored[first]):
         raise CheckpointError(

@@ -273,7 +273,7 @@ def summarise(comparisons: Sequence[Comparison]) -> Figures:
         ValueError: There is no comparison.
     """
     if not comparisons:
-        raise ValueError("no comparison to sum up")
+        raise ValueError("there is no comparison to aggregate")
     num_tokens = sum(each.num_tokens for each in comparisons)
     boxes = [each.boxes for each in comparisons if each.boxes is not None]
     logits = [each.logits for each in comparisons if each.logits is not None]

@@ -275,9 +275,12 @@ def test_pickle_with_code_is_not_run(folder: Path, tmp_path: Path) -> None:
         (lambda config: config.pop("text_config"), "no text_config"),
         (lambda config: config.pop("vision_config"), "no vision_config"),
         (lambda config: config["text_config"].update(model_type="t5"), "'t5'"),
-        (lambda config: config["text_config"].update(encoder_attention_heads=7), "no possible model"),
+        (
+            lambda config: config["text_config"].update(encoder_attention_heads=7),
+            "no model can be built from config.json",
+        ),
         (lambda config: config["vision_config"].update(projection_dim=32), "projection_dim 32 differs from d_model 64"),
-        (lambda config: config["vision_config"].update(depths=[1, 1]), "no possible model"),
+        (lambda config: config["vision_config"].update(depths=[1, 1]), "no model can be built from config.json"),
     ],
 )
 def test_bad_native_config(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

@@ -141,7 +141,7 @@ def test_the_reference_may_be_a_bundle_without_torch_installed(tiny: Exported) -
     ("arguments", "message"),
     [
         (("--task", "objects"), "unknown task 'objects'"),
-        (("--images", "[nowhere]"), "[nowhere] is no folder"),
+        (("--images", "[nowhere]"), "[nowhere] is not a folder"),
         (("--beams", "0"), "num_beams must be a whole number from 1"),
         (("--max-new-tokens", "99999"), "max_new_tokens must be"),
         (("--min-box-f1", "50"), "--min-box-f1"),
@@ -207,7 +207,7 @@ def test_images_are_found_below_a_folder_by_name(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["a.bmp", "a.jpg", "c.png"]
     assert [path.name for path in others] == ["notes.txt"]
     assert [path.name for path in find_images(tmp_path, 1)[0]] == ["a.bmp"]
-    with pytest.raises(InputError, match="holds no image that can be read, among 0 files"):
+    with pytest.raises(InputError, match="has no readable image among its 0 files"):
         (tmp_path / "empty").mkdir()
         find_images(tmp_path / "empty")
 
