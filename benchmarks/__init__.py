@@ -5,5 +5,6 @@
     serving   the server under load and under malformed requests; fal against a local server
     quality   what lower precision costs in right and wrong answers
 
-Beside them: `checkpoints` and `models` make what is measured, `costs` counts its operations and bytes, `machine` describes where.
+Beside them: `checkpoints` and `models` make what is measured, `costs` counts its operations and bytes, `machine`
+describes where.
 """

@@ -1,6 +1,7 @@
 """Checkpoints to measure: `python -m benchmarks.checkpoints SOURCE OUT` writes one in transformers' native layout.
 
-SOURCE is `tiny`, `base` or `large` (with random weights, on which times do not depend), or a folder in Microsoft's layout.
+SOURCE is `tiny`, `base` or `large` (with random weights, on which times do not depend), or a folder in Microsoft's
+layout.
 """
 
 from __future__ import annotations

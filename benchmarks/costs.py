@@ -1,7 +1,8 @@
-"""Operations and bytes of a model, computed from its config. Divided by the machine's rates they give a lower bound, the floor.
+"""Operations and bytes of a model, computed from its config. Divided by the machine's rates they give a lower bound,
+the floor.
 
-A multiplication and an addition count as two operations. Products and convolutions are counted; element-wise work (softmax, GELU,
-normalisation) is not, so the floor is slightly below what is possible.
+A multiplication and an addition count as two operations. Products and convolutions are counted; element-wise work
+(softmax, GELU, normalisation) is not, so the floor is slightly below what is possible.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Costs:
         return total
 
     def decoder_parameters(self) -> int:
-        """Weights that a decode step reads: those of the layers and of the head, without the projections of the cross KV."""
+        """Weights that a decode step reads: those of the layers and of the head, without cross KV projections."""
         width = self.text["d_model"]
         layer = 6 * width**2 + 2 * width * self.text["decoder_ffn_dim"]
         total: int = self.text["decoder_layers"] * layer + self.text["vocab_size"] * width

@@ -1,4 +1,4 @@
-"""The models that the peers load: a checkpoint, our bundles, the layout of transformers.js. Made on demand, kept in a working directory."""
+"""The models that the peers load: a checkpoint, our bundles, the layout of transformers.js. Made on demand and kept."""
 
 from __future__ import annotations
 

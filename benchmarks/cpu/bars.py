@@ -29,7 +29,7 @@ class Bar:
     """Another peer, or `floor`: the lower bound for the precision of `peer`."""
     limit: float
     kind: Literal["times as fast", "of its time"]
-    """`times as fast`: rival / peer must be at least the limit. `of its time`: peer / rival must be at most the limit."""
+    """`times as fast`: rival / peer is at least the limit. `of its time`: peer / rival is at most the limit."""
     rival_stage: str | None = None
     """The rival's stage, if it is another than `stage`."""
 
@@ -69,8 +69,9 @@ def evaluate(result: Result, default: str | None) -> list[dict[str, Any]]:
         default: Name of the peer that `DEFAULT` stands for.
 
     Returns:
-        For each bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima`, `ratio_at_floor` (the ratio if
-        the peer took no longer than its floor; None if there is none) and `status`: `hit`, `miss`, or `not measured` with a `reason`.
+        For each bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima`, `ratio_at_floor`
+        (the ratio if the peer took no longer than its floor; None if there is none) and `status`: `hit`, `miss`, or
+        `not measured` with a `reason`.
     """
     return [_exactness(result), *(_evaluate(bar, result, default) for bar in BARS)]
 
@@ -114,7 +115,7 @@ def _ratio(bar: Bar, ours: float, theirs: float) -> float:
 
 
 def _ratio_at_floor(bar: Bar, result: Result, peer: str, rival: str) -> float | None:
-    """Returns the ratio if our peer took no longer than its floor: the best that this machine allows against the rival as measured."""
+    """Returns the ratio if our peer took no longer than its floor, and the rival as long as measured."""
     ours = _floor(result, peer, bar.stage)
     theirs = _rival_value(bar, result, peer, rival, "median")
     if bar.rival == DEFAULT:

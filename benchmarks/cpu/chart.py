@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu.chart RESULT.json OUT.svg`: latency stacked by stage, peers side by side, greedy and with beams."""
+"""`python -m benchmarks.cpu.chart RESULT.json OUT.svg`: latency by stage, peers side by side, greedy and beams."""
 
 from __future__ import annotations
 

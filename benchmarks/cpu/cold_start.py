@@ -2,8 +2,9 @@
 
     python -m benchmarks.cpu.cold_start BUNDLE --repeats 5 --threads 2
 
-Every repetition is a fresh process; the result is the minimum and the median of each figure over all of them. A table is printed to
-standard error, and one line of JSON to standard output. Linux only: memory is read from `/proc/self/status`.
+Every repetition is a fresh process; the result is the minimum and the median of each figure over all of them. A table
+is printed to standard error, and one line of JSON to standard output. Linux only: memory is read from
+`/proc/self/status`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class ColdStart:
     mapped_mib: float
     """Memory mapped from files after the answer, in MiB."""
     peak_mib: float
-    """Peak resident memory of the process, in MiB: `VmHWM`, since `ru_maxrss` counts what the parent held at the fork."""
+    """Peak resident memory in MiB: `VmHWM`, since `ru_maxrss` counts what the parent held at the fork."""
     onnxruntime: str
     """Version of ONNX Runtime."""
     provider: str
@@ -149,7 +150,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def summarize(runs: Sequence[ColdStart]) -> dict[str, Any]:
-    """Returns minimum and median of every float, `{"load_s": {"min": …, "median": …}, …}`, and the other fields of the first run."""
+    """Returns `min` and `median` of every float by name, and the other fields of the first run."""
     summary: dict[str, Any] = {"repeats": len(runs)}
     for each in fields(ColdStart):
         values = [asdict(run)[each.name] for run in runs]

@@ -1,8 +1,9 @@
 """`python -m benchmarks.cpu.compare`: this runtime and its peers on the same work, in one run.
 
-How it is kept fair: all peers have the same weights, image, prompt, generation settings, number of tokens and threads. Each runs in a
-fresh process, so that memory and thread pools are separate. The peers take turns in every round, so that a busy minute affects all of
-them. Each gives a greedy answer and one with beams before anything is timed. A peer that cannot run is listed with the reason.
+How it is kept fair: all peers have the same weights, image, prompt, generation settings, number of tokens and threads.
+Each runs in a fresh process, so that memory and thread pools are separate. The peers take turns in every round, so that
+a busy minute affects all of them. Each gives a greedy answer and one with beams before anything is timed. A peer that
+cannot run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from florence_onnx.runtime import cpu
 
 _console = Console(stderr=True)
 _LARGE_IMAGE = 512
-"""Side in pixels from which a model counts as full-size; for smaller ones the rates of the machine are measured in less time."""
+"""Side in pixels from which a model counts as full-size; for smaller ones the machine's rates are measured faster."""
 
 
 class Comparison:

@@ -53,7 +53,7 @@ class Workload:
     second: Prompt
     """The second task, on the image that is already encoded."""
     num_tokens: int
-    """Tokens of every answer, the end token included. It is both the minimum and the maximum, so that all peers do the same work."""
+    """Tokens of every answer, the end token included. Minimum and maximum are equal, for equal work."""
     num_beams: int
     """Beams of the search that is not greedy."""
     threads: int
@@ -99,7 +99,7 @@ class Job:
     started: float
     """`time.time()` just before the process was started."""
     budget: float
-    """Longest estimated answer in seconds; a peer that would take longer, because the CPU lacks its arithmetic, is skipped."""
+    """Longest estimated answer in seconds; a peer whose arithmetic the CPU lacks may take longer, and is skipped."""
 
     def dump(self) -> str:
         """Returns the job as one line of JSON."""

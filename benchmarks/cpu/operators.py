@@ -1,7 +1,7 @@
 """Milliseconds per operator of the vision encoder: `python -m benchmarks.cpu.operators BUNDLE [BUNDLE…]`.
 
-The figures are from ONNX Runtime's profiler, over a few runs after one warm-up. The times of the operators add up to less than a run,
-and profiling itself takes some time. To compare whole stages use `benchmarks.cpu.compare`.
+The figures are from ONNX Runtime's profiler, over a few runs after one warm-up. The times of the operators add up to
+less than a run, and profiling itself takes some time. To compare whole stages use `benchmarks.cpu.compare`.
 """
 
 from __future__ import annotations

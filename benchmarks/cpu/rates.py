@@ -24,7 +24,7 @@ _LARGE = (2304, 1024, 4096)
 
 
 def best_seconds(function: Callable[[], object], at_least: float = _SECONDS) -> float:
-    """Returns the shortest time of a call: over at least three calls and at least `at_least` seconds, after one warm-up."""
+    """Returns the shortest time of at least three calls, and at least `at_least` seconds, after a warm-up."""
     function()
     taken: list[float] = []
     while len(taken) < 3 or sum(taken) < at_least:
@@ -107,7 +107,7 @@ def torch_rate(dtype: str, threads: int) -> float:
 
 
 def read_rate(threads: int, size: int = _READ_BYTES) -> float:
-    """Measures the bytes per second that `threads` threads read together, each a part of its own: the better of two ways to read."""
+    """Measures the bytes per second that `threads` threads read together, by the faster of two methods."""
     data = np.ones(size // 4, dtype=np.float32)
     parts = np.array_split(data, threads)
 
@@ -131,8 +131,8 @@ def measure(
         seconds: Seconds to measure each product at least.
 
     Returns:
-        `fp32`, `int8` and `bf16` in operations per second, the best over the shapes (`bf16` is None without PyTorch), `by_shape`, and
-        `read` in bytes per second.
+        `fp32`, `int8` and `bf16` in operations per second, the best over the shapes (`bf16` is None without PyTorch),
+        `by_shape`, and `read` in bytes per second.
     """
     by_shape: list[dict[str, Any]] = [
         {"shape": list(shape), **{kind: onnx_rate(kind, shape, threads, seconds) for kind in ("fp32", "int8")}}

@@ -80,14 +80,14 @@ def compare_tokens(peers: dict[str, Summary], num_tokens: int) -> list[str]:
 
 
 MIN_FLOOR_SHARE = 0.85
-"""Smallest plausible share of the floor: our graphs save 6 % of the operations counted, and the measured rates have some noise."""
+"""Smallest plausible share of the floor: our graphs save 6 % of the counted operations, and rates are noisy."""
 
 
 def find_implausible(peers: Mapping[str, Summary], floor: Mapping[str, Any]) -> list[str]:
     """Finds peers that were faster than the machine can be, and so did less work than the others.
 
-    Only stages limited by arithmetic are checked: a decode step is limited by memory, and the weights of a small decoder fit into the
-    CPU's cache.
+    Only stages limited by arithmetic are checked: a decode step is limited by memory, and the weights of a small
+    decoder fit into the CPU's cache.
     """
     wrong = []
     for name, peer in peers.items():
@@ -108,7 +108,7 @@ def best_rates(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def floors(costs: Costs, rates: Mapping[str, Any], workload: Workload, prompt_tokens: int) -> dict[str, Any]:
-    """Computes the floor, in seconds by precision and stage, and returns it with the figures that it is computed from."""
+    """Computes the floor in seconds by precision and stage; returns it with the figures behind it."""
     compute = {
         "fp32": rates["fp32"],
         "fp16": rates["fp32"],  # ONNX Runtime's CPU provider computes fp16 products in fp32

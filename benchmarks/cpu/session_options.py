@@ -1,8 +1,9 @@
 """The effect of each session option on time and memory: `python -m benchmarks.cpu.session_options BUNDLE > table.md`.
 
-Every configuration runs in fresh processes. The configurations take turns for several rounds, so that a busy moment of the machine
-does not affect only one. For each are printed the minimum wall and CPU time of every stage over all rounds, and the largest peak
-memory. Wall time is what a user waits; CPU time depends less on other processes, and includes threads that spin.
+Every configuration runs in fresh processes. The configurations take turns for several rounds, so that a busy moment of
+the machine does not affect only one. For each are printed the minimum wall and CPU time of every stage over all rounds,
+and the largest peak memory. Wall time is what a user waits; CPU time depends less on other processes, and includes
+threads that spin.
 """
 
 from __future__ import annotations

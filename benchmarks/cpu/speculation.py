@@ -1,8 +1,8 @@
-"""What prompt lookup (speculative decoding) saves: `python -m benchmarks.cpu.speculation [--scenes N] [--bundle DIRECTORY]`.
+"""What prompt lookup saves: `python -m benchmarks.cpu.speculation [--scenes N] [--bundle DIRECTORY]`.
 
-Every task is run on the same unseen scenes, greedily, with drafts of several lengths. Decoder calls are counted, which do not depend on
-the machine. Times are CPU time from the encoded image to the answer, which depends little on other processes. The answers are compared
-token by token.
+Every task is run on the same unseen scenes, greedily, with drafts of several lengths. Decoder calls are counted, which
+do not depend on the machine. Times are CPU time from the encoded image to the answer, which depends little on other
+processes. The answers are compared token by token.
 """
 
 from __future__ import annotations

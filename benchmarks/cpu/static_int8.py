@@ -1,8 +1,9 @@
 """Static against dynamic int8 in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE IMAGE [IMAGE…]`.
 
-Static quantization (ONNX Runtime's QDQ form) takes the ranges of the activations from a calibration on images. It need not find them
-at run time, but a new image may exceed them. Both forms quantize the same `Gemm` nodes, with 7-bit weights and a scale per channel.
-Printed are the time of each form, and the error of the features against fp32 on images that were not used for the calibration.
+Static quantization (ONNX Runtime's QDQ form) takes the ranges of the activations from a calibration on images. It need
+not find them at run time, but a new image may exceed them. Both forms quantize the same `Gemm` nodes, with 7-bit
+weights and a scale per channel. Printed are the time of each form, and the error of the features against fp32 on images
+that were not used for the calibration.
 """
 
 from __future__ import annotations

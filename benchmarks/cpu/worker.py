@@ -1,7 +1,8 @@
 """The process of one peer: `python -m benchmarks.cpu.worker JOB` prints one line of JSON.
 
-The line has `stages` (seconds, a list each), `tokens` by search, `load_s`, `cold_start_s` (from the start of the process to the first
-answer), `peak_rss_bytes`, `versions`, `notes`, and `precision` where it is not what was asked for; or `absent` with the reason.
+The line has `stages` (seconds, a list each), `tokens` by search, `load_s`, `cold_start_s` (from the start of the
+process to the first answer), `peak_rss_bytes`, `versions`, `notes`, and `precision` where it is not what was asked for;
+or `absent` with the reason.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def _second_task(runner: Runner, workload: Workload, features: Any) -> None:
 def peak_rss() -> int:
     """Returns the peak resident memory of this process in bytes.
 
-    On Linux from `VmHWM`, which starts anew with every exec; `ru_maxrss` also counts what the parent process held at the fork.
+    On Linux from `VmHWM`, which starts anew with every exec; `ru_maxrss` also counts what the parent process held at
+    the fork.
     """
     status = Path("/proc/self/status")
     if status.is_file():

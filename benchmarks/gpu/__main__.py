@@ -1,7 +1,8 @@
 """Runs the steps, each in a process of its own: `python -m benchmarks.gpu --device cuda --out $OUT`.
 
-Results are written after every step, so an interrupted run loses at most the step in progress, and the same command continues where the
-last one stopped. A step that fails is recorded with its reason, and the others go on. `--device cpu` runs everything on the CPU.
+Results are written after every step, so an interrupted run loses at most the step in progress, and the same command
+continues where the last one stopped. A step that fails is recorded with its reason, and the others go on. `--device
+cpu` runs everything on the CPU.
 """
 
 from __future__ import annotations
@@ -100,13 +101,13 @@ def run_step(step: Step, settings: Settings, timeout: float, scratch: Path) -> d
 
 
 def _environment(step: Step) -> dict[str, str]:
-    """Adds the CUDA and cuDNN of NVIDIA's wheels to the library path, except for the step that tests a start without it."""
+    """Adds the CUDA and cuDNN of NVIDIA's wheels to the library path, except for the step `start`."""
     paths = ([] if step.kind == "start" else [hardware.library_path()]) + [os.environ.get("LD_LIBRARY_PATH", "")]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(path for path in paths if path)}
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
-    """Returns the exit code, or None after a timeout. A process that still runs is killed with its children, also on an interrupt."""
+    """Returns the exit code, or None after a timeout. Kills a process that still runs, with its children."""
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -149,7 +150,7 @@ def _chosen(arguments: argparse.Namespace) -> list[Step]:
 
 
 def main() -> None:
-    """Runs the steps. The exit code is 1 if a step failed or was not reached, or if fp32 answers or full-size logits are wrong."""
+    """Runs the steps. Exit code 1: a step failed or was not reached, or answers or logits are wrong."""
     arguments = _parse()
     steps = _chosen(arguments)
     if arguments.list:

@@ -1,4 +1,4 @@
-"""The targets (bars) of the GPU path: one H100, Florence-2-large, fp16, one image of 768 x 768; and where each figure is in the result."""
+"""The targets (bars) of the GPU path: one H100, Florence-2-large, fp16, one image of 768 x 768."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Steps = Mapping[str, Mapping[str, Any]]
 BEST = ("cuda-graphs", "tensorrt", "cuda", "cpu-resident", "cpu")
 """Our variants; the first is what a user gets."""
 EXACT_LOGITS = 1e-3
-"""Bound on the relative error of logits in fp32. fp32 is far below it; a single product in tf32 has an error of about 3e-4."""
+"""Bound on the relative error of logits in fp32. A single product in tf32 has an error of about 3e-4."""
 FULL_SIZE_LOGITS = 0.05
-"""Bound on the relative error of logits in fp16 on the GPU against fp16 on the CPU provider, which computes much of it in fp32."""
+"""The same in fp16, against the CPU provider, which computes much of an fp16 graph in fp32."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def judge(steps: Steps, size: str) -> list[Judged]:
 
 
 def judge_answers(steps: Steps) -> list[tuple[str, str]]:
-    """Judges the answers: fp32 must be exact, or its logits within `EXACT_LOGITS`; fp16 is reported without a verdict."""
+    """Judges the answers: fp32 must be exact, or its logits within `EXACT_LOGITS`; fp16 has no bound."""
     found: list[tuple[str, str]] = []
     for name, value in steps.get("answers", {}).get("figures", {}).items():
         if " against " not in name:
@@ -133,7 +133,7 @@ def judge_answers(steps: Steps) -> list[tuple[str, str]]:
 
 
 def judge_checks(steps: Steps) -> list[tuple[str, str]]:
-    """Judges full-size models: the logits of the GPU must be finite, and within `FULL_SIZE_LOGITS` of the CPU provider's."""
+    """Judges full-size models: logits must be finite, and within `FULL_SIZE_LOGITS` of the CPU provider's."""
     found: list[tuple[str, str]] = []
     for step, outcome in steps.items():
         figures = outcome.get("figures", {}) if step.startswith("check:") else {}

@@ -35,7 +35,7 @@ FAILURES: tuple[type[BaseException], ...] = (
     OSError,
     *(getattr(_state, name) for name in _ORT_ERRORS if hasattr(_state, name)),
 )
-"""Errors that a library version, a GPU or its memory may cause. ONNX Runtime's own classes have no common base class."""
+"""Errors that libraries, a GPU or its memory may cause. ONNX Runtime's classes have no common base class."""
 MAX_MESSAGE = 600
 
 
@@ -55,7 +55,7 @@ class Figures:
         print(f"  {name}: {_brief(value)}", flush=True)
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> None:
-        """Records the result of a measurement, or the error if it failed, so that the other figures are still measured."""
+        """Records the result of a measurement, or its error, after which the step goes on."""
         try:
             self.add(name, measure())
         except FAILURES as error:

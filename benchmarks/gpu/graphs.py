@@ -120,7 +120,7 @@ def _timed_run(
     effort: Effort,
     runs: list[Callable[[], None]],
 ) -> dict[str, Any]:
-    """Times runs with one set of buffers, and appends the run to `runs`; a captured CUDA graph gets the id `graph_id` + 1."""
+    """Times runs with one set of buffers, and appends the run to `runs`. Each set has a CUDA graph id of its own."""
     binding, buffers = _bind(session, device, sizes)
     options = onnxruntime.RunOptions()
     with contextlib.suppress(RuntimeError):  # the entry exists for the CUDA provider only

@@ -100,8 +100,8 @@ def _library_paths() -> list[Path]:
 class Memory:
     """Measures the peak device memory during a block, minus the memory in use before it.
 
-    The driver is polled every few milliseconds. The figure includes the CUDA context, libraries and every allocator, and other processes
-    on the same GPU.
+    The driver is polled every few milliseconds. The figure includes the CUDA context, libraries and every allocator,
+    and other processes on the same GPU.
     """
 
     INTERVAL = 0.005
@@ -170,7 +170,8 @@ def _memory_reader() -> Any:
 def measure_rates(
     device: str, effort: Effort, *, copy_bytes: int = COPY_BYTES, size: int = GEMM_SIZE
 ) -> dict[str, Any]:
-    """Measures the device: `copy` in bytes per second (read plus written), and products in fp16, bf16 and fp32 in operations per second.
+    """Measures the device: `copy` in bytes per second (read plus written), and products in fp16, bf16 and fp32 in
+    operations per second.
 
     Args:
         device: `cpu`; anything else is the GPU.

@@ -167,7 +167,7 @@ def _measure_batch(caller: Caller, workload: Workload, batch: int, effort: Effor
 
 
 def _measure_steps(caller: Caller, workload: Workload, batch: int, effort: Effort, figures: Figures) -> None:
-    """Times decode steps, as the difference between answers of two lengths on encoded images, so that prefill cancels out."""
+    """Times decode steps: the difference between answers of two lengths, in which prefill cancels out."""
     encoded = [caller.model.encode(image) for image in caller.different_images(batch)]
     for search, beams in (("greedy", 1), ("beams", workload.num_beams)):
         short, long = (f"answer_{search}_{count}_b{batch}" for count in (2, workload.object_tokens))

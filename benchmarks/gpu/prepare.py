@@ -1,8 +1,9 @@
 """Makes the folder to copy to a machine with a GPU and without a network: `python -m benchmarks.gpu.prepare`.
 
-It has skeletons of the models (`skeleton.py`), and onnxruntime-gpu without the kernels for other GPUs, packed by the scripts in
-`--tools`, which are not part of the repository. Skeletons and the packed runtime in `--work` and `--folder` are not made again: remove
-them after a change of the export. At the end it prints the command for the device machine, and how many bytes are copied.
+It has skeletons of the models (`skeleton.py`), and onnxruntime-gpu without the kernels for other GPUs, packed by the
+scripts in `--tools`, which are not part of the repository. Skeletons and the packed runtime in `--work` and `--folder`
+are not made again: remove them after a change of the export. At the end it prints the command for the device machine,
+and how many bytes are copied.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
 
 
 def export(checkpoint: Path, kind: str, output: Path) -> Path:
-    """Exports a model. Its graphs are compared with torch, but its answers are not: with random weights they mean nothing.
+    """Exports a model and compares its graphs with torch, but not its answers, which random weights make meaningless.
 
     Args:
         checkpoint: Folder of the checkpoint.
@@ -147,7 +148,7 @@ def command(folder: str, arguments: str = "large base", budget_s: int = 540) -> 
 
 
 def travelling_bytes(folder: Path) -> dict[str, int]:
-    """Returns the bytes that are copied: files that git tracks or does not ignore (`tree`), and the folder (`carried`)."""
+    """Returns the bytes to copy: files that git does not ignore (`tree`), and the folder (`carried`)."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

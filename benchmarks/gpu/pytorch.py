@@ -177,7 +177,7 @@ def _measure_batch(
 
 
 def _searches(peer: Transformers, batch: int, workload: Workload) -> list[tuple[str, int, list[int]]]:
-    """Returns name, beams and numbers of tokens of each search; fewer if compiled, since every cache length is compiled anew."""
+    """Returns name, beams and numbers of tokens of each search; fewer if compiled, as every length is compiled anew."""
     caption, long = workload.caption_tokens, workload.long_tokens
     greedy = [caption, long] if batch == 1 else [caption] if peer.is_compiled else [2, caption]
     return [("greedy", 1, greedy), ("beams", workload.num_beams, [caption] if peer.is_compiled else [2, caption])]

@@ -1,13 +1,14 @@
-"""Skeletons: bundles whose weights are replaced by their statistics, small enough to be copied, and filled again with random weights.
+"""Skeletons: bundles with statistics instead of weights, small enough to copy, and filled again with random weights.
 
-`python -m benchmarks.gpu.skeleton pack BUNDLE OUT.tar.xz --checkpoint DIR` keeps the graphs, everything small, and for each large tensor
-its offset, shape, mean and standard deviation. `fill SKELETON.tar.xz OUT` fills the tensors with normal random numbers of that mean and
-deviation. Times do not depend on weights; and weights that were random before (`benchmarks.checkpoints`) keep their distribution, so
-activations stay finite. The same skeleton gives the same bytes on every machine.
+`python -m benchmarks.gpu.skeleton pack BUNDLE OUT.tar.xz --checkpoint DIR` keeps the graphs, everything small, and for
+each large tensor its offset, shape, mean and standard deviation. `fill SKELETON.tar.xz OUT` fills the tensors with
+normal random numbers of that mean and deviation. Times do not depend on weights; and weights that were random before
+(`benchmarks.checkpoints`) keep their distribution, so activations stay finite. The same skeleton gives the same bytes
+on every machine.
 
-With `--exact` the weights are taken from the checkpoint, which must be available when the skeleton is filled. Tensors that equal one of
-the checkpoint's tensors or its transpose are stored by name; the others (folded or concatenated) are kept. The bundle is restored byte
-by byte.
+With `--exact` the weights are taken from the checkpoint, which must be available when the skeleton is filled. Tensors
+that equal one of the checkpoint's tensors or its transpose are stored by name; the others (folded or concatenated) are
+kept. The bundle is restored byte by byte.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 WEIGHTS_FILE = "model.safetensors"
 MAX_CONSTANT_BYTES = 16 * 2**20
-"""Most bytes of tensors that are kept: indices, masks, tables. If there are more, the weights themselves are not floats."""
+"""Most bytes of kept tensors: indices, masks, tables. If there are more, the weights are not floats."""
 MIN_DISTINCT = 64
 """A tensor with fewer distinct values is a table and not a weight."""
 MAX_POSITIONS = 64
@@ -96,7 +97,7 @@ class _Donor:
         self._names: dict[str, dict[bytes, tuple[str, bool]]] = {}
 
     def find(self, raw: bytes, dtype: str) -> tuple[str, bool] | None:
-        """Returns the name of the tensor with this content in this dtype, and whether it must be transposed; None if there is none."""
+        """Returns the name of the tensor with this content, and whether it must be transposed, or None."""
         if dtype not in self._names:
             self._names[dtype] = {
                 hashlib.sha256(self.take(name, is_transposed, dtype)).digest(): (name, is_transposed)
@@ -151,10 +152,10 @@ def _entry(
 
 
 def _period(shape: Sequence[int]) -> int:
-    """Returns the number of values after which a tensor's statistics repeat; small kernels have statistics for each position.
+    """Returns the number of values after which a tensor's statistics repeat; small kernels have them by position.
 
-    The depthwise convolutions have a 1 added at the centre, which is their residual connection. With one mean for all nine positions, 48
-    of them in sequence overflow fp16.
+    The depthwise convolutions have a 1 added at the centre, which is their residual connection. With one mean for all
+    nine positions, 48 of them in sequence overflow fp16.
     """
     inner = math.prod(shape[1:])
     return inner if inner <= MAX_POSITIONS else 1
@@ -211,7 +212,7 @@ def _write_weights(path: Path, content: dict[str, Any], constants: bytes, seed: 
 
 
 def _draw(entry: dict[str, Any], seed: int) -> npt.NDArray[np.float32]:
-    """Returns normal random numbers with the mean and deviation of a tensor; they depend on the seed and its offset only."""
+    """Returns normal random numbers with a tensor's mean and deviation; they depend on seed and offset only."""
     size = entry["length"] // np.dtype(entry["dtype"]).itemsize
     mean, std = (np.array(entry[name], dtype=np.float32) for name in ("mean", "std"))
     noise: npt.NDArray[np.float32] = np.random.default_rng([seed, entry["offset"]]).standard_normal(

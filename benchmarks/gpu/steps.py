@@ -16,7 +16,7 @@ from benchmarks.gpu.timing import QUICK, Effort, timed
 from florence_onnx.bundles import bundle as bundles
 
 RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
-"""Fewer repeats for the rivals: a call takes half a second where ours takes a few milliseconds, and device time is limited."""
+"""Fewer repeats for the rivals, whose calls take half a second each; device time is limited."""
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def summarize(events: Iterable[Mapping[str, Any]], runs: int) -> dict[str, Any]:
     """Summarises a trace in Chrome's format, as means over `runs` equal runs.
 
     Returns:
-        `device_ms` (time in which the GPU was busy), `copies_ms` (copies and fills within it), `kernels` (their number), and `top`, the
-        names of the kernels that took longest with their milliseconds.
+        `device_ms` (time in which the GPU was busy), `copies_ms` (copies and fills within it), `kernels` (their
+        number), and `top`, the names of the kernels that took longest with their milliseconds.
     """
     found = [event for event in events if event.get("cat") in DEVICE_WORK and event.get("ph") == "X"]
     by_name: Counter[str] = Counter()

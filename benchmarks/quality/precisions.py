@@ -1,7 +1,7 @@
 """Measures bundles of the demo model: `python -m benchmarks.quality.precisions INT8 INT4 --reference FP32`.
 
-Every bundle answers questions about the same unseen scenes. Its answers are scored against the ground truth, and compared with those of
-fp32. A precision may become a default if its score is within `MAX_LOSS` points of that of fp32.
+Every bundle answers questions about the same unseen scenes. Its answers are scored against the ground truth, and
+compared with those of fp32. A precision may become a default if its score is within `MAX_LOSS` points of that of fp32.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class PrecisionReport:
 
 
 def score_task(figures: Mapping[str, float]) -> float:
-    """Returns the score of a task, in points from 0 to 100: F1 of boxes, mean IoU of masks, or the share of exact answers."""
+    """Returns a task's score in points from 0 to 100: F1 of boxes, mean IoU of masks, or share of exact answers."""
     if "recall" in figures:
         total = figures["precision"] + figures["recall"]
         return 200 * figures["precision"] * figures["recall"] / total if total else 0.0
@@ -202,9 +202,10 @@ def to_markdown(reports: Sequence[PrecisionReport], setup: Mapping[str, Any]) ->
             "",
             f"Written by `python -m benchmarks.quality.precisions` ({facts}).",
             "",
-            "`score` is the mean of the tasks against the ground truth, in points of 100; `loss` is fp32's score minus this one;",
-            f"`worst task` is the largest loss of a single task; `within` says whether the score loses at most {MAX_LOSS} points, and in",
-            "how many tasks it does. The other columns are agreement with the fp32 answers to the same questions.",
+            "`score` is the mean of the tasks against the ground truth, in points of 100; `loss` is fp32's score minus",
+            "this one; `worst task` is the largest loss of a single task; `within` says whether the score loses at",
+            f"most {MAX_LOSS} points, and in how many tasks it does. The other columns are agreement with the fp32",
+            "answers to the same questions.",
             "",
             *_markdown_table(header, rows),
             "",

@@ -1,8 +1,8 @@
 """Requests/s and latencies at 1, 4, 16 and 64 clients: `python -m benchmarks.serving.load [--model BUNDLE]`.
 
-Every client sends its next request when it has the response to the last one, over one persistent connection. No two requests have an
-image with the same bytes, so that no features come from the cache. Clients and server share the machine's cores. The first seconds at
-each number of clients are not counted.
+Every client sends its next request when it has the response to the last one, over one persistent connection. No two
+requests have an image with the same bytes, so that no features come from the cache. Clients and server share the
+machine's cores. The first seconds at each number of clients are not counted.
 """
 
 from __future__ import annotations

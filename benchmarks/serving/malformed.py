@@ -1,8 +1,8 @@
 """The server's responses to malformed requests: `python -m benchmarks.serving.malformed --requests 10000`.
 
-Broken JSON, wrong types, damaged images, URLs that must not be fetched, unusual paths, methods and headers, and bytes that are not HTTP.
-Prints how often each status came, and memory, threads and open files of the server before and after. The exit code is 1 if a status was
-500 or more, or a request got no response.
+Broken JSON, wrong types, damaged images, URLs that must not be fetched, unusual paths, methods and headers, and bytes
+that are not HTTP. Prints how often each status came, and memory, threads and open files of the server before and after.
+The exit code is 1 if a status was 500 or more, or a request got no response.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def send(server: Server, content: bytes, *, is_whole: bool) -> str:
     Args:
         server: The server.
         content: The bytes to send.
-        is_whole: Whether they are a complete request. If not, the sending side is closed after them, or both sides would wait.
+        is_whole: Whether they are a complete request. If not, the sending side is closed after them, or both sides
+            would wait.
     """
     with socket.create_connection((server.host, server.port), timeout=60) as connection:
         try:

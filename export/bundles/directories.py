@@ -20,8 +20,8 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         output: The final path.
-        force: Whether to replace an existing export in `output`. It is replaced at the very end; a process that is killed between
-            the last two renames leaves it beside `output`, as `.NAME.old-*`.
+        force: Whether to replace an existing export in `output`. It is replaced at the very end; a process that is
+            killed between the last two renames leaves it beside `output`, as `.NAME.old-*`.
 
     Yields:
         A temporary directory beside `output`; it is removed if the block fails.

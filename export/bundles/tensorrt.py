@@ -1,7 +1,7 @@
 """`--tensorrt`: TensorRT engines for a bundle that was just exported.
 
-They are built by `florence_onnx.loading`, which needs no PyTorch; `florence-onnx build-engines` does the same on the machine where the
-engines will run.
+They are built by `florence_onnx.loading`, which needs no PyTorch; `florence-onnx build-engines` does the same on the
+machine where the engines will run.
 """
 
 from __future__ import annotations

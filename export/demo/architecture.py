@@ -72,7 +72,7 @@ def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
 
 @torch.no_grad()
 def initialise_smoothly(model: Florence2ForConditionalGeneration, seed: int) -> None:
-    """Initialises location tokens and position tables with Fourier codes, so that neighbours are similar from the first step."""
+    """Initialises location tokens and position tables with Fourier codes, so that neighbours start similar."""
     generator = torch.Generator().manual_seed(seed)
     language_model = model.model.language_model
     _initialise_tokens(language_model.shared.weight, generator)

@@ -90,7 +90,7 @@ def shrink(image: Image.Image) -> Array:
 
 
 def number_token_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of the tokens that depend on a count: `a`, `two`, `Three`, … and the plural names of the shapes."""
+    """Returns the ids of the tokens that depend on a count: `a`, `two`, `Three`, … and plurals of the shapes."""
     numbers = ("a", *NUMBERS[1:])
     words = [
         *numbers,

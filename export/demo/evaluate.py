@@ -1,7 +1,7 @@
 """Evaluates a checkpoint with transformers: `python -m export.demo.evaluate CHECKPOINT --beams 3`.
 
-Training makes its scenes from the seeds `"20261122:<step>"`, and those of its curves from seed 777. The default seed here is another.
-Published figures come from a seed that was not used before.
+Training makes its scenes from the seeds `"20261122:<step>"`, and those of its curves from seed 777. The default seed
+here is another. Published figures come from a seed that was not used before.
 """
 
 import argparse

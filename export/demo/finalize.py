@@ -1,7 +1,7 @@
 """Writes a trained model as a checkpoint folder that transformers 4.57 and later load.
 
-`python -m export.demo.finalize --state DIR/state.pt --tokenizer DIR/tokenizer --out DIR/checkpoint` writes the averaged weights from
-the saved state of an unfinished run.
+`python -m export.demo.finalize --state DIR/state.pt --tokenizer DIR/tokenizer --out DIR/checkpoint` writes the averaged
+weights from the saved state of an unfinished run.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def _preprocessor_config() -> dict[str, Any]:
 
 
 def _processor_config() -> dict[str, object]:
-    """Returns the processor's config for transformers 4.57, which reads the image processor from preprocessor_config.json, and for 5.x."""
+    """Returns the processor's config for transformers 4.57, which reads the image processor from
+    preprocessor_config.json, and for 5.x."""
     return {
         "processor_class": "Florence2Processor",
         "image_processor": _preprocessor_config(),

@@ -1,4 +1,4 @@
-"""Losses: soft targets for location tokens, weighted text, and auxiliary heads on the image tokens, which are not exported."""
+"""Losses: soft targets for location tokens, weighted text, and auxiliary heads that are not exported."""
 
 from dataclasses import fields
 
@@ -36,7 +36,7 @@ class AuxiliaryHeads(nn.Module):
 
 
 def padded_indices(mask: Tensor, multiple: int) -> tuple[Tensor, int]:
-    """Returns the indices of the true entries of (N,), padded with 0 to a multiple, and their number without padding."""
+    """Returns the indices of the true entries of (N,), padded with 0 to a multiple, and their number."""
     indices = mask.nonzero().squeeze(1)
     count = len(indices)
     return functional.pad(indices, (0, -count % multiple)), count

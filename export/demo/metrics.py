@@ -181,7 +181,7 @@ def _score_words(scenes: Sequence[Scene], questions: Sequence[Question], parsed:
 def _score_texts(
     task: str, scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]
 ) -> dict[str, float]:
-    """Computes the share of exact texts. OCR counts only scenes with a word; words found in the others are `invented_words`."""
+    """Computes the share of exact texts. OCR counts scenes with a word only; `invented_words` are from the others."""
     right = [question.truth.text == answer for question, answer in zip(questions, parsed, strict=True)]
     with_word = [scene.word is not None for scene in scenes]
     if task == "<OCR>":

@@ -1,4 +1,4 @@
-"""Muon for matrices and convolutions, the split of the parameters between it and AdamW, and the moving average of the weights."""
+"""Muon for matrices and convolutions (AdamW gets the other parameters), and the moving average of the weights."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Returns the parameters for Muon (matrices, dense convolutions) and those for AdamW (all others); tied ones occur once."""
+    """Returns the parameters for Muon (matrices, dense convolutions) and for AdamW (all others), tied ones once."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -82,7 +82,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves the average towards the model. The decay rises from 0.5, so that the random initial weights are soon forgotten."""
+        """Moves the average towards the model. The decay rises from 0.5, to forget the initial weights soon."""
         self.num_updates += 1
         decay = min(self.decay, 1 - 1 / (self.num_updates + 1))
         state = model.state_dict()

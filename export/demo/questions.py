@@ -182,7 +182,7 @@ def _ask_detection(scene: Scene, task: str, rng: random.Random, jitter: int) -> 
 
 
 def _ask_grounding(scene: Scene, task: str, rng: random.Random, jitter: int) -> Question:
-    """Asks to ground a caption of one to three phrases; a phrase for several shapes ("two circles") has several boxes."""
+    """Asks to ground a caption of one to three phrases; "two circles" has two boxes."""
     namers = (short_name, full_name)
     shapes = list(scene.shapes)
     pool: list[tuple[str, list[Box]]] = []

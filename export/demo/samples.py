@@ -1,7 +1,7 @@
 """Writes the sample scenes that ship with the demo model: `python -m export.demo.samples`.
 
-Eight images, from seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json` with their ground
-truth in pixels.
+Eight images, from seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
+with their ground truth in pixels.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def draw_sample(spec: SampleSpec) -> Scene:
 
 
 def describe(scene: Scene, file_name: str) -> dict[str, Any]:
-    """Returns the ground truth of a scene for JSON; boxes are `[x0, y0, x1, y1]` and polygons `[x, y, x, y, …]` in pixels."""
+    """Returns the ground truth of a scene for JSON, in pixels: boxes `[x0, y0, x1, y1]`, polygons `[x, y, …]`."""
     word = scene.word
     return {
         "file": file_name,

@@ -1,4 +1,5 @@
-"""The demo tokenizer: byte-level BPE trained on the demo's prompts and answers, with Florence-2's added tokens in their order.
+"""The demo tokenizer: byte-level BPE trained on the demo's prompts and answers, with Florence-2's added tokens in their
+order.
 
 Upper-case words are removed from the training text, so each letter of a word in a scene is one token.
 `python -m export.demo.tokenizer --out DIR` writes the tokenizer alone.
@@ -80,7 +81,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _training_text(num_scenes: int) -> Iterator[str]:
-    """Yields prompts and answers without location tokens and upper-case words, and then every name often enough to become one token."""
+    """Yields prompts and answers without location tokens and upper-case words, and then every name many times."""
     rng = random.Random(SEED)
     for _ in range(num_scenes):
         scene = make_scene(rng, 64)

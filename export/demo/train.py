@@ -1,8 +1,9 @@
 """Trains the demo model from scratch on a CPU: `python -m export.demo.train --out DIR`.
 
-First the vision tower is trained alone with the auxiliary heads, then the whole model. In the second phase each image is encoded once
-for several questions: the gradients of all answers are accumulated on a detached copy of the image tokens, and one backward pass takes
-them through the tower. The run writes `tokenizer/`, `log.jsonl`, `state.pt` (read by `--resume`) and, at its end, `checkpoint/` to DIR.
+First the vision tower is trained alone with the auxiliary heads, then the whole model. In the second phase each image
+is encoded once for several questions: the gradients of all answers are accumulated on a detached copy of the image
+tokens, and one backward pass takes them through the tower. The run writes `tokenizer/`, `log.jsonl`, `state.pt` (read
+by `--resume`) and, at its end, `checkpoint/` to DIR.
 """
 
 import argparse

@@ -100,8 +100,8 @@ def make_questions(
 ) -> Iterator[Question]:
     """Makes one question per task; text and region inputs come from the reference's own answers about the image.
 
-    The text input is the reference's caption for phrase grounding, and the label of its first detected object for other tasks. The
-    region input is the box of that object.
+    The text input is the reference's caption for phrase grounding, and the label of its first detected object for other
+    tasks. The region input is the box of that object.
 
     Args:
         image: The image.

@@ -1,4 +1,4 @@
-"""The comparison with other runtimes: what it measures, that interruptions lose nothing, and its chart. No time is asserted."""
+"""The comparison with other runtimes: its figures, interruptions, and chart. No time is asserted."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_a_wrong_graph_is_refused_and_nothing_is_left(
 
 
 def test_a_graph_that_answers_nan_is_refused(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The NaN is in one output, which is not the first; every comparison with it is false, and must not pass as a success."""
+    """The NaN is in one output, and not in the first; comparisons with it are false, and must not pass."""
 
     def poison(path: Path) -> None:
         model = onnx.load(str(path))

@@ -130,7 +130,7 @@ def test_a_vision_precision_that_would_do_nothing_is_refused(tiny: Exported, tmp
 def test_the_vision_encoder_is_held_to_its_own_bound(
     tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound of int8 is much larger than that of fp16: an fp16 vision encoder in an int8 bundle has the bound of fp16."""
+    """The bound of int8 is much larger than that of fp16: an fp16 graph in an int8 bundle has fp16's."""
     monkeypatch.setitem(checks.MAX_RELATIVE_ERROR, "fp16", 1e-9)
     with pytest.raises(VerificationError, match=r"vision_encoder\.onnx does not reproduce the checkpoint in fp16"):
         writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp16")

@@ -1,8 +1,8 @@
 """Our fp32 graphs in OpenVINO's own Python API, with our generation loop.
 
-We know no faster OpenVINO baseline. optimum-intel cannot export Florence-2; our graphs compute the cross KV once per prompt and share it
-among the beams, which a plain export does not. The layout of transformers.js cannot be used: OpenVINO's CPU plugin rejects its merged
-decoder ("doesn't support If operation with dynamic rank").
+We know no faster OpenVINO baseline. optimum-intel cannot export Florence-2; our graphs compute the cross KV once per
+prompt and share it among the beams, which a plain export does not. The layout of transformers.js cannot be used:
+OpenVINO's CPU plugin rejects its merged decoder ("doesn't support If operation with dynamic rank").
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OpenVinoEngine:
 
     @property
     def precision(self) -> str:
-        """The precision in which the device computes. OpenVINO silently ignores a hint that the device does not support."""
+        """The precision in which the device computes. OpenVINO silently ignores an unsupported hint."""
         return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """transformers on PyTorch: fp32, bf16, and fp32 with a static cache and `torch.compile`.
 
-`generate` is given the encoder's output, so that a second task need not run the vision encoder again. transformers does not document
-this; it computes the same as `generate(pixel_values=…)`.
+`generate` is given the encoder's output, so that a second task need not run the vision encoder again. transformers does
+not document this; it computes the same as `generate(pixel_values=…)`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PyTorchRunner:
             self._compile()
 
     def _check(self) -> None:
-        """Checks that there is a compiler, and that the CPU has the arithmetic; otherwise an answer would take minutes."""
+        """Checks that there is a compiler, and that the CPU has the arithmetic and does not emulate it."""
         if self._is_compiled and shutil.which("g++") is None and shutil.which("clang++") is None:
             raise UnavailableError("torch.compile needs a C++ compiler, and there is none")
         if self._dtype is not self._torch.bfloat16:
@@ -72,7 +72,7 @@ class PyTorchRunner:
         # Every cache length and number of beams is a variant. Beyond this limit PyTorch silently runs uncompiled code.
         self._torch._dynamo.config.recompile_limit = 64
         model = self._model.model
-        # Static shapes suit a static cache, and are all compiled after one warm-up; dynamic ones would go on recompiling.
+        # Static shapes are all compiled after one warm-up; dynamic ones would go on recompiling.
         for part in (model.vision_tower, model.language_model.encoder, model.language_model.decoder):
             part.compile(dynamic=False)
 
@@ -85,7 +85,7 @@ class PyTorchRunner:
         return pixels.to(self._dtype)
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Checks that the image is as large as for the other peers: CLIP's processor crops to 224 unless the checkpoint forbids it."""
+        """Checks the image's size: CLIP's processor crops to 224 pixels unless the checkpoint forbids it."""
         expected = Costs.read(Path(self._job.checkpoint)).image_size
         if size != expected:
             raise UnavailableError(
