@@ -1,5 +1,6 @@
-"""Operations and bytes of a model, computed from its config. Divided by the machine's rates they give a lower bound,
-the floor.
+"""Operations and bytes of a model, computed from its config.
+
+Divided by the machine's rates they give a lower bound on the times, the floor.
 
 A multiplication and an addition count as two operations. Products and convolutions are counted; element-wise work
 (softmax, GELU, normalisation) is not, so the floor is slightly below what is possible.

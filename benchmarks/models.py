@@ -42,11 +42,13 @@ class Models:
         bundles: Mapping[str, Path] | None = None,
         progress: Callable[[str], None] = lambda step: None,
     ) -> None:
-        """Args:
-        source: A size, or the folder of a checkpoint in either layout.
-        work: Folder for the exports; they are reused if they can be read.
-        bundles: Existing bundles by name, which need no export.
-        progress: Called with a line of text before something is made.
+        """Takes a checkpoint and the folder for what is made from it.
+
+        Args:
+            source: A size, or the folder of a checkpoint in either layout.
+            work: Folder for the exports; they are reused if they can be read.
+            bundles: Existing bundles by name, which need no export.
+            progress: Called with a line of text before something is made.
         """
         self.name = source if source in SIZES else Path(source).resolve().name
         self._source = source

@@ -1,8 +1,8 @@
 """Runs the steps, each in a process of its own: `python -m benchmarks.gpu --device cuda --out $OUT`.
 
 Results are written after every step, so an interrupted run loses at most the step in progress, and the same command
-continues where the last one stopped. A step that fails is recorded with its reason, and the others go on. `--device
-cpu` runs everything on the CPU.
+continues where the last one stopped. A step that fails is recorded with its reason, and the others go on.
+`--device cpu` runs everything on the CPU.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Correctness on the GPU: the demo model's answers against this runtime on the CPU, and against transformers on the
-same GPU.
+"""Correctness on the GPU: answers and logits against this runtime on the CPU and against transformers.
 
 The demo model is trained, so its answers are meaningful. Full-size models have random weights; their logits on the GPU
 are compared with those of the CPU provider for the same bundle.
@@ -61,8 +60,7 @@ def questions(num_images: int) -> list[Question]:
 
 
 def share_equal(found: Sequence[Tokens], expected: Sequence[Tokens]) -> dict[str, Any]:
-    """Returns the shares of equal `answers` and of equal `tokens` by position, their `count`, and the indices of
-    `different` answers."""
+    """Returns the shares of equal `answers` and `tokens`, the `count`, and the indices of `different` answers."""
     pairs = list(zip(found, expected, strict=True))
     places = sum(max(len(a), len(b)) for a, b in pairs)
     equal = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
@@ -76,8 +74,7 @@ def share_equal(found: Sequence[Tokens], expected: Sequence[Tokens]) -> dict[str
 
 
 def logits_error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> dict[str, float]:
-    """Compares logits `(L, V)`: largest and relative (Frobenius norm) error, and the share of rows with the same
-    largest logit.
+    """Compares logits `(L, V)`: largest and relative (Frobenius) error, and the share of rows with equal argmax.
 
     If a logit is not finite, the errors are larger than any bar.
     """
@@ -108,8 +105,7 @@ def own_variants(device: str, sources: Sources) -> dict[str, dict[str, Any]]:
 
 
 def compare_demo(device: str, sources: Sources, asked: Sequence[Question], figures: Figures) -> None:
-    """Compares answers and logits of all variants with two references: our CPU provider, and transformers in fp32 on
-    the device.
+    """Compares all variants with two references: our CPU provider, and transformers in fp32 on the device.
 
     The figures are named `VARIANT against REFERENCE`. They have the shares of equal answers by search, and the error of
     the logits along the reference's answers.

@@ -170,8 +170,7 @@ def _memory_reader() -> Any:
 def measure_rates(
     device: str, effort: Effort, *, copy_bytes: int = COPY_BYTES, size: int = GEMM_SIZE
 ) -> dict[str, Any]:
-    """Measures the device: `copy` in bytes per second (read plus written), and products in fp16, bf16 and fp32 in
-    operations per second.
+    """Measures `copy` in bytes per second (read plus written), and products in three dtypes in operations per second.
 
     Args:
         device: `cpu`; anything else is the GPU.

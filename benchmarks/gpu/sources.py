@@ -25,9 +25,11 @@ class Sources:
     """Finds models, and makes missing ones from their skeletons."""
 
     def __init__(self, carried: Path, work: Path) -> None:
-        """Args:
-        carried: The folder that `benchmarks.gpu.prepare` wrote.
-        work: Folder for the bundles; they are reused.
+        """Takes the folders of skeletons and bundles.
+
+        Args:
+            carried: The folder that `benchmarks.gpu.prepare` wrote.
+            work: Folder for the bundles; they are reused.
         """
         self._carried = carried
         self._work = work

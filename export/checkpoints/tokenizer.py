@@ -47,8 +47,7 @@ _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids that the weights were trained
-    with.
+    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids used in training.
 
     Args:
         folder: Has tokenizer.json, or vocab.json and merges.txt, with or without added_tokens.json.

@@ -1,4 +1,4 @@
-"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class; every one is accounted for."""
+"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class, each accounted for."""
 
 from __future__ import annotations
 
@@ -102,8 +102,7 @@ def _check_logits_bias(stored: Weights) -> None:
 
 
 def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> Weights:
-    """The token embedding under its three names, and the language model head, from whichever of the four names are
-    stored.
+    """Returns the token embedding under its three names, and the language model head, from those that are stored.
 
     BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its
     names.

@@ -98,8 +98,7 @@ def _preprocessor_config() -> dict[str, Any]:
 
 
 def _processor_config() -> dict[str, object]:
-    """Returns the processor's config for transformers 4.57, which reads the image processor from
-    preprocessor_config.json, and for 5.x."""
+    """Returns the processor's config. transformers 4.57 reads its image processor from another file, 5.x from here."""
     return {
         "processor_class": "Florence2Processor",
         "image_processor": _preprocessor_config(),

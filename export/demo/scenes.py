@@ -1,5 +1,4 @@
-"""Synthetic scenes with exact ground truth: upright coloured shapes and at most one upper-case word on a smooth
-background.
+"""Synthetic scenes with exact ground truth: coloured shapes and at most one upper-case word.
 
 A scene has 1-4 shapes of distinct colours. No two objects share a cell of the 3x3 grid, and no centre is near a grid
 line, so the raster order of the cells is an unambiguous order of the objects. Boxes are normalised `(x0, y0, x1, y1)`

@@ -1,5 +1,4 @@
-"""The demo tokenizer: byte-level BPE trained on the demo's prompts and answers, with Florence-2's added tokens in their
-order.
+"""The demo tokenizer: byte-level BPE trained on the demo's texts, with Florence-2's added tokens in their order.
 
 Upper-case words are removed from the training text, so each letter of a word in a scene is one token.
 `python -m export.demo.tokenizer --out DIR` writes the tokenizer alone.

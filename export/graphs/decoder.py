@@ -19,8 +19,7 @@ from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_
 
 
 class _WriteSlots(torch.autograd.Function):
-    """Returns `cache` `(P, H, C, d)` with `new` `(P, H, S, d)` written at `places` `(P, H, S, 3)`, exported as one
-    `ScatterND`.
+    """Writes `new` `(P, H, S, d)` to `cache` `(P, H, C, d)` at `places` `(P, H, S, 3)`, as one `ScatterND`.
 
     `ScatterND` copies rows of d numbers; `ScatterElements` writes number by number, fifteen times slower on ONNX
     Runtime's CPU provider. It writes in place if input and output are bound to the same buffer. torch would export an

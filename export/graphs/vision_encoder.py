@@ -60,18 +60,17 @@ def _convolve(conv: nn.Conv2d, states: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _apply(linear: nn.Module, states: Tensor) -> Tensor:
-    """Applies a layer to tokens `(B, N, C)` as a two-dimensional product, which is exported as one `Gemm` with its
-    bias.
+    """Applies a layer to tokens `(B, N, C)` as a two-dimensional product.
 
-    A product of three dimensions is exported as `MatMul` and `Add`. The int8 recipe quantizes the `Gemm` nodes.
+    It is exported as one `Gemm` with its bias, and a three-dimensional one as `MatMul` and `Add`. The int8 recipe
+    quantizes the `Gemm` nodes.
     """
     flat: Tensor = linear(states.reshape(-1, int(states.shape[2])))
     return flat.reshape(-1, int(states.shape[1]), int(flat.shape[1]))
 
 
 class _ConvEmbed(nn.Module):
-    """Patch embedding of a stage: pixels `(B, 3, H, W)` or the tokens `(B, H·W, C)` of the stage before, to this
-    stage's tokens.
+    """Patch embedding: pixels `(B, 3, H, W)`, or tokens `(B, H·W, C)` of the stage before, to a stage's tokens.
 
     `size` is the grid `(H, W)` of the input tokens, or None for pixels.
     """
@@ -144,10 +143,10 @@ class ChannelAttention(nn.Module):
     value projection, attention `A` and output projection are one product with `Wv A' Wp`. That is two products over all
     tokens (`x'x` and this one) instead of four, in Florence-2-base 6 % less arithmetic.
 
-    fp16 ends at 65504, which `x'x` and `s` exceed as sums over up to 36864 tokens. Therefore they are computed from `x
-    / r`, r being the power of two nearest to √N: then `x'x` is divided by about N, and is a mean instead of a sum. The
-    buffers that multiply the sums make up for the factor. Powers of two change only the exponent, so the fp32 result is
-    the same to the last bit.
+    fp16 ends at 65504, which `x'x` and `s` exceed as sums over up to 36864 tokens. Therefore they are computed from
+    `x / r`, r being the power of two nearest to √N: then `x'x` is divided by about N, and is a mean instead of a sum.
+    The buffers that multiply the sums make up for the factor. Powers of two change only the exponent, so the fp32
+    result is the same to the last bit.
     """
 
     query: Tensor
@@ -292,8 +291,7 @@ def _convolved(conv: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _position_table(projector: Any, size: tuple[int, int]) -> Tensor:
-    """Returns the position embedding `(H·W, C)`: learned column and row embeddings concatenated, plus the embedding of
-    frame 0.
+    """Returns the position embedding `(H·W, C)`: column and row embeddings concatenated, plus that of frame 0.
 
     Florence-2 has a temporal embedding for videos; an image is a video of one frame.
     """

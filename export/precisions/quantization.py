@@ -52,8 +52,9 @@ class _Product:
 
 
 def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) -> None:
-    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place. Weights have a scale per
-    output channel.
+    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place.
+
+    Weights have a scale per output channel, activations one for the whole tensor.
 
     Args:
         path: The `.onnx` file.

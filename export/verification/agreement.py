@@ -1,5 +1,4 @@
-"""Figures of how much two models agree: for each pair of answers, then aggregated. Pure functions; no model is run
-here.
+"""Figures of how much two models agree: for each pair of answers, then aggregated. Pure functions, without models.
 
 Coordinates are compared in location bins, 1000 to a side, so that the figures do not depend on the size of the images.
 """
