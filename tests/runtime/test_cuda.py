@@ -106,7 +106,7 @@ def test_what_pip_installed_is_loaded_quietly_and_once(capsys: pytest.CaptureFix
 
 @needs_stub
 def test_the_card_of_the_pretended_machine() -> None:
-    code = "import json; from florence_onnx import cuda; from dataclasses import asdict; print(json.dumps(asdict(cuda.card())))"
+    code = "import json; from florence_onnx.runtime import cuda; from dataclasses import asdict; print(json.dumps(asdict(cuda.card())))"
     assert under_stub(code) == {"name": "stub", "compute_capability": [9, 0], "memory": 80 << 30}
 
 
@@ -114,9 +114,9 @@ def test_the_card_of_the_pretended_machine() -> None:
 
 MEMORY = """
 import gc, json, numpy as np, onnxruntime
-from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.runtime.cuda_memory import CudaMemory
 from florence_onnx.errors import DeviceMemoryError
-from tests.cuda_stub import Counters
+from tests.cuda.cuda_stub import Counters
 memory, counters = CudaMemory(onnxruntime.cuda_version), Counters()
 """
 
