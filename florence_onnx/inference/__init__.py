@@ -23,5 +23,5 @@ loop             generate.drive, in the caller's thread     ContinuousBatch, in 
 Shared by both: the searches, the rule that a row is a set of cache slots (beams are never reordered in memory), and
 loading and preprocessing of images. Not shared: the bookkeeping of slots. On the host all prompts of a batch write the
 same slot numbers, so that one mask operation serves all of them; on the device prompts enter and leave at any step, so
-each has slots of its own (`prompt_rows`). `transformers_js` runs the other layout of graphs, on the host only.
+each has slots of its own (`slot_table`). `transformers_js` runs the other layout of graphs, on the host only.
 """

@@ -16,7 +16,7 @@ from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.generation.scores import Ids, TopScores
 from florence_onnx.generation.search import GeneratedSequence, Search
 from florence_onnx.inference.decoder_call import padded_count
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.slot_table import PromptRows
 from florence_onnx.runtime.device_memory import DeviceArray
 
 SHRINK_AFTER = 256

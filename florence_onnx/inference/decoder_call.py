@@ -12,7 +12,7 @@ import numpy.typing as npt
 from florence_onnx.bundles.bundle import LOG_SUMS, TOP_IDS, TOP_VALUES
 from florence_onnx.generation.scores import Floats, TopScores
 from florence_onnx.inference.decoder import DecoderShape
-from florence_onnx.inference.prompt_rows import CallInputs
+from florence_onnx.inference.slot_table import CallInputs
 from florence_onnx.runtime.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
 

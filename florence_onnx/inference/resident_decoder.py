@@ -15,7 +15,7 @@ from florence_onnx.bundles.bundle import TOP_IDS
 from florence_onnx.errors import DeviceMemoryError
 from florence_onnx.generation.scores import Ids, TopScores
 from florence_onnx.inference.decoder_call import DecoderCall, Packed, ResidentSizes, padded_count
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.slot_table import PromptRows
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
 

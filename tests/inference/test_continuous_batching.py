@@ -27,7 +27,7 @@ from florence_onnx.bundles import bundle
 from florence_onnx.generation.scores import TopScores
 from florence_onnx.generation.search import Continuation, GeneratedSequence
 from florence_onnx.inference.continuous_batching import SHRINK_AFTER, ContinuousBatch, Job
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.slot_table import PromptRows
 from florence_onnx.runtime.engine import OnnxBinding
 
 SAMPLES = sorted((bundle.DEMO_DIRECTORY.parent / "samples").glob("*.png"))
