@@ -51,7 +51,7 @@ class Asked:
 
     @property
     def decoder(self) -> Any:
-        """The prompts' places."""
+        """The decoder of `resident`."""
         return self.resident._batch._decoder
 
     def run(self, count: int = 1, beams: int = 3) -> dict[str, Any]:
@@ -75,10 +75,10 @@ class Asked:
 def clear_best(asked: Asked) -> None:
     """Puts scores of which none equal another where the kernels, which do nothing, would put theirs."""
     for call in asked.decoder._calls.values():
-        best = call._received
-        best.on_host("top_values")[:] = -np.arange(32)
-        best.on_host("top_ids")[:] = np.arange(100, 132)
-        best._block.upload(best._content)
+        received = call._received
+        received.on_host("top_values")[:] = -np.arange(32)
+        received.on_host("top_ids")[:] = np.arange(100, 132)
+        received.upload()
 
 
 def steady() -> Any:
@@ -107,7 +107,7 @@ def through_the_host() -> Any:
 def full() -> Any:
     """One question, many, and one again, on a card too small for many."""
     asked = Asked()
-    return {"answers": [asked.run(count)["answers"] for count in (1, 16, 1)], "places": asked.decoder.places}
+    return {"answers": [asked.run(count)["answers"] for count in (1, 16, 1)], "batch_size": asked.decoder.batch_size}
 
 
 def too_small() -> Any:

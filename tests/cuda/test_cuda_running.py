@@ -104,8 +104,8 @@ def test_through_the_host_every_step_sends_what_it_is_fed() -> None:
 def test_a_card_too_small_for_many_prompts_answers_them_fewer_at_a_time() -> None:
     found = run("full", memory=11_500_000)
     assert found["answers"] == [1, 16, 1]
-    assert 1 <= found["places"] < 16
-    assert run("full")["places"] == 16, "it was the memory"
+    assert 1 <= found["batch_size"] < 16
+    assert run("full")["batch_size"] == 16, "it was the memory"
 
 
 def test_a_card_that_is_full_is_a_clear_error() -> None:
