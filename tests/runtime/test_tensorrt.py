@@ -18,8 +18,8 @@ import pytest
 
 from florence_onnx import Florence2, InputError, ProviderError, loading
 from florence_onnx.bundles import bundle
-from florence_onnx.inference.decoder_call import TEXT_LENGTHS
 from florence_onnx.inference.decoder import FIRST_CAPACITY
+from florence_onnx.inference.decoder_call import TEXT_LENGTHS
 from florence_onnx.runtime import cuda, engine, tensorrt
 from florence_onnx.runtime.cuda import Card
 from florence_onnx.runtime.load_options import LoadOptions
