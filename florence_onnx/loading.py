@@ -219,7 +219,7 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
     try:
         engine.run({name: given[name] for name in engine.inputs})
     except ProviderError as error:
-        found = cuda.card()
+        found = cuda.find_gpu()
         card = f"this card ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this card"
         raise ProviderError(
             f"{engine.provider} starts and cannot run: {error}. Often the installed onnxruntime has no code for {card}: "
