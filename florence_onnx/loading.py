@@ -231,7 +231,7 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
     try:
         engine.run({name: inputs[name] for name in engine.inputs})
     except ProviderError as error:
-        found = cuda.card()
+        found = cuda.find_gpu()
         gpu = f"this GPU ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this GPU"
         raise ProviderError(
             f"{engine.provider} starts but cannot run: {error}. The installed onnxruntime may have no kernels for "

@@ -213,7 +213,7 @@ LAZY = {
         "images.connection",
         "images.download",
     ),
-    *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.prompt_rows"),
+    *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""

@@ -243,7 +243,7 @@ def test_device_auto_falls_back_when_an_accelerator_does_not_start(
     )
     assert Florence2.from_pretrained("demo").info()["provider"] == "CPUExecutionProvider"
     assert "cuda is installed but cannot run" in caplog.text
-    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not take vision_encoder\.onnx"):
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not load vision_encoder\.onnx"):
         Florence2.from_pretrained("demo", device="cuda")
 
 
