@@ -12,9 +12,9 @@ from starlette.responses import Response
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import RequestError
 from florence_onnx.server import operation_routes, page_routes, queue_routes, run_routes, storage_routes
-from florence_onnx.server.answers import json_response, problem_response
 from florence_onnx.server.context import ServerContext
 from florence_onnx.server.middleware import Gate
+from florence_onnx.server.responses import json_response, problem_response
 
 
 def create_app(context: ServerContext) -> FastAPI:

@@ -13,8 +13,8 @@ from florence_onnx import tasks
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.problems import RequestError
-from florence_onnx.server.answers import problem_response
 from florence_onnx.server.context import ServerContext
+from florence_onnx.server.responses import problem_response
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

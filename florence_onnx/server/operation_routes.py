@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from florence_onnx import __version__
 from florence_onnx.fal import problems
 from florence_onnx.server import openapi
-from florence_onnx.server.answers import get_context, json_response
+from florence_onnx.server.responses import get_context, json_response
 
 router = APIRouter()
 

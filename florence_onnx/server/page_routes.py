@@ -12,8 +12,8 @@ from fastapi.responses import FileResponse
 from florence_onnx import tasks
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
-from florence_onnx.server.answers import get_context, json_response
 from florence_onnx.server.openapi import output_name
+from florence_onnx.server.responses import get_context, json_response
 from florence_onnx.tasks import Task
 
 router = APIRouter()

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
-from florence_onnx.server.answers import (
+from florence_onnx.server.responses import (
     answer_response,
     base_url,
     get_context,

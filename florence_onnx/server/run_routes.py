@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
-from florence_onnx.server.answers import (
+from florence_onnx.server.responses import (
     answer_response,
     get_context,
     problem_response,

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from florence_onnx.fal import problems
-from florence_onnx.server.answers import base_url, get_context, json_response, read_json
 from florence_onnx.server.context import TOKEN_SECONDS
 from florence_onnx.server.file_store import IMAGE_TYPES
+from florence_onnx.server.responses import base_url, get_context, json_response, read_json
 
 router = APIRouter()
 
