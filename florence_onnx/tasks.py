@@ -1,4 +1,4 @@
-"""The tasks of Florence-2: one constant a task, found by name, fal slug or token; and `parse`, which reads an answer.
+"""The tasks of Florence-2: one constant per task, found by name, fal slug or token; and `parse`, which reads an answer.
 
 ```python
 tasks.OBJECT_DETECTION              # Task[BoundingBoxes]
