@@ -270,14 +270,14 @@ class Florence2:
         An image that occurs several times, as the same object or the same name, is encoded once.
 
         Args:
-            tasks: One task for all images, or one an image.
+            tasks: One task for all images, or one per image.
             images: Images as for `run`, repeated where several tasks are run on one.
-            text_inputs: One entry an image, None where the task takes no text.
-            regions: One entry an image, None where the task takes no region.
+            text_inputs: One entry per image, None where the task takes no text.
+            regions: One entry per image, None where the task takes no region.
             options: Generation options for all requests.
 
         Returns:
-            One prediction an image, in order.
+            One prediction per image, in order.
 
         Raises:
             InputError: As for `run`, or the sequences differ in length.
@@ -399,7 +399,7 @@ def _make_requests(
     text_inputs: Iterable[str | None] | None,
     regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
-    """Checks and formats the arguments of `Florence2.run_batch`; one request an image."""
+    """Checks and formats the arguments of `Florence2.run_batch`; one request per image."""
     # a string or an array can be iterated over: without this check each letter or row would be taken for an image
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
         raise InputError("images must be a list of images; for a single one call run")

@@ -47,8 +47,8 @@ _SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
-# Pillow does not antialias: shapes are drawn this many times larger and reduced. Above a megapixel the larger factor
-# would take too much memory.
+# Pillow does not antialias: shapes are drawn this many times larger and reduced. For masks above a megapixel a smaller
+# factor saves time and memory.
 _SUPERSAMPLING = 3
 _SUPERSAMPLING_ABOVE_MEGAPIXEL = 2
 _MEGAPIXEL = 1 << 20

@@ -130,7 +130,7 @@ def _to_bin(digits: str) -> int:
 
 
 def to_boxes(bins: Sequence[int], size: Size) -> list[tuple[float, float, float, float]]:
-    """Dequantizes bins to boxes, four bins a box; an incomplete last box is dropped.
+    """Dequantizes bins to boxes, four bins per box; an incomplete last box is dropped.
 
     Args:
         bins: x1, y1, x2, y2 of the first box, then of the next.

@@ -87,8 +87,8 @@ def estimate(
     images = min(MAX_IMAGES, batch)
     width, height = sizes.image_size
     features = 4 * sizes.num_image_tokens * sizes.width
-    # A decode step feeds one token a beam, the first one of an answer two tokens. Their buffers differ in size, and an
-    # arena seldom fits one into the free chunks of the other, so both are counted.
+    # A decode step feeds one token per beam, the first one of an answer two tokens. Their buffers differ in size, and
+    # an arena seldom fits one into the free chunks of the other, so both are counted.
     tokens = num_beams + 2
     activations = (
         facts[IMAGE] * images + _text_encoder_bytes(facts, num_prompt_tokens) + facts["token"] * tokens * batch

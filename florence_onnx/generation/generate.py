@@ -80,7 +80,7 @@ def generate(
         lookup_ids: As for `new_search`; ignored unless the session is a `VerifyingSession`.
 
     Returns:
-        One sequence a prompt.
+        One sequence per prompt.
     """
     can_verify = isinstance(session, VerifyingSession)
     return drive(session, new_search(num_prompts, config, lookup_ids if can_verify else None))
@@ -114,7 +114,7 @@ def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:
         search: A search for the same number of prompts.
 
     Returns:
-        One sequence a prompt.
+        One sequence per prompt.
     """
     verifying = session if isinstance(session, VerifyingSession) else None
     scores = AllScores().read(session.step(search.start())[:, None])

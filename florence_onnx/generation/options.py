@@ -16,7 +16,7 @@ MAX_BEAMS = 64
 MAX_NGRAM = 1024
 MAX_PROMPT_LOOKUP = 64
 DEFAULT_PROMPT_LOOKUP = 4
-"""Tokens a draft: 4 save nearly as many decoder calls as 8 (`python -m benchmarks.cpu.speculation`)."""
+"""Tokens per draft: 4 save nearly as many decoder calls as 8 (`python -m benchmarks.cpu.speculation`)."""
 MAX_LENGTH_PENALTY = 10
 """Beyond this, length ** penalty overflows float32 for the longest answers."""
 
