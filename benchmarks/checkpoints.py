@@ -1,6 +1,7 @@
-"""Checkpoints to measure on: `python -m benchmarks.checkpoints SOURCE OUT` writes transformers' native layout.
+"""Checkpoints to measure: `python -m benchmarks.checkpoints SOURCE OUT` writes one in transformers' native layout.
 
-SOURCE is `tiny`, `base` or `large` (random weights; the time does not depend on them), or a folder in Microsoft's layout.
+SOURCE is `tiny`, `base` or `large` (with random weights, on which times do not depend), or a folder in Microsoft's
+layout.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 
 SIZES = ("tiny", "base", "large")
 TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer"
-"""Florence-2's own, which is not part of the project; without it the tests' small one is used."""
+"""Florence-2's tokenizer, which is not part of the repository; without it the small one of the tests is used."""
 
 
 def write(source: str, output: Path) -> Path:
-    """Writes a checkpoint; the folder appears when it is complete.
+    """Writes a checkpoint; the folder appears only when it is complete.
 
     Args:
         source: A key of `SIZES`, or a folder.

@@ -1,7 +1,9 @@
-"""What the model must compute and read, from its config alone: the numerator of the floor.
+"""Operations and bytes of a model, computed from its config.
 
-A multiplication and an addition are two operations. Counted are products and convolutions; what is element by element (softmax, GELU,
-normalisation) is not, so the floor is a little lower than anything can reach.
+Divided by the machine's rates they give a lower bound on the times, the floor.
+
+A multiplication and an addition count as two operations. Products and convolutions are counted; element-wise work
+(softmax, GELU, normalisation) is not, so the floor is slightly below what is possible.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-"""Per decoder weight; scales of quantised blocks are not counted."""
+"""Bits of a decoder weight; the scales of quantized blocks are not counted."""
 CACHE_BITS = {"fp16": 16, "bf16": 16}
-"""Per element of keys and values; 32 for every other precision."""
+"""Bits of an element of the KV cache; 32 in every other precision."""
 _CONV_KERNEL = 3
-"""Of the depthwise convolutions."""
+"""Kernel size of the depthwise convolutions."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """Matrices `(rows, inner)` by `(inner, columns)`."""
+    """A matrix product `(rows, inner)` by `(inner, columns)`."""
 
     rows: int
     inner: int
@@ -55,7 +57,7 @@ class Costs:
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """`(height, width)` in tokens of every stage."""
+        """`(height, width)` of the token grid of every vision stage."""
         height, width = self.image_size[1], self.image_size[0]
         found = []
         for kernel, stride, padding in zip(
@@ -67,12 +69,12 @@ class Costs:
 
     @property
     def num_image_tokens(self) -> int:
-        """Of the last stage's grid, and their mean."""
+        """Tokens of the last stage's grid, plus one for their mean."""
         height, width = self.grids[-1]
         return height * width + 1
 
     def vision_products(self) -> Counter[Product]:
-        """The linear layers of the vision encoder and how often each shape occurs."""
+        """Counts the products of the vision encoder's linear layers by shape."""
         found: Counter[Product] = Counter()
         for (height, width), depth, columns in zip(
             self.grids, self.vision["depths"], self.vision["embed_dim"], strict=True
@@ -92,7 +94,7 @@ class Costs:
         return -(-side // window) * window
 
     def vision_flops(self) -> int:
-        """Of one image."""
+        """Operations of the vision encoder for one image."""
         linear = sum(product.flops * count for product, count in self.vision_products().items())
         return linear + self._convolution_flops() + self._attention_flops()
 
@@ -123,11 +125,11 @@ class Costs:
     # -------------------------------------------------------------------------------------------------------- text
 
     def encoder_length(self, prompt_tokens: int) -> int:
-        """Tokens that the text encoder sees."""
+        """Positions of the text encoder: image tokens and prompt tokens."""
         return self.num_image_tokens + prompt_tokens
 
     def text_encoder_flops(self, prompt_tokens: int) -> int:
-        """Of one prompt, with the cross-attention keys and values of every decoder layer."""
+        """Operations of the text encoder for one prompt, with the cross KV of every decoder layer."""
         length, width = self.encoder_length(prompt_tokens), self.text["d_model"]
         layer = 2 * length * (4 * width**2 + 2 * width * self.text["encoder_ffn_dim"]) + 4 * length**2 * width
         cross = 2 * length * 2 * width**2
@@ -135,20 +137,20 @@ class Costs:
         return total
 
     def decoder_parameters(self) -> int:
-        """Weights that a decode step multiplies with: of the layers and of the head; not the cross keys' and values'."""
+        """Weights that a decode step reads: those of the layers and of the head, without cross KV projections."""
         width = self.text["d_model"]
         layer = 6 * width**2 + 2 * width * self.text["decoder_ffn_dim"]
         total: int = self.text["decoder_layers"] * layer + self.text["vocab_size"] * width
         return total
 
     def step_bytes(self, precision: str, *, prompt_tokens: int, past: int, num_beams: int) -> float | None:
-        """Read from memory for one more token of one prompt.
+        """Bytes that a decode step of one prompt reads from memory.
 
         Args:
             precision: A key of `WEIGHT_BITS`; any other gives None.
-            prompt_tokens: Of the prompt.
-            past: Tokens in the cache.
-            num_beams: Rows; they share the weights and the prompt's keys and values.
+            prompt_tokens: Tokens of the prompt.
+            past: Tokens in the self KV cache.
+            num_beams: Beams; they share the weights and the cross KV.
         """
         if precision not in WEIGHT_BITS:
             return None
@@ -157,6 +159,6 @@ class Costs:
         return (weights + row * (self.encoder_length(prompt_tokens) + num_beams * past)) / 8
 
     def answer_flops(self, num_tokens: int, prompt_tokens: int = 12) -> int:
-        """From pixels to the last token, greedy; the attention of the decoder left out."""
+        """Operations from pixels to the last token, greedy, without the attention of the decoder."""
         decoder = 2 * num_tokens * self.decoder_parameters()
         return self.vision_flops() + self.text_encoder_flops(prompt_tokens) + decoder

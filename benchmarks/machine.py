@@ -1,4 +1,4 @@
-"""Where it was measured."""
+"""The machine on which a benchmark runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from florence_onnx.runtime import cpu
 
 _FLAGS = re.compile(r"avx|f16c|fma|sse4_2|amx|bf16|vnni|asimd|sve|i8mm|neon")
-"""What the kernels of the runtimes ask for."""
+"""CPU features that the runtimes' kernels use."""
 
 
 def describe() -> dict[str, Any]:
-    """The CPU, its instructions, cores, memory, and how busy it is."""
+    """Describes the CPU, its instruction sets, cores, memory and load average."""
     facts = _cpuinfo()
     return {
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of `/proc/cpuinfo`."""
+    """Reads the first processor of `/proc/cpuinfo`."""
     path = Path("/proc/cpuinfo")
     first = path.read_text().split("\n\n")[0] if path.is_file() else ""
     pairs = (line.partition(":") for line in first.splitlines())

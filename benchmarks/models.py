@@ -1,4 +1,4 @@
-"""What the peers load, made on demand and kept in a working directory: the checkpoint, our bundles, the four-graph layout."""
+"""The models that the peers load: a checkpoint, our bundles, the layout of transformers.js. Made on demand and kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GENERATION = (
 
 
 class PreparationError(Exception):
-    """A model cannot be made; the message is the last line of what the export said."""
+    """A model cannot be made; the message is the last line of the export's output."""
 
 
 class Models:
@@ -42,11 +42,13 @@ class Models:
         bundles: Mapping[str, Path] | None = None,
         progress: Callable[[str], None] = lambda step: None,
     ) -> None:
-        """Args:
-        source: A size, or the folder of a checkpoint of either layout.
-        work: Where exports are kept; they are used again as long as they can be read.
-        bundles: Existing bundles by name, which need no export.
-        progress: Called with what is made.
+        """Takes a checkpoint and the folder for what is made from it.
+
+        Args:
+            source: A size, or the folder of a checkpoint in either layout.
+            work: Folder for the exports; they are reused if they can be read.
+            bundles: Existing bundles by name, which need no export.
+            progress: Called with a line of text before something is made.
         """
         self.name = source if source in SIZES else Path(source).resolve().name
         self._source = source
@@ -56,10 +58,10 @@ class Models:
         self._failed: dict[str, PreparationError] = {}
 
     def path(self, model: str) -> Path:
-        """Where a model lies, see `jobs.Peer.model`; it is made first if need be.
+        """Returns the path of a model, see `jobs.Peer.model`; makes it if it does not exist.
 
         Raises:
-            PreparationError: It cannot be made; also when that was tried before.
+            PreparationError: It cannot be made, now or at an earlier call.
         """
         if model in self._failed:
             raise self._failed[model]
@@ -81,7 +83,7 @@ class Models:
         return self._export(precision, "--precision", precision)
 
     def checkpoint(self) -> Path:
-        """The checkpoint in transformers' native layout."""
+        """Returns the folder of the checkpoint in transformers' native layout."""
         if self._source not in SIZES and not is_microsoft(Path(self._source)):
             return Path(self._source).resolve()
         path = self._work / f"{self.name}-checkpoint"
@@ -99,7 +101,7 @@ class Models:
         return path
 
     def resize(self, image: Path) -> Path:
-        """An image in the model's size, resized as transformers does it."""
+        """Resizes an image to the model's size as transformers does; returns the path of the new file."""
         size = Costs.read(self.path("checkpoint")).image_size
         path = self._work / f"{image.stem}-{size[0]}x{size[1]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ class Models:
         return path
 
     def generation(self) -> dict[str, Any]:
-        """How the checkpoint searches, stated in full, so that every peer is told the same."""
+        """Returns the checkpoint's generation settings in full, so that every peer gets the same."""
         folder = self.path("checkpoint")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         file = folder / "generation_config.json"
@@ -142,7 +144,7 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def _refuse(output: str, errors: str, code: int) -> NoReturn:
-    if code < 0:  # its last line would be about something that went well
+    if code < 0:  # killed: the last line it printed is not the reason
         raise PreparationError(f"ended by signal {-code}")
     lines = [line for line in (errors or output).splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:")]

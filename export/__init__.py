@@ -11,5 +11,6 @@ A room imports only rooms that stand before it (`tests/export/test_rooms.py`):
     demo              the tiny model that comes with the package: its scenes, training and evaluation
     commands          the command line
 
-The package has two names, `export` in a checkout and `florence_onnx.export` when installed, so imports inside it are relative.
+The package has two names, `export` in a checkout and `florence_onnx.export` when installed, so imports inside it are
+relative.
 """

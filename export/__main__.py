@@ -1,4 +1,4 @@
-"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE…` measures exported bundles."""
+"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE…` measures bundles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Florence-2 on ONNX Runtime: all 15 tasks, the answers of transformers token for token, fal's result shapes, no PyTorch."""
+"""Florence-2 on ONNX Runtime: all 15 tasks, the tokens of transformers, fal's result shapes, no PyTorch."""
 
 from florence_onnx import tasks
 from florence_onnx._version import __version__

@@ -11,7 +11,7 @@ _CLI_PACKAGES = ("typer", "rich")
 
 
 def main() -> None:
-    """Runs the command line; where the packages of the `cli` extra are missing, prints how to install them and exits with 2."""
+    """Runs the command line; without the packages of the `cli` extra, says how to install them and exits with 2."""
     try:
         from florence_onnx.commands import main as cli
     except ImportError as error:
@@ -21,8 +21,8 @@ def main() -> None:
         sys.stderr.write(f"{MissingExtraError(package, 'cli')}\n")
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Labels may be in any script, whatever the code page of the terminal, and a file name need not be valid Unicode:
-        # printing either must not raise UnicodeEncodeError.
+        # Labels may be in any script, whatever the code page of the terminal, and a file name need not be valid
+        # Unicode: printing either must not raise UnicodeEncodeError.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     cli.app()
 

@@ -1,4 +1,4 @@
-"""From a bundle to running stages: which device, which precision, and what may start at the same time."""
+"""Loads the stages of a model: chooses a device and the graphs for it, and starts their sessions."""
 
 from __future__ import annotations
 
@@ -26,31 +26,36 @@ if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
 
 DEFAULT_MAX_BATCH = 32
-"""Prompts decoded together on a card: a step reads all weights, whether for one prompt or for thirty."""
+"""Most prompts in flight on a GPU. A decode step reads all weights once, for one prompt or for 32, so a batch costs
+little more than a single prompt."""
 _log = logging.getLogger("florence_onnx")
 
 
 class Stages(NamedTuple):
-    """What `Florence2` is made of, in the order of its arguments."""
+    """The loaded parts of a model, in the order of the arguments of `Florence2`."""
 
     bundle: Bundle
     vision_encoder: Engine
     text_model: TextBackend
     provider: str
-    """Execution provider of the graphs."""
+    """Name of the execution provider that runs the graphs."""
     precision: str
-    """What is computed in: the bundle's, or bf16."""
+    """The bundle's precision, or bf16 where the provider computes in it."""
     tokenizer: PromptTokenizer
     resident: ResidentModel | None = None
-    """The same graphs with everything between them on the device, where that was asked for or is worth it."""
+    """The graphs with features and KV caches in device memory and continuous batching; None where `max_batch` is 0."""
 
 
 def load(bundle: Bundle, options: LoadOptions) -> Stages:
-    """Loads all stages.
+    """Loads all stages of a model.
+
+    Args:
+        bundle: The model on disk.
+        options: Device, provider and their options.
 
     Raises:
-        BundleError: A file is damaged, or the bundle is of another precision.
-        InputError: Options contradict.
+        BundleError: A file is damaged, or the bundle has another precision.
+        InputError: Options contradict each other.
         ProviderError: The execution provider cannot run here.
     """
     precision = options.precision
@@ -65,17 +70,17 @@ def load(bundle: Bundle, options: LoadOptions) -> Stages:
 
 
 def preferred_precisions(device: str, providers: Sequence[Provider] | None) -> tuple[str, ...]:
-    """Which bundle of several to take for a device, best first; errors as for `load`."""
+    """Which bundle of several to load for a device, first choice first; errors as for `load`."""
     return provider_presets.preferred_precisions(device, providers, onnxruntime().get_available_providers())
 
 
 def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
-    """The tokenizer of a bundle."""
+    """Loads the tokenizer of a bundle."""
     return PromptTokenizer(bundle.tokenizer, pad_token_id=bundle.sizes.pad_token_id)
 
 
 def _load_best(bundle: Bundle, options: LoadOptions) -> Stages:
-    """Takes the first device that starts and runs, and says which."""
+    """Loads the stages on the first device on which they start and run, and logs which one that is."""
     *accelerators, last = candidates(onnxruntime().get_available_providers(), options.precision)
     may_be_resident = options.max_batch != 0
     if may_be_resident and TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, options):
@@ -93,7 +98,7 @@ def _load_best(bundle: Bundle, options: LoadOptions) -> Stages:
 
 
 def _has_engines(bundle: Bundle, options: LoadOptions) -> bool:
-    """Whether there are TensorRT engines for this machine, seen without opening a session."""
+    """Whether the bundle has TensorRT engines for this GPU and these versions; opens no session."""
     try:
         wanted = tensorrt.target(onnxruntime(), options.max_batch or 1)
         found = tensorrt.find(bundle, wanted)
@@ -101,7 +106,7 @@ def _has_engines(bundle: Bundle, options: LoadOptions) -> bool:
         _log.info("device auto: no TensorRT: %s", error)
         return False
     if found is None:
-        _log.info("device auto: no TensorRT engines for this card; build them with: florence-onnx build-engines")
+        _log.info("device auto: no TensorRT engines for this GPU; build them with: florence-onnx build-engines")
     return found is not None
 
 
@@ -109,16 +114,19 @@ def _check_max_batch(max_batch: int | None, bundle: Bundle) -> None:
     if max_batch is None:
         return
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 0:
-        raise InputError(f"max_batch must be a whole number, 0 for no continuous batching; got {max_batch!r}")
+        raise InputError(f"max_batch must be a whole number of at least 0 (no continuous batching), got {max_batch!r}")
     if max_batch and bundle.layout != "florence_onnx":
-        raise InputError(f"max_batch needs a bundle of this project's; {bundle.path} has the layout of {bundle.layout}")
+        raise InputError(
+            f"max_batch needs a bundle of florence_onnx's own layout; {bundle.path} has that of {bundle.layout}"
+        )
 
 
 def _load(bundle: Bundle, options: LoadOptions) -> Stages:
     from concurrent.futures import ThreadPoolExecutor
 
     provider = _provider(options)
-    with ThreadPoolExecutor(1) as pool:  # the tokenizer takes a third of a second, as long as a graph
+    # parsing the tokenizer takes a third of a second, as long as loading a graph: both at the same time
+    with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, bundle)
         if provider == TENSORRT and bundle.layout == "florence_onnx":
             engines, max_batch = _load_tensorrt(bundle, options)
@@ -142,17 +150,17 @@ def _provider(options: LoadOptions) -> str:
 
 
 def _max_batch(bundle: Bundle, provider: str, wanted: int | None) -> int:
-    """Most prompts in flight; 0 where everything passes through the host."""
+    """Most prompts in flight; 0 where all tensors pass through the host."""
     if wanted is not None:
         return wanted
     return DEFAULT_MAX_BATCH if provider in CUDA_PROVIDERS and bundle.layout == "florence_onnx" else 0
 
 
 def _load_tensorrt(bundle: Bundle, options: LoadOptions) -> tuple[list[OnnxEngine], int]:
-    """The engines of a bundle, built before if there are none, and how many prompts they take."""
+    """Loads the TensorRT engines of a bundle, built first if there are none, and how many prompts they take."""
     if options.max_batch == 0:
         raise InputError(
-            'max_batch=0 passes everything through the host, which device="tensorrt" does not do: take "cuda"'
+            'max_batch=0 passes all tensors through the host, which device="tensorrt" cannot do; use device="cuda"'
         )
     wanted = tensorrt.target(onnxruntime(), options.max_batch or 1, _tensorrt_options(options))
     found = tensorrt.find(bundle, wanted)
@@ -167,21 +175,22 @@ def _load_tensorrt(bundle: Bundle, options: LoadOptions) -> tuple[list[OnnxEngin
 
 
 def build_engines(bundle: Bundle, max_batch: int, options: LoadOptions | None = None) -> tensorrt.Engines:
-    """Builds the TensorRT engines of a bundle for the card of this machine.
+    """Builds the TensorRT engines of a bundle for the GPU of this machine.
 
     Args:
         bundle: An fp32 or fp16 bundle.
-        max_batch: Most prompts decoded together.
+        max_batch: Most prompts in flight.
         options: Session options, and options of the TensorRT provider.
 
     Raises:
-        ProviderError: There is no card or no TensorRT, or TensorRT refuses a graph.
+        ProviderError: There is no GPU or no TensorRT, or TensorRT rejects a graph.
     """
     options = options or LoadOptions()
     own = _tensorrt_options(options)
 
     def build(graphs: Mapping[str, Path], by_graph: Mapping[str, Mapping[str, str]]) -> None:
-        for graph, path in graphs.items():  # one after the other: building needs a multiple of the memory of running
+        # one after the other: building an engine needs several times the memory of running it
+        for graph, path in graphs.items():
             _log.warning("building the engine of %s", graph)
             more = {**by_graph[graph], **own}
             OnnxEngine(
@@ -195,7 +204,7 @@ def build_engines(bundle: Bundle, max_batch: int, options: LoadOptions | None = 
 
 
 def _tensorrt_options(options: LoadOptions) -> Options:
-    """The caller's options of the TensorRT provider, however they were given."""
+    """The caller's options of the TensorRT provider, from `provider_options` or from an entry of `providers`."""
     if not options.providers:
         return options.provider_options or {}
     available = onnxruntime().get_available_providers()
@@ -203,27 +212,30 @@ def _tensorrt_options(options: LoadOptions) -> Options:
 
 
 def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
-    """Runs the smallest graph once: a build of ONNX Runtime without code for this card starts, and fails when it runs.
+    """Runs the text encoder, the smallest graph, once.
+
+    An ONNX Runtime that was built without kernels for this GPU's architecture creates sessions and fails only when it
+    runs them. Without this check `device="auto"` would choose it.
 
     Raises:
-        ProviderError: It failed.
+        ProviderError: The run failed.
     """
     sizes = bundle.sizes
     num_tokens = min(tensorrt.FIRST_TEXT_LENGTH, sizes.max_positions - sizes.num_image_tokens)
     ids = np.full((1, num_tokens), sizes.pad_token_id, dtype=np.int64)
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
         "image_features": np.zeros((1, sizes.num_image_tokens, sizes.width), dtype=np.float32),
     }
     try:
-        engine.run({name: given[name] for name in engine.inputs})
+        engine.run({name: inputs[name] for name in engine.inputs})
     except ProviderError as error:
-        found = cuda.card()
-        card = f"this card ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this card"
+        found = cuda.find_gpu()
+        gpu = f"this GPU ({found.name}, sm_{''.join(map(str, found.compute_capability))})" if found else "this GPU"
         raise ProviderError(
-            f"{engine.provider} starts and cannot run: {error}. Often the installed onnxruntime has no code for {card}: "
-            "on a Jetson take NVIDIA's own build, not PyPI's"
+            f"{engine.provider} starts but cannot run: {error}. The installed onnxruntime may have no kernels for "
+            f"{gpu}: on a Jetson install NVIDIA's build instead of the one from PyPI"
         ) from error
 
 
@@ -237,7 +249,7 @@ def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine]
 
 
 def decoder_shape(bundle: Bundle) -> DecoderShape:
-    """The sizes of a bundle's decoder."""
+    """The sizes of a bundle's decoder and its self KV cache."""
     sizes = bundle.sizes
     return DecoderShape(
         sizes.decoder_layers, sizes.decoder_heads, sizes.head_dim, sizes.max_positions, sizes.vocab_size
@@ -245,10 +257,14 @@ def decoder_shape(bundle: Bundle) -> DecoderShape:
 
 
 def text_backend(bundle: Bundle, engines: Sequence[Engine]) -> TextBackend:
-    """The text graphs of a bundle, in the order of its layout, behind one interface.
+    """Puts the text graphs of either layout behind one interface.
+
+    Args:
+        bundle: The model on disk.
+        engines: Its text graphs, in the order of `Bundle.stages`.
 
     Raises:
-        BundleFormatError: The decoder has another number of layers than the bundle says.
+        BundleFormatError: The decoder has another number of layers than the bundle's description says.
     """
     sizes = bundle.sizes
     found = sum(name.startswith("past_key_values.") for name in engines[-1].inputs)

@@ -1,8 +1,8 @@
-"""`Florence2`: the stages of the model composed. What happens to an image, a prompt and an answer starts and ends here.
+"""`Florence2`: composes the stages. Every request starts and ends here:
 
 ```text
-images, tasks, text_inputs, regions ─_make_requests─▶ _Request ─_encode_prompts─▶ input_ids (P, T), attention_mask (P, T)
-images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence      # inference: images -> tokens
+tasks, text_inputs, regions ─_make_requests─▶ _Request ─_encode_prompts─▶ input_ids (P, T), attention_mask (P, T)
+images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence
 GeneratedSequence ─PromptTokenizer.decode─▶ text ─tasks.parse─▶ results ─▶ Prediction
 ```
 """
@@ -113,22 +113,22 @@ class Florence2:
             name: A bundle directory, a hub repository (`owner/name`: a bundle, or a repository in the layout of
                 `onnx-community/Florence-2-*`), or `"demo"`, the built-in model, which knows drawn shapes only.
             device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
-            precision: Which files to load (`"fp32"`, `"fp16"`, `"int8"`, …), or `"bf16"`: the fp32 files, computed in bf16 by
-                a provider that can (OpenVINO, on a processor with bf16 arithmetic). None loads the one that there is; of
-                several, int8 on a CPU, fp16 with CUDA or TensorRT, fp32 with OpenVINO.
+            precision: Which files to load (`"fp32"`, `"fp16"`, `"int8"`, …), or `"bf16"`: the fp32 files, computed in
+                bf16 by a provider that can (OpenVINO, on a processor with bf16 arithmetic). None loads the one that
+                there is; of several, int8 on a CPU, fp16 with CUDA or TensorRT, fp32 with OpenVINO.
             providers: ONNX Runtime execution providers (names, or names with options), first choice first; replaces
                 `device`.
             provider_options: Options of the device's execution provider, which override this package's, e.g. for
                 `"openvino"` `{"num_of_threads": 4, "cache_dir": "…"}`; a dict as a value is passed on as JSON.
-            session_options: Attributes and config entries of `onnxruntime.SessionOptions`, which override this package's,
-                e.g. `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
-            graph_cache: Where to cache optimised graphs (CPU only): a folder, True (`~/.cache/florence_onnx/graphs`), False
-                (nowhere), or None for the environment variable `FLORENCE_ONNX_GRAPH_CACHE`. Loading gets faster and
-                processes share the weights; the cache takes twice the bundle's size on disk.
+            session_options: Attributes and config entries of `onnxruntime.SessionOptions`, which override this
+                package's, e.g. `{"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0}`.
+            graph_cache: Where to cache optimised graphs (CPU only): a folder, True (`~/.cache/florence_onnx/graphs`),
+                False (nowhere), or None for the environment variable `FLORENCE_ONNX_GRAPH_CACHE`. Loading gets faster
+                and processes share the weights; the cache takes twice the bundle's size on disk.
             max_batch: Most prompts in flight. Prompts of all threads are then decoded as one continuous batch: a prompt
-                enters it at any decode step and leaves it when it is finished, and features and KV caches stay in device
-                memory. 0 decodes each call by itself, through the host. None is 32 on a GPU and 0 on a CPU. For the device
-                memory that this needs see `florence-onnx info`.
+                enters it at any decode step and leaves it when it is finished, and features and KV caches stay in
+                device memory. 0 decodes each call by itself, through the host. None is 32 on a GPU and 0 on a CPU. For
+                the device memory that this needs see `florence-onnx info`.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept, instead of the hub client's default.
 
@@ -320,14 +320,14 @@ class Florence2:
         An image that occurs several times, as the same object or the same name, is encoded once.
 
         Args:
-            tasks: One task for all images, or one an image.
+            tasks: One task for all images, or one per image.
             images: Images as for `run`, repeated where several tasks are run on one.
-            text_inputs: One entry an image, None where the task takes no text.
-            regions: One entry an image, None where the task takes no region.
+            text_inputs: One entry per image, None where the task takes no text.
+            regions: One entry per image, None where the task takes no region.
             options: Generation options for all requests.
 
         Returns:
-            One prediction an image, in order.
+            One prediction per image, in order.
 
         Raises:
             InputError: As for `run`, or the sequences differ in length.
@@ -339,8 +339,8 @@ class Florence2:
         config = self._bundle.generation.resolve(options)
         self._answering.check(config)
         input_ids, attention_mask = self._encode_prompts(requests)
-        # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first token,
-        # and an answer that repeats the text has no space there.
+        # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first
+        # token, and an answer that repeats the text has no space there.
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
 
         def make_search(indices: Sequence[int]) -> Search:
@@ -390,8 +390,8 @@ class Florence2:
     def warm_up(self) -> None:
         """Runs every stage once on a blank image, so that the first real request is not slowed down by it.
 
-        On a GPU a CUDA graph is captured when a shape of a decode step first occurs: this captures the shapes of a single
-        prompt, greedy and with the checkpoint's number of beams.
+        On a GPU a CUDA graph is captured when a shape of a decode step first occurs: this captures the shapes of a
+        single prompt, greedy and with the checkpoint's number of beams.
         """
         width, height = self._bundle.sizes.image_size
         blank = PILImage.new("RGB", (width, height))
@@ -466,7 +466,7 @@ def _make_requests(
     text_inputs: Iterable[str | None] | None,
     regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
-    """Checks and formats the arguments of `Florence2.run_batch`; one request an image."""
+    """Checks and formats the arguments of `Florence2.run_batch`; one request per image."""
     # a string or an array can be iterated over: without this check each letter or row would be taken for an image
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
         raise InputError("images must be a list of images; for a single one call run")

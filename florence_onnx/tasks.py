@@ -1,4 +1,4 @@
-"""The tasks of Florence-2: one constant a task, found by name, fal slug or token; and `parse`, which reads an answer.
+"""The tasks of Florence-2: one constant per task, found by name, fal slug or token; and `parse`, which reads an answer.
 
 ```python
 tasks.OBJECT_DETECTION              # Task[BoundingBoxes]
@@ -105,7 +105,7 @@ class Task(Generic[R]):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
             raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
-        # a lone surrogate, as from a file name that is not UTF-8; the tokenizer would panic on it
+        # a lone surrogate, as in a file name that is not UTF-8; the tokenizer would raise an obscure TypeError
         try:
             text_input.encode()
         except UnicodeEncodeError as error:
@@ -294,7 +294,8 @@ def get(task: Task[Any] | str) -> Task[Any]:
     """Finds a task.
 
     Args:
-        task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token ("<OD>").
+        task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token
+            ("<OD>").
 
     Returns:
         The task.

@@ -1,4 +1,4 @@
-"""The built-in demo model finds the right shapes and reads the right words, on scenes that it was never trained on."""
+"""The accuracy of the built-in demo model on scenes that it was not trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from export.demo import metrics
 from florence_onnx.answers import matching
 
 UNSEEN_SEED = 20250817
-"""Neither training's nor that of any published figure."""
+"""A seed that neither the training nor any published figure uses."""
 NUM_SCENES = 120
 GREEDY = GenerationOptions(num_beams=1)
 SAMPLES = bundle.DEMO_DIRECTORY.parent / "samples"
@@ -77,8 +77,8 @@ TRUTHS = json.loads((SAMPLES / "samples.json").read_text())
 
 
 @pytest.mark.parametrize("truth", TRUTHS, ids=[truth["file"] for truth in TRUTHS])
-def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], demo: Florence2) -> None:
-    """With the checkpoint's own three beams, from the file, as in the README."""
+def test_the_sample_scenes_are_answered_correctly_by_default(truth: dict[str, Any], demo: Florence2) -> None:
+    """With the checkpoint's three beams and the image files, as in the README."""
     image = demo.encode(SAMPLES / truth["file"])
     found = demo.run(tasks.OBJECT_DETECTION, image).results.bboxes
     assert sorted(box.label for box in found) == sorted(shape["label"] for shape in truth["objects"])
@@ -93,7 +93,7 @@ def test_the_sample_scenes_are_answered_right_by_default(truth: dict[str, Any], 
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_prompt_lookup_gives_the_same_tokens_in_fewer_calls(batched: bool, demo: Florence2, scenes: list[Any]) -> None:
-    """For every task, one by one and all of a task in a batch, in which rows accept different numbers of tokens."""
+    """For every task, one by one and as a batch, whose rows accept different numbers of drafted tokens."""
     decoder = demo._text_model._decoder  # type: ignore[attr-defined]
     calls: dict[int, dict[str, int]] = {0: {}, 4: {}}
     answers: dict[int, dict[str, list[tuple[int, ...]]]] = {0: {}, 4: {}}
@@ -117,7 +117,7 @@ def test_prompt_lookup_gives_the_same_tokens_in_fewer_calls(batched: bool, demo:
             answers[length][token] = [each.token_ids for each in found]
     assert answers[0] == answers[4]
     for token in ("<CAPTION_TO_PHRASE_GROUNDING>", "<OPEN_VOCABULARY_DETECTION>"):
-        # a batch is as slow as its slowest row, which may be one without a single draft that holds
+        # a batch takes as many calls as its slowest row, in which every draft may be rejected
         assert calls[4][token] < calls[0][token] + batched
     for token in ("<OD>", "<CAPTION>", "<REGION_PROPOSAL>"):
         assert calls[4][token] == calls[0][token], "nothing to draft from"

@@ -1,4 +1,4 @@
-"""What the package promises as a whole: public names, who imports whom, and that PyTorch is never needed."""
+"""Promises of the whole package: its public names, the order of imports between rooms, and no PyTorch."""
 
 from __future__ import annotations
 
@@ -115,25 +115,25 @@ ROOMS = {
     "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
     "__main__": {"commands", "errors"},
 }
-"""What each room may import: rooms that stand before it in this table, and packages of others."""
+"""What each room may import: rooms above it in this table, and third-party packages."""
 
 OPTIONAL = {"huggingface_hub", "onnxruntime", "supervision"}
-"""Packages that a room imports inside functions only, so that doing without them is possible until they are needed."""
+"""Packages that are imported inside functions only, so that they need not be installed until they are used."""
 
 
 def room(module: str) -> str:
-    """The room of a module of ours, by its path from the package: `runtime` of `runtime.engine`."""
+    """The room of a module, given its path inside the package: `runtime` for `runtime.engine`."""
     return module.split(".", maxsplit=1)[0]
 
 
 def sources(name: str) -> list[Path]:
-    """The files of a room: one module, or those of a folder."""
+    """The files of a room, which is a module or a folder."""
     folder = PACKAGE / name
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{name}.py"]
 
 
 def imports(path: Path) -> set[str]:
-    """What a file imports: modules of ours by their path from the package, everything else by the top-level package."""
+    """Imports of a file: our modules by their path inside the package, third-party ones by their top-level package."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -147,7 +147,7 @@ def imports(path: Path) -> set[str]:
 
 
 def _resolve(module: str, name: str) -> str:
-    """The module that `from module import name` leads to; for names that `florence_onnx` itself has, where they come from."""
+    """The module that `from module import name` imports; for names that `florence_onnx` re-exports, their origin."""
     if (PACKAGE.parent / module.replace(".", "/") / f"{name}.py").is_file():
         return f"{module}.{name}"
     if (PACKAGE.parent / module.replace(".", "/") / name).is_dir():
@@ -171,12 +171,12 @@ def test_every_error_is_public_and_documented() -> None:
 
 
 @pytest.mark.parametrize("name", ROOMS)
-def test_rooms_import_only_what_stands_before_them_in_the_table(name: str) -> None:
+def test_rooms_import_only_what_the_table_allows(name: str) -> None:
     found = {room(module) for path in sources(name) for module in imports(path)} - {name}
     assert found <= ROOMS[name]
 
 
-def test_the_table_has_no_circle() -> None:
+def test_the_table_has_no_cycle() -> None:
     above: set[str] = set()
     for name, allowed in ROOMS.items():
         assert {each for each in allowed if each in ROOMS} <= above, name
@@ -197,7 +197,7 @@ def test_rooms_say_what_they_are_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROOMS)
-def test_modules_of_a_room_make_no_circle(name: str) -> None:
+def test_modules_of_a_room_form_no_cycle(name: str) -> None:
     """Imports inside functions and for the type checker count too."""
     graph = {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
@@ -232,13 +232,13 @@ LAZY = {
         "images.connection",
         "images.download",
     ),
-    *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.prompt_rows"),
+    *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
 }
-"""Modules of the package that `import florence_onnx` leaves for later."""
+"""Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
 ABOVE_MODEL = {"bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
-"""Rooms that nothing below them imports, so `import florence_onnx` never does."""
+"""Rooms above `model`, which `import florence_onnx` never imports."""
 
 HEAVY = {
     *(
@@ -255,17 +255,17 @@ HEAVY = {
     ),
     *("subprocess", "tempfile", "unittest", "urllib.request", "PIL.ImageDraw", "PIL.ImageFont"),
 }
-"""Of the standard library and Pillow: each costs milliseconds, and most callers need none."""
+"""Modules of the standard library and Pillow that take milliseconds to import and that most callers do not need."""
 
 
 def modules_of(code: str) -> set[str]:
-    """What is imported after some code ran in a fresh interpreter."""
+    """The modules that are imported after some code ran in a fresh interpreter."""
     command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_import_is_light() -> None:
-    """Over numpy and Pillow nothing but our own modules and a little of the standard library."""
+    """Beyond numpy and Pillow it imports our own modules and a little of the standard library."""
     before = modules_of("import numpy, PIL.Image")
     new = modules_of("import florence_onnx") - before
     foreign = {name.split(".")[0] for name in new if name.split(".")[0] not in sys.stdlib_module_names}
@@ -273,7 +273,7 @@ def test_import_is_light() -> None:
     assert sorted(new & HEAVY) == []
 
 
-def test_which_modules_wait_until_they_are_needed() -> None:
+def test_which_modules_are_imported_lazily() -> None:
     loaded = {name for name in modules_of("import florence_onnx") if name.startswith("florence_onnx.")}
     lower = [path for name in ROOMS if name not in ABOVE_MODEL for path in sources(name) if path.stem != "__init__"]
     ours = {"florence_onnx." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in lower}

@@ -40,7 +40,7 @@ def _arguments(task: Task[object]) -> dict[str, object]:
     return {"text": {"text_input": "a red kite"}, "region": {"region": REGION}, "nothing": {}}[task.needs]
 
 
-def test_text_that_is_no_unicode_is_refused() -> None:
+def test_text_with_invalid_unicode_is_refused() -> None:
     with pytest.raises(TextInputError, match="not valid Unicode"):
         tasks.CAPTION_TO_PHRASE_GROUNDING.format_prompt(text_input="caf\udce9")
 
@@ -55,7 +55,7 @@ def test_every_task_is_one_constant() -> None:
     assert sorted(task.slug for task in constants) == sorted(TASKS)
 
 
-def test_image_is_where_fal_has_one() -> None:
+def test_tasks_with_geometry_have_an_image_as_at_fal() -> None:
     text_parser = postprocess.pure_text
     assert all(task.has_image == (task.parser is not text_parser) for task in TASKS.values())
     assert sum(task.has_image for task in TASKS.values()) == 8
@@ -82,7 +82,7 @@ def test_prompts_equal_those_of_transformers(task: Task[object]) -> None:
 
 
 def _prompt_tables(module: object) -> tuple[dict[str, str], dict[str, str]]:
-    """transformers keeps its prompts inside the constructor: run it up to where it wants a tokenizer."""
+    """The prompts that the constructor of the processor sets before it fails for want of a tokenizer."""
     processor = object.__new__(module.Florence2Processor)  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
         processor.__init__()
@@ -95,11 +95,11 @@ def test_recorded_prompts() -> None:
     assert plain <= recorded
 
 
-def test_text_is_stripped_and_put_in_place() -> None:
+def test_text_is_stripped_and_put_into_the_prompt() -> None:
     assert tasks.OPEN_VOCABULARY_DETECTION.format_prompt(" a {red} kite\n") == "Locate a {red} kite in the image."
 
 
-def test_region_is_put_in_place() -> None:
+def test_region_is_put_into_the_prompt() -> None:
     expected = "What is the polygon mask of region <loc_52><loc_332><loc_932><loc_774>"
     assert tasks.REGION_TO_SEGMENTATION.format_prompt(region=REGION) == expected
 
@@ -133,7 +133,7 @@ def test_errors_say_what_to_pass() -> None:
         tasks.OCR.format_prompt(region=REGION)
 
 
-def test_unknown_tasks_list_what_exists() -> None:
+def test_the_error_for_an_unknown_task_lists_all_tasks() -> None:
     with pytest.raises(UnknownTaskError) as caught:
         tasks.get("detection of objects")
     assert all(task.slug in str(caught.value) and task.token in str(caught.value) for task in TASKS.values())
@@ -151,18 +151,18 @@ def test_unknown_tasks_list_what_exists() -> None:
         ("segmentation", "region-to-segmentation"),
     ],
 )
-def test_unknown_tasks_suggest_the_nearest(wrong: str, meant: str) -> None:
+def test_the_error_for_an_unknown_task_suggests_the_nearest_name(wrong: str, meant: str) -> None:
     with pytest.raises(UnknownTaskError, match=f'did you mean "{meant}"'):
         tasks.get(wrong)
 
 
 @pytest.mark.parametrize("wrong", ["", "<VQA>", None, 7, ["<OD>"], "x" * 100_000, "<loc_1>"])
-def test_no_argument_crashes_the_look_up(wrong: object) -> None:
+def test_any_argument_that_is_no_task_is_refused(wrong: object) -> None:
     with pytest.raises(UnknownTaskError, match="unknown task"):
         tasks.get(wrong)  # type: ignore[arg-type]
 
 
-def test_a_task_of_ones_own() -> None:
+def test_a_custom_task() -> None:
     vqa = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure_text, has_image=False)
     assert tasks.get(vqa) is vqa
     assert vqa.format_prompt(text_input=" how many? ") == "<VQA>how many?"
@@ -170,7 +170,7 @@ def test_a_task_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "needs"), [("no place", "text"), ("{input}{input}", "text"), ("{input}", "nothing")]
+    ("prompt", "needs"), [("no placeholder", "text"), ("{input}{input}", "text"), ("{input}", "nothing")]
 )
 def test_a_prompt_must_fit_what_the_task_needs(prompt: str, needs: tasks.Needs) -> None:
     with pytest.raises(InputError, match=r"\{input\}"):

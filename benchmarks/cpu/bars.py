@@ -1,4 +1,4 @@
-"""What the project set out to reach, as data, and whether a result reaches it."""
+"""The project's performance targets (bars) on a CPU, and whether a result reaches them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from benchmarks.cpu.peers import REFERENCE
 Result = Mapping[str, Any]
 EXACT = "ours-fp32"
 DEFAULT = "default"
-"""Stands for the precision that a user gets on this machine."""
+"""Stands for the peer with the precision that a user gets on this machine."""
 BF16 = "transformers-bf16"
 OPENVINO = "openvino-bf16"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One ratio and its limit."""
+    """A target: a ratio between two figures, and its limit."""
 
     text: str
     peer: str
@@ -26,12 +26,12 @@ class Bar:
     stage: str
     """A stage, `peak_rss` or `cold_start`."""
     rival: str
-    """A peer, or `floor`: that of the peer's precision."""
+    """Another peer, or `floor`: the lower bound for the precision of `peer`."""
     limit: float
     kind: Literal["times as fast", "of its time"]
-    """`times as fast`: rival / peer, at least the limit. `of its time`: peer / rival, at most."""
+    """`times as fast`: rival / peer is at least the limit. `of its time`: peer / rival is at most the limit."""
     rival_stage: str | None = None
-    """If it is another one."""
+    """The rival's stage, if it is another than `stage`."""
 
 
 BARS: tuple[Bar, ...] = (
@@ -62,15 +62,16 @@ BARS: tuple[Bar, ...] = (
 
 
 def evaluate(result: Result, default: str | None) -> list[dict[str, Any]]:
-    """Every bar against a result.
+    """Evaluates every bar on a result.
 
     Args:
-        result: As `compare` writes it; only `peers`, `absent`, `floor` and `checks` are read.
+        result: What `compare` writes; only `peers`, `absent`, `floor` and `checks` are read.
         default: Name of the peer that `DEFAULT` stands for.
 
     Returns:
-        Per bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima`, `ratio_at_floor` (if the peer were as
-        fast as this machine can be; None where no floor is known) and `status`: `hit`, `miss` or `not measured`, the last with a `reason`.
+        For each bar `text`, `peer`, `rival`, `limit`, `kind`, `ratio` (of medians), `ratio_of_minima`, `ratio_at_floor`
+        (the ratio if the peer took no longer than its floor; None if there is none) and `status`: `hit`, `miss`, or
+        `not measured` with a `reason`.
     """
     return [_exactness(result), *(_evaluate(bar, result, default) for bar in BARS)]
 
@@ -114,7 +115,7 @@ def _ratio(bar: Bar, ours: float, theirs: float) -> float:
 
 
 def _ratio_at_floor(bar: Bar, result: Result, peer: str, rival: str) -> float | None:
-    """What no improvement of ours can pass on this machine, the rival being as it is."""
+    """Returns the ratio if our peer took no longer than its floor, and the rival as long as measured."""
     ours = _floor(result, peer, bar.stage)
     theirs = _rival_value(bar, result, peer, rival, "median")
     if bar.rival == DEFAULT:
@@ -135,7 +136,7 @@ def _rival_value(bar: Bar, result: Result, peer: str, rival: str, statistic: str
 
 
 def value(result: Result, peer: str, stage: str, statistic: str = "median") -> float | None:
-    """A figure of a result in seconds or bytes; None where it was not measured."""
+    """Returns a figure of a result in seconds or bytes; None if it was not measured."""
     measured = result["peers"].get(peer, {})
     found = measured.get(stage) if stage in ("peak_rss", "cold_start") else measured.get("stages", {}).get(stage)
     return None if not found else float(found[statistic])

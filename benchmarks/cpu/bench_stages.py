@@ -23,28 +23,28 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "text": {"text_input": "a red circle above a green square"},
     "region": {"region": Region(52, 332, 932, 774)},
 }
-"""By what a task needs."""
+"""Inputs of a task, by its `needs`."""
 ANSWERS = {
     "<OD>": "car<loc_52><loc_332><loc_932><loc_774>wheel<loc_100><loc_600><loc_200><loc_700>" * 4,
     "<OCR_WITH_REGION>": "STOP" + "".join(f"<loc_{bin}>" for bin in range(100, 900, 100)),
     "<REGION_TO_SEGMENTATION>": "".join(f"<loc_{bin}>" for bin in range(0, 1000, 8)),
     "<CAPTION>": "a car is parked in front of a house" * 4,
 }
-"""One of every grammar."""
+"""An answer in each format, by a task that has it."""
 
 
 def prompt(model: Florence2) -> tuple[Ids, Ids]:
-    """Ids and mask of an object detection."""
+    """Returns `input_ids` and `attention_mask` of an object detection."""
     return model._tokenizer.encode([tasks.OBJECT_DETECTION.format_prompt()])
 
 
 def start(model: Florence2, encoded: EncodedImage) -> DecoderSession:
-    """The text encoder, and a decoder that has seen no token."""
+    """Runs the text encoder, and returns a decoder session without tokens."""
     return model._text_model.start(*prompt(model), encoded.image_features[None])
 
 
 def prefill(session: DecoderSession, num_beams: int) -> Ids:
-    """Feeds what opens every answer, and gives the tokens that `num_beams` rows are fed next."""
+    """Feeds the two tokens that begin every answer, and returns the next token of each of `num_beams` rows."""
     session.step(np.array([[2, 0]]))
     session.reorder(np.zeros(num_beams, dtype=np.int64), np.arange(1))
     return np.full((num_beams, 1), 5, dtype=np.int64)
@@ -64,7 +64,7 @@ def test_vision_encoder(benchmark: Any, model: Florence2, image: Image.Image) ->
 
 
 def test_encode(benchmark: Any, model: Florence2, image: Image.Image) -> None:
-    """Both of the above, as a caller does it."""
+    """Preprocessing and vision encoder, as a caller runs them."""
     encoded = benchmark(model.encode, image)
     assert encoded.size == image.size
 
@@ -74,13 +74,13 @@ def test_text_encoder(benchmark: Any, model: Florence2, encoded: EncodedImage) -
 
 
 def test_prefill(benchmark: Any, model: Florence2, encoded: EncodedImage) -> None:
-    """The first decoder call; its session is made outside of the time."""
+    """The first decoder call, without the time to make its session."""
     benchmark.pedantic(prefill, setup=lambda: ((start(model, encoded), 1), {}), rounds=20, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_step(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
-    """`NUM_TOKENS` decode steps in each round; logits only, no choosing of tokens. Divide by `NUM_TOKENS`."""
+    """`NUM_TOKENS` decode steps in each round, without the search. Divide by `NUM_TOKENS` for one step."""
 
     def steps(session: DecoderSession, token_ids: Ids) -> npt.NDArray[np.float32]:
         for _ in range(NUM_TOKENS):
@@ -97,7 +97,7 @@ def test_step(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_answer_of_an_encoded_image(benchmark: Any, model: Florence2, encoded: EncodedImage, num_beams: int) -> None:
-    """Text encoder, prefill, steps and the choosing of tokens."""
+    """Text encoder, prefill, decode steps and search."""
     options = GenerationOptions(num_beams=num_beams, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS - 1)
     prediction = benchmark(model.run, tasks.OBJECT_DETECTION, encoded, options=options)
     assert len(prediction.token_ids) == NUM_TOKENS + 1

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cpu.chart RESULT.json OUT.svg`: latency stacked by stage, peers side by side, greedy and with beams."""
+"""`python -m benchmarks.cpu.chart RESULT.json OUT.svg`: latency by stage, peers side by side, greedy and beams."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PARTS = (
     ("first_tokens", "text encoder, first two tokens", "#e8a33d"),
     ("rest", "remaining tokens", "#4fa36c"),
 )
-"""Stage, legend, colour; told apart by lightness too, for those who cannot tell the hues."""
+"""Stage, legend, colour. The colours differ in lightness too, for colour-blind readers."""
 _INK, _PAPER, _OWN = "#1f2328", "#ffffff", "#0b5cad"
 
 
 def draw(result: Result) -> Figure:
-    """The chart of a result; opaque, so that it reads on a dark page as well."""
+    """Draws the chart of a result, on an opaque background, so that it is legible on a dark page."""
     names = _order(result)
     figure = Figure(figsize=(12, 2.2 + 0.42 * len(names)), facecolor=_PAPER, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -51,7 +51,7 @@ def draw(result: Result) -> Figure:
 
 
 def _order(result: Result) -> list[str]:
-    """Slowest first; ours are found by their colour."""
+    """Returns the names of the peers, slowest first."""
     return sorted(result["peers"], key=lambda name: -(value(result, name, "end_to_end_greedy") or 0))
 
 
@@ -63,7 +63,7 @@ def _label(result: Result, name: str) -> str:
 
 
 def parts(result: Result, name: str, search: str) -> list[float] | None:
-    """Seconds of the stacked parts, by medians; None where the peer has no such search."""
+    """Returns the median seconds of the stacked parts; None if the peer has no such search."""
     preprocess, vision, first, answer = (
         value(result, name, stage) for stage in ("preprocess", "vision", f"first_tokens_{search}", f"answer_{search}")
     )
@@ -98,7 +98,7 @@ def _annotate(axes: Axes, result: Result, name: str, search: str, row: int, plac
     if total is None:
         return
     factor = f"  ({reference / total:.1f}×)" if reference and name != REFERENCE else ""
-    behind = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8}  # so that no grid line runs through a figure
+    behind = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.8}  # hides the grid line behind the figure
     axes.text(place, row, f"{total:.2f} s{factor}", va="center", color=_INK, fontsize=9, bbox=behind)
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu.cold_start BUNDLE --repeats 5 --threads 2
 
-Every repetition is a fresh process; all of them together give the smallest and the median of each figure. A table for
-people goes to standard error, one JSON line to standard output. `measure` is for other benchmarks. Linux only: memory is read
-from `/proc/self/status`.
+Every repetition is a fresh process; the result is the minimum and the median of each figure over all of them. A table
+is printed to standard error, and one line of JSON to standard output. Linux only: memory is read from
+`/proc/self/status`.
 """
 
 from __future__ import annotations
@@ -76,21 +76,21 @@ class ColdStart:
     total_s: float
     """Seconds from the start of the process to the answer."""
     processor_s: float
-    """Processor time of all threads until the answer, in seconds: the figure to trust on a busy machine."""
+    """CPU time of all threads until the answer, in seconds; it depends less on other processes than wall time."""
     load_anonymous_mib: float
-    """Memory of its own after loading, in MiB: weights that were copied or packed are here."""
+    """Anonymous memory after loading, in MiB: weights that were copied or packed are in it."""
     load_mapped_mib: float
-    """Memory mapped from files after loading, in MiB: shared between processes and given back under pressure."""
+    """Memory mapped from files after loading, in MiB: shared between processes, and reclaimed under memory pressure."""
     load_peak_mib: float
-    """Highest resident memory until then, in MiB."""
+    """Peak resident memory until then, in MiB."""
     anonymous_mib: float
-    """Memory of its own after the answer, in MiB."""
+    """Anonymous memory after the answer, in MiB."""
     mapped_mib: float
     """Memory mapped from files after the answer, in MiB."""
     peak_mib: float
-    """Highest resident memory of the process, in MiB: `VmHWM`, since `ru_maxrss` counts what the parent held at the fork."""
+    """Peak resident memory in MiB: `VmHWM`, since `ru_maxrss` counts what the parent held at the fork."""
     onnxruntime: str
-    """Version."""
+    """Version of ONNX Runtime."""
     provider: str
     """Execution provider of the vision encoder."""
     num_tokens: int
@@ -110,16 +110,16 @@ def measure(
     """Runs one fresh process and times it.
 
     Args:
-        bundle: What `from_pretrained` takes.
+        bundle: The model, as for `from_pretrained`.
         image: An image file.
-        task: Token or slug.
-        options: Of `GenerationOptions`; None leaves the model's own.
-        load: Further arguments of `from_pretrained`, as JSON can carry them.
-        python: The interpreter, of an environment with `florence_onnx` or in whose working directory it lies.
-        has_cold_files: First drop the bundle's files from the page cache, as after a reboot.
+        task: Token or slug of the task.
+        options: Fields of `GenerationOptions`; None keeps the model's defaults.
+        load: More arguments of `from_pretrained`; they must be JSON.
+        python: The Python interpreter; it must be able to import `florence_onnx`.
+        has_cold_files: Whether to drop the bundle's files from the page cache first, as after a reboot.
 
     Raises:
-        RuntimeError: The process failed; the message is what it said.
+        RuntimeError: The process failed; the message is its output.
     """
     if has_cold_files:
         forget_pages(Path(bundle))
@@ -129,10 +129,10 @@ def measure(
         "task": task,
         "options": dict(options or {}),
         "load": dict(load or {}),
-        "started": time.monotonic(),  # one clock for all processes of the machine
+        "started": time.monotonic(),  # the monotonic clock is the same in all processes
     }
     command = [python, "-c", _CHILD]
-    # as for a user, whose Python has compiled the modules at their first import
+    # Users have compiled modules from the second start on.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -141,7 +141,7 @@ def measure(
 
 
 def forget_pages(folder: Path) -> None:
-    """Drops what lies in a folder from the page cache, as far as nothing else has it open or mapped."""
+    """Drops the files of a folder from the page cache, except those that another process has mapped."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -150,7 +150,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def summarize(runs: Sequence[ColdStart]) -> dict[str, Any]:
-    """Smallest and median of every figure, `{"load_s": {"min": …, "median": …}, …}`; words and counts as they are."""
+    """Returns `min` and `median` of every float by name, and the other fields of the first run."""
     summary: dict[str, Any] = {"repeats": len(runs)}
     for each in fields(ColdStart):
         values = [asdict(run)[each.name] for run in runs]
@@ -162,7 +162,7 @@ def summarize(runs: Sequence[ColdStart]) -> dict[str, Any]:
 
 
 def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table with a row per figure and a column per summary: smallest, and median in parentheses."""
+    """Returns a Markdown table with a row per figure and a column per summary: minimum, and median in parentheses."""
     names = [each.name for each in fields(ColdStart) if each.type in ("float", float)]
     rows = [["", *summaries], ["---"] * (len(summaries) + 1)]
     for name in names:
@@ -173,7 +173,7 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def weights_mib(bundle: Path) -> float:
-    """Size of everything in a bundle, in MiB."""
+    """Returns the size of all files of a bundle, in MiB."""
     return sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / MIB
 
 
@@ -195,7 +195,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Command line: prints a table and one line of JSON."""
     arguments = _parse()
     load = {"device": arguments.device, **arguments.load}
     if arguments.threads:

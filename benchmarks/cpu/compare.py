@@ -1,8 +1,9 @@
-"""`python -m benchmarks.cpu.compare`: this runtime and its peers in turn, in one run, on the same work.
+"""`python -m benchmarks.cpu.compare`: this runtime and its peers on the same work, in one run.
 
-How it is kept fair: the same weights, image, prompt, generation rules, number of tokens and threads for all; each peer in a fresh
-process, so that neither memory nor thread pools mix; the peers take turns in every round, so that a busy minute hits all of them;
-one answer and one with beams before anything is timed. A peer that cannot run is listed with the reason.
+How it is kept fair: all peers have the same weights, image, prompt, generation settings, number of tokens and threads.
+Each runs in a fresh process, so that memory and thread pools are separate. The peers take turns in every round, so that
+a busy minute affects all of them. Each gives a greedy answer and one with beams before anything is timed. A peer that
+cannot run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.checkpoints import SIZES
 from benchmarks.costs import Costs
 from benchmarks.cpu import bars, peers, report, results
 from benchmarks.cpu.jobs import Job, Peer, Prompt, Workload
-from benchmarks.cpu.processes import FailedError, Launcher
+from benchmarks.cpu.launcher import FailedError, Launcher
 from benchmarks.models import ROOT, Models, PreparationError
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
@@ -38,11 +39,11 @@ from florence_onnx.runtime import cpu
 
 _console = Console(stderr=True)
 _LARGE_IMAGE = 512
-"""Pixels of a side from which a model is no toy: only then is memory read far beyond the caches."""
+"""Side in pixels from which a model counts as full-size; for smaller ones the machine's rates are measured faster."""
 
 
 class Comparison:
-    """The state of one run; complete enough to be written at any moment."""
+    """The state of one run. A result can be made from it at any time, also of an interrupted run."""
 
     def __init__(self, models: Models, chosen: Sequence[Peer], workload: Workload, launcher: Launcher) -> None:
         self.models = models
@@ -57,7 +58,7 @@ class Comparison:
         self.costs = Costs.read(models.path("checkpoint"))
 
     def prepare(self) -> None:
-        """Makes what the peers load, so that no export runs between two measurements."""
+        """Makes the models of all peers, so that no export runs between measurements."""
         for peer in self.peers:
             try:
                 self.models.path(peer.model)
@@ -66,7 +67,7 @@ class Comparison:
         self.machine = machine.describe()
 
     def run_round(self, budget: float) -> None:
-        """Every peer once, and the floor."""
+        """Measures the machine's rates, and then every peer once."""
         self._measure_floor()
         for peer in self.peers:
             if peer.name not in self.absent:
@@ -100,7 +101,7 @@ class Comparison:
         _console.log(f"  {found['absent']}", markup=False)
 
     def result(self, command: str, default: str | None) -> dict[str, Any]:
-        """What was measured so far, ready for JSON."""
+        """Returns everything that was measured so far, for JSON."""
         by_name = {peer.name: peer for peer in self.peers}
         found = {
             name: results.summarize(by_name[name], runs, self.workload) for name, runs in self.runs.items() if runs
@@ -149,7 +150,7 @@ class Comparison:
 
 
 def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, str]:
-    """Which of our peers stands for what a user gets."""
+    """Chooses the peer of ours that represents what a user gets, and says why."""
     if asked is not None:
         return f"ours-{asked}", "as asked for"
     own = [name for name in found if name.startswith("ours-")]
@@ -160,7 +161,7 @@ def _default(found: Mapping[str, Any], asked: str | None) -> tuple[str | None, s
 
 
 def known_precisions() -> list[str]:
-    """What `python -m export` writes for a CPU, as far as this environment can tell."""
+    """Returns the precisions that `python -m export` writes for CPUs; only fp32 if `export` cannot be imported."""
     try:
         from export.precisions.recipes import PRECISIONS
     except ImportError:
@@ -169,12 +170,12 @@ def known_precisions() -> list[str]:
 
 
 def choose(ours: Sequence[str], bundles: Mapping[str, Path], names: Sequence[str]) -> list[Peer]:
-    """The peers to run, in their order.
+    """Returns the peers to run, in order.
 
     Args:
         ours: Names of our bundles.
-        bundles: The directories of those that exist already.
-        names: Of peers; empty means all.
+        bundles: Directories, by name, of the bundles that exist already.
+        names: Names of peers; empty means all.
 
     Raises:
         typer.BadParameter: A name is unknown, or a bundle cannot be read.
@@ -210,7 +211,9 @@ def _pairs(entries: Sequence[str]) -> dict[str, str]:
     wrong = [name for name, _, path in pairs if not path]
     if wrong:
         raise typer.BadParameter(f"{wrong[0]!r} must be PEER=PYTHON")
-    return {name: str(Path(path).absolute()) for name, _, path in pairs}  # resolving would leave the environment
+    return {
+        name: str(Path(path).absolute()) for name, _, path in pairs
+    }  # not resolved: a virtual environment's python is a link
 
 
 def _workload(models: Models, image: Path, **numbers: int) -> Workload:
@@ -220,7 +223,7 @@ def _workload(models: Models, image: Path, **numbers: int) -> Workload:
 
 
 def _command() -> str:
-    """The command line, without paths of this machine."""
+    """Returns the command line with relative paths."""
     arguments = []
     for argument in sys.argv[1:]:
         before, equals, path = argument.rpartition("=")
@@ -230,7 +233,7 @@ def _command() -> str:
 
 
 def file_name(result: Mapping[str, Any]) -> str:
-    """`<date>-<cpu>-<model>`, in lower case."""
+    """Returns `<date>-<cpu>-<model>` in lower case."""
     cpu = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*|\bprocessor\b", " ", result["machine"]["cpu"].lower())
     cores = f"{result['workload']['threads']}threads"
     name = result["model"]["name"].removeprefix("Florence-2-")
@@ -238,9 +241,9 @@ def file_name(result: Mapping[str, Any]) -> str:
 
 
 def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path:
-    """Writes `.md` and `.json`, and returns the path of the latter.
+    """Writes `.md` and `.json`, and returns the path of the JSON.
 
-    An incomplete result has a name of its own, so that it never replaces a complete one; the complete one replaces it.
+    An incomplete result has a name of its own, so that it never replaces a complete one. A complete result removes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, incomplete = (folder / f"{file_name(result)}{ending}.json" for ending in ("", "-incomplete"))
@@ -257,11 +260,11 @@ def write(result: Mapping[str, Any], folder: Path, *, is_complete: bool) -> Path
 def compare(
     size: Annotated[str, typer.Option(help=f"Random-weight checkpoint: {', '.join(SIZES)}.")] = "base",
     checkpoint: Annotated[Path | None, typer.Option(help="Folder with real weights, instead of --size.")] = None,
-    image: Annotated[Path, typer.Option(help="What is asked about.", exists=True)] = PHOTOGRAPH,
+    image: Annotated[Path, typer.Option(help="The image.", exists=True)] = PHOTOGRAPH,
     tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=4)] = 64,
     beams: Annotated[int, typer.Option(help="Beams of the second search.", min=2)] = 3,
     threads: Annotated[int, typer.Option(help="For every peer; default: all cores.", min=1)] = cpu.num_cores(),
-    rounds: Annotated[int, typer.Option(help="Processes per peer, in turn.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Processes per peer; the peers take turns.", min=1)] = 3,
     repeats: Annotated[int, typer.Option(help="Timings per stage and process.", min=1)] = 2,
     peer_names: Annotated[str, typer.Option("--peers", help="Comma-separated; default: all.")] = "",
     ours: Annotated[
@@ -271,23 +274,28 @@ def compare(
         ),
     ] = None,
     default: Annotated[
-        str | None, typer.Option(help="Which of them is a user's default; otherwise the fastest.")
+        str | None, typer.Option(help="The one that counts as the user's default; otherwise the fastest.")
     ] = None,
-    work: Annotated[Path, typer.Option(help="Checkpoints and exports are kept and found here.")] = ROOT
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and exports, which are reused.")] = ROOT
     / "benchmarks"
     / ".work",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "benchmarks" / "results",
-    node: Annotated[Path, typer.Option(help="Where npm installed transformers.js.")] = ROOT / "benchmarks" / ".node",
+    node: Annotated[Path, typer.Option(help="Folder in which npm installed transformers.js.")] = ROOT
+    / "benchmarks"
+    / ".node",
     interpreter: Annotated[
         list[str] | None, typer.Option(help="PEER=PYTHON for a peer in another environment; may be repeated.")
     ] = None,
     run_all: Annotated[
-        bool, typer.Option("--all", help="Also what the CPU lacks the arithmetic for, and takes minutes an answer.")
+        bool,
+        typer.Option(
+            "--all", help="Also run peers that take minutes per answer, because the CPU lacks their arithmetic."
+        ),
     ] = False,
-    budget: Annotated[float, typer.Option(help="Estimated seconds an answer beyond which --all is needed.")] = 60.0,
-    timeout: Annotated[float, typer.Option(help="Seconds until a process is given up.")] = 3600.0,
+    budget: Annotated[float, typer.Option(help="Estimated seconds per answer beyond which --all is needed.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a process is killed.")] = 3600.0,
 ) -> None:
-    """Measures us and every peer in turn; prints tables and one line of JSON; writes both.
+    """Measures this runtime and its peers in turn; prints tables and one line of JSON; writes both.
 
     Ctrl-C, SIGTERM and crashes lose nothing that was measured before.
     """

@@ -1,4 +1,4 @@
-"""Which bundle and image are timed."""
+"""Options and fixtures of `bench_stages.py`: the bundle and the image that are timed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from florence_onnx.prediction import EncodedImage
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bundle", default=DEMO, help="bundle directory, hub repository or demo")
-    parser.addoption(
-        "--image", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="image to ask about"
-    )
+    parser.addoption("--image", default=str(DEMO_DIRECTORY.parent / "samples" / "scene-1.png"), help="the image")
     parser.addoption("--device", default="cpu", help="device of the model")
     parser.addoption("--threads", type=int, default=0, help="threads of ONNX Runtime; 0 means its own choice")
 

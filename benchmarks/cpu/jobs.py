@@ -1,4 +1,4 @@
-"""What a peer is asked to do, as data that travels to its process and back as JSON."""
+"""The work of a peer as data, which is sent to its process as JSON."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STAGES: dict[str, str] = {
     "end_to_end_greedy": "image file to all tokens, greedy",
     "end_to_end_beams": "image file to all tokens, with beams",
 }
-"""What a child process times, in seconds."""
+"""Stages that the worker process times, in seconds."""
 
 NUM_FIRST_TOKENS = 2
-"""Of `first_tokens_*`: every peer needs a decoder call for the second only, since the first is forced."""
+"""Tokens of `first_tokens_*`. The first one is forced, so that every peer needs a decoder call for the second only."""
 
 DERIVED: dict[str, str] = {
     "step_greedy": "one more token, greedy: (answer - first tokens) / (tokens - 2)",
@@ -33,37 +33,38 @@ DERIVED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question."""
+    """A prompt."""
 
     task: str
-    """Token of the task, `<OD>`."""
+    """Token of the task, such as `<OD>`."""
     text: str
-    """What the tokenizer gets."""
+    """The prompt's text, as the tokenizer gets it."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every peer computes, and with how much of the machine."""
+    """What every peer computes, and with how many threads."""
 
     image: str
-    """Path."""
+    """Path of the image file."""
     resized_image: str
-    """The same in the model's size, for tokens of a peer that resizes in its own way."""
+    """Path of the image in the model's size: for the tokens of a peer whose resizing differs."""
     first: Prompt
     second: Prompt
-    """Asked on the encoded image."""
+    """The second task, on the image that is already encoded."""
     num_tokens: int
-    """Tokens that every answer has, the end token included: fewer are forbidden, more impossible."""
+    """Tokens of every answer, the end token included. Minimum and maximum are equal, for equal work."""
     num_beams: int
+    """Beams of the search that is not greedy."""
     threads: int
     repeats: int
-    """Timings per stage and process."""
+    """Timings of each stage in each process."""
     generation: dict[str, Any]
     """`no_repeat_ngram_size`, `length_penalty`, `early_stopping`, `forced_bos_token_id`, `forced_eos_token_id`."""
 
     def options(self, num_beams: int, num_tokens: int) -> dict[str, Any]:
-        """Arguments of `generate` (transformers' names) for exactly `num_tokens` tokens."""
-        # the forced end token is the last of them, so that it must not be forbidden there
+        """Returns arguments of `generate`, in transformers' names, for exactly `num_tokens` tokens."""
+        # The forced end token is the last of them; a minimum of `num_tokens` would forbid it there.
         lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens - 1}
         return {**self.generation, **lengths, "num_beams": num_beams}
 
@@ -75,11 +76,11 @@ class Peer:
     name: str
     title: str
     module: str
-    """Below `benchmarks.cpu.peers`, or a `.mjs` file there for Node."""
+    """Name of a module in `benchmarks.cpu.peers`, or of a `.mjs` file there, which runs in Node."""
     model: str
-    """What it loads: `checkpoint`, `transformers.js`, or `bundle:` and a precision."""
+    """The model that it loads: `checkpoint`, `transformers.js`, or `bundle:` and a precision."""
     precision: str
-    """Of its arithmetic, for the floor: fp32, fp16, bf16, int8, int4, …"""
+    """Precision of its arithmetic, for the floor: fp32, fp16, bf16, int8, int4, …"""
     options: dict[str, Any] = field(default_factory=dict)
     is_exact: bool = False
     """Whether its tokens must equal those of transformers in fp32."""
@@ -91,22 +92,22 @@ class Job:
 
     peer: Peer
     model: str
-    """Path of what it loads."""
+    """Path of the model that it loads."""
     checkpoint: str
     """Path of the checkpoint, for its config."""
     workload: Workload
     started: float
     """`time.time()` just before the process was started."""
     budget: float
-    """Seconds that an answer may take where the machine lacks the arithmetic for it."""
+    """Longest estimated answer in seconds; a peer whose arithmetic the CPU lacks may take longer, and is skipped."""
 
     def dump(self) -> str:
-        """As JSON on one line."""
+        """Returns the job as one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def load(cls, text: str) -> Job:
-        """The inverse of `dump`."""
+        """Reads what `dump` returned."""
         raw = json.loads(text)
         workload = raw["workload"]
         prompts: dict[str, Any] = {name: Prompt(**workload.pop(name)) for name in ("first", "second")}

@@ -1,7 +1,7 @@
-"""Where the time goes: `python -m benchmarks.cpu.operators BUNDLE [BUNDLE…]`: milliseconds per operator of the vision encoder.
+"""Milliseconds per operator of the vision encoder: `python -m benchmarks.cpu.operators BUNDLE [BUNDLE…]`.
 
-ONNX Runtime's own profile of a few runs, after one to warm up. Times of operators add up to less than a run, and profiling itself costs
-a little: for comparisons of whole stages use `benchmarks.cpu.compare`.
+The figures are from ONNX Runtime's profiler, over a few runs after one warm-up. The times of the operators add up to
+less than a run, and profiling itself takes some time. To compare whole stages use `benchmarks.cpu.compare`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from florence_onnx.bundles import bundle
 from florence_onnx.runtime import cpu
 
 MIN_MS = 1.0
-"""Operators below are not listed."""
+"""Operators that take less are not listed."""
 
 
 def profile(path: Path, image_size: tuple[int, int], runs: int, threads: int) -> dict[str, tuple[float, int]]:
-    """Milliseconds a run, and nodes, of each operator.
+    """Profiles a vision encoder.
 
     Args:
-        path: A vision encoder.
-        image_size: `(width, height)`.
-        runs: To take the median of.
-        threads: Of the session.
+        path: The `.onnx` file.
+        image_size: `(width, height)` in pixels.
+        runs: Number of runs; the times are medians over them.
+        threads: Threads of the session.
+
+    Returns:
+        Milliseconds per run and number of nodes, by operator, slowest first.
     """
     width, height = image_size
     pixels = np.random.default_rng(0).standard_normal((1, 3, height, width), dtype=np.float32)

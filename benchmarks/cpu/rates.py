@@ -1,6 +1,6 @@
-"""What this machine can do: rates of matrix products and of reading memory. The denominator of the floor.
+"""Rates of this machine: matrix products and reading memory. The floor is a model's costs divided by them.
 
-`python -m benchmarks.cpu.rates JSON` measures them in a process of its own, as `compare` does in every round.
+`python -m benchmarks.cpu.rates JSON` measures them in a process of its own; `compare` does so in every round.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 
 _SECONDS = 0.1
-"""How long a rate is measured at least."""
+"""Seconds for which a rate is measured at least."""
 _READ_BYTES = 512 * 2**20
-"""Far more than any cache holds."""
+"""Much more than the CPU's caches hold."""
 _PROBE = (577, 768, 768)
-"""A product small enough that even an emulated type takes a fraction of a second."""
+"""Shape of a product that takes a fraction of a second even in a dtype that the CPU emulates."""
 _LARGE = (2304, 1024, 4096)
 
 
 def best_seconds(function: Callable[[], object], at_least: float = _SECONDS) -> float:
-    """The shortest of as many calls as fit into `at_least` seconds, three or more, after one to warm up."""
+    """Returns the shortest time of at least three calls, and at least `at_least` seconds, after a warm-up."""
     function()
     taken: list[float] = []
     while len(taken) < 3 or sum(taken) < at_least:
@@ -35,13 +35,13 @@ def best_seconds(function: Callable[[], object], at_least: float = _SECONDS) -> 
 
 
 def onnx_rate(kind: str, shape: Sequence[int], threads: int, seconds: float = _SECONDS) -> float:
-    """Operations a second of one product in ONNX Runtime.
+    """Measures the operations per second of one product in ONNX Runtime.
 
     Args:
-        kind: `fp32` (MatMul) or `int8` (DynamicQuantizeMatMul, per column).
-        shape: Rows, inner, columns; the right matrix is constant, as weights are.
-        threads: Of the session.
-        seconds: To measure at least.
+        kind: `fp32` (MatMul) or `int8` (DynamicQuantizeMatMul, a scale per column).
+        shape: Rows, inner, columns. The right matrix is constant, as weights are.
+        threads: Threads of the session.
+        seconds: Seconds to measure at least.
     """
     import onnxruntime
 
@@ -86,11 +86,11 @@ def _graph(
 
 
 def torch_rate(dtype: str, threads: int) -> float:
-    """Operations a second of a product in PyTorch; of a small one where the type turns out to be emulated.
+    """Measures the operations per second of a product in PyTorch; only of a small one if the CPU emulates the dtype.
 
     Args:
         dtype: `float32` or `bfloat16`.
-        threads: Of PyTorch.
+        threads: Threads of PyTorch.
     """
     import torch
 
@@ -107,7 +107,7 @@ def torch_rate(dtype: str, threads: int) -> float:
 
 
 def read_rate(threads: int, size: int = _READ_BYTES) -> float:
-    """Bytes a second that `threads` threads read together, each its own part: the best of two ways to read."""
+    """Measures the bytes per second that `threads` threads read together, by the faster of two methods."""
     data = np.ones(size // 4, dtype=np.float32)
     parts = np.array_split(data, threads)
 
@@ -122,17 +122,17 @@ def read_rate(threads: int, size: int = _READ_BYTES) -> float:
 def measure(
     shapes: Sequence[Sequence[int]], threads: int, read_bytes: int = _READ_BYTES, seconds: float = _SECONDS
 ) -> dict[str, Any]:
-    """All rates.
+    """Measures all rates.
 
     Args:
         shapes: Products of the model, `[rows, inner, columns]`.
-        threads: To use.
-        read_bytes: To read from memory at a time.
-        seconds: To measure each product at least.
+        threads: Threads to use.
+        read_bytes: Bytes to read from memory in each pass.
+        seconds: Seconds to measure each product at least.
 
     Returns:
-        `fp32`, `int8` and `bf16` in operations a second, the best over the shapes (`bf16` None without PyTorch), `by_shape`, and
-        `read` in bytes a second.
+        `fp32`, `int8` and `bf16` in operations per second, the best over the shapes (`bf16` is None without PyTorch),
+        `by_shape`, and `read` in bytes per second.
     """
     by_shape: list[dict[str, Any]] = [
         {"shape": list(shape), **{kind: onnx_rate(kind, shape, threads, seconds) for kind in ("fp32", "int8")}}
@@ -147,7 +147,7 @@ def measure(
 
 
 def main() -> None:
-    """Measures what the JSON of the command line asks for: the arguments of `measure`."""
+    """Command line: calls `measure` with the arguments in the given JSON, and prints the result as JSON."""
     sys.stdout.write(json.dumps(measure(**json.loads(sys.argv[1]))) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A result as tables for people: on the terminal, and as Markdown."""
+"""A result as tables, on the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FLOORED = ("vision", "text_encoder", "step_greedy", "step_beams", "end_to_end_g
 
 
 def tables(result: Result) -> list[Table]:
-    """Times (median and minimum), ratios, distance from the floor, and the bars."""
+    """Makes the tables: times (median and minimum), ratios, distances from the floor, and the bars."""
     return [
         _times(result, "median"),
         _times(result, "min"),
@@ -120,7 +120,7 @@ def _bars(result: Result) -> Table:
 
 
 def print_to(console: Console, result: Result) -> None:
-    """Prints everything that a person wants to know."""
+    """Prints the summary, the tables and the remarks."""
     console.print(Text(_summary(result)))
     for table in tables(result):
         console.print(table)
@@ -129,7 +129,7 @@ def print_to(console: Console, result: Result) -> None:
 
 
 def markdown(result: Result) -> str:
-    """The same as a Markdown document."""
+    """Returns the summary, the tables and the remarks as a Markdown document."""
     parts = [f"# {result['model']['name']} on {result['machine']['cpu']}, {result['created'][:10]}", _summary(result)]
     for table in tables(result):
         parts.append(f"## {table.title}\n\n{_render(table)}")

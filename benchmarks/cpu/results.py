@@ -1,4 +1,4 @@
-"""From what the children printed to one result: minima and medians, derived stages, floors, checks."""
+"""Aggregating the output of the workers into one result: minima and medians, derived stages, floors, checks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from benchmarks.cpu.jobs import DERIVED, NUM_FIRST_TOKENS, Peer, Workload
 from benchmarks.cpu.peers import REFERENCE
 
 Run = Mapping[str, Any]
-"""One line of a child."""
+"""The output of one worker."""
 Summary = dict[str, Any]
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """`min`, `median` and the `samples` themselves."""
+    """Returns `min`, `median` and the `samples`."""
     return {"min": min(samples), "median": statistics.median(samples), "samples": [round(x, 6) for x in samples]}
 
 
 def summarize(peer: Peer, runs: Sequence[Run], workload: Workload) -> Summary:
-    """One peer over all its rounds."""
+    """Aggregates one peer over all its rounds."""
     names = runs[0]["stages"]
     stages = {name: spread([sample for run in runs for sample in run["stages"][name]]) for name in names}
     for derived in (name for name in DERIVED if f"answer_{name.removeprefix('step_')}" in stages):
@@ -44,14 +44,17 @@ def summarize(peer: Peer, runs: Sequence[Run], workload: Workload) -> Summary:
 
 
 def _step(stages: Mapping[str, Any], search: str, num_tokens: int) -> dict[str, Any]:
-    """Differences of minima and of medians: a difference of single runs would reward a disturbed short one."""
+    """Returns the time per decode step from differences of minima and of medians.
+
+    Differences of single runs would be too small whenever something delayed the short run.
+    """
     whole, first = stages[f"answer_{search}"], stages[f"first_tokens_{search}"]
     steps = num_tokens - NUM_FIRST_TOKENS
     return {name: (whole[name] - first[name]) / steps for name in ("min", "median")}
 
 
 def agreement(tokens: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """By search, the share of places with the same token."""
+    """Returns, by search, the share of positions with the same token."""
     return {
         search: sum(a == b for a, b in zip(ids, expected[search], strict=False)) / max(len(ids), len(expected[search]))
         for search, ids in tokens.items()
@@ -60,7 +63,7 @@ def agreement(tokens: Mapping[str, Sequence[int]], expected: Mapping[str, Sequen
 
 
 def compare_tokens(peers: dict[str, Summary], num_tokens: int) -> list[str]:
-    """Notes every peer's `agreement` with the reference, and returns what should not be."""
+    """Adds to every peer its `agreement` with the reference, and returns a list of faults."""
     expected = peers.get(REFERENCE, {}).get("tokens")
     wrong = []
     for name, peer in peers.items():
@@ -77,13 +80,14 @@ def compare_tokens(peers: dict[str, Summary], num_tokens: int) -> list[str]:
 
 
 MIN_FLOOR_SHARE = 0.85
-"""Of the floor: rewrites save 6 % of the operations counted, and rates are measured with some noise."""
+"""Smallest plausible share of the floor: our graphs save 6 % of the counted operations, and rates are noisy."""
 
 
 def find_implausible(peers: Mapping[str, Summary], floor: Mapping[str, Any]) -> list[str]:
-    """Peers that computed faster than the machine can, and so did not compute what the others did.
+    """Finds peers that were faster than the machine can be, and so did less work than the others.
 
-    Only stages that arithmetic bounds are asked: the weights of a small decoder may lie in the cache.
+    Only stages limited by arithmetic are checked: a decode step is limited by memory, and the weights of a small
+    decoder fit into the CPU's cache.
     """
     wrong = []
     for name, peer in peers.items():
@@ -97,17 +101,17 @@ def find_implausible(peers: Mapping[str, Summary], floor: Mapping[str, Any]) -> 
 
 
 def best_rates(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The highest of each rate over all rounds: the floor is what the machine can do undisturbed."""
+    """Returns the highest of each rate over all rounds, since the floor is about the undisturbed machine."""
     names = ("fp32", "int8", "bf16", "read")
     best: dict[str, Any] = {name: max((each[name] for each in rounds if each[name]), default=None) for name in names}
     return {**best, "by_shape": rounds[0]["by_shape"]}
 
 
 def floors(costs: Costs, rates: Mapping[str, Any], workload: Workload, prompt_tokens: int) -> dict[str, Any]:
-    """What cannot be beaten, in seconds, by precision and stage, and what it is computed from."""
+    """Computes the floor in seconds by precision and stage; returns it with the figures behind it."""
     compute = {
         "fp32": rates["fp32"],
-        "fp16": rates["fp32"],  # no CPU product of ours computes in fp16
+        "fp16": rates["fp32"],  # ONNX Runtime's CPU provider computes fp16 products in fp32
         "bf16": max(rates["fp32"], rates["bf16"] or 0),
         "int8": max(rates["fp32"], rates["int8"]),
         "int4": max(rates["fp32"], rates["int8"]),  # 4-bit weights are multiplied as 8 bits

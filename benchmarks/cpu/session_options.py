@@ -1,8 +1,9 @@
-"""What each session option is worth: `python -m benchmarks.cpu.session_options BUNDLE > table.md`.
+"""The effect of each session option on time and memory: `python -m benchmarks.cpu.session_options BUNDLE > table.md`.
 
-Every configuration runs in fresh processes, in turn and several rounds, so that a busy moment of the machine does not fall on one of
-them. Printed are, per configuration, the smallest wall and processor time of a stage over all rounds, and the largest peak
-memory. Wall time is what a user waits, processor time is what survives a busy machine; spinning threads show in the second.
+Every configuration runs in fresh processes. The configurations take turns for several rounds, so that a busy moment of
+the machine does not affect only one. For each are printed the minimum wall and CPU time of every stage over all rounds,
+and the largest peak memory. Wall time is what a user waits; CPU time depends less on other processes, and includes
+threads that spin.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "initializers outside the arena": {"session.use_device_allocator_for_initializers": 1},
     "no prepacking": {"session.disable_prepacking": 1},
 }
-"""Session options over the package's own, by the name that the table gives them."""
+"""Session options on top of the package's own, by their name in the table."""
 
 _CHILD = """
 import json, sys, time
@@ -60,7 +61,7 @@ print(json.dumps({"figures": figures, "peak_mib": memory["VmHWM"], "anonymous_mi
 
 
 def measure(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs one process of one configuration."""
+    """Runs one configuration in a process of its own."""
     command = [sys.executable, "-c", _CHILD]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -70,7 +71,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The smallest times and the largest memory of several processes."""
+    """Returns the minimum times and the largest memory over several processes."""
     stages = rounds[0]["figures"]
     return {
         "figures": {name: [min(each["figures"][name][i] for each in rounds) for i in (0, 1)] for name in stages},
@@ -80,7 +81,7 @@ def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: wall / processor seconds per stage, MiB."""
+    """Returns a Markdown table: wall / CPU seconds of each stage, and MiB."""
     stages = list(next(iter(results.values()))["figures"])
     lines = [f"| options | {' | '.join(stages)} | peak | own |", "|---" * (len(stages) + 3) + "|"]
     for name, found in results.items():
@@ -103,7 +104,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Command line: prints a Markdown table."""
     arguments = _parse()
     job = {name: getattr(arguments, name) for name in ("tokens", "encodes", "answers")}
     job |= {"bundle": str(arguments.bundle), "image": str(arguments.image)}

@@ -1,8 +1,8 @@
 """What prompt lookup saves: `python -m benchmarks.cpu.speculation [--scenes N] [--bundle DIRECTORY]`.
 
-Every task is asked about the same unseen scenes, greedily, with drafts of several lengths in turn. Counted are decoder
-calls, which do not depend on the machine; the time is this thread's and its helpers', from the encoded image to the
-answer, so that other programs on the machine count little. The answers are compared token by token.
+Every task is run on the same unseen scenes, greedily, with drafts of several lengths. Decoder calls are counted, which
+do not depend on the machine. Times are CPU time from the encoded image to the answer, which depends little on other
+processes. The answers are compared token by token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from florence_onnx.prediction import EncodedImage
 RESULTS = Path(__file__).parents[1] / "results"
 LENGTHS = (0, 2, 4, 8)
 SEED = 20250903
-"""Of the scenes; not one of training or of another figure."""
+"""Seed of the scenes; it is used neither in training nor for other figures."""
 
 
 @dataclass
@@ -33,20 +33,21 @@ class Figures:
 
     questions: int = 0
     tokens: int = 0
-    """Without speculation."""
+    """Tokens of the answers without speculation."""
     other_tokens: int = 0
-    """Tokens, over all lengths of draft, that speculation changed."""
+    """Tokens that differ with speculation, over all draft lengths."""
     calls: dict[int, int] = field(default_factory=lambda: dict.fromkeys(LENGTHS, 0))
-    """Decoder calls by the longest draft allowed."""
+    """Decoder calls by draft length."""
     seconds: dict[int, float] = field(default_factory=lambda: dict.fromkeys(LENGTHS, 0.0))
+    """CPU time by draft length."""
 
     def saved(self, length: int) -> float:
-        """Share of the decoder calls that drafts of a length save."""
+        """Returns the share of the decoder calls that drafts of a length save."""
         return 1 - self.calls[length] / self.calls[0]
 
 
 def measure(model: Florence2, questions: Sequence[tuple[EncodedImage, Question]]) -> Figures:
-    """Asks every question with every length of draft."""
+    """Answers every question with every draft length."""
     figures = Figures()
     for encoded, question in questions:
         answers = {length: ask(model, encoded, question, length, figures) for length in LENGTHS}
@@ -59,7 +60,7 @@ def measure(model: Florence2, questions: Sequence[tuple[EncodedImage, Question]]
 
 
 def ask(model: Florence2, encoded: EncodedImage, question: Question, length: int, figures: Figures) -> tuple[int, ...]:
-    """One answer; adds its calls and seconds."""
+    """Answers a question, and adds its decoder calls and seconds to the figures."""
     decoder = model._text_model._decoder  # type: ignore[attr-defined]
     calls, start = decoder.num_runs, time.process_time()
     options = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=length)
@@ -70,7 +71,7 @@ def ask(model: Florence2, encoded: EncodedImage, question: Question, length: int
 
 
 def table(measured: dict[str, Figures]) -> str:
-    """Markdown: a row a task."""
+    """Returns a Markdown table with a row per task."""
     lines = [
         "| task | tokens an answer | calls an answer | "
         + " | ".join(f"saved, drafts of {length}" for length in LENGTHS[1:])
@@ -88,7 +89,7 @@ def table(measured: dict[str, Figures]) -> str:
 
 
 def total(measured: dict[str, Figures]) -> Figures:
-    """The sums over all tasks."""
+    """Returns the sums over all tasks."""
     found = Figures()
     for each in measured.values():
         found.questions += each.questions
@@ -119,7 +120,7 @@ def main() -> None:
     name = "the demo model" if arguments.bundle == DEMO else Path(arguments.bundle).name
     text = (
         f"Decoder calls with prompt lookup, greedy, {name}, {arguments.scenes} scenes, one thread; time is the ratio "
-        "of processor time from the encoded image to the answer, without vision.\n"
+        "of CPU time from the encoded image to the answer, without vision.\n"
         f"`python -m benchmarks.cpu.speculation --scenes {arguments.scenes}`\n\n{table(measured)}\n"
     )
     line = json.dumps({"scenes": arguments.scenes, "tasks": {name: asdict(each) for name, each in measured.items()}})

@@ -1,8 +1,9 @@
-"""Static against dynamic 8 bits in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE IMAGE [IMAGE…]`.
+"""Static against dynamic int8 in the vision encoder: `python -m benchmarks.cpu.static_int8 FP32_BUNDLE IMAGE [IMAGE…]`.
 
-Static quantization (ONNX Runtime's QDQ form, ranges from a calibration on images) saves finding the range of every activation at
-run time, and pays with ranges that a new image may leave. Both forms quantize the same `Gemm` nodes with 7-bit weights per
-channel. Printed: the time of each, in turn, and how far the features are from fp32's on images that were not calibrated on.
+Static quantization (ONNX Runtime's QDQ form) takes the ranges of the activations from a calibration on images. It need
+not find them at run time, but a new image may exceed them. Both forms quantize the same `Gemm` nodes, with 7-bit
+weights and a scale per channel. Printed are the time of each form, and the error of the features against fp32 on images
+that were not used for the calibration.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is un
 
 
 def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
-    """An image whole, its four quarters, and mirrored: `(1, 3, H, W)` each."""
+    """Yields an image, its four quarters and its mirror image as `pixel_values` `(1, 3, H, W)`."""
     image = decoding.load(path)
     width, height = image.size
     boxes = [(0, 0, width, height)]
@@ -52,12 +53,15 @@ def views(path: Path, size: tuple[int, int]) -> Iterator[Floats]:
 
 
 def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> dict[str, Path]:
-    """The three graphs, each in a folder of its own beside a copy of the weights.
+    """Writes the three forms of the graph, each in a folder of its own with a copy of the weights.
 
     Args:
         source: An fp32 bundle.
-        calibration: Images as `pixel_values`.
-        folder: Where to write.
+        calibration: Images to calibrate on, as `pixel_values`.
+        folder: Folder to write to.
+
+    Returns:
+        The `.onnx` files by form.
     """
     paths = {form: folder / form / bundle.VISION_ENCODER for form in FORMS}
     for path in paths.values():
@@ -80,7 +84,7 @@ def make_graphs(source: Path, calibration: Sequence[Floats], folder: Path) -> di
 
 
 def measure(paths: dict[str, Path], images: Sequence[Floats], rounds: int, threads: int) -> dict[str, Any]:
-    """Seconds and relative errors of each form."""
+    """Measures seconds and relative errors of each form."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -108,13 +112,13 @@ def measure(paths: dict[str, Path], images: Sequence[Floats], rounds: int, threa
 
 
 def run(session: onnxruntime.InferenceSession, image: Floats) -> Floats:
-    """The features of one image."""
+    """Returns the features of one image."""
     features: Floats = session.run(None, {"pixel_values": image})[0]
     return features
 
 
 def _distance(own: Floats, exact: Floats) -> float:
-    """Root mean square of the difference, relative to that of the exact ones."""
+    """Returns the norm of the difference relative to the norm of the exact features."""
     return float(np.linalg.norm(own - exact) / np.linalg.norm(exact))
 
 
@@ -122,12 +126,17 @@ def main() -> None:
     """Prints a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, help="an fp32 bundle")
-    parser.add_argument("images", type=Path, nargs="+", help="the last is kept for the errors and the timing")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="the last one is used for the errors and the timing, the others for the calibration",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=cpu.num_cores())
     arguments = parser.parse_args()
     if len(arguments.images) < 2:
-        parser.error("name at least two images: one to calibrate on, one that was not")
+        parser.error("give at least two images: one to calibrate on, and one to measure on")
     size = bundle.read(arguments.bundle).sizes.image_size
     *seen, unseen = ([*views(path, size)] for path in arguments.images)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Runs the steps, each in a process of its own: `python -m benchmarks.gpu --device cuda --out $OUT`.
 
-What is found is written after every step, so a run that is cut off loses at most the step in progress, and the same command goes on
-where the last one stopped. A step that fails is noted with its reason, and the others go on. `--device cpu` tries all of it.
+Results are written after every step, so an interrupted run loses at most the step in progress, and the same command
+continues where the last one stopped. A step that fails is recorded with its reason, and the others go on.
+`--device cpu` runs everything on the CPU.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import card, report
+from benchmarks.gpu import hardware, report
 from benchmarks.gpu.bars import judge_answers, judge_checks
 from benchmarks.gpu.steps import Settings, Step, plan
 from benchmarks.gpu.worker import SKIPPED
 from benchmarks.models import ROOT
 
 MIN_STEP_S = 15.0
-"""Less is not enough for any step."""
+"""Seconds that must be left to start a step."""
 _GRACE_S = 5.0
 
 
 class Report:
-    """The JSON and the Markdown, on disk at every moment."""
+    """The result, written as JSON and Markdown after every change."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        """Reads what an earlier run left in `folder`."""
+        """Reads the result of an earlier run in `folder`, if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"gpu-{device}.json"
         self.result: dict[str, Any] = {"device": device, "created": "", "command": "", "steps": {}}
@@ -49,12 +50,12 @@ class Report:
         return found
 
     def add(self, name: str, outcome: Mapping[str, Any]) -> None:
-        """Notes a step."""
+        """Adds the outcome of a step."""
         self.steps[name] = dict(outcome)
         self.write()
 
     def write(self) -> None:
-        """Also when nothing was added: floors follow from other steps."""
+        """Writes both files, with the floors that follow from the rates and costs of the steps."""
         self._add_floors()
         self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
         self.path.with_suffix(".md").write_text(report.markdown(self.result), encoding="utf-8")
@@ -64,11 +65,11 @@ class Report:
         for name, step in self.steps.items():
             costs = step.get("figures", {}).get("costs") if name.startswith("floors:") else None
             if costs and rates:
-                costs["floor_ms"] = card.floor_ms(costs, rates)
+                costs["floor_ms"] = hardware.floor_ms(costs, rates)
 
 
 def _relative(argument: str) -> str:
-    """A path without this machine in it."""
+    """Returns a path relative to the repository, or its name alone."""
     if not argument.startswith("/"):
         return argument
     path = Path(argument)
@@ -100,13 +101,13 @@ def run_step(step: Step, settings: Settings, timeout: float, scratch: Path) -> d
 
 
 def _environment(step: Step) -> dict[str, str]:
-    """CUDA and cuDNN where NVIDIA's wheels have them, except for the step that asks whether that is needed."""
-    paths = ([] if step.kind == "start" else [card.library_path()]) + [os.environ.get("LD_LIBRARY_PATH", "")]
+    """Adds the CUDA and cuDNN of NVIDIA's wheels to the library path, except for the step `start`."""
+    paths = ([] if step.kind == "start" else [hardware.library_path()]) + [os.environ.get("LD_LIBRARY_PATH", "")]
     return {**os.environ, "LD_LIBRARY_PATH": ":".join(path for path in paths if path)}
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
-    """The exit code; None where the process, with its own children, had to be ended, as it is when this one is interrupted."""
+    """Returns the exit code, or None after a timeout. Kills a process that still runs, with its children."""
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -121,16 +122,20 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["large", "base"], help="demo, base, large")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="results; found again by the next run")
-    parser.add_argument("--carried", type=Path, default=ROOT / ".gpu", help="what benchmarks.gpu.prepare wrote")
-    parser.add_argument("--work", type=Path, default=ROOT / ".gpu" / "work", help="where bundles are made")
-    parser.add_argument("--steps", default="", help="comma-separated beginnings of names; default: all")
-    parser.add_argument("--without", default="", help="comma-separated beginnings of names to leave out")
-    parser.add_argument("--again", action="store_true", help="also steps that are done")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="no step is started or kept running beyond")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder of the results; the next run continues them"
+    )
+    parser.add_argument("--carried", type=Path, default=ROOT / ".gpu", help="folder that benchmarks.gpu.prepare wrote")
+    parser.add_argument("--work", type=Path, default=ROOT / ".gpu" / "work", help="folder for the bundles")
+    parser.add_argument("--steps", default="", help="comma-separated prefixes of step names; default: all")
+    parser.add_argument("--without", default="", help="comma-separated prefixes of steps to leave out")
+    parser.add_argument("--again", action="store_true", help="also run steps that are done")
+    parser.add_argument(
+        "--budget-s", type=float, default=540.0, help="seconds after which no step is started or kept running"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="the first must be 1")
-    parser.add_argument("--images", type=int, default=3, help="sample images whose answers are compared")
-    parser.add_argument("--quick", action="store_true", help="every figure once, tiny batches: does the code run?")
+    parser.add_argument("--images", type=int, default=3, help="number of sample images whose answers are compared")
+    parser.add_argument("--quick", action="store_true", help="every figure once, with tiny batches: a smoke test")
     parser.add_argument("--list", action="store_true", help="print the names of the steps")
     return parser.parse_args()
 
@@ -145,14 +150,14 @@ def _chosen(arguments: argparse.Namespace) -> list[Step]:
 
 
 def main() -> None:
-    """Exit code 1: a step failed or was not reached, or an answer in fp32 or a logit at full size is wrong."""
+    """Runs the steps. Exit code 1: a step failed or was not reached, or answers or logits are wrong."""
     arguments = _parse()
     steps = _chosen(arguments)
     if arguments.list:
         print("\n".join(step.name for step in steps))
         return
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step in progress is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step in progress is killed too
     kept = Report(arguments.out, arguments.device)
     settings = Settings(
         arguments.device,

@@ -1,7 +1,7 @@
-"""What must be right: the demo model's answers on the device, against this runtime on the CPU and transformers on the same device.
+"""Correctness on the GPU: answers and logits against this runtime on the CPU and against transformers.
 
-The demo model is trained, so its answers mean something. At full size the weights are random, and the logits of the device are compared
-with those of the CPU provider on the same bundle.
+The demo model is trained, so its answers are meaningful. Full-size models have random weights; their logits on the GPU
+are compared with those of the CPU provider for the same bundle.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ GIVEN: dict[str, dict[str, Any]] = {
     "text": {"text_input": "red circle"},
     "region": {"region": Region(217, 475, 377, 648)},
 }
-"""What a question has besides its image, by what its task needs."""
+"""Inputs of a question besides its image, by the `needs` of its task."""
 MAX_NEW_TOKENS = 100
 SEARCHES = {"greedy": 1, "beams": 3}
 NUM_SHOWN = 6
-"""Different answers that are shown."""
+"""Differing answers that are listed."""
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A task about one of the sample images."""
+    """One task on one of the sample images."""
 
     image: Path
     task: tasks.Task[Any]
@@ -54,13 +54,13 @@ class Question:
 
 
 def questions(num_images: int) -> list[Question]:
-    """Every task about some images."""
+    """Returns every task on each of the first images."""
     images = sorted(SAMPLES.glob("*.png"))[:num_images]
     return [Question(image, task) for image in images for task in tasks.TASKS.values()]
 
 
 def share_equal(found: Sequence[Tokens], expected: Sequence[Tokens]) -> dict[str, Any]:
-    """`answers`, the share of equal ones, `tokens`, the share of equal places, and the `different` ones by place."""
+    """Returns the shares of equal `answers` and `tokens`, the `count`, and the indices of `different` answers."""
     pairs = list(zip(found, expected, strict=True))
     places = sum(max(len(a), len(b)) for a, b in pairs)
     equal = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=False))
@@ -74,9 +74,9 @@ def share_equal(found: Sequence[Tokens], expected: Sequence[Tokens]) -> dict[str
 
 
 def logits_error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> dict[str, float]:
-    """Of two tables `(L, V)`: largest and relative (Frobenius) error, and the share of rows with the same best token.
+    """Compares logits `(L, V)`: largest and relative (Frobenius) error, and the share of rows with equal argmax.
 
-    Values that are not finite give a `relative` that no bar accepts.
+    If a logit is not finite, the errors are larger than any bar.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         difference = found.astype(np.float64) - expected
@@ -88,7 +88,7 @@ def logits_error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float3
 
 
 def own_variants(device: str, sources: Sources) -> dict[str, dict[str, Any]]:
-    """Arguments of `from_pretrained` for the demo model, by name; those in fp32 come first."""
+    """Returns arguments of `from_pretrained` for the demo model by the name of the variant, fp32 first."""
     kinds = [kind for kind in ("fp32", "fp16") if sources.has(DEMO, kind)]
     found: dict[str, dict[str, Any]] = {}
     for kind in kinds:
@@ -105,10 +105,10 @@ def own_variants(device: str, sources: Sources) -> dict[str, dict[str, Any]]:
 
 
 def compare_demo(device: str, sources: Sources, asked: Sequence[Question], figures: Figures) -> None:
-    """Compares answers and logits of everybody with two references: our CPU provider, and transformers in fp32 on the device.
+    """Compares all variants with two references: our CPU provider, and transformers in fp32 on the device.
 
-    Figures are named `WHO against REFERENCE`, with the shares of equal answers by search and the error of the logits along the
-    reference's own answers.
+    The figures are named `VARIANT against REFERENCE`. They have the shares of equal answers by search, and the error of
+    the logits along the reference's answers.
     """
     kind = "fp32" if sources.has(DEMO, "fp32") else "fp16"
     reference = _Ours(Florence2.from_pretrained(sources.bundle(DEMO, kind), device="cpu"), asked)
@@ -128,12 +128,12 @@ def compare_demo(device: str, sources: Sources, asked: Sequence[Question], figur
 
 
 class _Answers(Protocol):
-    """Everybody's tokens by search, and the logits along given answers."""
+    """The answers of one model by search, and its logits along given answers."""
 
     tokens: Mapping[str, list[Tokens]]
 
     def score(self, place: int, token_ids: Tokens) -> npt.NDArray[np.float32]:
-        """The logits `(L - 1, V)` of one question, along L tokens."""
+        """Returns the logits `(L - 1, V)` of one question along an answer of L tokens."""
 
 
 class _Ours(_Answers):
@@ -198,7 +198,7 @@ def _compare(found: _Answers, expected: _Answers, asked: Sequence[Question]) -> 
         shares["different"] = [asked[place].name for place in shares["different"]]
         result[name] = shares
     greedy = expected.tokens["greedy"]
-    chosen = range(0, len(asked), max(1, len(asked) // 12))  # a dozen are enough for an error
+    chosen = range(0, len(asked), max(1, len(asked) // 12))  # a dozen answers suffice
     errors = [logits_error(found.score(place, greedy[place]), expected.score(place, greedy[place])) for place in chosen]
     worst = {name: max(error[name] for error in errors) for name in ("relative", "greatest")}
     return result | {"logits": worst | {"same_best": min(error["same_best"] for error in errors)}}
@@ -208,7 +208,7 @@ def _compare(found: _Answers, expected: _Answers, asked: Sequence[Question]) -> 
 
 
 def compare_full_size(bundle: Path, device: str, num_tokens: int, figures: Figures) -> None:
-    """Logits of the device along an answer of the CPU provider, the same bundle on both."""
+    """Compares the device's logits with the CPU provider's along an answer of the latter, for the same bundle."""
     cpu = Florence2.from_pretrained(bundle, device="cpu")
     options = GenerationOptions(
         num_beams=1, max_new_tokens=num_tokens, min_new_tokens=num_tokens - 1, prompt_lookup_num_tokens=0

@@ -1,4 +1,4 @@
-"""The bars of the GPU path (one H100, Florence-2-large, fp16, one image of 768 x 768), and where each figure is found."""
+"""The targets (bars) of the GPU path: one H100, Florence-2-large, fp16, one image of 768 x 768."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Steps = Mapping[str, Mapping[str, Any]]
-"""By the step's name: `status` and `figures`."""
+"""Outcomes by the step's name, with `status` and `figures`."""
 BEST = ("cuda-graphs", "tensorrt", "cuda", "cpu-resident", "cpu")
-"""Our variants, that which a user gets first."""
+"""Our variants; the first is what a user gets."""
 EXACT_LOGITS = 1e-3
-"""Relative error that fp32 stays far below; tf32 comes to about 3e-4 a product."""
-
-
+"""Bound on the relative error of logits in fp32. A single product in tf32 has an error of about 3e-4."""
 FULL_SIZE_LOGITS = 0.05
-"""The same for fp16 on the card against fp16 on the CPU provider, which computes much of it in fp32."""
+"""The same in fp16, against the CPU provider, which computes much of an fp16 graph in fp32."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit on one figure."""
+    """A target: a figure and its limit."""
 
     text: str
     limit: float
     unit: str
     kind: Literal["at most", "at least"]
     find: Callable[[Steps, str], float | None]
-    """The figure for a model of some size."""
+    """Returns the figure for a size of the model."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A bar and what was found."""
+    """A bar and the figure that was measured."""
 
     bar: Bar
     value: float | None
@@ -47,14 +45,14 @@ class Judged:
 
 
 def figure(steps: Steps, step: str, name: str, field: str = "ms") -> float | None:
-    """A number of a step, or None where it is missing."""
+    """Returns a figure of a step, or None if it is missing."""
     found = steps.get(step, {}).get("figures", {}).get(name)
     value = found.get(field) if isinstance(found, Mapping) else None
     return float(value) if isinstance(value, int | float) else None
 
 
 def own_variant(steps: Steps, size: str) -> str:
-    """The variant of ours that the bars are asked of: the fastest caption; empty where none was measured."""
+    """Returns the variant of ours that is judged, the one with the fastest caption; empty if none was measured."""
     times = {name: figure(steps, f"ours:{size}:{name}", "caption_b1") for name in BEST}
     measured = {name: value for name, value in times.items() if value is not None}
     return min(measured, key=lambda name: measured[name]) if measured else ""
@@ -65,7 +63,7 @@ def _ours(name: str, field: str = "ms") -> Callable[[Steps, str], float | None]:
 
 
 def _graph(prefix: str, suffix: str, field: str = "ms") -> Callable[[Steps, str], float | None]:
-    """Of a graph by itself: its best variant."""
+    """Finds the best figure of a single graph over its variants."""
 
     def find(steps: Steps, size: str) -> float | None:
         names = steps.get(f"graphs:{size}", {}).get("figures", {})
@@ -113,13 +111,13 @@ BARS: tuple[Bar, ...] = (
 
 
 def judge(steps: Steps, size: str) -> list[Judged]:
-    """Every bar, for a model of some size; they were set for `large`."""
+    """Judges every bar for a size of the model. The bars were set for `large`."""
     variant = own_variant(steps, size)
     return [Judged(bar, bar.find(steps, size), variant) for bar in BARS]
 
 
 def judge_answers(steps: Steps) -> list[tuple[str, str]]:
-    """What was compared and how it came out: fp32 must be exact, or its logits within `EXACT_LOGITS`; fp16 is reported."""
+    """Judges the answers: fp32 must be exact, or its logits within `EXACT_LOGITS`; fp16 has no bound."""
     found: list[tuple[str, str]] = []
     for name, value in steps.get("answers", {}).get("figures", {}).items():
         if " against " not in name:
@@ -135,7 +133,7 @@ def judge_answers(steps: Steps) -> list[tuple[str, str]]:
 
 
 def judge_checks(steps: Steps) -> list[tuple[str, str]]:
-    """Full size: the device's logits must be near those of the CPU provider, and numbers at all."""
+    """Judges full-size models: logits must be finite, and within `FULL_SIZE_LOGITS` of the CPU provider's."""
     found: list[tuple[str, str]] = []
     for step, outcome in steps.items():
         figures = outcome.get("figures", {}) if step.startswith("check:") else {}

@@ -1,4 +1,4 @@
-"""What a step found, kept on disk at every moment, and which errors end a figure without ending its step."""
+"""The figures of a step, saved after every one, and the errors that end a figure but not its step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAILURES: tuple[type[BaseException], ...] = (
     OSError,
     *(getattr(_state, name) for name in _ORT_ERRORS if hasattr(_state, name)),
 )
-"""What another library's version, a card or its memory may raise; ONNX Runtime's own classes have no common base."""
+"""Errors that libraries, a GPU or its memory may cause. ONNX Runtime's classes have no common base class."""
 MAX_MESSAGE = 600
 
 
@@ -43,19 +43,19 @@ class Figures:
     """Named results of one step."""
 
     def __init__(self, path: Path) -> None:
-        """Args: path of the JSON file, written anew at every figure."""
+        """Writes to the JSON file `path` after every figure."""
         self._path = path
         self.found: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Notes a figure, and shows it."""
+        """Records a figure, and prints it."""
         self.found[name] = value
         self._write()
         print(f"  {name}: {_brief(value)}", flush=True)
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> None:
-        """Notes what a measurement returns, or why it failed; the others are worth their time on the card."""
+        """Records the result of a measurement, or its error, after which the step goes on."""
         try:
             self.add(name, measure())
         except FAILURES as error:

@@ -1,4 +1,4 @@
-"""Each graph by itself, every buffer on the device: what the stages cost without the runtime around them."""
+"""Times of each graph alone, with all buffers on the device: the stages without the runtime around them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from benchmarks.gpu.card import PROMPT_TOKENS
 from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.hardware import PROMPT_TOKENS
 from benchmarks.gpu.timing import Effort, device_time, timed
 from florence_onnx.bundles import bundle as bundles
 
 CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "enable_skip_layer_norm_strict_mode": "1"}
-"""What the runtime sets too."""
+"""Provider options that the runtime sets too."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", CUDA),
@@ -29,9 +29,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Execution provider and its options."""
 VISION_ONLY = ("cuda-exhaustive", "cuda-nhwc")
-"""Variants that differ in convolutions alone."""
+"""Variants that affect convolutions only."""
 CAPACITY = 128
-"""Slots of the decoder's cache."""
+"""Slots of the decoder's KV cache."""
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -53,12 +53,12 @@ def measure(
 
     Args:
         bundle: Directory of a bundle.
-        num_image_tokens: Of its model.
+        num_image_tokens: Image tokens of its model.
         device: `cpu`, or `cuda` for both GPU providers.
         variants: Keys of `VARIANTS`.
-        batches: Images or prompts at a time.
-        effort: Of each figure.
-        figures: Where they go, named `GRAPH VARIANT SIZES`.
+        batches: Numbers of images or prompts.
+        effort: Warm-ups and repeats of each figure.
+        figures: Receives the figures, named `GRAPH VARIANT SIZES`.
     """
     decoder = bundles.DECODER_TOP if (bundle / bundles.DECODER_TOP).is_file() else bundles.DECODER
     prompt = {"text_length": PROMPT_TOKENS, "encoder_length": num_image_tokens + PROMPT_TOKENS, "capacity": CAPACITY}
@@ -96,7 +96,7 @@ def _measure_graph(
 
 
 def _timed_load(path: Path, variant: str, sessions: list[Any]) -> dict[str, Any]:
-    """Opens a session and hands it out."""
+    """Creates a session, appends it to `sessions`, and returns the seconds that it took."""
     import time
 
     provider, options = VARIANTS[variant]
@@ -120,10 +120,10 @@ def _timed_run(
     effort: Effort,
     runs: list[Callable[[], None]],
 ) -> dict[str, Any]:
-    """Times runs with one set of buffers, and hands the run out; a captured CUDA graph belongs to `graph_id`."""
+    """Times runs with one set of buffers, and appends the run to `runs`. Each set has a CUDA graph id of its own."""
     binding, buffers = _bind(session, device, sizes)
     options = onnxruntime.RunOptions()
-    with contextlib.suppress(RuntimeError):  # providers that do not know the entry ignore it
+    with contextlib.suppress(RuntimeError):  # the entry exists for the CUDA provider only
         options.add_run_config_entry("gpu_graph_id", str(graph_id + 1))
 
     def run() -> None:
@@ -136,7 +136,7 @@ def _timed_run(
 
 
 def _bind(session: Any, device: str, sizes: Mapping[str, int]) -> tuple[Any, dict[str, Any]]:
-    """Buffers for all inputs and outputs; caches are written in place."""
+    """Binds buffers for all inputs and outputs; KV caches are written in place."""
     binding = session.io_binding()
     buffers: dict[str, Any] = {}
     rng = np.random.default_rng(0)
@@ -166,7 +166,7 @@ def _shape(node: Any, sizes: Mapping[str, int]) -> list[int]:
 def _content(
     name: str, shape: Sequence[int], dtype: type[np.generic], rng: np.random.Generator
 ) -> npt.NDArray[np.generic]:
-    """Plausible content of an input."""
+    """Returns plausible values of an input."""
     if dtype is np.bool_ or name.endswith("mask"):
         return np.ones(shape, dtype=dtype)
     if name in ("positions", "slots"):  # the first slots, each once

@@ -1,9 +1,9 @@
-"""The folder that travels to a machine with a card and without a network: `python -m benchmarks.gpu.prepare`.
+"""Makes the folder to copy to a machine with a GPU and without a network: `python -m benchmarks.gpu.prepare`.
 
-It holds skeletons of the models (`skeleton.py`) and onnxruntime-gpu without the kernels of other cards, packed by the scripts in
-`--tools`, which lie beside the project and not in it. Skeletons and the packed runtime that are in `--work` and `--folder` are
-not made again: remove them after a change of the export. At the end it prints the command for the device machine, and how much
-travels.
+It has skeletons of the models (`skeleton.py`), and onnxruntime-gpu without the kernels for other GPUs, packed by the
+scripts in `--tools`, which are not part of the repository. Skeletons and the packed runtime in `--work` and `--folder`
+are not made again: remove them after a change of the export. At the end it prints the command for the device machine,
+and how many bytes are copied.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from benchmarks.gpu.sources import DEMO, DEMO_CHECKPOINT, MODELS, PLAIN
 from benchmarks.models import ROOT, Models
 
 MAX_TRAVEL_BYTES = 64 * 2**20
-"""What the device machine takes, the tracked files included."""
+"""Most bytes that can be copied to the device machine, the tracked files included."""
 MAX_COMMAND = 2000
+"""Most characters of a command for the device machine."""
 UNPACK = "unpack_ort_gpu.py"
 PREVIOUS = "previous"
-"""Results of earlier calls, below the folder."""
+"""Subfolder for the results of earlier calls."""
 NEEDLESS = re.compile(r"^onnxruntime/(transformers|quantization|tools|backend|datasets)/|\.(h|md|txt)$")
-"""Of onnxruntime-gpu: nothing that a session needs."""
+"""Files of onnxruntime-gpu that no session needs."""
 _XZ: list[dict[str, Any]] = [
     {"id": lzma.FILTER_X86},
     {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**28},
 ]
-"""Two MiB less than xz's own default; three minutes."""
+"""Saves 2 MiB compared with xz's default, and takes three minutes."""
 
 
 def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
-    """Writes the skeletons: of every size in fp16 and as plain ONNX, of the demo model in fp32.
+    """Writes the skeletons: every size in fp16 and in the layout of transformers.js, and the demo model in fp32.
 
     Args:
         sizes: Keys of `benchmarks.checkpoints.SIZES`.
-        folder: Where they go.
-        work: Where checkpoints and skeletons are kept.
+        folder: Folder to write to.
+        work: Folder in which checkpoints and skeletons are kept.
     """
     wanted = [(DEMO, "fp32"), *((size, kind) for size in sizes for kind in ("fp16", PLAIN))]
     packed = []
@@ -64,10 +65,10 @@ def pack_models(sizes: list[str], folder: Path, work: Path) -> None:
 
 
 def export(checkpoint: Path, kind: str, output: Path) -> Path:
-    """Exports a model, each graph compared with torch, but no answers with transformers: those of random weights say nothing.
+    """Exports a model and compares its graphs with torch, but not its answers, which random weights make meaningless.
 
     Args:
-        checkpoint: Its folder.
+        checkpoint: Folder of the checkpoint.
         kind: `fp32`, `fp16`, or `plain` for the layout of transformers.js in fp16.
         output: Folder to create.
 
@@ -87,7 +88,7 @@ def export(checkpoint: Path, kind: str, output: Path) -> Path:
 
 
 def write_archive(skeletons: list[Path], output: Path) -> None:
-    """Puts skeletons into the one file that `Sources` reads."""
+    """Writes skeletons to the archive that `Sources` reads."""
     with tarfile.open(output, "w:xz", preset=9) as archive:
         for path in skeletons:
             archive.add(path, arcname=path.name)
@@ -98,11 +99,11 @@ def pack_runtime(tools: Path, folder: Path, work: Path) -> None:
 
     Args:
         tools: Folder with `pack_ort_gpu.py` and `unpack_ort_gpu.py`.
-        folder: Where they go.
-        work: Where the wheel, a quarter of a gigabyte, is kept.
+        folder: Folder to write to.
+        work: Folder in which the wheel, a quarter of a gigabyte, is kept.
 
     Raises:
-        FileNotFoundError: The scripts are not there.
+        FileNotFoundError: The scripts are missing.
     """
     shutil.copy(tools / UNPACK, folder / UNPACK)
     if (folder / "ortgpu.json").is_file():
@@ -121,7 +122,7 @@ def pack_runtime(tools: Path, folder: Path, work: Path) -> None:
 
 
 def _without_needless(archive: bytes) -> bytes:
-    """The same tar without the files that `NEEDLESS` names."""
+    """Removes the files that match `NEEDLESS` from a tar archive."""
     kept = io.BytesIO()
     with tarfile.open(fileobj=io.BytesIO(archive)) as source, tarfile.open(fileobj=kept, mode="w") as target:
         for member in source:
@@ -131,12 +132,12 @@ def _without_needless(archive: bytes) -> bytes:
 
 
 def command(folder: str, arguments: str = "large base", budget_s: int = 540) -> str:
-    """What the device machine runs, in the root of the project.
+    """Returns the command to run on the device machine, in the root of the repository.
 
     Args:
-        folder: The carried one, relative to the root.
-        arguments: Of `benchmarks.gpu`.
-        budget_s: Seconds after which no step goes on.
+        folder: The folder that was copied, relative to the root.
+        arguments: Arguments of `benchmarks.gpu`.
+        budget_s: Seconds after which no step is started or kept running.
     """
     return (
         f"cp -r {folder}/{PREVIOUS}/. $OUT/ 2>/dev/null; export PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/ortgpu; "
@@ -147,7 +148,7 @@ def command(folder: str, arguments: str = "large base", budget_s: int = 540) -> 
 
 
 def travelling_bytes(folder: Path) -> dict[str, int]:
-    """Sizes of what travels: tracked and other files that git does not ignore, and the folder."""
+    """Returns the bytes to copy: files that git does not ignore (`tree`), and the folder (`carried`)."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -161,13 +162,15 @@ def travelling_bytes(folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Exit code 1: too much would travel."""
+    """Makes the folder, and prints the command. The exit code is 1 if it is too large to be copied."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["large", "base"])
     parser.add_argument("--folder", type=Path, default=ROOT / ".gpu", help="ignored by git; named in `carry`")
-    parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / ".work", help="exports; they are used again")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "benchmarks" / ".work", help="folder for exports; they are reused"
+    )
     parser.add_argument("--tools", type=Path, default=ROOT.parent / "shared" / "tools" / "gpu")
-    parser.add_argument("--without-runtime", action="store_true", help="the models alone")
+    parser.add_argument("--without-runtime", action="store_true", help="only the models")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     (folder / PREVIOUS).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""transformers on the card, eager and compiled: the same images, prompts, searches and numbers of tokens."""
+"""transformers on the GPU, eager and compiled, with the same images, prompts, searches and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.gpu.card import Memory
 from benchmarks.gpu.figures import Figures
-from benchmarks.gpu.ours import Load, _difference
+from benchmarks.gpu.hardware import Memory
+from benchmarks.gpu.ours import Workload, _difference
 from benchmarks.gpu.timing import Effort, device_time, timed
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
 }
 SEARCH = ("no_repeat_ngram_size", "length_penalty", "early_stopping", "forced_bos_token_id", "forced_eos_token_id")
-"""What every peer is told of the checkpoint's way to search."""
+"""The generation settings of the checkpoint that are passed to `generate`."""
 
 
 class Transformers:
@@ -39,14 +39,14 @@ class Transformers:
     def __init__(
         self, checkpoint: Path, bundle: bundles.Bundle, device: str, *, dtype: str, is_compiled: bool = False
     ) -> None:
-        """Loads a checkpoint, or makes one of its config where it has no weights.
+        """Loads a checkpoint, or initialises the model of its config at random if it has no weights.
 
         Args:
-            checkpoint: Folder with `config.json` of transformers' native layout.
-            bundle: The same model's, for sizes, tokenizer and search.
+            checkpoint: Folder with a `config.json` in transformers' native layout.
+            bundle: A bundle of the same model, for sizes, tokenizer and generation settings.
             device: `cpu` or `cuda`.
-            dtype: Of weights and arithmetic, torch's name.
-            is_compiled: With a static cache and `torch.compile`.
+            dtype: Dtype of weights and arithmetic, as torch names it.
+            is_compiled: Whether to use a static cache and `torch.compile`.
         """
         import torch
         from transformers import Florence2Config, Florence2ForConditionalGeneration
@@ -62,7 +62,7 @@ class Transformers:
             model = Florence2ForConditionalGeneration.from_pretrained(checkpoint, dtype=self._dtype).to(device)
         else:
             torch.manual_seed(0)
-            torch.set_default_dtype(self._dtype)  # made in fp32 first, the model would need twice its memory
+            torch.set_default_dtype(self._dtype)  # an fp32 model, converted later, would need twice the memory
             with torch.device(device):
                 model = Florence2ForConditionalGeneration(Florence2Config.from_dict(config))
             torch.set_default_dtype(torch.float32)
@@ -78,14 +78,14 @@ class Transformers:
             self._compile()
 
     def _compile(self) -> None:
-        """The encoders; on a card `generate` compiles the decode step itself when its cache is static."""
+        """Compiles the encoders. With a static cache on a GPU, `generate` compiles the decode step itself."""
         self.torch._dynamo.config.recompile_limit = 64
-        backend = {"backend": "eager"} if self.device == "cpu" else {}  # without a compiler: only to see that it runs
+        backend = {"backend": "eager"} if self.device == "cpu" else {}  # needs no compiler: a smoke test
         for part in (self.model.model.vision_tower, self.model.model.language_model.encoder):
             part.compile(dynamic=False, **backend)
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Any:
-        """`(B, 3, H, W)` on the device, made as our runtime makes them."""
+        """Returns `pixel_values` `(B, 3, H, W)` on the device, preprocessed as in our runtime."""
         sizes = self.sizes
         arrays = [
             preprocessing.preprocess(each, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
@@ -103,7 +103,7 @@ class Transformers:
         self.synchronize()
 
     def inputs(self, pixel_values: Any, prompts: Sequence[str]) -> dict[str, Any]:
-        """What `generate` takes."""
+        """Returns the inputs of `generate`."""
         ids, mask = self._tokenizer.encode(prompts)
         tokens = self.sizes.num_image_tokens
         marks = np.full((len(ids), tokens), self.model.config.image_token_id, dtype=np.int64)
@@ -116,7 +116,7 @@ class Transformers:
         }
 
     def generate(self, inputs: dict[str, Any], num_beams: int, **lengths: int) -> list[list[int]]:
-        """Ids from the decoder start token on, padded to the longest."""
+        """Returns the token ids of each row from the decoder start token on, padded to the longest row."""
         with self.torch.inference_mode():
             tokens = self.model.generate(
                 **inputs, **self._search, **self._ids, **self._static, num_beams=num_beams, do_sample=False, **lengths
@@ -125,13 +125,13 @@ class Transformers:
         return rows
 
     def answers(self, images: Sequence[Image.Image], num_beams: int, num_tokens: int) -> int:
-        """From images to exactly so many tokens; returns their number."""
+        """Generates exactly `num_tokens` tokens for each image; returns the number of tokens."""
         inputs = self.inputs(self.pixel_values(images), [tasks.CAPTION.format_prompt()] * len(images))
         found = self.generate(inputs, num_beams, max_new_tokens=num_tokens, min_new_tokens=num_tokens - 1)
         return len(found[0]) - 1
 
     def score(self, inputs: dict[str, Any], token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The logits `(L - 1, V)` at every position of a given answer, in one pass."""
+        """Returns the logits `(L - 1, V)` at every position of a given answer, in one pass."""
         ids = self.torch.tensor([list(token_ids[:-1])], device=self.device)
         with self.torch.inference_mode():
             logits = self.model(**inputs, decoder_input_ids=ids, use_cache=False).logits
@@ -140,57 +140,59 @@ class Transformers:
 
 
 def measure(
-    checkpoint: Path, bundle: Path, variant: str, device: str, load: Load, effort: Effort, figures: Figures
+    checkpoint: Path, bundle: Path, variant: str, device: str, workload: Workload, effort: Effort, figures: Figures
 ) -> None:
-    """Times one variant, see `ours.measure`; a throughput is the largest batch, again and again."""
+    """Times one variant, see `ours.measure`. The throughput is that of the largest batch."""
     with Memory() as memory:
         begin = time.perf_counter()
         peer = Transformers(checkpoint, bundles.read(bundle), device, **VARIANTS[variant])
         figures.add("load_s", time.perf_counter() - begin)
         with Image.open(PHOTOGRAPH) as opened:
             image = opened.convert("RGB").resize(peer.sizes.image_size)
-        for batch in load.batches:
-            _measure_batch(peer, [image] * batch, load, effort, figures)
+        for batch in workload.batches:
+            _measure_batch(peer, [image] * batch, workload, effort, figures)
             if batch == 1:
                 figures.add("memory_b1", memory.peak())
         figures.add("memory_all", memory.peak())
     if device != "cpu":
-        _measure_device(peer, image, load, figures)
+        _measure_device(peer, image, workload, figures)
 
 
-def _measure_batch(peer: Transformers, images: list[Image.Image], load: Load, effort: Effort, figures: Figures) -> None:
+def _measure_batch(
+    peer: Transformers, images: list[Image.Image], workload: Workload, effort: Effort, figures: Figures
+) -> None:
     batch = len(images)
     pixel_values = peer.pixel_values(images)
     figures.attempt(f"vision_b{batch}", lambda: timed(lambda: peer.vision(pixel_values), effort))
-    for search, beams, counts in _searches(peer, batch, load):
-        names = [_name(search, count, batch, load) for count in counts]
+    for search, beams, counts in _searches(peer, batch, workload):
+        names = [_name(search, count, batch, workload) for count in counts]
         for name, count in zip(names, counts, strict=True):
             figures.attempt(name, partial(timed, partial(peer.answers, images, beams, count), effort))
         if len(counts) > 1:
             steps = counts[-1] - counts[0]
             figures.attempt(f"step_{search}_b{batch}", partial(_difference, figures, names[-1], names[0], steps))
     caption = figures.found.get(f"caption_b{batch}")
-    if caption and batch == load.batches[-1]:
+    if caption and batch == workload.batches[-1]:
         figures.add("throughput_captions", {"per_s": batch / caption["min_ms"] * 1e3})
 
 
-def _searches(peer: Transformers, batch: int, load: Load) -> list[tuple[str, int, list[int]]]:
-    """Name, beams and numbers of tokens. Every length of a static cache is compiled anew, so that peer is asked few."""
-    caption, long = load.caption_tokens, load.long_tokens
+def _searches(peer: Transformers, batch: int, workload: Workload) -> list[tuple[str, int, list[int]]]:
+    """Returns name, beams and numbers of tokens of each search; fewer if compiled, as every length is compiled anew."""
+    caption, long = workload.caption_tokens, workload.long_tokens
     greedy = [caption, long] if batch == 1 else [caption] if peer.is_compiled else [2, caption]
-    return [("greedy", 1, greedy), ("beams", load.num_beams, [caption] if peer.is_compiled else [2, caption])]
+    return [("greedy", 1, greedy), ("beams", workload.num_beams, [caption] if peer.is_compiled else [2, caption])]
 
 
-def _name(search: str, count: int, batch: int, load: Load) -> str:
-    if count == load.long_tokens:
+def _name(search: str, count: int, batch: int, workload: Workload) -> str:
+    if count == workload.long_tokens:
         return f"greedy128_b{batch}"
-    if count == load.caption_tokens:
+    if count == workload.caption_tokens:
         return f"caption{'_greedy' if search == 'greedy' else ''}_b{batch}"
     return f"whole_{search}_{count}_b{batch}"
 
 
-def _measure_device(peer: Transformers, image: Image.Image, load: Load, figures: Figures) -> None:
+def _measure_device(peer: Transformers, image: Image.Image, workload: Workload, figures: Figures) -> None:
     pixel_values = peer.pixel_values([image])
     figures.attempt("encode_b1_device", partial(device_time, lambda: peer.vision(pixel_values)))
-    call = partial(peer.answers, [image], load.num_beams, load.caption_tokens)
+    call = partial(peer.answers, [image], workload.num_beams, workload.caption_tokens)
     figures.attempt("caption_b1_device", partial(device_time, call))

@@ -1,4 +1,4 @@
-"""A result as Markdown: the bars first, then every figure, then what went wrong."""
+"""A result as Markdown: bars, all figures, and errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu.bars import Judged, figure, judge, judge_answers, judge_checks
 
 Result = Mapping[str, Any]
-"""What `__main__` writes: `device`, `created`, `command`, and `steps` by name."""
+"""The result that `__main__` writes: `device`, `created`, `command`, and `steps` by name."""
 
 COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("vision ms", "vision_b1", "ms", 1),
@@ -26,20 +26,20 @@ COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("peak MB, batch 1", "memory_b1", "peak_mb", 1),
     ("peak MB", "memory_all", "peak_mb", 1),
 )
-"""Heading, figure, its field, and images: more than one turns a time into a rate."""
+"""Heading, figure, its field, and number of images; if it is more than 1, the time becomes a rate."""
 
 
 def markdown(result: Result) -> str:
-    """The whole result."""
+    """Returns the whole report."""
     steps = result["steps"]
     sizes = list(dict.fromkeys(name.split(":")[1] for name in steps if name.startswith("ours:")))
-    parts = [f"# {_card_name(steps)}, {result['created'][:10]}", _facts(result)]
+    parts = [f"# {_gpu_name(steps)}, {result['created'][:10]}", _facts(result)]
     for size in sizes:
         parts.append(f"## Bars, {size}" + ("" if size == "large" else " (set for large)"))
         parts.append(_table(("bar", "limit", "found", "variant", "status"), map(_bar_row, judge(steps, size))))
-        parts.append(f"## Everybody, {size}")
+        parts.append(f"## All variants, {size}")
         parts.append(_table(("variant", *(column[0] for column in COLUMNS)), _variant_rows(steps, size)))
-        parts.append(f"## Graphs by themselves, {size}")
+        parts.append(f"## Single graphs, {size}")
         parts.append(_table(("graph, variant, size", "wall ms", "device ms", "kernels"), _graph_rows(steps, size)))
         parts.append(_floor_line(steps, size))
     parts.append("## Answers of the demo model, logits at full size")
@@ -53,19 +53,19 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _card_name(steps: Mapping[str, Any]) -> str:
-    figures = steps.get("card", {}).get("figures", {})
-    return str(figures.get("card", {}).get("name") or figures.get("machine", {}).get("cpu", "unknown"))
+def _gpu_name(steps: Mapping[str, Any]) -> str:
+    figures = steps.get("hardware", {}).get("figures", {})
+    return str(figures.get("gpu", {}).get("name") or figures.get("machine", {}).get("cpu", "unknown"))
 
 
 def _facts(result: Result) -> str:
-    figures = result["steps"].get("card", {}).get("figures", {})
+    figures = result["steps"].get("hardware", {}).get("figures", {})
     packages = ", ".join(f"{name} {version}" for name, version in figures.get("packages", {}).items())
-    card = ", ".join(f"{name} {value}" for name, value in figures.get("card", {}).items())
+    gpu = ", ".join(f"{name} {value}" for name, value in figures.get("gpu", {}).items())
     rates = result["steps"].get("rates", {}).get("figures", {}).get("rates", {})
     shown = [f"{rates[name] / 1e12:.3g} {unit}" for name, unit in _RATES.items() if name in rates]
     start = result["steps"].get("start", {})
-    lines = [f"Device `{result['device']}`. {packages}.", card, f"Measured: {', '.join(shown)}." if shown else ""]
+    lines = [f"Device `{result['device']}`. {packages}.", gpu, f"Measured: {', '.join(shown)}." if shown else ""]
     lines.append(f"Without a library path of ours the provider: {start.get('status', 'not tried')}.")
     lines.append(f"Repeat: `{result['command']}`")
     return "\n\n".join(line for line in lines if line)

@@ -1,12 +1,14 @@
-"""A bundle without its weights, which fits where the bundle does not, and the weights again, by their statistics.
+"""Skeletons: bundles with statistics instead of weights, small enough to copy, and filled again with random weights.
 
-`python -m benchmarks.gpu.skeleton pack BUNDLE OUT.tar.xz --checkpoint DIR` keeps the graphs, everything small, and for each large
-tensor its place, shape, mean and standard deviation. `fill SKELETON.tar.xz OUT` draws normal numbers with them. Times do not depend
-on weights, and a checkpoint with random weights (`benchmarks.checkpoints`) keeps its very distribution, so numbers stay finite.
-The same skeleton gives the same bytes anywhere.
+`python -m benchmarks.gpu.skeleton pack BUNDLE OUT.tar.xz --checkpoint DIR` keeps the graphs, everything small, and for
+each large tensor its offset, shape, mean and standard deviation. `fill SKELETON.tar.xz OUT` fills the tensors with
+normal random numbers of that mean and deviation. Times do not depend on weights; and weights that were random before
+(`benchmarks.checkpoints`) keep their distribution, so activations stay finite. The same skeleton gives the same bytes
+on every machine.
 
-With `--exact` the weights are those of the checkpoint, which must lie there again when the skeleton is filled: what is a tensor of
-it, or the transpose of one, is noted by its name, and the rest (folded, joined) is kept. The bundle comes back byte by byte.
+With `--exact` the weights are taken from the checkpoint, which must be available when the skeleton is filled. Tensors
+that equal one of the checkpoint's tensors or its transpose are stored by name; the others (folded or concatenated) are
+kept. The bundle is restored byte by byte.
 """
 
 from __future__ import annotations
@@ -35,34 +37,34 @@ from florence_onnx.runtime import cpu
 LIST = "skeleton.json"
 CONSTANTS = "constants.bin"
 CHECKPOINT = "checkpoint"
-"""Folder for the configs of the checkpoint, which other runtimes build the same model from."""
+"""Subfolder for the configs of the checkpoint, from which other runtimes build the same model."""
 CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
 _DTYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 WEIGHTS_FILE = "model.safetensors"
 MAX_CONSTANT_BYTES = 16 * 2**20
-"""Kept as they are: indices, masks, tables. More means that the weights themselves are no floating-point numbers."""
+"""Most bytes of kept tensors: indices, masks, tables. If there are more, the weights are not floats."""
 MIN_DISTINCT = 64
-"""A tensor of fewer different values is a table, and not a weight."""
+"""A tensor with fewer distinct values is a table and not a weight."""
 MAX_POSITIONS = 64
-"""Of a kernel whose statistics are kept place by place."""
+"""Largest kernel whose statistics are kept for each position."""
 MAX_SIGMA = 4.0
-"""Where normal numbers are cut: fp16 must not overflow for one in a million."""
+"""Standard deviations at which random numbers are clipped, so that rare large ones do not overflow fp16."""
 
 
 def pack(bundle: Path, output: Path, checkpoint: Path, *, exact: bool = False) -> Path:
     """Writes the skeleton of a bundle.
 
     Args:
-        bundle: Of either layout, in fp32 or fp16.
-        output: The `.tar.xz` to write, or `.tar` where several are to be compressed together.
-        checkpoint: What it was exported from.
-        exact: Whether the weights are to be the checkpoint's.
+        bundle: A bundle in either layout, in fp32 or fp16.
+        output: The `.tar.xz` to write, or `.tar` if several are to be compressed together.
+        checkpoint: The checkpoint that it was exported from.
+        exact: Whether the weights are to be restored from the checkpoint.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: Too much would have to be kept, such as weights that are integers.
+        ValueError: More than `MAX_CONSTANT_BYTES` would have to be kept, as with integer weights.
     """
     with tempfile.TemporaryDirectory(dir=output.parent) as staging:
         folder = Path(staging) / "bundle"
@@ -86,7 +88,7 @@ def pack(bundle: Path, output: Path, checkpoint: Path, *, exact: bool = False) -
 
 
 class _Donor:
-    """The tensors of a checkpoint, found by what they hold."""
+    """The tensors of a checkpoint, found by their content."""
 
     def __init__(self, checkpoint: Path) -> None:
         from safetensors.numpy import load_file
@@ -95,7 +97,7 @@ class _Donor:
         self._names: dict[str, dict[bytes, tuple[str, bool]]] = {}
 
     def find(self, raw: bytes, dtype: str) -> tuple[str, bool] | None:
-        """The name of the tensor that is these bytes in this dtype, and whether it is to be transposed."""
+        """Returns the name of the tensor with this content, and whether it must be transposed, or None."""
         if dtype not in self._names:
             self._names[dtype] = {
                 hashlib.sha256(self.take(name, is_transposed, dtype)).digest(): (name, is_transposed)
@@ -105,13 +107,13 @@ class _Donor:
         return self._names[dtype].get(hashlib.sha256(raw).digest())
 
     def take(self, name: str, is_transposed: bool, dtype: str) -> bytes:
-        """Content of a tensor."""
+        """Returns the bytes of a tensor."""
         tensor = self._tensors[name].astype(dtype)
         return (tensor.T if is_transposed else tensor).tobytes()
 
 
 def _describe(graphs: Sequence[Path], weights: Path, donor: _Donor | None) -> tuple[dict[str, Any], bytes]:
-    """The list of tensors, and the bytes of those that are kept."""
+    """Returns the list of tensors, and the bytes of those that are kept."""
     data = np.memmap(weights, dtype=np.uint8, mode="r")
     tensors: dict[int, dict[str, Any]] = {}
     constants = bytearray()
@@ -150,10 +152,10 @@ def _entry(
 
 
 def _period(shape: Sequence[int]) -> int:
-    """After how many numbers a tensor's statistics repeat: those of small kernels are kept by their positions.
+    """Returns the number of values after which a tensor's statistics repeat; small kernels have them by position.
 
-    The depthwise convolutions hold a one in the middle, which is their residual connection; drawn with one mean for all nine places,
-    48 of them in a row overflow fp16.
+    The depthwise convolutions have a 1 added at the centre, which is their residual connection. With one mean for all
+    nine positions, 48 of them in sequence overflow fp16.
     """
     inner = math.prod(shape[1:])
     return inner if inner <= MAX_POSITIONS else 1
@@ -164,13 +166,13 @@ def _is_table(values: npt.NDArray[Any]) -> bool:
 
 
 def fill(skeleton: Path, output: Path, seed: int = 0, *, checkpoint: Path | None = None) -> Path:
-    """Makes a bundle of a skeleton; the folder appears when it is complete.
+    """Makes a bundle from a skeleton; the folder appears only when it is complete.
 
     Args:
-        skeleton: What `pack` wrote.
+        skeleton: The file that `pack` wrote.
         output: Folder to create.
-        seed: Of the numbers.
-        checkpoint: Where the weights are, of a skeleton that was packed as exact.
+        seed: Seed of the random numbers.
+        checkpoint: The checkpoint with the weights, for an exact skeleton.
 
     Returns:
         `output`.
@@ -204,13 +206,13 @@ def _write_weights(path: Path, content: dict[str, Any], constants: bytes, seed: 
         else:
             target.view(entry["dtype"])[:] = _draw(entry, seed)
 
-    with ThreadPoolExecutor(cpu.num_cores()) as pool:  # numpy draws without Python's lock
+    with ThreadPoolExecutor(cpu.num_cores()) as pool:  # numpy's generators release the GIL
         list(pool.map(write, content["tensors"]))
     data.flush()
 
 
 def _draw(entry: dict[str, Any], seed: int) -> npt.NDArray[np.float32]:
-    """Normal numbers with the mean and deviation of a tensor, the same whichever thread draws them."""
+    """Returns normal random numbers with a tensor's mean and deviation; they depend on seed and offset only."""
     size = entry["length"] // np.dtype(entry["dtype"]).itemsize
     mean, std = (np.array(entry[name], dtype=np.float32) for name in ("mean", "std"))
     noise: npt.NDArray[np.float32] = np.random.default_rng([seed, entry["offset"]]).standard_normal(
@@ -224,7 +226,7 @@ def _draw(entry: dict[str, Any], seed: int) -> npt.NDArray[np.float32]:
 
 
 def _describe_again(folder: Path, weights: Path) -> None:
-    """Lets the description say what the weights are now; the layout of transformers.js has none."""
+    """Updates the bundle's description for the new weights; the layout of transformers.js has no description."""
     path = folder / bundles.DESCRIPTION
     if not path.is_file():
         return
@@ -239,7 +241,7 @@ def _describe_again(folder: Path, weights: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Command line: packs or fills a skeleton."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("pack", "fill"))
     parser.add_argument("source", type=Path)

@@ -1,4 +1,4 @@
-"""The models that are measured: the demo model of the package, and Florence-2-base and -large made of their skeletons."""
+"""The models that are measured: the package's demo model, and Florence-2-base and -large, made from their skeletons."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from florence_onnx.bundles import bundle as bundles
 DEMO = bundles.DEMO
 DEMO_CHECKPOINT = ROOT / "export" / "demo" / "checkpoint"
 MODELS = "models.tar.xz"
-"""The skeletons in one archive: tokenizer and graphs of one are much like those of the next."""
+"""All skeletons in one archive, since their tokenizers and graphs compress well together."""
 PLAIN = "plain"
 """The layout of transformers.js, in fp16."""
 
 
 class MissingError(Exception):
-    """What a step needs is not on this machine, and so it is skipped; the message says what."""
+    """Something that a step needs is not on this machine, and the step is skipped; the message says what."""
 
 
 class Sources:
-    """Finds models, and makes those that are missing."""
+    """Finds models, and makes missing ones from their skeletons."""
 
     def __init__(self, carried: Path, work: Path) -> None:
-        """Args:
-        carried: What `benchmarks.gpu.prepare` wrote.
-        work: Where bundles are made; they are used again.
+        """Takes the folders of skeletons and bundles.
+
+        Args:
+            carried: The folder that `benchmarks.gpu.prepare` wrote.
+            work: Folder for the bundles; they are reused.
         """
         self._carried = carried
         self._work = work
 
     def bundle(self, size: str, kind: str) -> Path:
-        """Directory of a bundle.
+        """Returns the directory of a bundle.
 
         Args:
             size: `demo`, `base` or `large`.
             kind: `fp32`, `fp16` or `plain`.
 
         Raises:
-            MissingError: There is no skeleton of it.
+            MissingError: Neither the bundle nor its skeleton is here.
         """
         if (size, kind) == (DEMO, "fp16"):
             return bundles.DEMO_DIRECTORY
@@ -56,7 +58,7 @@ class Sources:
         return skeleton.fill(self._work / name, path, checkpoint=DEMO_CHECKPOINT if size == DEMO else None)
 
     def has(self, size: str, kind: str) -> bool:
-        """Whether `bundle` would find it."""
+        """Whether `bundle` would find a bundle."""
         is_there = (size, kind) == (DEMO, "fp16") or (self._work / f"{size}-{kind}").is_dir()
         return is_there or f"{size}-{kind}.tar" in self._packed()
 
@@ -68,5 +70,5 @@ class Sources:
             return archive.getnames()
 
     def checkpoint(self, size: str) -> Path:
-        """Folder with the configs of a checkpoint; that of the demo has its weights too."""
+        """Returns a folder with the configs of a checkpoint; the demo's has weights too."""
         return DEMO_CHECKPOINT if size == DEMO else self.bundle(size, "fp16") / skeleton.CHECKPOINT

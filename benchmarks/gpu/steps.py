@@ -1,4 +1,4 @@
-"""The steps by name, in the order in which they are worth their time, and what each of them runs."""
+"""The steps, most valuable first, and the function that runs each kind of step."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.costs import Costs
-from benchmarks.gpu import answers, card, graphs, ours, pytorch
+from benchmarks.gpu import answers, graphs, hardware, ours, pytorch
 from benchmarks.gpu.figures import Figures
-from benchmarks.gpu.ours import Load
+from benchmarks.gpu.ours import Workload
 from benchmarks.gpu.sources import DEMO, PLAIN, MissingError, Sources
 from benchmarks.gpu.timing import QUICK, Effort, timed
 from florence_onnx.bundles import bundle as bundles
 
 RIVALS_EFFORT = Effort(warm_ups=2, at_least=3, seconds=0.0)
-"""They take half a second where we take a few milliseconds, and device time is short."""
+"""Fewer repeats for the rivals, whose calls take half a second each; device time is limited."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process."""
+    """A measurement that runs in a process of its own."""
 
     name: str
     kind: str
-    """Key of `RUNNERS`."""
+    """A key of `RUNNERS`."""
     size: str = ""
     """`demo`, `base` or `large`."""
     variant: str = ""
@@ -34,15 +34,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all steps are told; travels to their processes as JSON."""
+    """Settings of all steps; sent to their processes as JSON."""
 
     device: str
     carried: str
     work: str
     is_quick: bool = False
-    """Each figure once, tiny batches: to see whether the code runs."""
+    """Whether to measure each figure once, with tiny batches: a smoke test."""
     num_images: int = 3
-    """Sample images that are asked about."""
+    """Sample images whose answers are compared."""
     batches: Sequence[int] = field(default_factory=lambda: (1, 8, 32))
 
     @property
@@ -54,21 +54,21 @@ class Settings:
         return QUICK if self.is_quick else Effort()
 
     @property
-    def load(self) -> Load:
-        return ours.SMALL if self.is_quick else Load(batches=tuple(self.batches))
+    def workload(self) -> Workload:
+        return ours.SMALL if self.is_quick else Workload(batches=tuple(self.batches))
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def plan(device: str, sizes: Sequence[str]) -> list[Step]:
-    """All steps for a device.
+    """Returns all steps for a device.
 
     Args:
         device: `cpu` or `cuda`.
-        sizes: Of the models that are timed, the most important first.
+        sizes: Sizes of the models that are timed, most important first.
     """
-    steps = [Step("card", "card"), Step("rates", "rates"), Step("start", "start"), Step("answers", "answers")]
+    steps = [Step("hardware", "hardware"), Step("rates", "rates"), Step("start", "start"), Step("answers", "answers")]
     is_cpu = device == "cpu"
     own = ("cpu", "cpu-resident") if is_cpu else ("cuda-graphs", "cuda")
     more = () if is_cpu else ("tensorrt", "cuda-host")
@@ -85,19 +85,19 @@ def plan(device: str, sizes: Sequence[str]) -> list[Step]:
     return steps
 
 
-def _card(step: Step, settings: Settings, figures: Figures) -> None:
-    for name, value in card.describe().items():
+def _hardware(step: Step, settings: Settings, figures: Figures) -> None:
+    for name, value in hardware.describe().items():
         figures.add(name, value)
 
 
 def _rates(step: Step, settings: Settings, figures: Figures) -> None:
     is_small = settings.is_quick or settings.device == "cpu"
     sizes = {"copy_bytes": 2**26, "size": 256} if is_small else {}
-    figures.attempt("rates", lambda: card.measure_rates(settings.device, settings.effort, **sizes))
+    figures.attempt("rates", lambda: hardware.measure_rates(settings.device, settings.effort, **sizes))
 
 
 def _start(step: Step, settings: Settings, figures: Figures) -> None:
-    """Whether a session of the device starts as a user would start it: this process has no library path of ours."""
+    """Tests whether a session starts as a user would start it: this process has no library path of ours."""
     from florence_onnx import Florence2
 
     model = Florence2.from_pretrained(DEMO, device=settings.device)
@@ -116,58 +116,58 @@ def _check(step: Step, settings: Settings, figures: Figures) -> None:
 
 
 def _floors(step: Step, settings: Settings, figures: Figures) -> None:
-    figures.add("costs", card.costs(Costs.read(settings.sources.checkpoint(step.size))))
+    figures.add("costs", hardware.costs(Costs.read(settings.sources.checkpoint(step.size))))
 
 
 def _ours(step: Step, settings: Settings, figures: Figures) -> None:
-    if step.variant == "tensorrt" and not card.find_tensorrt():
+    if step.variant == "tensorrt" and not hardware.find_tensorrt():
         raise MissingError("TensorRT 10 is not on this machine: libnvinfer.so.10 does not load")
     bundle = settings.sources.bundle(step.size, "fp16")
-    has_card = settings.device != "cpu"
-    ours.measure(bundle, step.variant, settings.load, settings.effort, figures, with_device=has_card)
+    has_gpu = settings.device != "cpu"
+    ours.measure(bundle, step.variant, settings.workload, settings.effort, figures, with_device=has_gpu)
 
 
 def _plain(step: Step, settings: Settings, figures: Figures) -> None:
-    """The four graphs of transformers.js's layout, the same provider, arrays of the host in between."""
+    """Times the layout of transformers.js on the same provider, with host arrays between the graphs."""
     bundle = settings.sources.bundle(step.size, PLAIN)
     variant = "cpu" if settings.device == "cpu" else "cuda"
-    load = Load(batches=settings.load.batches[:2], **_lengths(settings.load))
-    ours.measure(bundle, variant, load, settings.effort, figures, with_device=False, precision="fp16")
+    workload = Workload(batches=settings.workload.batches[:2], **_lengths(settings.workload))
+    ours.measure(bundle, variant, workload, settings.effort, figures, with_device=False, precision="fp16")
 
 
-def _lengths(load: Load) -> dict[str, int]:
+def _lengths(workload: Workload) -> dict[str, int]:
     names = ("caption_tokens", "long_tokens", "object_tokens", "num_beams", "images")
-    return {name: getattr(load, name) for name in names}
+    return {name: getattr(workload, name) for name in names}
 
 
 def _graphs(step: Step, settings: Settings, figures: Figures) -> None:
     bundle = settings.sources.bundle(step.size, "fp16")
     variants = ["cpu"]
     if settings.device != "cpu":
-        has_tensorrt = bool(card.find_tensorrt())
+        has_tensorrt = bool(hardware.find_tensorrt())
         variants = [name for name in graphs.VARIANTS if name != "cpu" and (name != "tensorrt" or has_tensorrt)]
     sizes = bundles.read(bundle).sizes
-    batches = settings.load.batches[:2] if settings.is_quick else settings.batches
+    batches = settings.workload.batches[:2] if settings.is_quick else settings.batches
     graphs.measure(bundle, sizes.num_image_tokens, settings.device, variants, batches, settings.effort, figures)
 
 
 def _transformers(step: Step, settings: Settings, figures: Figures) -> None:
-    sources, load = settings.sources, settings.load
-    if step.variant == "compile" or settings.is_quick:  # every batch and every length is compiled anew
-        load = Load(batches=(1,), **_lengths(load))
+    sources, workload = settings.sources, settings.workload
+    if step.variant == "compile" or settings.is_quick:  # every batch size and length is compiled anew
+        workload = Workload(batches=(1,), **_lengths(workload))
     pytorch.measure(
         sources.checkpoint(step.size),
         sources.bundle(step.size, "fp16"),
         step.variant,
         settings.device,
-        load,
+        workload,
         QUICK if settings.is_quick else RIVALS_EFFORT,
         figures,
     )
 
 
 RUNNERS = {
-    "card": _card,
+    "hardware": _hardware,
     "rates": _rates,
     "start": _start,
     "answers": _answers,
@@ -178,4 +178,4 @@ RUNNERS = {
     "graphs": _graphs,
     "transformers": _transformers,
 }
-"""By `Step.kind`."""
+"""The functions that run the steps, by `Step.kind`."""

@@ -1,4 +1,4 @@
-"""Wall time and device time of a call."""
+"""Measuring the wall time and the device time of a call."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-"""Categories of the profiler's events that happen on the card."""
+"""Categories of the profiler's events that run on the GPU."""
 NUM_SHOWN = 12
-"""Kernels listed by name."""
+"""Number of kernels that are listed by name."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How carefully is measured."""
+    """Warm-ups and repeats of a measurement."""
 
     warm_ups: int = 3
-    """Calls that are not counted: CUDA graphs are captured in the first ones."""
+    """Calls that are not counted. CUDA graphs are captured in the first ones."""
     at_least: int = 5
-    """Calls that are."""
+    """Least number of counted calls."""
     seconds: float = 0.7
-    """More of them until so much time is spent."""
+    """Calls are repeated until they have taken this long together."""
 
 
 QUICK = Effort(1, 1, 0.0)
-"""To see whether the code runs."""
+"""For a smoke test."""
 
 
 def timed(call: Callable[[], object], effort: Effort) -> dict[str, Any]:
-    """Wall time of a call that returns when its work is done.
+    """Measures the wall time of a call that returns when its work is done.
 
     Returns:
         `ms` (median), `min_ms`, `calls`.
@@ -51,23 +51,23 @@ def timed(call: Callable[[], object], effort: Effort) -> dict[str, Any]:
 
 
 def device_time(call: Callable[[], object], runs: int = 3) -> dict[str, Any]:
-    """What the card does in one call, as CUPTI sees it: kernels of every library of this process.
+    """Measures the GPU's work in one call through CUPTI, which sees the kernels of every library in this process.
 
     Args:
-        call: Must have run before, so that nothing is compiled or captured in it.
-        runs: Calls to average.
+        call: The call. It must have run before, so that nothing is compiled or captured in it.
+        runs: Calls to average over.
 
     Returns:
         See `summarize`.
 
     Raises:
-        ImportError: There is no torch, whose profiler this is.
-        RuntimeError: There is no card.
+        ImportError: torch, whose profiler is used, is not installed.
+        RuntimeError: There is no GPU.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("device time needs an NVIDIA card")
+        raise RuntimeError("device time needs an NVIDIA GPU")
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(runs):
@@ -80,11 +80,11 @@ def device_time(call: Callable[[], object], runs: int = 3) -> dict[str, Any]:
 
 
 def summarize(events: Iterable[Mapping[str, Any]], runs: int) -> dict[str, Any]:
-    """A trace in Chrome's format, as means of `runs` equal runs.
+    """Summarises a trace in Chrome's format, as means over `runs` equal runs.
 
     Returns:
-        `device_ms` (time in which the card did anything), `copies_ms` (of that, copies and fills), `kernels` (their number), and `top`,
-        the names of the kernels that took longest with their milliseconds.
+        `device_ms` (time in which the GPU was busy), `copies_ms` (copies and fills within it), `kernels` (their
+        number), and `top`, the names of the kernels that took longest with their milliseconds.
     """
     found = [event for event in events if event.get("cat") in DEVICE_WORK and event.get("ph") == "X"]
     by_name: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def summarize(events: Iterable[Mapping[str, Any]], runs: int) -> dict[str, Any]:
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
-    """Length of what some spans cover together: streams may overlap."""
+    """Returns the total length covered by spans. Spans of different streams may overlap."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))

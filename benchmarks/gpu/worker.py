@@ -1,4 +1,4 @@
-"""One step in this process: `python -m benchmarks.gpu.worker JSON`; `__main__` starts it."""
+"""The process of one step: `python -m benchmarks.gpu.worker JSON`, started by `__main__`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.gpu.sources import MissingError
 from benchmarks.gpu.steps import RUNNERS, Settings, Step
 
 SKIPPED = 3
-"""Exit code of a step for which something is missing; the reason is the last line that it prints."""
+"""Exit code of a step that lacks something; the last line of its output says what."""
 
 
 def main() -> None:
-    """Runs the step that the JSON of the command line describes, with `step`, `settings` and the path `figures`."""
+    """Runs the step in the JSON of the command line, which has `step`, `settings` and the path `figures`."""
     given = json.loads(sys.argv[1])
     step, settings = Step(**given["step"]), Settings(**given["settings"])
     try:

@@ -1,1 +1,1 @@
-"""How much precision costs in answers that are right or wrong."""
+"""What lower precision costs: the demo model's answers against the ground truth and against fp32 (`precisions`)."""

@@ -1,7 +1,7 @@
-"""Measure bundles of the demo model: `python -m benchmarks.quality.precisions INT8 INT4 --reference FP32`.
+"""Measures bundles of the demo model: `python -m benchmarks.quality.precisions INT8 INT4 --reference FP32`.
 
-Every bundle answers the same unseen scenes, and is scored twice: against the drawn truth, and against the fp32 answers.
-A precision may become a default when its demo-task scores are within `MAX_LOSS` points of those of fp32.
+Every bundle answers questions about the same unseen scenes. Its answers are scored against the ground truth, and
+compared with those of fp32. A precision may become a default if its score is within `MAX_LOSS` points of that of fp32.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from export.verification.report import COLUMNS, Agreement, make_agreement
 from florence_onnx import __version__, tasks
 
 DEFAULT_SEED = 20261101
-"""Neither training's, nor that of the tests or of any published figure."""
+"""Seed of the scenes; it is used neither in training, nor in tests, nor for other published figures."""
 DEFAULT_RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 MAX_LOSS = 0.5
-"""Points of 100 that a default precision may lose."""
+"""Points (of 100) that a default precision may lose against fp32."""
 MAX_NEW_TOKENS = 100
 REFERENCE = "reference"
 
@@ -39,7 +39,7 @@ Row = tuple[str, int]  # (name of the bundle, number of beams)
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with what is drawn."""
+    """A question with its scene and ground truth."""
 
     scene: Scene
     truth: questions.Question
@@ -48,7 +48,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """Of one bundle, decoded in one way."""
+    """The figures of one bundle with one search."""
 
     name: str
     precision: str
@@ -58,17 +58,17 @@ class PrecisionReport:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Points from 0 to 100 by task token."""
+        """Scores by task token, in points from 0 to 100."""
         return {task: score_task(figures) for task, figures in self.figures.items()}
 
     @property
     def score(self) -> float:
-        """Mean of the tasks, in points from 0 to 100."""
+        """Mean score of the tasks, in points from 0 to 100."""
         return float(np.mean(list(self.scores.values())))
 
 
 def score_task(figures: Mapping[str, float]) -> float:
-    """One number for a task, in points from 0 to 100: F1 of boxes, mean IoU of masks, or the share of exact answers."""
+    """Returns a task's score in points from 0 to 100: F1 of boxes, mean IoU of masks, or share of exact answers."""
     if "recall" in figures:
         total = figures["precision"] + figures["recall"]
         return 200 * figures["precision"] * figures["recall"] / total if total else 0.0
@@ -78,7 +78,7 @@ def score_task(figures: Mapping[str, float]) -> float:
 
 
 def ask_scenes(scenes: Sequence[Scene], task_tokens: Sequence[str]) -> list[Asked]:
-    """The demo's own questions about scenes, a scene after the other, so that each is encoded once."""
+    """Makes the demo's questions about scenes, ordered by scene, so that each image is encoded once."""
     images = {id(scene): NamedImage(f"scene {number}", scene.image) for number, scene in enumerate(scenes)}
     asked: dict[int, list[Asked]] = defaultdict(list)
     for token in task_tokens:
@@ -90,16 +90,16 @@ def ask_scenes(scenes: Sequence[Scene], task_tokens: Sequence[str]) -> list[Aske
 def measure(
     reference: Answerer, candidates: Sequence[Answerer], asked: Sequence[Asked], beams: Sequence[int]
 ) -> list[PrecisionReport]:
-    """Asks everyone everything.
+    """Measures the reference and all candidates on all questions.
 
     Args:
-        reference: In fp32.
-        candidates: Who is compared.
+        reference: The model in fp32.
+        candidates: The models to compare with it.
         asked: The questions.
-        beams: Numbers of beams; none means greedy and the model's own.
+        beams: Numbers of beams; empty means greedy and the model's own number.
 
     Returns:
-        The reference and then the candidates, for each number of beams.
+        A report for the reference and for each candidate, for each number of beams.
     """
     searches = resolve_searches(reference.generation, beams, MAX_NEW_TOKENS)
     found: dict[Row, list[Answer]] = defaultdict(list)
@@ -149,7 +149,7 @@ def _to_question(truth: questions.Question, image: NamedImage) -> Question:
 
 
 def _base(name: str) -> str:
-    """Without the folders of this machine."""
+    """Returns the last part of a path."""
     return Path(name).name
 
 
@@ -157,7 +157,7 @@ def _base(name: str) -> str:
 
 
 def to_dict(reports: Sequence[PrecisionReport], setup: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures, ready for JSON."""
+    """Returns all figures, for JSON."""
     return {
         **setup,
         "rows": [
@@ -177,7 +177,7 @@ def to_dict(reports: Sequence[PrecisionReport], setup: Mapping[str, Any]) -> dic
 
 
 def to_markdown(reports: Sequence[PrecisionReport], setup: Mapping[str, Any]) -> str:
-    """Tables for people."""
+    """Returns the tables as Markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in setup.items())
     columns = [(heading, *column) for heading, column in COLUMNS.items() if heading != "answers"]
     header = [
@@ -202,9 +202,10 @@ def to_markdown(reports: Sequence[PrecisionReport], setup: Mapping[str, Any]) ->
             "",
             f"Written by `python -m benchmarks.quality.precisions` ({facts}).",
             "",
-            "`score` is the mean of the tasks against the drawn truth, in points of 100; `loss` what fp32 has more, `worst task` the",
-            f"largest loss of a single task, `within` whether the score loses at most {MAX_LOSS} points, and in how many tasks it does.",
-            "The other columns are agreement with the fp32 answers to the same questions.",
+            "`score` is the mean of the tasks against the ground truth, in points of 100; `loss` is fp32's score minus",
+            "this one; `worst task` is the largest loss of a single task; `within` says whether the score loses at",
+            f"most {MAX_LOSS} points, and in how many tasks it does. The other columns are agreement with the fp32",
+            "answers to the same questions.",
             "",
             *_markdown_table(header, rows),
             "",
@@ -247,7 +248,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 
 
 def main() -> None:
-    """Command line: measure bundles, print the tables, and write them as Markdown and JSON."""
+    """Command line: measures bundles, prints the tables, and writes them as Markdown and JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("bundles", nargs="+", help="bundles of the demo model")
     parser.add_argument("--reference", required=True, help="its checkpoint or fp32 bundle")

@@ -1,1 +1,1 @@
-"""How the server holds up: load, malformed requests, and the comparison with fal."""
+"""The server: under load (`load`), under malformed requests (`malformed`), and compared with fal (`compare_fal`)."""

@@ -1,8 +1,8 @@
-"""What a server holds: `python -m benchmarks.serving.load [--model BUNDLE]`: requests/s and latencies at 1, 4, 16 and 64 clients.
+"""Requests/s and latencies at 1, 4, 16 and 64 clients: `python -m benchmarks.serving.load [--model BUNDLE]`.
 
-Every client sends its next request when it has the answer to the last, over one kept connection. Every image differs from every other by
-its bytes, so that no features are taken from the cache. Clients and server share the machine's cores: with more of them, both get
-less. The first seconds at each number of clients are not counted.
+Every client sends its next request when it has the response to the last one, over one persistent connection. No two
+requests have an image with the same bytes, so that no features come from the cache. Clients and server share the
+machine's cores. The first seconds at each number of clients are not counted.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ _ids = itertools.count()
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """Latencies and failures, as seen by the clients."""
 
     begin: float
+    """Time from which requests count, on the monotonic clock."""
     seconds: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, started: float, status: int) -> None:
-        """Notes one answer; those that began too early only warm up."""
+        """Adds one response; requests that started before `begin` are warm-up."""
         now = time.monotonic()
         with self.lock:
             if status != 200:
@@ -51,13 +52,13 @@ class Tally:
 
 
 def make_body(image: bytes) -> bytes:
-    """A request whose image no other request has: what follows an image's end is not looked at."""
+    """Returns a request body with a unique image: decoders ignore bytes after the end of an image."""
     unique = image + next(_ids).to_bytes(8, "big")
     return json.dumps({"image_url": "data:image/png;base64," + base64.b64encode(unique).decode()}).encode()
 
 
 def ask_on(server: Server, task: str, images: Sequence[bytes], tally: Tally, end: float) -> None:
-    """One client, until the end."""
+    """Runs one client until the end time."""
     connection = http.client.HTTPConnection(server.host, server.port, timeout=120)
     for image in itertools.cycle(images):
         if time.monotonic() > end:
@@ -72,7 +73,7 @@ def ask_on(server: Server, task: str, images: Sequence[bytes], tally: Tally, end
 
 
 def measure(server: Server, task: str, num_clients: int, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
-    """One row of the table."""
+    """Measures one number of clients."""
     begin = time.monotonic() + min(2.0, seconds / 4)
     tally = Tally(begin)
     arguments = (server, task, images, tally, begin + seconds)
@@ -95,7 +96,7 @@ def measure(server: Server, task: str, num_clients: int, images: Sequence[bytes]
 
 
 def in_process(model: str, task: str, images: Sequence[Path], repeats: int) -> float:
-    """Milliseconds of the same question without a server, median."""
+    """Returns the median milliseconds of the same request without a server."""
     florence = Florence2.from_pretrained(model)
     florence.warm_up()
     taken = []

@@ -1,8 +1,8 @@
-"""What a server does with nonsense: `python -m benchmarks.serving.malformed --requests 10000`.
+"""The server's responses to malformed requests: `python -m benchmarks.serving.malformed --requests 10000`.
 
-Broken JSON, wrong types, damaged images, addresses that must not be fetched, odd paths, methods and headers, and bytes that are no
-HTTP at all. Prints how often each status came, and memory, threads and open files of the server before and after. Exit code 1: a
-status of 500 or more, or an answer that did not come.
+Broken JSON, wrong types, damaged images, URLs that must not be fetched, unusual paths, methods and headers, and bytes
+that are not HTTP. Prints how often each status came, and memory, threads and open files of the server before and after.
+The exit code is 1 if a status was 500 or more, or a request got no response.
 """
 
 from __future__ import annotations
@@ -71,24 +71,24 @@ VALUES: tuple[Any, ...] = (
     "😀" * 1000,
 )
 CLOSED = "closed without an answer"
-"""Right for bytes that are no HTTP."""
+"""Correct for bytes that are not HTTP."""
 
 Make = Callable[[random.Random], bytes]
 
 
 def http(method: str, path: str, body: bytes = b"", headers: str = "") -> bytes:
-    """A request as it goes over the wire."""
+    """Returns the bytes of an HTTP request."""
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     return head.encode("utf-8", "replace") + body
 
 
 def endpoint(rng: random.Random) -> str:
-    """One of ours, direct or through the queue."""
+    """Returns the path of an endpoint, direct or through the queue."""
     return f"{rng.choice(('', '/queue'))}/{APP}/{rng.choice(list(tasks.TASKS))}"
 
 
 def broken_json(rng: random.Random) -> bytes:
-    """Cut off, or with a byte changed."""
+    """JSON that is cut off, or has one byte changed."""
     body = bytearray(
         json.dumps({"image_url": "data:image/png;base64,AAAA", "text_input": "a", "region": {"x1": 1}}).encode()
     )
@@ -99,7 +99,7 @@ def broken_json(rng: random.Random) -> bytes:
 
 
 def wrong_types(rng: random.Random) -> bytes:
-    """Valid JSON, wrong values."""
+    """Valid JSON with values of wrong types."""
     names = ("image_url", "text_input", "region")
     arguments: Any = {name: rng.choice(VALUES) for name in names if rng.random() < 0.7}
     if rng.random() < 0.3:
@@ -110,7 +110,7 @@ def wrong_types(rng: random.Random) -> bytes:
 
 
 def damaged_image(rng: random.Random) -> bytes:
-    """An image cut off, or with bytes changed."""
+    """An image that is cut off, or has bytes changed."""
     content = bytearray(rng.choice((IMAGE, JPEG)))
     if rng.random() < 0.4:
         del content[rng.randrange(len(content)) :]
@@ -122,12 +122,12 @@ def damaged_image(rng: random.Random) -> bytes:
 
 
 def bad_address(rng: random.Random) -> bytes:
-    """An address that must not be fetched, or is none."""
+    """A URL that must not be fetched, or is not valid."""
     return http("POST", f"/{APP}/caption", json.dumps({"image_url": rng.choice(ADDRESSES)}).encode())
 
 
 def odd_request(rng: random.Random) -> bytes:
-    """Odd paths, methods and headers."""
+    """Unusual paths, methods and headers."""
     letters = "".join(chr(rng.randrange(33, 127)) for _ in range(rng.randrange(1, 60)))
     path = rng.choice(
         (f"/{letters}", f"/queue/{APP}/requests/{letters}/status", f"/files/{letters}/x", "/playground/../../x")
@@ -143,7 +143,7 @@ def odd_request(rng: random.Random) -> bytes:
 
 
 def no_http(rng: random.Random) -> bytes:
-    """Bytes, or a head that contradicts itself."""
+    """Random bytes, or a request head with a wrong Content-Length."""
     if rng.random() < 0.5:
         return rng.randbytes(rng.randrange(1, 500))
     length = rng.choice(("-1", "x", "99999999999999999999", "5, 6"))
@@ -154,12 +154,13 @@ KINDS: tuple[Make, ...] = (broken_json, wrong_types, damaged_image, bad_address,
 
 
 def send(server: Server, content: bytes, *, is_whole: bool) -> str:
-    """The status that came back, or how it ended.
+    """Sends bytes, and returns the status of the response or how the connection ended.
 
     Args:
-        server: To ask.
-        content: What goes over the wire.
-        is_whole: Whether it is a request; otherwise the end of what is sent is shown, or both sides would wait.
+        server: The server.
+        content: The bytes to send.
+        is_whole: Whether they are a complete request. If not, the sending side is closed after them, or both sides
+            would wait.
     """
     with socket.create_connection((server.host, server.port), timeout=60) as connection:
         try:
@@ -175,7 +176,7 @@ def send(server: Server, content: bytes, *, is_whole: bool) -> str:
 
 
 def run(server: Server, num_requests: int, seed: int, num_clients: int = 8) -> dict[str, Counter[str]]:
-    """Sends them; how often each status came, by kind."""
+    """Sends requests; returns how often each status came, by kind of request."""
     rng = random.Random(seed)
     requests = [(kind.__name__, kind(rng)) for kind in (rng.choice(KINDS) for _ in range(num_requests))]
     with ThreadPoolExecutor(num_clients) as pool:
@@ -189,7 +190,7 @@ def run(server: Server, num_requests: int, seed: int, num_clients: int = 8) -> d
 
 
 def is_failure(kind: str, status: str) -> bool:
-    """Whether that must not come."""
+    """Whether a status is wrong for a kind of request."""
     return status.startswith("5") or status == "no answer" or (status == CLOSED and kind != "no_http")
 
 
@@ -200,9 +201,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    # without what is kept on purpose, and with few arenas of malloc, whose number alone lets memory grow for a while
+    # Without the feature cache, and with few malloc arenas: with many, memory grows for a while without a leak.
     with serve(arguments.model, "--cache-mb", "0", environment={"MALLOC_ARENA_MAX": "2"}) as server:
-        run(server, 1000, arguments.seed + 1)  # what is allocated once
+        run(server, 1000, arguments.seed + 1)  # warm-up: buffers that are allocated once
         before = server.memory_bytes(), server.num_threads(), server.num_files()
         found = run(server, arguments.requests, arguments.seed)
         after = server.memory_bytes(), server.num_threads(), server.num_files()

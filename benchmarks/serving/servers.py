@@ -1,4 +1,4 @@
-"""A server to measure, and what the kernel says about its process."""
+"""A server to measure, and the memory, threads and open files of its process."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 from tests import live_server
 
 _READY_SECONDS = 300.0
-"""Large models take their time."""
+"""Seconds within which a server must be ready; large models load slowly."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs on loopback."""
+    """A server on loopback."""
 
     host: str
     port: int
     pid: int
 
     def memory_bytes(self) -> int:
-        """Resident memory."""
+        """Returns the resident memory."""
         return self._status("VmRSS") * 1024
 
     def num_threads(self) -> int:
-        """Threads."""
+        """Returns the number of threads."""
         return self._status("Threads")
 
     def num_files(self) -> int:
-        """Open files and sockets."""
+        """Returns the number of open files and sockets."""
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def _status(self, name: str) -> int:
@@ -40,12 +40,12 @@ class Server:
 
 @contextlib.contextmanager
 def serve(model: str, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Runs `florence-onnx serve` while the block runs.
+    """Runs `florence-onnx serve` during the block.
 
     Args:
         model: A bundle.
-        *options: More of the command's options.
-        environment: Over this process's own.
+        *options: More options of the command.
+        environment: Environment variables on top of this process's own.
     """
     arguments = ("--grace", "0", *options)
     with live_server.serve(*arguments, environment=environment, model=model, ready_within_s=_READY_SECONDS) as running:

@@ -20,8 +20,8 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         output: The final path.
-        force: Whether to replace an existing export in `output`. It is replaced at the very end; a process that is killed between
-            the last two renames leaves it beside `output`, as `.NAME.old-*`.
+        force: Whether to replace an existing export in `output`. It is replaced at the very end; a process that is
+            killed between the last two renames leaves it beside `output`, as `.NAME.old-*`.
 
     Yields:
         A temporary directory beside `output`; it is removed if the block fails.
@@ -33,7 +33,9 @@ def new_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists; give another directory, or --force to replace it")
     if output.exists() and not _is_replaceable(output):
-        raise CheckpointError(f"{output} is not an exported model: --force replaces nothing else; remove it yourself")
+        raise CheckpointError(
+            f"{output} is not an exported model, and --force replaces nothing else; remove it yourself"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
     try:

@@ -1,7 +1,7 @@
 """How much memory a graph needs on a device, computed from the graph: its weights, and the peak of its activations.
 
-These are estimates of what ONNX Runtime's arenas grow to. It fuses some nodes, which needs less, and allocates in chunks that it does not
-return, which needs more.
+These are estimates of what ONNX Runtime's arenas grow to. It fuses some nodes, which needs less, and allocates in
+chunks that it does not return, which needs more.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def measure(bundle: Bundle) -> dict[str, Any]:
         bundle: All its graphs must be written; its description need not be.
 
     Returns:
-        All in bytes: `weights`, by graph; `IMAGE`, activations of the vision encoder per image; `text_encoder`, pairs of a number of
-        prompt tokens and the activations for them; `token`, activations of the decoder per token of a step.
+        All in bytes: `weights`, by graph; `IMAGE`, activations of the vision encoder per image; `text_encoder`, pairs
+        of a number of prompt tokens and the activations for them; `token`, activations of the decoder per token of a
+        step.
     """
     paths = bundle.stages(is_resident=True)
     shapes = profiles(bundle, max_batch=1)
@@ -71,7 +72,7 @@ _PER_TOKEN = ("input_ids", "positions", "slots", "visible")
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
-    """Returns the bytes of a graph's weights, and of the transposes that ONNX Runtime computes from them when it loads the graph."""
+    """Returns the bytes of a graph's weights, and of their transposes, which ONNX Runtime computes at load."""
     sizes = {tensor.name: _tensor_bytes(tensor.data_type, tensor.dims) for tensor in model.graph.initializer}
     readers: dict[str, int] = {}
     for node in model.graph.node:
@@ -111,7 +112,7 @@ def activation_bytes(model: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...
 
 
 def _constants(model: onnx.ModelProto) -> set[str]:
-    """Returns the names of the weights, and of the values that follow from them alone, which are computed when the graph is loaded."""
+    """Returns the names of the weights, and of values that depend on them alone, which are folded at load."""
     found = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.input and all(name in found for name in node.input if name)):

@@ -1,7 +1,7 @@
 """`--tensorrt`: TensorRT engines for a bundle that was just exported.
 
-They are built by `florence_onnx.loading`, which needs no PyTorch; `florence-onnx build-engines` does the same on the machine where the
-engines will run.
+They are built by `florence_onnx.loading`, which needs no PyTorch; `florence-onnx build-engines` does the same on the
+machine where the engines will run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_tensorrt(precisions: Sequence[str], is_own_layout: bool, max_batch: in
     if wrong or not is_own_layout:
         what = f"precision {wrong[0]}" if wrong else "the layout of transformers.js"
         raise CheckpointError(
-            f"there are no TensorRT engines of {what}: export with --precision fp16 and without --layout"
+            f"TensorRT engines of {what} are not supported: export with --precision fp16 and without --layout"
         )
     tensorrt.target(onnxruntime, max_batch)
 

@@ -1,7 +1,7 @@
 """The weights of all graphs of a bundle in one file, each stored once.
 
-The text encoder and the decoder both read the token embedding, and it is the language model head too. ONNX lets several graphs refer to
-one file of external data, which ONNX Runtime maps into memory instead of copying it.
+The text encoder and the decoder both read the token embedding, and it is the language model head too. ONNX lets several
+graphs refer to one file of external data, which ONNX Runtime maps into memory instead of copying it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def export_bundle(
     force: bool = False,
     progress: Progress = _silent,
 ) -> Bundle:
-    """Exports, verifies and writes one bundle. The arguments are those of `export_bundles`, except that `output` is the bundle itself."""
+    """Exports, verifies and writes one bundle, as `output` itself. Other arguments are as for `export_bundles`."""
     _check_precisions([precision], vision_precision)
     loaded = [decoding.load(image) for image in images]  # before the export, which takes minutes
     with new_directory(Path(output), force=force) as directory:
@@ -69,8 +69,9 @@ def export_bundles(
 ) -> list[Bundle]:
     """Exports once and writes a bundle for each precision, as `output/PRECISION`.
 
-    The fp32 graphs must reproduce the checkpoint's tokens exactly. Graphs of other precisions are converted from them and must stay
-    within the bounds of their precision; the share of equal tokens is measured and written into the bundle.
+    The fp32 graphs must reproduce the checkpoint's tokens exactly. Graphs of other precisions are converted from them
+    and must stay within the bounds of their precision; the share of equal tokens is measured and written into the
+    bundle.
 
     Args:
         checkpoint: What `load_checkpoint` returned.
@@ -112,7 +113,7 @@ def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -
         )
     if vision_precision is not None and set(precisions) == {"fp32"}:
         raise CheckpointError(
-            "an fp32 bundle is exact in every graph: another precision of the vision encoder goes with "
+            "an fp32 bundle is exact in every graph; another precision of the vision encoder can be combined with "
             f"{', '.join(name for name in PRECISIONS if name != 'fp32')}"
         )
 
@@ -169,7 +170,7 @@ def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -
 def _convert_graphs(
     checkpoint: Checkpoint, directory: Path, precisions: dict[str, str], default: str, progress: Progress
 ) -> dict[str, Any]:
-    """Converts each graph to its precision in `precisions`, or else to `default`, and checks it against the bound of that precision."""
+    """Converts each graph to its precision in `precisions` or else to `default`, and checks it by that bound."""
     found = {}
     for plan in plans(checkpoint):
         precision = precisions.get(plan.name, default)

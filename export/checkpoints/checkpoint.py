@@ -1,7 +1,8 @@
 """Loading a Florence-2 checkpoint of either layout into transformers' native class.
 
-No code of the checkpoint is run: its config and the names of its weights are mapped, and pickles are read as plain tensors.
-A missing or unknown weight is an error. transformers' own `from_pretrained` only warns, and initialises a missing one at random.
+No code of the checkpoint is run: its config and the names of its weights are mapped, and pickles are read as plain
+tensors. A missing or unknown weight is an error. transformers' own `from_pretrained` only warns, and initialises a
+missing one at random.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ class Checkpoint:
     """
 
     model: Florence2ForConditionalGeneration
-    """float32, on the CPU, in eval mode; its `generation_config` is built from `generation`. When it is called with `pixel_values`,
-    `input_ids` must hold `config.image_token_id` once per image token, as transformers' processor writes them."""
+    """float32, on the CPU, in eval mode; its `generation_config` is built from `generation`. When it is called with
+    `pixel_values`, `input_ids` must hold `config.image_token_id` once per image token, as transformers' processor
+    writes them."""
     tokenizer: Tokenizer
     """Includes Florence-2's 1024 added tokens and the extra tokens of a fine-tune."""
     generation: dict[str, Any]
     """The checkpoint's effective generation defaults, see `generation.read_generation`."""
     preprocessing: Preprocessing
     source: dict[str, Any]
-    """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without its path),
-    `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the hub; None for a folder)
-    and `transformers_version` (of the library that the graphs are verified against)."""
+    """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without
+    its path), `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the
+    hub; None for a folder) and `transformers_version` (of the library that the graphs are verified against)."""
 
     @property
     def config(self) -> Florence2Config:
@@ -70,9 +72,9 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         The model in float32 with everything that an export needs.
 
     Raises:
-        CheckpointError: The checkpoint cannot be found or downloaded, is not a Florence-2, or its weights, config and tokenizer
-            do not fit each other. A non-zero `final_logits_bias` is refused, because the native class has no such bias (it is
-            zero in all published checkpoints).
+        CheckpointError: The checkpoint cannot be found or downloaded, is not a Florence-2, or its weights, config and
+            tokenizer do not fit each other. A non-zero `final_logits_bias` is refused, because the native class has no
+            such bias (it is zero in all published checkpoints).
     """
     folder = find_folder(source, revision)
     config_json = _read_config(folder)
@@ -84,8 +86,8 @@ def load_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     tokenizer = load_tokenizer(folder, config.text_config.vocab_size, generation)
     stored = read_weights(folder)
     model = _build_model(config, stored, microsoft.LAYOUT if is_microsoft else NATIVE)
-    # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any token will do that
-    # does not occur in text: byte-level BPE has no use for <unk>.
+    # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any
+    # token will do that does not occur in text: byte-level BPE has no use for <unk>.
     model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
     model.generation_config = GenerationConfig(**generation)
     origin = {
@@ -139,7 +141,7 @@ def _build_model(config: Florence2Config, stored: Weights, layout: Layout) -> Fl
         with torch.device("meta"):
             model = Florence2ForConditionalGeneration(config)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json describes no possible model: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"no model can be built from config.json: {type(error).__name__}: {error}") from error
     is_tied = bool(config.tie_word_embeddings and config.text_config.tie_word_embeddings)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(native_weights(stored, shapes, layout, is_tied=is_tied), assign=True)

@@ -37,9 +37,9 @@ def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool)
     """Reads the generation defaults that the checkpoint's own `generate` would use.
 
     In Microsoft's layout `generate` is that of the inner language model. It follows `text_config` and never reads
-    generation_config.json, which in Microsoft's repositories says `early_stopping: false` where `true` is in effect. In the native
-    layout it follows generation_config.json. What that file leaves out is taken from `text_config`, then from the top level of
-    config.json, since transformers 5 writes configs without generation settings.
+    generation_config.json, which in Microsoft's repositories says `early_stopping: false` where `true` is in effect. In
+    the native layout it follows generation_config.json. What that file leaves out is taken from `text_config`, then
+    from the top level of config.json, since transformers 5 writes configs without generation settings.
 
     Args:
         folder: The checkpoint.
@@ -50,7 +50,7 @@ def read_generation(folder: Path, config: dict[str, Any], *, is_microsoft: bool)
         All keys of `GENERATION_DEFAULTS`, and those other settings that differ from transformers' defaults.
     """
     own = None if is_microsoft else read_json(folder, "generation_config.json")
-    # The text configs of both layouts default to 2; only an existing generation_config.json can mean "not forced" by omission.
+    # The text configs of both layouts default to 2; only a generation_config.json can mean "not forced" by omission.
     implied = {"forced_eos_token_id": 2} if own is None else {}
     sources = [own or {}, config.get("text_config") or {}, {} if is_microsoft else config, implied]
     known = {key: _first(key, sources, default) for key, default in GENERATION_DEFAULTS.items()}

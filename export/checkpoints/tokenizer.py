@@ -47,7 +47,7 @@ _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids that the weights were trained with.
+    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids used in training.
 
     Args:
         folder: Has tokenizer.json, or vocab.json and merges.txt, with or without added_tokens.json.
@@ -55,7 +55,8 @@ def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> 
         token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`.
 
     Returns:
-        A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are kept.
+        A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are
+        kept.
 
     Raises:
         CheckpointError: There is no tokenizer, it cannot be read, or its ids do not fit the config.

@@ -21,7 +21,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Reads all tensors, by stored name and in their stored dtype, from safetensors or else from a pickled state dict.
 
     Raises:
-        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than tensors.
+        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than
+            tensors.
     """
     for name in (SAFETENSORS, PICKLED):
         if not has_weights(folder, name):

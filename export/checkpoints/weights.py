@@ -1,4 +1,4 @@
-"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class; none may be missing or left over."""
+"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class, each accounted for."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: La
         float32 tensors by native name; the token embedding is one tensor under all its names.
 
     Raises:
-        CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message lists them.
+        CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message
+            lists them.
     """
     _check_logits_bias(stored)
     names = {native: layout.stored_name(native) for native in shapes}
@@ -101,9 +102,10 @@ def _check_logits_bias(stored: Weights) -> None:
 
 
 def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> Weights:
-    """The token embedding under its three names, and the language model head, from whichever of the four names are stored.
+    """Returns the token embedding under its three names, and the language model head, from those that are stored.
 
-    BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its names.
+    BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its
+    names.
     """
     inputs = [names[native] for native in _EMBEDDINGS if names[native] in stored]
     head = names[_HEAD]
@@ -114,7 +116,9 @@ def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> 
     first = inputs[0] if inputs else head
     different = [name for name in inputs if not torch.equal(stored[name], stored[first])]
     if different:
-        raise CheckpointError(f"{first} and {', '.join(different)} differ; Florence-2 has one embedding for both sides")
+        raise CheckpointError(
+            f"{first} and {', '.join(different)} differ; Florence-2's encoder and decoder share one embedding"
+        )
     embedding = _float32(stored[first])
     if is_tied and head in stored and not torch.equal(stored[head], stored[first]):
         raise CheckpointError(

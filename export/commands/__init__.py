@@ -1,1 +1,1 @@
-"""The commands of `florence-onnx-export`, one module each: `export` (`CHECKPOINT OUT`) and `verify`. They call the other rooms."""
+"""The commands of `florence-onnx-export`, one module each: `export` (`CHECKPOINT OUT`) and `verify`."""

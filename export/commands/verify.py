@@ -1,6 +1,7 @@
 """`python -m export verify BUNDLE… --reference CHECKPOINT`: how much bundles agree with fp32, on the user's own images.
 
-Exit codes: 0 if every bar is reached, 1 if one is not, 2 for wrong arguments, or a model or file that cannot be read or written.
+Exit codes: 0 if every bar is reached, 1 if one is not, 2 for wrong arguments, or a model or file that cannot be read or
+written.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def verify(
 ) -> None:
     """Measures how much bundles of any precision agree with fp32, task by task.
 
-    Tasks with a text or region input get it from the reference's own answers: its caption, or its first detected object. Logits are
-    compared along the reference's answer. Every task must reach every bar (--min-…, --max-…); otherwise the command exits with 1.
+    Tasks with a text or region input get it from the reference's own answers: its caption, or its first detected
+    object. Logits are compared along the reference's answer. Every task must reach every bar (--min-…, --max-…);
+    otherwise the command exits with 1.
     """
     bars = _bars(min_token_agreement, min_box_f1, min_text_similarity, max_logit_error)
     try:

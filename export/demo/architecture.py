@@ -1,6 +1,6 @@
-"""The tiny Florence-2: its configuration and a smooth initialisation.
+"""The tiny Florence-2: its config, and an initialisation that makes neighbouring positions similar.
 
-3.26 M parameters, 128 px input, 65 image tokens.
+3.26 M parameters, input of 128 x 128 pixels, 65 image tokens.
 """
 
 import math
@@ -21,7 +21,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def make_config() -> Florence2Config:
-    """Configuration of the demo model."""
+    """Returns the config of the demo model."""
     vision = Florence2VisionConfig(
         depths=(1, 1, 2, 1),
         patch_size=(7, 3, 3, 3),
@@ -60,7 +60,7 @@ def make_config() -> Florence2Config:
 
 
 def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
-    """A new model. Attention is eager: on a CPU the backward pass of sdpa takes about twice as long."""
+    """Builds a new model. Attention is eager: the backward pass of sdpa takes about twice as long on a CPU."""
     torch.manual_seed(seed)
     model: Florence2ForConditionalGeneration = Florence2ForConditionalGeneration._from_config(
         make_config(), attn_implementation="eager"
@@ -72,7 +72,7 @@ def build_model(seed: int = 0) -> Florence2ForConditionalGeneration:
 
 @torch.no_grad()
 def initialise_smoothly(model: Florence2ForConditionalGeneration, seed: int) -> None:
-    """Start location tokens and position tables as Fourier codes, so that neighbours are alike from the first step."""
+    """Initialises location tokens and position tables with Fourier codes, so that neighbours start similar."""
     generator = torch.Generator().manual_seed(seed)
     language_model = model.model.language_model
     _initialise_tokens(language_model.shared.weight, generator)
@@ -87,7 +87,7 @@ def _initialise_tokens(embeddings: torch.Tensor, generator: torch.Generator) -> 
     embeddings.normal_(0, 0.08, generator=generator)
     embeddings[1].zero_()
     x = torch.arange(NUM_BINS)[:, None] / NUM_BINS
-    code = _waves(x, torch.linspace(0.25, 24.0, WIDTH // 2))  # alike within about 1/48 of the image
+    code = _waves(x, torch.linspace(0.25, 24.0, WIDTH // 2))  # similar within about 1/48 of the image
     shift = 0.08 * torch.randn(WIDTH, generator=generator)
     rotated = 0.11 * code @ _rotation(generator) + shift
     embeddings[FIRST_LOCATION_ID : FIRST_LOCATION_ID + NUM_BINS] = rotated
@@ -104,7 +104,7 @@ def _grid_positions(num_positions: int, width: int) -> torch.Tensor:
 
 
 def _waves(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines (N, 2F) of positions (N, 1) at F frequencies in cycles per unit."""
+    """Returns sines and cosines (N, 2F) of positions (N, 1) at F frequencies, in cycles per unit."""
     phase = 2 * math.pi * x * frequencies[None]
     return torch.cat([phase.sin(), phase.cos()], 1)
 

@@ -1,7 +1,7 @@
-"""Evaluate a checkpoint with transformers: `python -m export.demo.evaluate CHECKPOINT --beams 3`.
+"""Evaluates a checkpoint with transformers: `python -m export.demo.evaluate CHECKPOINT --beams 3`.
 
-Training draws its scenes from seed strings `"20261122:<step>"`, its curves from seed 777. The default seed here is
-neither; figures to be published come from one that was not looked at before.
+Training makes its scenes from the seeds `"20261122:<step>"`, and those of its curves from seed 777. The default seed
+here is another. Published figures come from a seed that was not used before.
 """
 
 import argparse
@@ -34,15 +34,15 @@ def evaluate_model(
     num_beams: int = 1,
     no_repeat_ngram_size: int = 0,
 ) -> Report:
-    """Figures by task on freshly drawn scenes.
+    """Evaluates a model on new scenes.
 
     Args:
-        model: the model, in float32.
-        processor: its processor.
-        seed: of the scenes.
-        num_scenes: how many.
-        size: longer side of the scenes in pixels.
-        tasks: task tokens.
+        model: The model, in float32.
+        processor: Its processor.
+        seed: Seed of the scenes.
+        num_scenes: Number of scenes.
+        size: Longer side of the scenes in pixels.
+        tasks: Task tokens.
         num_beams: 1 is greedy.
         no_repeat_ngram_size: 0 is off; Florence-2's default is 3.
 
@@ -72,7 +72,7 @@ def generate_answers(
     asked: Sequence[tuple[Scene, Question]],
     **options: Any,
 ) -> list[str]:
-    """Generated text of every question, special tokens included."""
+    """Generates the answers to all questions, as text with special tokens."""
     texts: list[str] = []
     for start in range(0, len(asked), BATCH_SIZE):
         part = asked[start : start + BATCH_SIZE]
@@ -88,7 +88,7 @@ def generate_answers(
 
 
 def summarise(report: Report) -> dict[str, float]:
-    """All figures of a report but the counts in one flat dict: `{"<OD> recall": 0.99}`."""
+    """Flattens a report to one dict without the counts: `{"<OD> recall": 0.99}`."""
     return {
         f"{task} {name}": round(value, 3)
         for task, figures in report.items()
@@ -98,7 +98,7 @@ def summarise(report: Report) -> dict[str, float]:
 
 
 def format_report(report: Report) -> str:
-    """One line a task."""
+    """Formats a report with one line per task."""
     lines = []
     for task, figures in report.items():
         values = "  ".join(
@@ -109,7 +109,7 @@ def format_report(report: Report) -> str:
 
 
 def main() -> None:
-    """Command line: print the figures of a checkpoint folder."""
+    """Command line: prints the figures of a checkpoint folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--scenes", type=int, default=200)

@@ -1,7 +1,7 @@
-"""Write a trained model as a checkpoint folder that transformers 4.57 and later load.
+"""Writes a trained model as a checkpoint folder that transformers 4.57 and later load.
 
-`python -m export.demo.finalize --state DIR/state.pt --tokenizer DIR/tokenizer --out DIR/checkpoint` does it from the
-state of a run that has not ended, with its averaged weights.
+`python -m export.demo.finalize --state DIR/state.pt --tokenizer DIR/tokenizer --out DIR/checkpoint` writes the averaged
+weights from the saved state of an unfinished run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ QUAD_PATTERN = r"(.+?)" + r"<loc_(\d+)>" * 8
 
 
 def make_processor(tokenizer_directory: Path) -> Florence2Processor:
-    """The processor of the demo model: 128 px, 65 image tokens, Florence-2's post-processing."""
+    """Makes the processor of the demo model: 128 pixels, 65 image tokens, Florence-2's post-processing."""
     return Florence2Processor(
         image_processor=CLIPImageProcessor(**_preprocessor_config()),
         tokenizer=AutoTokenizer.from_pretrained(tokenizer_directory),
@@ -38,7 +38,7 @@ def make_processor(tokenizer_directory: Path) -> Florence2Processor:
 
 
 def post_processor_config() -> dict[str, dict[str, object]]:
-    """Parsing rules, in the form that `Florence2PostProcessor` reads."""
+    """Returns the parsing rules in the form that `Florence2PostProcessor` reads."""
     plain = (
         "pure_text",
         "description_with_bboxes",
@@ -55,7 +55,7 @@ def post_processor_config() -> dict[str, dict[str, object]]:
 
 
 def save_checkpoint(model: Florence2ForConditionalGeneration, tokenizer_directory: Path, directory: Path) -> None:
-    """Write float16 weights, configurations and tokenizer."""
+    """Writes float16 weights, configs and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).half()
     model.generation_config = GenerationConfig(
@@ -98,7 +98,7 @@ def _preprocessor_config() -> dict[str, Any]:
 
 
 def _processor_config() -> dict[str, object]:
-    """Read by transformers 4.57 (which takes the image part from preprocessor_config.json) and by 5.x."""
+    """Returns the processor's config. transformers 4.57 reads its image processor from another file, 5.x from here."""
     return {
         "processor_class": "Florence2Processor",
         "image_processor": _preprocessor_config(),
@@ -108,7 +108,7 @@ def _processor_config() -> dict[str, object]:
 
 
 def main() -> None:
-    """Command line: write a checkpoint from a state file."""
+    """Command line: writes a checkpoint from a state file."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)

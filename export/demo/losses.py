@@ -1,4 +1,4 @@
-"""Losses: soft location targets, weighted text, and auxiliary heads on the image tokens, thrown away at the end."""
+"""Losses: soft targets for location tokens, weighted text, and auxiliary heads that are not exported."""
 
 from dataclasses import fields
 
@@ -19,7 +19,7 @@ LOCATIONS = slice(FIRST_LOCATION_ID, FIRST_LOCATION_ID + NUM_BINS)
 
 
 class AuxiliaryHeads(nn.Module):
-    """Linear read-outs of the image tokens: what is here, how many of them, and which letter."""
+    """Linear heads on the image tokens: the kind of object, its attributes, their number, and letters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class AuxiliaryHeads(nn.Module):
         self.colour = nn.Linear(WIDTH, len(COLOURS))
         self.size = nn.Linear(WIDTH, len(DIAMETERS))
         self.peers = nn.Linear(WIDTH, len(NUMBERS) - 1)
-        self.box = nn.Linear(WIDTH, 4 * WIDTH)  # four queries against the tied location embeddings
+        self.box = nn.Linear(WIDTH, 4 * WIDTH)  # four queries, multiplied with the tied location embeddings
         self.letter = nn.Linear(WIDTH, 2 * (1 + len(LETTERS)))
         self.letter_index = nn.Linear(WIDTH, 2 * MAX_LETTERS)
         self.background = nn.Linear(WIDTH, len(BACKGROUNDS))
@@ -36,19 +36,19 @@ class AuxiliaryHeads(nn.Module):
 
 
 def padded_indices(mask: Tensor, multiple: int) -> tuple[Tensor, int]:
-    """Indices of the true entries of (N,), padded with 0 to a multiple, and how many are real."""
+    """Returns the indices of the true entries of (N,), padded with 0 to a multiple, and their number."""
     indices = mask.nonzero().squeeze(1)
     count = len(indices)
     return functional.pad(indices, (0, -count % multiple)), count
 
 
 def soft_location_loss(log_probabilities: Tensor, target: Tensor, sigma: float) -> Tensor:
-    """Cross-entropy against a Gaussian over neighbouring bins.
+    """Computes the cross-entropy against a Gaussian over neighbouring bins.
 
     Args:
         log_probabilities: (N, 1000).
         target: (N,) bins.
-        sigma: width of the Gaussian in bins.
+        sigma: Standard deviation of the Gaussian in bins.
 
     Returns:
         (N,) losses.
@@ -64,14 +64,14 @@ def soft_location_loss(log_probabilities: Tensor, target: Tensor, sigma: float) 
 def answer_loss(
     logits: Tensor, labels: Tensor, sigma: float, text_weights: Tensor, location_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Summed loss of some answer tokens.
+    """Computes the summed loss of some answer tokens.
 
     Args:
         logits: (N, vocabulary).
         labels: (N,) token ids.
-        sigma: width in bins of the location targets.
+        sigma: Standard deviation of the location targets in bins.
         text_weights: (vocabulary,) weight of every text token.
-        location_weight: weight of a location token.
+        location_weight: Weight of a location token.
 
     Returns:
         The loss, and the unweighted sums and counts `location`, `num_locations`, `text`, `num_text`.
@@ -94,17 +94,17 @@ def answer_loss(
 def auxiliary_loss(
     heads: AuxiliaryHeads, location_embeddings: Tensor, tokens: Tensor, targets: Targets, sigma: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of all auxiliary heads.
+    """Computes the loss of all auxiliary heads.
 
     Args:
-        heads: the heads.
+        heads: The heads.
         location_embeddings: (1000, width), tied with the language model.
-        tokens: projected image tokens (N, 1 + G * G, width), the pooled one first.
-        targets: dense targets of the N images.
-        sigma: width in bins of the box targets.
+        tokens: Projected image tokens (N, 1 + G * G, width), the pooled one first.
+        targets: Dense targets of the N images.
+        sigma: Standard deviation of the box targets in bins.
 
     Returns:
-        The weighted sum and figures for the log.
+        The weighted sum, and figures for the log.
     """
     t = {f.name: torch.from_numpy(getattr(targets, f.name)) for f in fields(targets)}
     cells = tokens[:, 1:].reshape(-1, WIDTH)
@@ -137,12 +137,12 @@ def auxiliary_loss(
 
 
 def kept_tokens(labels: Tensor) -> tuple[Tensor, int]:
-    """Indices into the flattened labels (M * L,) of the tokens that are not padding, padded, and their number."""
+    """Returns the indices of the labels (M * L, flattened) that are not padding, see `padded_indices`."""
     return padded_indices((labels != PAD_ID).reshape(-1), KEPT_MULTIPLE)
 
 
 def _masked(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of the rows with a target; 0 where there is none."""
+    """Returns the mean cross-entropy of the rows that have a target; 0 if none has."""
     loss = functional.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
     return loss / (target >= 0).sum().clamp(min=1)
 
@@ -164,7 +164,7 @@ def _box_loss(
 
 
 def _letter_loss(heads: AuxiliaryHeads, cells: Tensor, kind: Tensor, letter: Tensor) -> tuple[Tensor, float]:
-    """Letters count most near the word; far from it the only right answer is none."""
+    """Weights letters on and near the word more than tokens far from it, where the target is always "none"."""
     logits = heads.letter(cells).float().reshape(-1, 1 + len(LETTERS))
     near = (kind == KIND_OF_WORD).repeat_interleave(2) | (letter > 0)
     loss = _masked(logits[near], letter[near]) + 0.3 * _masked(logits[~near], letter[~near])

@@ -1,9 +1,9 @@
-"""Metrics of parsed answers on drawn scenes, with numpy and Pillow only.
+"""Metrics of parsed answers on synthetic scenes, with numpy and Pillow only.
 
-A prediction is parsed as transformers' `post_process_generation` does it, in pixels of the scene:
+Answers are parsed as by transformers' `post_process_generation`, in pixels of the scene:
 `{"bboxes": …, "labels": …}`, `{"quad_boxes": …, "labels": …}`, `{"polygons": …, "labels": …}` or a string.
-`from_results` brings the results of `florence_onnx` into this form, so that the exported model can be measured as well:
-`evaluate(lambda image, task, text: from_results(ask_the_runtime(image, task, text)), make_scenes(seed, 100))`.
+`from_results` converts the results of `florence_onnx` to this form, so that an exported model can be measured too:
+`evaluate(lambda image, task, text: from_results(model.run(task, image, …).results), make_scenes(seed, 100))`.
 """
 
 import random
@@ -38,7 +38,7 @@ LABEL_TASKS = ("<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>")
 
 @dataclass(frozen=True)
 class Match:
-    """Boxes found in one scene."""
+    """The boxes of an answer against the true boxes of a scene."""
 
     num_correct: int  # IoU >= 0.5 and the same label
     num_predicted: int
@@ -47,20 +47,20 @@ class Match:
 
 
 def match_boxes(predicted: Sequence[LabelledBox], true: Sequence[LabelledBox]) -> Match:
-    """Pair boxes of equal labels one to one, best overlap first."""
+    """Pairs boxes of equal labels one to one, largest overlap first."""
     overlaps = [pair.iou for pair in pair_boxes(predicted, true)]
     num_correct = sum(overlap >= MIN_IOU for overlap in overlaps)
     return Match(num_correct, len(predicted), len(true), sum(overlaps))
 
 
 def to_pixels(box: Box, size: tuple[int, int]) -> Box:
-    """A normalised box in pixels of a (width, height) image."""
+    """Converts a normalised box to pixels of an image of `size` (width, height)."""
     width, height = size
     return box[0] * width, box[1] * height, box[2] * width, box[3] * height
 
 
 def from_results(results: Results) -> Any:
-    """Results of `florence_onnx` in the form that is measured here."""
+    """Converts results of `florence_onnx` to the form of transformers' `post_process_generation`."""
     if isinstance(results, str):
         return results.strip()
     if isinstance(results, BoundingBoxes):
@@ -81,16 +81,16 @@ def strip_locations(text: str) -> str:
 def score_answers(
     task: str, scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]
 ) -> dict[str, float]:
-    """Figures of one task over some scenes.
+    """Computes the figures of one task over some scenes.
 
     Args:
-        task: the task token.
-        scenes: the scenes that were asked about.
-        questions: one question a scene.
-        parsed: one parsed answer a question.
+        task: The task token.
+        scenes: The scenes.
+        questions: One question for each scene.
+        parsed: One parsed answer for each question.
 
     Returns:
-        `n` and the figures of the task's kind, all but counts between 0 and 1.
+        `n` and the figures of the task; all but counts are between 0 and 1.
     """
     if task in BOX_TASKS:
         return _score_boxes(scenes, questions, parsed)
@@ -104,14 +104,14 @@ def score_answers(
 
 
 def collect_questions(scenes: Sequence[Scene], task: str) -> list[tuple[Scene, Question]]:
-    """One question of a task for every scene that it fits; the same for the same scenes."""
+    """Makes one question of a task for every scene to which it applies; deterministic."""
     rng = random.Random(QUESTION_SEED)
     asked = ((scene, ask(scene, task, rng)) for scene in scenes)
     return [(scene, question) for scene, question in asked if question]
 
 
 def make_scenes(seed: int, num_scenes: int, size: int = 256) -> list[Scene]:
-    """The scenes of an evaluation seed."""
+    """Makes the scenes of an evaluation seed."""
     rng = random.Random(seed)
     return [make_scene(rng, size) for _ in range(num_scenes)]
 
@@ -119,7 +119,7 @@ def make_scenes(seed: int, num_scenes: int, size: int = 256) -> list[Scene]:
 def evaluate(
     predict: Predict, scenes: Sequence[Scene], tasks: Sequence[str] = TASK_TOKENS
 ) -> dict[str, dict[str, float]]:
-    """Figures by task of any callable `predict(image, task, text_input) -> parsed answer`."""
+    """Returns the figures by task of a callable `predict(image, task, text_input) -> parsed answer`."""
     report = {}
     for task in tasks:
         asked = collect_questions(scenes, task)
@@ -181,7 +181,7 @@ def _score_words(scenes: Sequence[Scene], questions: Sequence[Question], parsed:
 def _score_texts(
     task: str, scenes: Sequence[Scene], questions: Sequence[Question], parsed: Sequence[Any]
 ) -> dict[str, float]:
-    """Exact text; reading counts scenes with a word, and the words invented in the others apart."""
+    """Computes the share of exact texts. OCR counts scenes with a word only; `invented_words` are from the others."""
     right = [question.truth.text == answer for question, answer in zip(questions, parsed, strict=True)]
     with_word = [scene.word is not None for scene in scenes]
     if task == "<OCR>":

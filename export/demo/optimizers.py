@@ -1,10 +1,11 @@
-"""Muon for matrices and convolutions, AdamW for the rest, and the moving average of the weights."""
+"""Muon for matrices and convolutions (AdamW gets the other parameters), and the moving average of the weights."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+# Coefficients of the quintic polynomials, one triple per iteration.
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -15,7 +16,7 @@ NEWTON_SCHULZ = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters for Muon (matrices, dense convolutions) and for AdamW (all others), tied ones once."""
+    """Returns the parameters for Muon (matrices, dense convolutions) and for AdamW (all others), tied ones once."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -27,7 +28,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 class Muon:
-    """Momentum whose update is made orthogonal; matrices of one shape are updated together."""
+    """SGD with Nesterov momentum whose update is orthogonalised. Matrices of the same shape are updated together."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.02) -> None:
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -40,7 +41,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Update every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for (rows, columns), members in self._groups.items():
             active = [i for i in members if self.parameters[i].grad is not None]
             if not active:
@@ -52,7 +53,7 @@ class Muon:
                 parameter.mul_(1 - rate * self.weight_decay).add_(update.reshape(parameter.shape), alpha=-scale)
 
     def _direction(self, i: int) -> Tensor:
-        """Nesterov momentum of one parameter."""
+        """Returns the Nesterov momentum of one parameter."""
         gradient = self.parameters[i].grad
         assert gradient is not None
         self.buffers[i].lerp_(gradient, 1 - self.momentum)
@@ -60,7 +61,7 @@ class Muon:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices (B, R, C), roughly, by a quintic Newton-Schulz iteration in bfloat16."""
+    """Approximates the nearest semi-orthogonal matrices (B, R, C) by a quintic Newton-Schulz iteration in bfloat16."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
@@ -81,7 +82,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move towards the model; the decay rises from 0.5 so that early averages are not stale."""
+        """Moves the average towards the model. The decay rises from 0.5, to forget the initial weights soon."""
         self.num_updates += 1
         decay = min(self.decay, 1 - 1 / (self.num_updates + 1))
         state = model.state_dict()

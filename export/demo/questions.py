@@ -1,7 +1,7 @@
-"""Questions about a scene and their right answers, in the words and grammars of Florence-2, for all 15 tasks.
+"""Questions about a scene and their right answers, in Florence-2's prompts and answer formats, for all 15 tasks.
 
-An answer is what the decoder should say: plain text, or labels followed by location tokens of 1000 bins.
-No template repeats a run of three tokens, so `no_repeat_ngram_size=3` can never forbid a right answer.
+An answer is the text that the decoder should generate: plain text, or labels followed by location tokens of 1000 bins.
+No template repeats a trigram, so `no_repeat_ngram_size=3` never forbids a right answer.
 """
 
 import random
@@ -30,7 +30,7 @@ PROMPTS = {task.token: task.prompt for task in TASKS.values()}
 
 @dataclass(frozen=True)
 class Truth:
-    """What a prediction is measured against; the fields that the task does not use are empty."""
+    """The ground truth that a prediction is compared with; fields that the task does not use are empty."""
 
     text: str = ""  # "red circle"
     boxes: tuple[tuple[str, Box], ...] = ()  # (("red circle", (0.1, 0.2, 0.3, 0.4)),), normalised
@@ -39,7 +39,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Question:
-    """One task asked about one scene."""
+    """One task on one scene, with its right answer."""
 
     task: str  # "<OD>"
     text_input: str  # what follows the task token: "" or "a red circle" or "<loc_1><loc_2><loc_3><loc_4>"
@@ -48,48 +48,48 @@ class Question:
 
     @property
     def region(self) -> Region | None:
-        """The region that is asked about, where the task needs one."""
+        """The region input, or None if the task has none."""
         is_region = tasks.get(self.task).needs == "region"
         return Region(*map(int, re.findall(r"\d+", self.text_input))) if is_region else None
 
     @property
     def text(self) -> str | None:
-        """The text that is asked about, where the task needs one."""
+        """The text input, or None if the task has none."""
         return self.text_input if tasks.get(self.task).needs == "text" else None
 
     @property
     def prompt(self) -> str:
-        """The sentence that the text encoder reads."""
+        """The prompt that the text encoder reads."""
         return PROMPTS[self.task].replace("{input}", self.text_input)
 
 
 def ask(scene: Scene, task: str, rng: random.Random, *, jitter: int = 6) -> Question | None:
-    """Ask one task about a scene.
+    """Makes a question of one task about a scene.
 
     Args:
-        scene: the scene.
-        task: a task token such as `"<OD>"`.
-        rng: chooses the thing or the phrase that is asked about.
-        jitter: largest error, in bins, of the regions given as input.
+        scene: The scene.
+        task: A task token such as `"<OD>"`.
+        rng: Chooses the object or the phrase that is asked about.
+        jitter: Largest error, in bins, of region inputs.
 
     Returns:
-        The question, or None where the task does not fit the scene (reading a region of a scene without a word).
+        The question, or None if the task does not apply to the scene (OCR of a region in a scene without a word).
     """
     return _ASKERS[task](scene, task, rng, jitter)
 
 
 def quantize(value: float) -> int:
-    """Bin 0..999 of a normalised coordinate."""
+    """Quantizes a normalised coordinate to a bin 0..999."""
     return min(NUM_BINS - 1, max(0, int(value * NUM_BINS)))
 
 
 def bins(values: Iterable[float]) -> list[int]:
-    """Bins of normalised coordinates, in their order."""
+    """Quantizes normalised coordinates to bins."""
     return [quantize(value) for value in values]
 
 
 def locations(values: Iterable[int]) -> str:
-    """Location tokens of bins: `"<loc_1><loc_2>"`."""
+    """Formats bins as location tokens: `"<loc_1><loc_2>"`."""
     return "".join(f"<loc_{value}>" for value in values)
 
 
@@ -122,7 +122,7 @@ def detailed_caption(scene: Scene) -> str:
 
 
 def more_detailed_caption(scene: Scene) -> str:
-    """One sentence a shape, one for the word, one for the background."""
+    """One sentence for each shape, one for the word, and one for the background."""
     sentences = [
         template.format(shape=full_name(shape), position=POSITIONS[shape.cell])
         for template, shape in zip(SENTENCES, scene.shapes, strict=False)
@@ -151,7 +151,7 @@ def _region(box: Box, rng: random.Random, jitter: int) -> str:
 
 
 def _grouped_answer(groups: list[tuple[str, list[Box]]]) -> tuple[str, Truth]:
-    """Each label once, followed by all its boxes."""
+    """Formats boxes as an answer in which each label occurs once, followed by all its boxes."""
     answer = "".join(label + "".join(locations(bins(box)) for box in boxes) for label, boxes in groups)
     return answer, Truth(boxes=tuple((label, box) for label, boxes in groups for box in boxes))
 
@@ -182,7 +182,7 @@ def _ask_detection(scene: Scene, task: str, rng: random.Random, jitter: int) -> 
 
 
 def _ask_grounding(scene: Scene, task: str, rng: random.Random, jitter: int) -> Question:
-    """A caption of one to three phrases; a phrase of several shapes ("two circles") has several boxes."""
+    """Asks to ground a caption of one to three phrases; "two circles" has two boxes."""
     namers = (short_name, full_name)
     shapes = list(scene.shapes)
     pool: list[tuple[str, list[Box]]] = []
@@ -203,7 +203,7 @@ def _ask_grounding(scene: Scene, task: str, rng: random.Random, jitter: int) -> 
 
 
 def _ask_open_vocabulary(scene: Scene, task: str, rng: random.Random, jitter: int) -> Question:
-    """A name with all its boxes; one name in eight is a random one, mostly of something absent."""
+    """Asks for all boxes of a name. One name in eight is chosen at random and mostly absent from the scene."""
     dice = rng.random()
     if dice < 0.12:
         colour, kind = rng.choice(list(COLOURS)), rng.choice(SHAPE_KINDS)
@@ -234,7 +234,7 @@ def _ask_segmentation(scene: Scene, task: str, rng: random.Random, jitter: int) 
 
 
 def _ask_region(scene: Scene, task: str, rng: random.Random, jitter: int) -> Question:
-    """Name the thing in a region; as in Florence-2, the answer repeats the region."""
+    """Asks for the name of the object in a region. As in Florence-2, the answer repeats the region."""
     thing = rng.choice(scene.things())
     region = _region(thing.box, rng, jitter)
     category = thing.kind if isinstance(thing, Shape) else "word"
@@ -249,7 +249,7 @@ def _ask_region_text(scene: Scene, task: str, rng: random.Random, jitter: int) -
 
 
 def _ask_text(scene: Scene, task: str, rng: random.Random, jitter: int) -> Question:
-    """The word, with its quad box where asked for; an empty answer where there is none."""
+    """Asks for the word, with its quad box for `<OCR_WITH_REGION>`; the answer is empty if the scene has no word."""
     word = scene.word
     if not word:
         return Question(task, "", "", Truth())

@@ -1,7 +1,7 @@
-"""Write the sample scenes that ship with the demo model: `python -m export.demo.samples`.
+"""Writes the sample scenes that ship with the demo model: `python -m export.demo.samples`.
 
-Eight images of seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
-with what is in them, in pixels.
+Eight images, from seeds that are used for nothing else, chosen to be varied and to compress well, and `samples.json`
+with their ground truth in pixels.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DEFAULT_DIRECTORY = Path(florence_onnx.__file__).parent / "demo" / "samples"
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How one sample is drawn."""
+    """The parameters of one sample scene."""
 
     seed: int
     size: int  # 320, longer side in pixels
@@ -43,14 +43,14 @@ SPECS = (
 
 
 def draw_sample(spec: SampleSpec) -> Scene:
-    """The scene of a specification."""
+    """Makes the scene of a specification."""
     return make_scene(
         random.Random(spec.seed), spec.size, word_probability=float(spec.has_word), num_shapes=spec.num_shapes
     )
 
 
 def describe(scene: Scene, file_name: str) -> dict[str, Any]:
-    """What is in a scene, ready for JSON; boxes are `[x0, y0, x1, y1]` and polygons `[x, y, x, y, …]` in pixels."""
+    """Returns the ground truth of a scene for JSON, in pixels: boxes `[x0, y0, x1, y1]`, polygons `[x, y, …]`."""
     word = scene.word
     return {
         "file": file_name,
@@ -64,7 +64,7 @@ def describe(scene: Scene, file_name: str) -> dict[str, Any]:
 
 
 def write_samples(directory: Path) -> None:
-    """Write the images and `samples.json`."""
+    """Writes the images and `samples.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     truths = []
     for number, spec in enumerate(SPECS, start=1):
@@ -92,7 +92,7 @@ def _pixels(box: Box, size: tuple[int, int]) -> list[float]:
 
 
 def main() -> None:
-    """Command line: write the samples."""
+    """Command line: writes the samples."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=DEFAULT_DIRECTORY)
     write_samples(parser.parse_args().out)

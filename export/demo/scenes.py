@@ -1,8 +1,8 @@
-"""Drawn scenes with exact truth: upright coloured shapes and at most one upper-case word on a smooth background.
+"""Synthetic scenes with exact ground truth: coloured shapes and at most one upper-case word.
 
-A scene holds 1-4 shapes of distinct colours. No two things share a cell of the 3x3 grid, and every centre keeps clear
-of the grid lines, so that the raster order of the cells is an unambiguous order of the things.
-Boxes are normalised `(x0, y0, x1, y1)` in 0..1 with the origin at the top left. No torch is needed here.
+A scene has 1-4 shapes of distinct colours. No two objects share a cell of the 3x3 grid, and no centre is near a grid
+line, so the raster order of the cells is an unambiguous order of the objects. Boxes are normalised `(x0, y0, x1, y1)`
+in 0..1 with the origin at the top left. This module needs no torch.
 """
 
 import math
@@ -85,7 +85,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and all that is in it."""
+    """An image and its ground truth."""
 
     size: tuple[int, int]  # (256, 256), (width, height) in pixels
     background: str  # "dark"
@@ -94,7 +94,7 @@ class Scene:
     image: Image.Image  # RGB
 
     def things(self) -> list[Shape | Word]:
-        """Shapes and word in raster order of their cells."""
+        """Returns shapes and word in raster order of their cells."""
         things: list[Shape | Word] = list(self.shapes)
         if self.word:
             things.append(self.word)
@@ -109,14 +109,14 @@ def make_scene(
     repeat_probability: float = 0.45,
     num_shapes: int | None = None,
 ) -> Scene:
-    """Draw one scene; the same state of `rng` gives the same scene.
+    """Makes one scene; the same state of `rng` gives the same scene.
 
     Args:
-        rng: source of all randomness.
-        size: longer side of the canvas in pixels; the aspect ratio varies from 3:4 to 4:3.
-        word_probability: how often a scene has a word.
-        repeat_probability: how often the shapes are drawn from one or two kinds only, so that kinds repeat.
-        num_shapes: 1 to 4; chosen at random when not given.
+        rng: Source of all randomness.
+        size: Longer side of the canvas in pixels; the aspect ratio varies from 3:4 to 4:3.
+        word_probability: Probability that the scene has a word.
+        repeat_probability: Probability that all shapes are of one or two kinds, so that kinds repeat.
+        num_shapes: 1 to 4; random if None.
 
     Returns:
         The scene with its image.
@@ -136,14 +136,14 @@ def make_scene(
 
 
 def cell_of(box: Box) -> int:
-    """Index of the 3x3 cell that holds the centre of a normalised box, in raster order."""
+    """Returns the index of the 3x3 cell that holds the centre of a normalised box, in raster order."""
     cx, cy = _centre(box)
     return int(cy * 3) * 3 + int(cx * 3)
 
 
 @cache
 def unit_outline(kind: str) -> tuple[Point, ...]:
-    """Vertices of a shape that fills the unit square, clockwise in an image (y points down)."""
+    """Returns the vertices of a shape that fills the unit square, clockwise in an image (y points down)."""
     if kind == "circle":
         angles = [2 * math.pi * k / 12 for k in range(12)]
         return tuple((0.5 + 0.5 * math.sin(a), 0.5 - 0.5 * math.cos(a)) for a in angles)
@@ -158,14 +158,14 @@ def unit_outline(kind: str) -> tuple[Point, ...]:
 
 
 def draw_mask(shape: Shape, size: tuple[int, int]) -> np.ndarray:
-    """The true mask of a shape.
+    """Draws the true mask of a shape.
 
     Args:
-        shape: the shape.
+        shape: The shape.
         size: (width, height) in pixels.
 
     Returns:
-        bool array (H, W).
+        A bool array (H, W).
     """
     width, height = size
     mask = Image.new("1", size)
@@ -223,7 +223,7 @@ def _random_text(rng: random.Random) -> str:
 
 
 def _place_word(rng: random.Random, canvas: tuple[int, int], background: str) -> Word | None:
-    """A word that fits the canvas, or None where this draw of the dice does not fit."""
+    """Places a random word on the canvas; returns None if it does not fit, and the caller tries again."""
     width, height = canvas
     text, font_name = _random_text(rng), rng.choice(FONTS)
     font_px = max(8, round(rng.uniform(*WORD_HEIGHTS) * min(canvas)))
@@ -244,7 +244,7 @@ def _place_word(rng: random.Random, canvas: tuple[int, int], background: str) ->
 def _place_shapes(
     rng: random.Random, canvas: tuple[int, int], word: Word | None, kinds: list[str]
 ) -> tuple[Shape, ...] | None:
-    """Shapes of distinct colours in distinct free cells, in raster order; None where they do not fit."""
+    """Places shapes of distinct colours in distinct free cells, in raster order; returns None if they do not fit."""
     placed: list[Shape] = []
     taken = [word.box] if word else []
     for kind, colour in zip(kinds, rng.sample(list(COLOURS), len(kinds)), strict=True):
@@ -280,7 +280,7 @@ def _draw(
 
 
 def _draw_background(rng: random.Random, canvas: tuple[int, int], background: str) -> Image.Image:
-    """A bilinear gradient between four similar corner colours."""
+    """Draws a bilinear gradient between four similar corner colours."""
     low, high = BACKGROUNDS[background]
     base = rng.uniform(low, high)
     corners = np.empty((4, 3), np.float32)
@@ -292,7 +292,7 @@ def _draw_background(rng: random.Random, canvas: tuple[int, int], background: st
 
 
 def _paste_shapes(rng: random.Random, image: Image.Image, shapes: tuple[Shape, ...]) -> None:
-    scale = 2 if max(image.size) > 350 else 1  # smooth edges where the model's 128 px input would not smooth them
+    scale = 2 if max(image.size) > 350 else 1  # antialiasing; smaller canvases get it from the resize to 128 px
     width, height = image.width * scale, image.height * scale
     layer = Image.new("RGBA", (width, height))
     pen = ImageDraw.Draw(layer)

@@ -1,7 +1,7 @@
-"""The demo tokenizer: byte-level BPE over the demo's own sentences, with Florence-2's added tokens in its order.
+"""The demo tokenizer: byte-level BPE trained on the demo's texts, with Florence-2's added tokens in their order.
 
-Upper-case words are kept out of the training text, so a drawn word is one token a letter.
-Run `python -m export.demo.tokenizer --out DIR` to write it alone.
+Upper-case words are removed from the training text, so each letter of a word in a scene is one token.
+`python -m export.demo.tokenizer --out DIR` writes the tokenizer alone.
 """
 
 import argparse
@@ -31,13 +31,13 @@ ADDED_TOKENS = (
 
 
 def train_tokenizer(num_scenes: int = 2000) -> Tokenizer:
-    """Train the tokenizer; the same arguments give the same file.
+    """Trains the tokenizer; deterministic.
 
     Args:
-        num_scenes: scenes whose prompts and answers are the training text.
+        num_scenes: Number of scenes whose prompts and answers are the training text.
 
     Returns:
-        A tokenizer of 1568 ids: 4 special, 256 bytes and the merges, `<mask>`, the added tokens.
+        A tokenizer of 1568 ids: 4 special tokens, 256 bytes and the merges, `<mask>`, and the added tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,7 +59,7 @@ def train_tokenizer(num_scenes: int = 2000) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `tokenizer.json` and the `tokenizer_config.json` that transformers 4.57 and later read."""
+    """Writes `tokenizer.json`, and `tokenizer_config.json` for transformers 4.57 and later."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
@@ -80,7 +80,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _training_text(num_scenes: int) -> Iterator[str]:
-    """Prompts and answers of drawn scenes without location tokens and drawn words, then every name often enough."""
+    """Yields prompts and answers without location tokens and upper-case words, and then every name many times."""
     rng = random.Random(SEED)
     for _ in range(num_scenes):
         scene = make_scene(rng, 64)
@@ -109,7 +109,7 @@ def _without_words(text: str) -> str:
 
 
 def main() -> None:
-    """Command line: write the tokenizer."""
+    """Command line: writes the tokenizer."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     tokenizer = train_tokenizer()

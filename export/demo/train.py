@@ -1,8 +1,9 @@
-"""Train the demo model from scratch on a CPU: `python -m export.demo.train --out DIR`.
+"""Trains the demo model from scratch on a CPU: `python -m export.demo.train --out DIR`.
 
-First the vision tower alone on the auxiliary heads, then everything: images are encoded once for several questions, and
-the gradient of the text is collected on a detached copy of the image tokens and sent through the tower once.
-The run writes `tokenizer/`, `log.jsonl`, `state.pt` (read by `--resume`) and, at its end, `checkpoint/` to DIR.
+First the vision tower is trained alone with the auxiliary heads, then the whole model. In the second phase each image
+is encoded once for several questions: the gradients of all answers are accumulated on a detached copy of the image
+tokens, and one backward pass takes them through the tower. The run writes `tokenizer/`, `log.jsonl`, `state.pt` (read
+by `--resume`) and, at its end, `checkpoint/` to DIR.
 """
 
 import argparse
@@ -58,7 +59,7 @@ class Trainer:
         self.smoothed: dict[str, float] = {}
 
     def run(self) -> None:
-        """Train from the current step to the last one and write the checkpoint."""
+        """Trains from the current step to the last one, and writes the checkpoint."""
         start = time.perf_counter() - self.seconds
         for batch in stream_batches(self.settings, self.tokenizer, self.step):
             self._update(batch)
@@ -71,7 +72,7 @@ class Trainer:
         save_checkpoint(self.model, self.out / "tokenizer", self.out / "checkpoint")
 
     def save_state(self) -> None:
-        """Write all that a resumed run needs."""
+        """Writes the state from which a run is resumed."""
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -87,7 +88,7 @@ class Trainer:
         temporary.replace(self.out / "state.pt")
 
     def load_state(self, path: Path) -> None:
-        """Continue from a state file."""
+        """Loads a state file to continue from."""
         state: dict[str, Any] = torch.load(path)
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
@@ -97,7 +98,7 @@ class Trainer:
         self.average.state, self.average.num_updates = state["average"], state["average_updates"]
 
     def _update(self, batch: Batch) -> None:
-        """One optimizer step."""
+        """Runs one optimizer step."""
         settings, step = self.settings, self.step
         sigma = settings.sigma(step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +118,7 @@ class Trainer:
             self.smoothed[name] = SMOOTHING * self.smoothed.get(name, value) + (1 - SMOOTHING) * value
 
     def _backward_answers(self, leaf: Tensor, groups: tuple[QuestionGroup, ...], sigma: float) -> dict[str, float]:
-        """Add the gradients of all answers to the language model and to the image tokens."""
+        """Adds the gradients of all answers to the language model and to the image tokens `leaf`."""
         num_tokens = sum(int((group.labels != PAD_ID).sum()) for group in groups)
         totals: dict[str, float] = {}
         for group in groups:
@@ -142,7 +143,7 @@ class Trainer:
         self.heads.zero_grad(set_to_none=True)
 
     def _report(self) -> None:
-        """Everything that happens every so many steps."""
+        """Updates the average, logs, saves and evaluates, each at its own interval of steps."""
         settings, step = self.settings, self.step
         if step % settings.ema_every == 0:
             self.average.update(self.model)
@@ -154,7 +155,7 @@ class Trainer:
             self._log({"evaluation": self._evaluate()})
 
     def _evaluate(self) -> dict[str, float]:
-        """Figures of the averaged weights on a few scenes, for the curves."""
+        """Evaluates the averaged weights on a few scenes, for the curves."""
         averaged = build_model(self.settings.seed)
         averaged.load_state_dict({**averaged.state_dict(), **self.average.state})
         averaged.train(False)
@@ -175,7 +176,7 @@ class Trainer:
 
 
 def _encode_images(model: Florence2ForConditionalGeneration, batch: Batch) -> Tensor:
-    """Projected image tokens (N, 65, width)."""
+    """Returns the projected image tokens (N, 65, width)."""
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
     pixel_values = (torch.from_numpy(batch.images).permute(0, 3, 1, 2) / 255 - mean) / std
     tokens: Tensor = model.model.multi_modal_projector(model.model.vision_tower(pixel_values))
@@ -185,7 +186,7 @@ def _encode_images(model: Florence2ForConditionalGeneration, batch: Batch) -> Te
 def _answer_logits(
     model: Florence2ForConditionalGeneration, image_tokens: Tensor, group: QuestionGroup
 ) -> tuple[Tensor, Tensor]:
-    """Logits (K, vocabulary) and labels (K,) of the answer tokens that are not padding."""
+    """Returns logits (K, vocabulary) and labels (K,) of the answer tokens that are not padding."""
     arrays = (group.image_index, group.input_ids, group.labels)
     index, input_ids, labels = (torch.from_numpy(array) for array in arrays)
     language_model = model.model.language_model
@@ -226,16 +227,19 @@ def _parse_arguments() -> argparse.Namespace:
         "--joint-steps",
         type=int,
         default=TrainingSettings.joint_steps,
-        help="may be changed on --resume: the rate then follows the schedule of the new length from there on",
+        help="may be changed with --resume: the learning rate then follows the schedule of the new length",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="2 are faster only on an idle machine, 4 times slower else"
+        "--threads",
+        type=int,
+        default=1,
+        help="2 are faster only on an idle machine; on a busy one they are 4 times slower",
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Command line: train and write the checkpoint."""
+    """Command line: trains and writes the checkpoint."""
     arguments = _parse_arguments()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)

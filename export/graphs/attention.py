@@ -1,6 +1,7 @@
 """Parts of attention that the graphs share, written so that they are exported as few operators.
 
-Shapes use A rows (images or prompts), H heads, B positions of the queries, L positions of the keys, d head size, D = H·d.
+Shapes use A rows (images or prompts), H heads, B positions of the queries, L positions of the keys, d head size, D =
+H·d.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ POSITION_OFFSET = 2
 class _KeepAxes(torch.autograd.Function):
     """Reshapes all axes but the first ones, of whatever size, exported as one `Reshape` by a constant.
 
-    torch exports a reshape as five nodes that compute the new shape from the input's shape, on the host and in every call. ONNX Runtime
-    cannot infer from them that the first axes keep their sizes, and so does not fuse the residual sum with the layer normalisation
-    after it, which needs equal shapes.
+    torch exports a reshape as five nodes that compute the new shape from the input's shape, on the host and in every
+    call. ONNX Runtime cannot infer from them that the first axes keep their sizes, and so does not fuse the residual
+    sum with the layer normalisation after it, which needs equal shapes.
     """
 
     @staticmethod
@@ -74,8 +75,8 @@ class Projection(nn.Module):
         layers: The layers, in the order of their outputs.
         scales: Factors of the first layers' outputs, folded into weight and bias: `s·(Wx + b) = (sW)x + sb`.
 
-    This saves operators in every call: one product instead of several, and none for the scale 1/√d of the attention. The weights are
-    copies, because the checkpoint's own stay unscaled as the reference of the verification.
+    This saves operators in every call: one product instead of several, and none for the scale 1/√d of the attention.
+    The weights are copies, because the checkpoint's own stay unscaled as the reference of the verification.
     """
 
     def __init__(self, *layers: nn.Linear, scales: tuple[float, ...] = ()) -> None:

@@ -44,7 +44,8 @@ def compare(
     Args:
         module: As for `export_graph`.
         path: The `.onnx` file, in any precision; inputs are cast to the graph's own dtypes.
-        inputs: Tensors by input name. An input that the graph does not have, because it was folded away, goes to the module only.
+        inputs: Tensors by input name. An input that the graph does not have, because it was folded away, goes to the
+            module only.
         outputs: Output names, in the module's order.
 
     Returns:

@@ -1,7 +1,8 @@
 """The decoder as a torch module, written for export: no control flow, and the KV cache as inputs and outputs.
 
 It borrows the weights of a transformers `Florence2ForConditionalGeneration` and computes what its modules compute.
-Shapes use P prompts, E encoder positions, S new decoder tokens of a prompt, C slots of its cache, H heads, d head size, D = H·d.
+Shapes use P prompts, E encoder positions, S new decoder tokens of a prompt, C slots of its cache, H heads, d head size,
+D = H·d.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_
 
 
 class _WriteSlots(torch.autograd.Function):
-    """Returns `cache` `(P, H, C, d)` with `new` `(P, H, S, d)` written at `places` `(P, H, S, 3)`, exported as one `ScatterND`.
+    """Writes `new` `(P, H, S, d)` to `cache` `(P, H, C, d)` at `places` `(P, H, S, 3)`, as one `ScatterND`.
 
-    `ScatterND` copies rows of d numbers; `ScatterElements` writes number by number, fifteen times slower on ONNX Runtime's CPU provider.
-    It writes in place if input and output are bound to the same buffer. torch would export an indexed assignment as a dozen nodes for
-    each cache.
+    `ScatterND` copies rows of d numbers; `ScatterElements` writes number by number, fifteen times slower on ONNX
+    Runtime's CPU provider. It writes in place if input and output are bound to the same buffer. torch would export an
+    indexed assignment as a dozen nodes for each cache.
     """
 
     @staticmethod
@@ -60,7 +61,7 @@ def _places(slots: Tensor, heads: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer; computes what transformers' layer does, with fused projections and the scale folded into the query's weights."""
+    """transformers' decoder layer with fused projections, and the scale folded into the query's weights."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -101,9 +102,9 @@ class Decoder(nn.Module):
 
     Outputs: `logits` `(P, S, V)`, and per layer the self key and value in the shapes of the inputs.
 
-    Prefill, decode steps, beams and drafts are the same graph. A prompt has one cache whatever its number of beams: the S axis holds
-    the tokens of all beams, and `visible` alone says which slots are the history of which. Beams are so reordered, and rejected drafts
-    dropped, without copying the cache.
+    Prefill, decode steps, beams and drafts are the same graph. A prompt has one cache whatever its number of beams: the
+    S axis holds the tokens of all beams, and `visible` alone says which slots are the history of which. Beams are so
+    reordered, and rejected drafts dropped, without copying the cache.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:

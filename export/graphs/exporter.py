@@ -1,15 +1,19 @@
 """Exporting one torch module to one ONNX file through optimum, and comparing the file with the module.
 
-optimum is built around whole transformers models: an `OnnxConfig` generates dummy inputs, a patcher changes the model while it is traced,
-and a validation runs both sides. `export_graph` gives it a module with explicit example tensors instead. That needs some care:
+optimum is built around whole transformers models: an `OnnxConfig` generates dummy inputs, a patcher changes the model
+while it is traced, and a validation runs both sides. `export_graph` gives it a module with explicit example tensors
+instead. That needs some care:
 
-* optimum validates on the shapes that it traced with, which says nothing about the dynamic axes. Here it validates with another size
-  of every dynamic axis, and in this process: by default it spawns one, which needs a `__main__` guard in the caller.
-* While it exports and validates, optimum patches torch and transformers (masks without vmap, `use_cache` of every config). The errors
-  in the report are therefore measured on the unpatched module.
-* Its validation has one absolute tolerance for all outputs, whatever their scale. The errors are checked here, output by output;
-  optimum's tolerance is then set to twice the measured error, so that it still checks names, shapes, axes and the patched model.
-* torch folds the transpose of a `Linear` into a new initializer, so a tied embedding would be stored twice. `tidy` undoes this.
+* optimum validates on the shapes that it traced with, which says nothing about the dynamic axes. Here it validates with
+  another size of every dynamic axis, and in this process: by default it spawns one, which needs a `__main__` guard in
+  the caller.
+* While it exports and validates, optimum patches torch and transformers (masks without vmap, `use_cache` of every
+  config). The errors in the report are therefore measured on the unpatched module.
+* Its validation has one absolute tolerance for all outputs, whatever their scale. The errors are checked here, output
+  by output; optimum's tolerance is then set to twice the measured error, so that it still checks names, shapes, axes
+  and the patched model.
+* torch folds the transpose of a `Linear` into a new initializer, so a tied embedding would be stored twice. `tidy`
+  undoes this.
 """
 
 from __future__ import annotations
@@ -71,18 +75,20 @@ def export_graph(
     """Exports a module and compares the file with it.
 
     Args:
-        module: Called as `module(*inputs.values())`; returns one tensor, or a tuple in the order of `outputs`. In eval mode.
+        module: Called as `module(*inputs.values())`; returns one tensor, or a tuple in the order of `outputs`. In eval
+            mode.
         path: The `.onnx` file to write; beyond 2 GB the weights go to `<path>_data` beside it.
-        inputs: Example tensors by input name (dots are allowed), in call order. Axes with the same name have the same size. Use
-            sizes of at least 2: torch traces a broadcast axis of size 1 as a constant.
+        inputs: Example tensors by input name (dots are allowed), in call order. Axes with the same name have the same
+            size. Use sizes of at least 2: torch traces a broadcast axis of size 1 as a constant.
         outputs: Output names.
         dynamic_axes: Input or output name -> axis -> axis name. Axes not named here are fixed.
         opset: ONNX operator set; torch's TorchScript exporter supports up to 20.
         atol: Absolute error that always passes.
-        rtol: Bound on `OutputError.max_rel` for larger absolute errors. fp32 sums in another order differ by about 1e-6 of the
-            largest value, so an absolute bound alone would reject sound exports of models with large activations.
-        check_inputs: More inputs to compare on, besides `resized(inputs, dynamic_axes)`. Needed where repeated content is no valid
-            input.
+        rtol: Bound on `OutputError.max_rel` for larger absolute errors. fp32 sums in another order differ by about 1e-6
+            of the largest value, so an absolute bound alone would reject sound exports of models with large
+            activations.
+        check_inputs: More inputs to compare on, besides `resized(inputs, dynamic_axes)`. Needed where repeated content
+            is no valid input.
 
     Returns:
         The largest errors over all input sets.
@@ -107,8 +113,8 @@ def export_graph(
 class _NamedModule(torch.nn.Module):
     """Gives a module the signature that optimum needs: one parameter per input, and a dict of named outputs.
 
-    The parameters are named `in_0`, `in_1`, …, since ONNX input names may have dots, and a parameter named `past_key_values` would be
-    rewritten by optimum's patcher.
+    The parameters are named `in_0`, `in_1`, …, since ONNX input names may have dots, and a parameter named
+    `past_key_values` would be rewritten by optimum's patcher.
     """
 
     def __init__(self, module: torch.nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:

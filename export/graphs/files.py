@@ -59,8 +59,8 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def share_weights(model: onnx.ModelProto) -> None:
     """Replaces equal initializers by one, and an initializer that is the transpose of another by a `Transpose` node.
 
-    Of an embedding and its transpose, the one that a `Gather` reads is kept: a `Gather` of a `Transpose` could not be quantized. ONNX
-    Runtime folds the `Transpose` when it loads the graph, so it costs nothing per run.
+    Of an embedding and its transpose, the one that a `Gather` reads is kept: a `Gather` of a `Transpose` could not be
+    quantized. ONNX Runtime folds the `Transpose` when it loads the graph, so it costs nothing per run.
     """
     names: dict[str, str] = {}
     transposed: dict[str, str] = {}
@@ -96,7 +96,7 @@ def _rename_inputs(model: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def _insert_transposes(model: onnx.ModelProto, sources: dict[str, str]) -> None:
-    """Inserts `Transpose` nodes whose outputs have the names of the removed initializers, so that readers need no change."""
+    """Inserts `Transpose` nodes whose outputs take the names of the removed initializers, which nodes read."""
     for target, source in sources.items():
         node = onnx.helper.make_node("Transpose", [source], [target], name=f"transpose_{target}", perm=[1, 0])
         model.graph.node.insert(0, node)

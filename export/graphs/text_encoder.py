@@ -19,9 +19,9 @@ from .attention import POSITION_OFFSET, Projection, attend, masking_bias, merge_
 class TextEncoder(nn.Module):
     """Prompts and image features to the cross KV of every decoder layer.
 
-    Inputs: `input_ids` and `attention_mask` `(P, T)` int64, `image_features` `(P, N, D)`. Outputs: per decoder layer the cross key
-    `(P, H, d, E)` and value `(P, H, E, d)`. The keys are transposed once here, in the layout of the right factor of `query @ key`, and
-    not in every decode step.
+    Inputs: `input_ids` and `attention_mask` `(P, T)` int64, `image_features` `(P, N, D)`. Outputs: per decoder layer
+    the cross key `(P, H, d, E)` and value `(P, H, E, d)`. The keys are transposed once here, in the layout of the right
+    factor of `query @ key`, and not in every decode step.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
@@ -40,7 +40,8 @@ class TextEncoder(nn.Module):
         states = torch.cat([image_features, text], dim=1)
         positions = encoder.embed_positions.weight[POSITION_OFFSET : POSITION_OFFSET + states.shape[1]]
         states = encoder.layernorm_embedding(states + positions)
-        # Image tokens are always attended: 0 on the left. The float bias is padded, because the CUDA provider has no Pad for integers.
+        # Image tokens are always attended to: 0 on the left. The bias is padded and not the mask, because the CUDA
+        # provider has no Pad for integers.
         bias = functional.pad(masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
         for layer, project_query in zip(encoder.layers, self.queries, strict=True):
             attended = self._attention(layer.self_attn, project_query, states, bias)

@@ -1,7 +1,7 @@
 """Top-k outputs for a decoder graph, for execution providers whose memory is not the host's.
 
-A decode step returns 51289 logits for each row, of which a search uses the top-k. With these outputs the device finds them, and only
-they are copied to the host.
+A decode step returns 51289 logits for each row, of which a search uses the top-k. With these outputs the device finds
+them, and only they are copied to the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from florence_onnx.bundles.bundle import LOG_SUMS, TOP_IDS, TOP_VALUES
 from .files import save
 
 NUM_TOP = 32
-"""k. A beam search with 8 beams chooses among 16 candidates (2 per beam); 16 more may be forbidden before all logits are needed."""
+"""k. Beam search with 8 beams needs 16 candidates; 16 more may be forbidden before all logits are needed."""
 
 _AXIS = "top_scores/last_axis"
 _ZERO = "top_scores/zero"
@@ -27,9 +27,9 @@ _COUNT = "top_scores/count"
 def add_top_k(decoder: Path, target: Path) -> None:
     """Writes a copy of a decoder graph with three more outputs.
 
-    `top_values` `(P, S, k)` float32 and `top_ids` `(P, S, k)` int64 are the k largest logits in descending order and their token ids,
-    with k = min(`NUM_TOP`, V). `log_sums` `(P, S)` float32 is log Σ exp(logit - largest logit), so that a token's log-probability is
-    `value - largest value - log_sum`.
+    `top_values` `(P, S, k)` float32 and `top_ids` `(P, S, k)` int64 are the k largest logits in descending order and
+    their token ids, with k = min(`NUM_TOP`, V). `log_sums` `(P, S)` float32 is log Σ exp(logit - largest logit), so
+    that a token's log-probability is `value - largest value - log_sum`.
 
     Args:
         decoder: The `.onnx` file of a decoder of any precision; its `logits` `(P, S, V)` are float32.

@@ -19,7 +19,7 @@ from .attention import keep_axes, merge_heads, split_heads
 
 
 def with_residual(conv: nn.Conv2d) -> nn.Conv2d:
-    """Folds a residual connection into a depthwise convolution: `x + conv(x)` is `conv'(x)` with 1 added to the kernel's centre."""
+    """Folds the residual into a depthwise convolution: `x + conv(x)` only adds 1 to the centre of its kernel."""
     folded = copy.deepcopy(conv)
     height, width = folded.kernel_size
     with torch.no_grad():
@@ -52,24 +52,25 @@ def _to_tokens(grid: Tensor) -> Tensor:
 def _convolve(conv: nn.Conv2d, states: Tensor, size: tuple[int, int]) -> Tensor:
     """Applies a convolution to tokens `(B, H·W, C)`.
 
-    ONNX Runtime's CPU provider computes convolutions in a layout of blocked channels (NCHWc). If the permutations between NHWC and NCHW
-    are four-dimensional and adjacent to the convolution, its conversion to and from that layout absorbs them; otherwise each is a pass
-    over all activations.
+    ONNX Runtime's CPU provider computes convolutions in a layout of blocked channels (NCHWc). If the permutations
+    between NHWC and NCHW are four-dimensional and adjacent to the convolution, its conversion to and from that layout
+    absorbs them; otherwise each is a pass over all activations.
     """
     return _to_tokens(conv(_to_grid(states, size).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def _apply(linear: nn.Module, states: Tensor) -> Tensor:
-    """Applies a layer to tokens `(B, N, C)` as a two-dimensional product, which is exported as one `Gemm` with its bias.
+    """Applies a layer to tokens `(B, N, C)` as a two-dimensional product.
 
-    A product of three dimensions is exported as `MatMul` and `Add`. The int8 recipe quantizes the `Gemm` nodes.
+    It is exported as one `Gemm` with its bias, and a three-dimensional one as `MatMul` and `Add`. The int8 recipe
+    quantizes the `Gemm` nodes.
     """
     flat: Tensor = linear(states.reshape(-1, int(states.shape[2])))
     return flat.reshape(-1, int(states.shape[1]), int(flat.shape[1]))
 
 
 class _ConvEmbed(nn.Module):
-    """Patch embedding of a stage: pixels `(B, 3, H, W)` or the tokens `(B, H·W, C)` of the stage before, to this stage's tokens.
+    """Patch embedding: pixels `(B, 3, H, W)`, or tokens `(B, H·W, C)` of the stage before, to a stage's tokens.
 
     `size` is the grid `(H, W)` of the input tokens, or None for pixels.
     """
@@ -94,8 +95,9 @@ class WindowAttention(nn.Module):
 
     Windows that reach over the edge are padded with zeros. Those tokens are attended to, as in the original.
 
-    The grid is not split into windows first, which would be a permutation of its own. Tokens stay in row-major order through the
-    projections, and the permutation that splits queries, keys and values by head sorts them by window as well.
+    The grid is not split into windows first, which would be a permutation of its own. Tokens stay in row-major order
+    through the projections, and the permutation that splits queries, keys and values by head sorts them by window as
+    well.
     """
 
     def __init__(self, source: Any, size: tuple[int, int]) -> None:
@@ -136,14 +138,15 @@ class WindowAttention(nn.Module):
 class ChannelAttention(nn.Module):
     """Attention of channels to channels within groups, over all N tokens: `(B, N, C)` to `(B, N, C)`.
 
-    The scores of a group are `Q'K`, sums over the tokens, and depend on the tokens `x` only through `x'x` and their sum `s`:
-    `(x Wq + bq)'(x Wk + bk) = Wq'(x'x)Wk + (Wq's)bk' + bq(Wk's)' + N bq bk'`. The rest is linear in each token: value projection,
-    attention `A` and output projection are one product with `Wv A' Wp`. That is two products over all tokens (`x'x` and this one)
-    instead of four, in Florence-2-base 6 % less arithmetic.
+    The scores of a group are `Q'K`, sums over the tokens, and depend on the tokens `x` only through `x'x` and their sum
+    `s`: `(x Wq + bq)'(x Wk + bk) = Wq'(x'x)Wk + (Wq's)bk' + bq(Wk's)' + N bq bk'`. The rest is linear in each token:
+    value projection, attention `A` and output projection are one product with `Wv A' Wp`. That is two products over all
+    tokens (`x'x` and this one) instead of four, in Florence-2-base 6 % less arithmetic.
 
-    fp16 ends at 65504, which `x'x` and `s` exceed as sums over up to 36864 tokens. Therefore they are computed from `x / r`, r being
-    the power of two nearest to √N: then `x'x` is divided by about N, and is a mean instead of a sum. The buffers that multiply the
-    sums make up for the factor. Powers of two change only the exponent, so the fp32 result is the same to the last bit.
+    fp16 ends at 65504, which `x'x` and `s` exceed as sums over up to 36864 tokens. Therefore they are computed from
+    `x / r`, r being the power of two nearest to √N: then `x'x` is divided by about N, and is a mean instead of a sum.
+    The buffers that multiply the sums make up for the factor. Powers of two change only the exponent, so the fp32
+    result is the same to the last bit.
     """
 
     query: Tensor
@@ -170,7 +173,7 @@ class ChannelAttention(nn.Module):
         self.register_buffer("key", weights[1].t().contiguous())
         self.register_buffer("key_bias", biases[1].transpose(1, 2).contiguous())
         self.register_buffer("constant", num_tokens * biases[0] * scale @ biases[1].transpose(1, 2))
-        # The bias is appended as one more input channel (homogeneous coordinates), so that A is applied to both in one product.
+        # The bias is appended as one more input channel, so that one product applies A to both.
         value = torch.cat([weights[2].reshape(groups, -1, channels), biases[2]], dim=2)
         self.register_buffer("value", value.transpose(1, 2).contiguous())
         self.register_buffer("proj", source.proj.weight.detach().t().contiguous())
@@ -219,7 +222,7 @@ class DirectChannelAttention(nn.Module):
 
 
 def channel_attention(source: Any, num_tokens: int) -> nn.Module:
-    """Chooses the cheaper of the two forms: `ChannelAttention` saves two products of N·C² operations and adds two of C³."""
+    """Chooses the cheaper form: `ChannelAttention` saves two products of N·C² operations and adds two of C³."""
     is_cheaper = source.proj.weight.shape[0] < num_tokens
     return (ChannelAttention if is_cheaper else DirectChannelAttention)(source, num_tokens)
 
@@ -245,7 +248,7 @@ class _Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """`pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`; the first of the N tokens is the mean of the others."""
+    """`pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`; the first token is the mean of the others."""
 
     def __init__(self, model: Florence2ForConditionalGeneration, image_size: tuple[int, int]) -> None:
         """Takes the weights over from a model.
@@ -288,7 +291,7 @@ def _convolved(conv: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _position_table(projector: Any, size: tuple[int, int]) -> Tensor:
-    """Returns the position embedding `(H·W, C)`: learned column and row embeddings concatenated, plus the embedding of frame 0.
+    """Returns the position embedding `(H·W, C)`: column and row embeddings concatenated, plus that of frame 0.
 
     Florence-2 has a temporal embedding for videos; an image is a video of one frame.
     """

@@ -2,11 +2,13 @@
 
 There are two forms, for what limits a graph on a CPU:
 
-* The encoders multiply hundreds of tokens by every weight and are limited by arithmetic. `DynamicQuantizeMatMul` multiplies 8-bit
-  integers. It quantizes activations with one scale for the whole tensor, found in every call. All rows of a batch share that scale, so
-  a row's result depends slightly on the other rows of its batch, and a batch need not give the very tokens of single calls.
-* The decoder reads every weight for a few tokens and is limited by memory bandwidth. `MatMulNBits` stores 8 or 4 bits per weight in
-  blocks of 32 with one scale each. It quantizes activations row by row, so no row depends on its neighbours in the batch.
+* The encoders multiply hundreds of tokens by every weight and are limited by arithmetic. `DynamicQuantizeMatMul`
+  multiplies 8-bit integers. It quantizes activations with one scale for the whole tensor, found in every call. All rows
+  of a batch share that scale, so a row's result depends slightly on the other rows of its batch, and a batch need not
+  give the very tokens of single calls.
+* The decoder reads every weight for a few tokens and is limited by memory bandwidth. `MatMulNBits` stores 8 or 4 bits
+  per weight in blocks of 32 with one scale each. It quantizes activations row by row, so no row depends on its
+  neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ Floats = npt.NDArray[np.float32]
 BLOCK_SIZE = 32
 """Weights that share a scale. `MatMulNBits` offers 16, 32 and more."""
 INT8_ACCURACY = 4
-"""`accuracy_level` of `MatMulNBits` at which activations are quantized to 8 bits; otherwise weights are expanded to fp32."""
+"""`accuracy_level` of `MatMulNBits` that quantizes activations to 8 bits; otherwise weights are expanded to fp32."""
 MAX_DYNAMIC_WEIGHT = 63
-"""Largest quantized weight: 7 bits. CPUs without VNNI add two 8-bit products in 16 bits, which full 8-bit weights overflow."""
+"""Largest quantized weight: 7 bits. CPUs without VNNI add two products in 16 bits, which 8-bit weights overflow."""
 MIN_WIDTH = 16
 """Products with fewer input or output channels stay in fp32: they take no time."""
 
@@ -50,12 +52,15 @@ class _Product:
 
 
 def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) -> None:
-    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place. Weights have a scale per output channel.
+    """Replaces products of activations and weights by `DynamicQuantizeMatMul`, in place.
+
+    Weights have a scale per output channel, activations one for the whole tensor.
 
     Args:
         path: The `.onnx` file.
-        kinds: The operators to replace. In the vision encoder the linear layers are `Gemm` nodes. Its `MatMul` nodes with constants
-            multiply sums over all tokens (`vision_encoder.ChannelAttention`), whose range is too large for 8 bits.
+        kinds: The operators to replace. In the vision encoder the linear layers are `Gemm` nodes. Its `MatMul` nodes
+            with constants multiply sums over all tokens (`vision_encoder.ChannelAttention`), whose range is too large
+            for 8 bits.
     """
     model = onnx.load(str(path))
     for product in list(_products(model)):
@@ -67,8 +72,8 @@ def to_dynamic_int8(path: Path, *, kinds: tuple[str, ...] = ("MatMul", "Gemm")) 
 def to_blocks(path: Path, *, bits: int) -> None:
     """Replaces every product of activations and weights by `MatMulNBits`, in place.
 
-    The language model head always has 8 bits: it tells apart location tokens whose rows differ little from their neighbours'. The token
-    embedding, which is the same matrix, is read from the same bytes.
+    The language model head always has 8 bits: it tells apart location tokens whose rows differ little from their
+    neighbours'. The token embedding, which is the same matrix, is read from the same bytes.
 
     Args:
         path: The `.onnx` file.
@@ -146,8 +151,8 @@ class _Blocks:
         """Quantizes a weight `(N, K)`. The zero point is the middle of the range, the default of `MatMulNBits`."""
         middle = 1 << (bits - 1)
         blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
-        # The range is -middle to middle - 1. The value of largest magnitude is mapped to -middle, whatever its sign (the scale may be
-        # negative), so that the whole range is used.
+        # The range is -middle to middle - 1. The value of largest magnitude is mapped to -middle whatever its sign (the
+        # scale may be negative), so that the whole range is used.
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
         scales = np.where(extreme == 0, np.float32(1), extreme / np.float32(-middle)).astype(np.float32)
         values = np.clip(np.rint(blocks / scales) + middle, 0, 2 * middle - 1).astype(np.uint8)
@@ -184,7 +189,7 @@ def _block_node(model: onnx.ModelProto, product: _Product, blocks: _Blocks) -> o
 
 
 def _read_embedding(model: onnx.ModelProto, gather: onnx.NodeProto, name: str, blocks: _Blocks) -> None:
-    """Replaces the embedding's `Gather` by one from the head's quantized bytes, which are stored once (`bundles/weights.py`)."""
+    """Replaces the embedding's `Gather` by one from the head's bytes, stored once (`bundles/weights.py`)."""
     inputs = [
         _add(model, f"{name}_rows", blocks.values.reshape(len(blocks.values), -1)),
         gather.input[1],

@@ -47,8 +47,9 @@ class Encoder(nn.Module):
 class FirstDecoder(nn.Module):
     """The decoder without a cache.
 
-    `encoder_attention_mask` `(B, E)`, `encoder_hidden_states` `(B, E, D)`, `inputs_embeds` `(B, S, D)` to `logits` `(B, S, V)` and
-    per layer self key, self value `(B, H, S, d)`, cross key, cross value `(B, H, E, d)`.
+    Inputs: `encoder_attention_mask` `(B, E)`, `encoder_hidden_states` `(B, E, D)`, `inputs_embeds` `(B, S, D)`.
+    Outputs: `logits` `(B, S, V)`, and per layer self key, self value `(B, H, S, d)`, cross key, cross value
+    `(B, H, E, d)`.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
@@ -73,9 +74,10 @@ class FirstDecoder(nn.Module):
 class NextDecoder(nn.Module):
     """The decoder with a cache.
 
-    `encoder_attention_mask` `(B, E)`, `inputs_embeds` `(B, S, D)` and the cache (per layer self key, self value `(B, H, P, d)`, cross
-    key, cross value `(B, H, E, d)`) to `logits` `(B, S, V)` and per layer self key, self value `(B, H, P + S, d)`. The cross KV is not
-    returned: the caller has it, and in fp16 ONNX Runtime rejects a branch whose output is one of its inputs.
+    Inputs: `encoder_attention_mask` `(B, E)`, `inputs_embeds` `(B, S, D)`, and per layer self key, self value
+    `(B, H, P, d)`, cross key, cross value `(B, H, E, d)`. Outputs: `logits` `(B, S, V)`, and per layer self key, self
+    value `(B, H, P + S, d)`. The cross KV is not returned: the caller has it, and in fp16 ONNX Runtime rejects a branch
+    whose output is one of its inputs.
     """
 
     def __init__(self, model: Florence2ForConditionalGeneration) -> None:
@@ -123,7 +125,7 @@ def _bias(visible: Tensor) -> Tensor:
 
 
 def _causal_bias(length: int, past_length: int) -> Tensor:
-    """Returns the causal mask `(S, P + S)`: a new token attends to all past tokens, and to the new ones up to itself."""
+    """Returns the causal bias `(S, P + S)`: a new token attends to past tokens, and to new ones up to itself."""
     rows = torch.arange(length)[:, None] + past_length
     return _bias(torch.arange(length + past_length)[None, :] <= rows)
 

@@ -18,7 +18,7 @@ NEXT = "decoder_with_past_model"
 
 
 def plans(checkpoint: Checkpoint) -> Iterator[GraphPlan]:
-    """Yields the plans of the vision encoder, the token embedding, the encoder, and the decoder without and with a cache."""
+    """Yields the plans of vision encoder, token embedding, text encoder, and decoder without and with a cache."""
     model = checkpoint.model
     text = model.config.text_config
     generator = torch.Generator().manual_seed(0)

@@ -5,11 +5,13 @@
 | `vision_encoder` | `pixel_values` | `image_features` |
 | `embed_tokens` | `input_ids` | `inputs_embeds` |
 | `encoder_model` | `attention_mask`, `inputs_embeds` | `last_hidden_state` |
-| `decoder_model_merged` | encoder mask and states, `inputs_embeds`, `past_key_values.*`, `use_cache_branch` | `logits`, `present.*` |
+| `decoder_model_merged` | encoder mask and states, `inputs_embeds`, `past_key_values.*`, `use_cache_branch` | `logits`,
+`present.*` |
 
-The merged decoder is an `If` of two graphs that share their weights, made by optimum. When it is called with a cache, its
-`present.*.encoder.*` are empty, and the caller keeps those of the first step. The batch axis of `past_key_values.*` must be named
-`batch_size`: transformers.js looks for that name, and otherwise creates a cache with 0 rows without an error.
+The merged decoder is an `If` of two graphs that share their weights, made by optimum. When it is called with a cache,
+its `present.*.encoder.*` are empty, and the caller keeps those of the first step. The batch axis of `past_key_values.*`
+must be named `batch_size`: transformers.js looks for that name, and otherwise creates a cache with 0 rows without an
+error.
 """
 
 from __future__ import annotations
@@ -118,9 +120,10 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress
 def _to_fp16(path: Path) -> None:
     """Converts a graph's weights and arithmetic to fp16, in place; inputs and outputs stay fp32.
 
-    The two decoders are converted before they are merged. Converting the merged graph would put the casts of its outputs outside the
-    `If`, and let a branch return a value of the outer graph, which ONNX Runtime rejects. LayerNormalization stays in fp32, because ONNX
-    Runtime's `SimplifiedLayerNormFusion` fails on the casts around an fp16 one.
+    The two decoders are converted before they are merged. Converting the merged graph would put the casts of its
+    outputs outside the `If`, and let a branch return a value of the outer graph, which ONNX Runtime rejects.
+    LayerNormalization stays in fp32, because ONNX Runtime's `SimplifiedLayerNormFusion` fails on the casts around an
+    fp16 one.
     """
     converted = convert_float_to_float16(
         onnx.load(str(path)), keep_io_types=True, op_block_list=["LayerNormalization"], max_finite_val=FP16_MAX
@@ -142,8 +145,8 @@ def _merge(first: Path, following: Path, merged: Path) -> None:
 def _merged_errors(path: Path, first: GraphPlan, following: GraphPlan) -> dict[str, OutputError]:
     """Returns the errors of both branches.
 
-    The merged graph has the inputs of both. Those that a branch does not read are fed as a caller feeds them: an empty cache at the
-    first step, and the encoder's hidden states after it.
+    The merged graph has the inputs of both. Those that a branch does not read are fed as a caller feeds them: an empty
+    cache at the first step, and the encoder's hidden states after it.
     """
     branches = []
     for plan, other, flag in ((first, following, False), (following, first, True)):

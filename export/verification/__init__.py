@@ -1,7 +1,8 @@
 """Comparing a bundle with its checkpoint, and bundles with one another.
 
-In: a checkpoint or an fp32 bundle as the reference, and bundles. Out: the errors of the graphs and the share of equal tokens, which
-every export checks (`checks`); or figures task by task, which `florence-onnx-export verify` prints (`comparison`, `report`).
+In: a checkpoint or an fp32 bundle as the reference, and bundles. Out: the errors of the graphs and the share of equal
+tokens, which every export checks (`checks`); or figures task by task, which `florence-onnx-export verify` prints
+(`comparison`, `report`).
 
     reference    transformers' own `generate` and logits
     checks       bounds on the graphs and on the tokens, for every export

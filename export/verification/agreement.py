@@ -1,4 +1,4 @@
-"""Figures of how much two models agree: for each pair of answers, then aggregated. Pure functions; no model is run here.
+"""Figures of how much two models agree: for each pair of answers, then aggregated. Pure functions, without models.
 
 Coordinates are compared in location bins, 1000 to a side, so that the figures do not depend on the size of the images.
 """
@@ -189,7 +189,7 @@ def compare_boxes(expected: Answer, answer: Answer) -> BoxAgreement | None:
 
 
 def labelled_boxes(answer: Answer) -> list[LabelledBox]:
-    """Returns the label and bounding box `(x0, y0, x1, y1)`, in bins, of every box, quad box and polygon of an answer."""
+    """Returns label and bounding box `(x0, y0, x1, y1)`, in bins, of every box, quad box and polygon."""
     results = answer.results
     found: Sequence[Any] = ()
     if isinstance(results, BoundingBoxes):
@@ -240,7 +240,7 @@ def compare_logits(expected: Floats, logits: Floats) -> LogitAgreement:
     """
     if expected.shape != logits.shape or not len(expected):
         raise ValueError(f"logits of shapes {expected.shape} and {logits.shape} cannot be compared")
-    # Row by row: 1024 positions of 51289 logits take 210 MB, and the formulas below need a dozen temporaries of that size.
+    # Row by row: 1024 positions of 51289 logits take 210 MB, and the formulas need a dozen such temporaries.
     rows = [_compare_row(a, b) for a, b in zip(expected, logits, strict=True)]
     max_abs, mean_abs, kl, top1 = np.array(rows, dtype=np.float64).T
     return LogitAgreement(len(rows), max_abs.max(), float(mean_abs.mean()), float(kl.mean()), float(top1.mean()))
@@ -267,13 +267,14 @@ def _log_probabilities(logits: Floats) -> npt.NDArray[np.float64]:
 def summarise(comparisons: Sequence[Comparison]) -> Figures:
     """Aggregates comparisons.
 
-    Token agreement, box and logit figures are over all tokens, boxes and positions; the others are means over the answers.
+    Token agreement, box and logit figures are over all tokens, boxes and positions; the others are means over the
+    answers.
 
     Raises:
         ValueError: There is no comparison.
     """
     if not comparisons:
-        raise ValueError("no comparison to sum up")
+        raise ValueError("there is no comparison to aggregate")
     num_tokens = sum(each.num_tokens for each in comparisons)
     boxes = [each.boxes for each in comparisons if each.boxes is not None]
     logits = [each.logits for each in comparisons if each.logits is not None]

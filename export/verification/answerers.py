@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _RECENT = 64
-"""Answers that are cached. Those of one image suffice: questions with text or a region are made from other answers about it."""
+"""Answers that are cached: enough for one image, whose questions are made from other answers about it."""
 
 
 class Answerer(Protocol):
@@ -137,7 +137,8 @@ def open_reference(name: str, generation: GenerationDefaults, *, device: str = "
 
     Args:
         name: An fp32 bundle, or the folder or hub id of a checkpoint.
-        generation: The generation defaults of a bundle that was exported from the checkpoint; used if `name` is a checkpoint.
+        generation: The generation defaults of a bundle that was exported from the checkpoint; used if `name` is a
+            checkpoint.
         device: The device of a bundle.
 
     Raises:

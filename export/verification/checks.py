@@ -25,13 +25,14 @@ from .photograph import PHOTOGRAPH
 MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.5, "int4": 0.9}
 """Bound on `OutputError.max_rel` of every output of a graph, by precision.
 
-In fp32 another order of the sums changes an output by about 1e-6 of its largest value. In fp16 every value is rounded by up to 2**-11
-(5e-4), layer after layer. In int8 and int4 the errors depend on the weights, and those of random weights are large, so these two bounds
-catch broken conversions only; `python -m export verify` measures how good a conversion is.
+In fp32 another order of the sums changes an output by about 1e-6 of its largest value. In fp16 every value is rounded
+by up to 2**-11 (5e-4), layer after layer. In int8 and int4 the errors depend on the weights, and those of random
+weights are large, so these two bounds catch broken conversions only; `python -m export verify` measures how good a
+conversion is.
 """
 
 EXACT = ("fp32",)
-"""Precisions in which every token must equal the checkpoint's. The others choose differently where two logits are close."""
+"""Precisions in which every token must equal the checkpoint's. Others may differ where two logits are close."""
 
 SEARCHES = {
     "greedy": GenerationOptions(num_beams=1, max_new_tokens=48),

@@ -73,8 +73,8 @@ def compare_models(
         for options in searches:
             num_given = len(initial_tokens(reference.generation.resolve(options)))
             expected = reference.answer(question, options)
-            # Logits are compared along the reference's answer: after a first different token, the candidate's own answer has
-            # another history, and a difference of logits would say nothing about precision.
+            # Logits are compared along the reference's answer. After its first different token, the candidate's own
+            # answer has another history, and a difference of logits would say nothing about precision.
             logits = reference.score(question, expected.token_ids)[num_given - 1 :]
             for candidate in candidates:
                 answer = candidate.answer(question, options)

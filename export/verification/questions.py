@@ -69,7 +69,7 @@ def find_images(folder: Path, limit: int | None = None) -> tuple[list[Path], lis
         ImageNotFoundError: `folder` is not a folder, or holds no image.
     """
     if not folder.is_dir():
-        raise ImageNotFoundError(f"{folder} is no folder; give one that holds images")
+        raise ImageNotFoundError(f"{folder} is not a folder; give one with images")
     found: list[Path] = []
     others: list[Path] = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -77,7 +77,7 @@ def find_images(folder: Path, limit: int | None = None) -> tuple[list[Path], lis
             break
         (found if _is_image(path) else others).append(path)
     if not found:
-        raise ImageNotFoundError(f"{folder} holds no image that can be read, among {len(others)} files")
+        raise ImageNotFoundError(f"{folder} has no readable image among its {len(others)} files")
     return found, others
 
 
@@ -100,8 +100,8 @@ def make_questions(
 ) -> Iterator[Question]:
     """Makes one question per task; text and region inputs come from the reference's own answers about the image.
 
-    The text input is the reference's caption for phrase grounding, and the label of its first detected object for other tasks. The
-    region input is the box of that object.
+    The text input is the reference's caption for phrase grounding, and the label of its first detected object for other
+    tasks. The region input is the box of that object.
 
     Args:
         image: The image.

@@ -115,8 +115,8 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
 def _arguments(checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
     """Arguments of `generate`: the options over the checkpoint's defaults.
 
-    Keyword arguments, and not a `GenerationConfig`: transformers 4.57 replaces those fields of a config that have transformers' default
-    value by the model's own.
+    Keyword arguments, and not a `GenerationConfig`: transformers 4.57 replaces those fields of a config that have
+    transformers' default value by the model's own.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
     known = {name: checkpoint.generation[name] for name in vars(options) if checkpoint.generation.get(name) is not None}

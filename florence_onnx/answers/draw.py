@@ -47,8 +47,8 @@ _SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
-# Pillow does not antialias: shapes are drawn this many times larger and reduced. Above a megapixel the larger factor
-# would take too much memory.
+# Pillow does not antialias: shapes are drawn this many times larger and reduced. For masks above a megapixel a smaller
+# factor saves time and memory.
 _SUPERSAMPLING = 3
 _SUPERSAMPLING_ABOVE_MEGAPIXEL = 2
 _MEGAPIXEL = 1 << 20
@@ -93,9 +93,9 @@ def draw(
         results: BoundingBoxes, OCRBoundingBox or PolygonOutput, in pixels of `image`.
         line_width: Width of outlines in pixels; None for 1/250 of the shorter side, at least 2.
         font_size: Font size in pixels; None for 1/32 of the shorter side, at least 11.
-        font: A TrueType or OpenType file for the labels. None takes Pillow's own font, which has ASCII only, and for other
-            labels a common font of the system. If none is installed, accents are dropped and letters of other scripts are
-            drawn as empty boxes: pass a font that has them.
+        font: A TrueType or OpenType file for the labels. None takes Pillow's own font, which has ASCII only, and for
+            other labels a common font of the system. If none is installed, accents are dropped and letters of other
+            scripts are drawn as empty boxes: pass a font that has them.
 
     Returns:
         A new RGB image of the same size.
@@ -287,7 +287,7 @@ class _Tags:
         return "\n".join(textwrap.wrap(printable, num_characters, max_lines=_MAX_LINES, placeholder="…")) or " "
 
     def _place(self, shape: _Shape, width: int, height: int) -> _Box:
-        """The first free place of six: above, inside at the top, below, inside at the bottom, then above and below at the right."""
+        """Chooses the first place for a tag that no other tag covers, or the first of all if there is none."""
         left, top, right, bottom = (round(edge) for edge in shape.bounds)
         line = self._line_width
         corners = (

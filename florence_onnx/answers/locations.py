@@ -1,8 +1,9 @@
 """Pixels to Florence-2's 1000 location bins and back, and the tokens `<loc_0>` to `<loc_999>` for the bins.
 
-Each axis of the image is divided into 1000 bins of equal width. A coordinate is quantized to the bin that contains it and
-dequantized to the middle of that bin. All arithmetic is float32, as in the reference (Microsoft's `processing_florence2.py`):
-in float64 a coordinate at the edge of a bin can fall into its neighbour, and truncated pixels differ for some image sizes.
+Each axis of the image is divided into 1000 bins of equal width. A coordinate is quantized to the bin that contains it
+and dequantized to the middle of that bin. All arithmetic is float32, as in the reference (Microsoft's
+`processing_florence2.py`): in float64 a coordinate at the edge of a bin can fall into its neighbour, and truncated
+pixels differ for some image sizes.
 
 Flat coordinate lists alternate x and y (`x1, y1, x2, y2, …`), origin top left; `size` is always `(width, height)`.
 """
@@ -28,8 +29,8 @@ Size: TypeAlias = tuple[int, int]
 """(width, height) of an image in pixels."""
 
 _LOCATION = re.compile(r"<loc_(\d+)>")
-# Generated text may contain any number. Beyond 18 digits it saturates at 10**18, which is outside every image and still an
-# int64; and `int` raises ValueError for more than 4300 digits.
+# Generated text may contain any number. Beyond 18 digits it saturates at 10**18, which is outside every image and still
+# an int64; and `int` raises ValueError for more than 4300 digits.
 _MAX_DIGITS = 18
 _SATURATED_BIN = 10**_MAX_DIGITS
 
@@ -129,7 +130,7 @@ def _to_bin(digits: str) -> int:
 
 
 def to_boxes(bins: Sequence[int], size: Size) -> list[tuple[float, float, float, float]]:
-    """Dequantizes bins to boxes, four bins a box; an incomplete last box is dropped.
+    """Dequantizes bins to boxes, four bins per box; an incomplete last box is dropped.
 
     Args:
         bins: x1, y1, x2, y2 of the first box, then of the next.

@@ -127,7 +127,8 @@ def polygons(text: str, size: Size) -> PolygonOutput:
 
     Returns:
         One polygon for each part between separators, with an empty label (`<sep>` where one comes before the second
-        location token of the run, as in the reference). A part with a single location token is a polygon without points.
+        location token of the run, as in the reference). A part with a single location token is a polygon without
+        points.
     """
     found: list[tuple[Polygon, ...]] = []
     for run in _POLYGON_RUN.findall(_remove_special_tokens(text)):
@@ -181,7 +182,8 @@ def _phrases(text: str, run_pattern: re.Pattern[str]) -> Iterator[tuple[str, str
     yields `od>car`), as in the reference.
     """
     # Where no run follows a piece, none follows any suffix of it either, because they end at the same character. The
-    # search therefore goes on behind the whole piece, which makes it linear; a regular expression would try each suffix.
+    # search therefore goes on behind the whole piece, which makes it linear; a regular expression would try each
+    # suffix.
     position = 0
     while head := _TEXT.search(text, position):
         run = run_pattern.match(text, head.end())

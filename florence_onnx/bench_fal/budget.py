@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from florence_onnx.bench_fal.journal import Journal
-from florence_onnx.bench_fal.pace import Clock, Pace
 from florence_onnx.bench_fal.plan import Call
+from florence_onnx.bench_fal.rate_limit import Clock, Pace
 from florence_onnx.errors import FlorenceError
 
 

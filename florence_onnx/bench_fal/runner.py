@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from florence_onnx.bench_fal.budget import BudgetSpentError
 from florence_onnx.bench_fal.journal import Finished, Journal, without_image
-from florence_onnx.bench_fal.pace import Clock
 from florence_onnx.bench_fal.plan import Call
+from florence_onnx.bench_fal.rate_limit import Clock
 from florence_onnx.bench_fal.targets import Reply, Target
 from florence_onnx.bench_fal.transport import CallFailedError
 

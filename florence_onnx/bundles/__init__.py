@@ -1,7 +1,7 @@
-"""What lies on disk or on the hub.
+"""Models on disk and on the hub.
 
-In: a directory, a repository's name, or `"demo"`. Out: a `Bundle` (`bundle.read`, `hub.resolve`): where its graphs
-are, the model's sizes, its generation defaults, what its verification measured; its tokenizer (`tokenizer`); and what
-device memory it is going to need (`memory`). Called by `runtime`, `inference`, `loading` and the export; opens no
-session.
+In: a directory, the name of a hub repository, or `"demo"`. Out: a `Bundle` (`bundle.read`, `hub.resolve`) with the
+paths of its graphs, the model's sizes, its generation defaults and what its verification measured; its tokenizer
+(`tokenizer`); and an estimate of the device memory that it needs (`memory`). Called by `runtime`, `inference`,
+`loading` and the export; opens no session.
 """

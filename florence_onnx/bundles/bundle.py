@@ -1,8 +1,8 @@
-"""The model on disk: what a bundle consists of, how it is read, checked and described.
+"""The model on disk: what a bundle consists of, and how it is read, checked and described.
 
-A bundle is a directory with `florence_onnx.json`, three graphs, of the decoder another form for accelerators,
-`tokenizer.json` and `generation_config.json`. The
-directory layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
+A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder
+that selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
+`onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from florence_onnx.errors import (
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
 
 FORMAT_VERSION = 3
-"""3: every token has a slot of the decoder's cache to itself, and accelerators have a decoder that looks for the best tokens."""
+"""Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
 DESCRIPTION = "florence_onnx.json"
 VISION_ENCODER = "vision_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 DECODER = "decoder.onnx"
 DECODER_TOP = "decoder_top.onnx"
-"""The decoder that also gives the best logits, `TOP_VALUES` and so on: what an accelerator runs instead of `DECODER`."""
+"""The decoder with the top-k logits as further outputs (`TOP_VALUES`, `TOP_IDS`, `LOG_SUMS`), which accelerators run
+instead of `DECODER`."""
 GRAPHS = (VISION_ENCODER, TEXT_ENCODER, DECODER, DECODER_TOP)
 TOP_VALUES = "top_values"
 TOP_IDS = "top_ids"
 LOG_SUMS = "log_sums"
 WEIGHTS = "weights.data"
-"""The large tensors of all graphs, each stored once."""
+"""The large tensors of all graphs; those that graphs share are stored once."""
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 DEMO = "demo"
@@ -45,9 +46,10 @@ DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
 
 JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
 MAX_HASHED_BYTES = 32 * 2**20
-"""Largest file whose content is checked at every load; hashing gigabytes would be felt."""
+"""Largest file whose hash is checked at every load. Hashing gigabytes would slow down every start; of larger files
+only the size is checked."""
 JS_VERIFICATION = "verification.json"
-"""Where an export in the layout of transformers.js notes what it measured; that layout has no place for it."""
+"""Where an export in the layout of transformers.js, which has no file of its own for that, records its verification."""
 
 _DECODER_INPUTS = ("input_ids", "positions", "slots", "visible", "encoder_attention_mask", "past_key_values.0.key")
 KEY_INPUTS: dict[str, tuple[str, ...]] = {
@@ -60,7 +62,7 @@ KEY_INPUTS: dict[str, tuple[str, ...]] = {
     "encoder_model": ("attention_mask", "inputs_embeds"),
     "decoder_model_merged": ("inputs_embeds", "encoder_hidden_states", "use_cache_branch"),
 }
-"""Inputs that tell whether a file is the graph that its name says."""
+"""Inputs that a file must have to be the graph that its name says."""
 
 JS_SUFFIXES = {
     "fp32": "",
@@ -71,42 +73,42 @@ JS_SUFFIXES = {
     "q4f16": "_q4f16",
     "bnb4": "_bnb4",
 }
-"""File name suffix of each precision in the layout of transformers.js."""
+"""File name suffix by precision in the layout of transformers.js."""
 
 PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
-"""Which bundle of several is taken on a CPU: first the fastest of those whose answers were found as good as fp32's."""
+"""Which bundle of several to read on a CPU, first choice first. int8 is the fastest that answers as well as fp32."""
 
 Layout = Literal["florence_onnx", "transformers.js"]
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Everything about the model that the runtime must know."""
+    """The sizes and constants of a model that the runtime needs."""
 
     image_size: tuple[int, int]
-    """`(width, height)` in pixels that the vision encoder takes."""
+    """Input size of the vision encoder, `(width, height)` in pixels."""
     image_mean: tuple[float, float, float]
-    """Subtracted from channels scaled to 0..1."""
+    """Mean of red, green and blue, on the scale 0 to 1; see `images.preprocessing`."""
     image_std: tuple[float, float, float]
-    """Divides the centred channels."""
+    """Standard deviation of red, green and blue, on the scale 0 to 1."""
     decoder_layers: int
     decoder_heads: int
     head_dim: int
     max_positions: int
-    """Most tokens of the encoder (image and text) and of the decoder."""
+    """Most tokens of the encoder (image and text together) and of the decoder."""
     vocab_size: int
-    """Rows of the language model head, padding rows included."""
+    """V, the rows of the language model head, padding rows included."""
     num_image_tokens: int
-    """Rows of `image_features` per image."""
+    """N, the rows of `image_features` per image."""
     pad_token_id: int
 
     @property
     def width(self) -> int:
-        """Columns of `image_features`."""
+        """D, the columns of `image_features`."""
         return self.decoder_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        """Raises BundleFormatError for values of a wrong kind, which would otherwise fail far from here."""
+        """Raises BundleFormatError for values of the wrong type, which would fail later with an obscure error."""
         for name, value in vars(self).items():
             length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
             numbers = (value,) if length is None else value
@@ -121,7 +123,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model directory, read and checked, no graph loaded."""
+    """A model directory that was read and checked; no graph is loaded."""
 
     path: Path
     layout: Layout
@@ -129,13 +131,13 @@ class Bundle:
     sizes: ModelSizes
     generation: GenerationDefaults
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What it was exported from."""
+    """Name, revision, layout and dtype of the checkpoint that it was exported from."""
     verification: Mapping[str, Any] = field(default_factory=dict)
-    """What its export measured."""
+    """The differences from the checkpoint that its export measured."""
     vision_precision: str | None = None
-    """Of the vision encoder, where it is not `precision`."""
+    """Precision of the vision encoder, where it differs from `precision`."""
     memory: Mapping[str, Any] = field(default_factory=dict)
-    """What its graphs need on a device; see `florence_onnx.bundles.memory`. Empty where that is not known."""
+    """Device memory of its graphs, for `florence_onnx.bundles.memory`; empty where it is not known."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -145,14 +147,14 @@ class Bundle:
 
     @property
     def graphs(self) -> dict[str, Path]:
-        """Names and paths of all graphs: first the vision encoder, then the text graphs."""
+        """Paths of all graphs by name: the vision encoder, then the text graphs."""
         return {name: self.graph(name) for name in (GRAPHS if self.layout == "florence_onnx" else JS_GRAPHS)}
 
     def stages(self, *, is_resident: bool = False) -> dict[str, Path]:
-        """Names and paths of the graphs that a model runs, in the order of `graphs`.
+        """Paths of the graphs that one model loads, by name, in the order of `graphs`.
 
         Args:
-            is_resident: Whether everything between the graphs stays in a device's memory.
+            is_resident: Whether features and KV caches stay in device memory, for which the decoder selects the top-k.
         """
         if self.layout != "florence_onnx":
             return self.graphs
@@ -168,18 +170,18 @@ class Bundle:
 
 
 def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> Bundle:
-    """Reads a bundle directory of either layout, or one of several bundles that lie in it by their precision.
+    """Reads a bundle of either layout, or one of several bundles in subdirectories named after their precision.
 
     Args:
         path: The directory.
-        precision: Required precision; None takes what is there (fp32 in the transformers.js layout).
-        preferred: Which of several bundles to take when `precision` is None, best first.
+        precision: Required precision. None accepts any; in the layout of transformers.js it means fp32.
+        preferred: Which of several bundles to read if `precision` is None, first choice first.
 
     Raises:
-        BundleNotFoundError: It is not a bundle.
+        BundleNotFoundError: The directory is not a bundle and contains none.
         BundleFileMissingError: A file is missing.
-        BundleFormatError: The description is unreadable, of another format, or of another precision.
-        CorruptGraphError: A file does not have its recorded size, or (up to `MAX_HASHED_BYTES`) its recorded content.
+        BundleFormatError: The description is unreadable, or has another format version or precision.
+        CorruptGraphError: A file does not have its recorded size or, up to `MAX_HASHED_BYTES`, its recorded hash.
     """
     if (path / DESCRIPTION).is_file():
         return _read_own(path, precision)
@@ -194,18 +196,18 @@ def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] =
 
 
 def choose(path: Path, precision: str | None, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> str | None:
-    """Which of the bundles that lie in a directory, each in one named after its precision, is meant.
+    """Chooses one of several bundles in subdirectories named after their precision.
 
     Args:
         path: The directory.
-        precision: The one that must be there, or None.
-        preferred: Best first, when `precision` is None.
+        precision: Required precision, or None.
+        preferred: Order of choice if `precision` is None.
 
     Returns:
-        Its precision, or None where no bundles lie in `path`.
+        The precision, which is the name of the subdirectory; None if `path` contains no bundles.
 
     Raises:
-        BundleFormatError: There are bundles, none of that precision.
+        BundleFormatError: There are bundles, but none of the required precision.
     """
     found = sorted({entry.parent.name for entry in path.glob(f"*/{DESCRIPTION}")} & set(PREFERRED_PRECISIONS))
     if not found:
@@ -228,7 +230,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         BundleFileMissingError: There is no such file.
-        BundleFormatError: It does not hold a JSON object.
+        BundleFormatError: The file is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -239,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as JSON ({error}); export or download the bundle again"
         ) from error
     if not isinstance(value, dict):
-        raise BundleFormatError(f"{path} must hold a JSON object, it holds {type(value).__name__}")
+        raise BundleFormatError(f"{path} must be a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -275,10 +277,10 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
 def _check_version(path: Path, version: object) -> None:
     if version == FORMAT_VERSION and not isinstance(version, bool):
         return
-    said = f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads {FORMAT_VERSION}; "
+    found = f"{path / DESCRIPTION} has format version {version!r}, this florence_onnx reads {FORMAT_VERSION}; "
     if isinstance(version, int) and 1 <= version < FORMAT_VERSION:
-        raise BundleFormatError(f"{said}export it again: florence-onnx-export CHECKPOINT OUT")
-    raise BundleFormatError(f"{said}upgrade it with: pip install --upgrade florence-onnx")
+        raise BundleFormatError(f"{found}export it again: florence-onnx-export CHECKPOINT OUT")
+    raise BundleFormatError(f"{found}upgrade it with: pip install --upgrade florence-onnx")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -286,16 +288,16 @@ def _as_tuple(value: Any) -> Any:
 
 
 def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashed_bytes: int | None = None) -> None:
-    """Compares the files of a bundle with what was recorded when they were written.
+    """Checks the files of a bundle against the sizes and hashes recorded when they were written.
 
     Args:
-        path: The bundle.
-        files: `size` in bytes and `sha256` by name.
-        max_hashed_bytes: Larger files are compared by size only; None compares the content of all.
+        path: The bundle's directory.
+        files: `size` in bytes and `sha256` of each file, by name.
+        max_hashed_bytes: Of larger files only the size is checked; None checks the hash of all.
 
     Raises:
         BundleFileMissingError: A file is missing.
-        CorruptGraphError: A file is not the one that was written.
+        CorruptGraphError: A file has another size or hash.
     """
     for name, facts in files.items():
         if not (path / name).is_file():
@@ -313,7 +315,7 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashe
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -325,17 +327,17 @@ _OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
 
 
 def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
-    """The decoding defaults that a `generation_config.json` states.
+    """Reads generation defaults from a `generation_config.json`.
 
     Args:
-        config: Its content.
-        sizes: Of the model.
-        path: The bundle's directory, for messages.
+        config: Content of the file.
+        sizes: Sizes of the model, which limit the options.
+        path: The bundle's directory, for error messages.
 
     Raises:
-        BundleFormatError: They make no sense.
+        BundleFormatError: An option is invalid.
     """
-    # max_new_tokens is not inherited: the checkpoints that carry one mean a sample, not a limit
+    # max_new_tokens is not inherited: where a checkpoint has one, it belongs to a code sample and would cut answers off
     options = {
         name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
     }
@@ -355,7 +357,7 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
 
 
 def _single(value: Any) -> Any:
-    """transformers allows a list of token ids; Florence-2 has one."""
+    """Unpacks a list with one token id: transformers accepts lists of ids, Florence-2 has a single one."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
@@ -403,10 +405,15 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
 
 
 def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What the original's `generate` follows.
+    """Merges the generation options of a checkpoint as its original code does.
 
-    In Microsoft's layout that is `text_config`, which its generation_config.json contradicts and completes; in
-    transformers' it is generation_config.json, which `text_config` completes. Both force the end token at the limit.
+    Microsoft's code follows `text_config` and takes from generation_config.json, which contradicts it, only what is
+    missing there. transformers follows generation_config.json and takes from `text_config` what is missing. Both force
+    the end token at the limit.
+
+    Args:
+        config: Content of config.json; a vision config with `dim_embed` is Microsoft's.
+        generation: Content of generation_config.json.
     """
     text = {name: value for name, value in config.get("text_config", {}).items() if value is not None}
     own = {name: value for name, value in generation.items() if value is not None}
@@ -417,7 +424,7 @@ def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) 
 
 
 def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:
-    """Cells of the last stage's grid, and one token for their mean."""
+    """The cells of the last stage's grid, and one token for the mean of them."""
     strides = config["vision_config"].get("patch_stride", (4, 2, 2, 2))
     return int((side // math.prod(strides)) ** 2 + 1)
 
@@ -435,7 +442,7 @@ def describe(
     memory: Mapping[str, Any] | None,
     files: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of `florence_onnx.json`, in the form that `read` takes."""
+    """The content of `florence_onnx.json`, as `read` expects it."""
     return {
         "format_version": FORMAT_VERSION,
         "precision": precision,

@@ -1,4 +1,4 @@
-"""How a name becomes a bundle: the built-in demo, a directory, or a repository on the hub."""
+"""Finds a bundle by name: the built-in demo, a directory, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ def resolve(
     """Finds a bundle by name.
 
     Args:
-        name: `"demo"` (the built-in model, even where a directory has that name), a directory, or a hub repository (`owner/name`).
-        precision: See `read`.
-        preferred: See `read`.
+        name: `"demo"` (always the built-in model, even if there is a directory of that name), a directory, or a hub
+            repository (`owner/name`).
+        precision: As for `bundle.read`.
+        preferred: As for `bundle.read`.
         revision: Branch, tag or commit of a hub repository.
         cache_dir: Where downloads are kept, instead of the hub client's default.
 
     Raises:
-        BundleNotFoundError: Nothing of that name exists, here or on the hub.
-        BundleError: It exists and cannot be used; see `read`.
+        BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached.
+        BundleError: It exists and cannot be used; see `bundle.read`.
     """
     text = os.fspath(name)
     if text == DEMO:
@@ -60,7 +61,7 @@ def resolve(
         return read(path, precision, preferred=preferred)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or not all(text.split("/")):
         raise BundleNotFoundError(
-            f'{text!r} is no directory; give a bundle directory, a hub repository "owner/name", or "demo"'
+            f'{text!r} is not a directory; give a bundle directory, a hub repository "owner/name", or "demo"'
         )
     return _from_hub(text, precision, preferred, revision, cache_dir)
 
@@ -72,7 +73,7 @@ def _from_hub(
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Bundle:
-    """Looks in the local cache first and goes online only for what is not there."""
+    """Reads a bundle from the hub client's cache; the hub is asked only for files that are not in it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -86,17 +87,19 @@ def _from_hub(
                 revision=revision,
                 cache_dir=cache_dir,
                 allow_patterns=allowed,
-                endpoint=os.environ.get("HF_ENDPOINT"),  # the client reads it once, when it is imported
+                endpoint=os.environ.get("HF_ENDPOINT"),  # the client itself reads this only when it is imported
                 **options,
             )
             return Path(folder)
 
         folder = take(patterns)
-        chosen = choose(
-            folder, precision, preferred
-        )  # their descriptions came with *.json, which matches in directories too
+        # `*.json` matches in subdirectories too, so a repository of several bundles gave their descriptions only:
+        # choose by these, and download the files of the chosen one
+        chosen = choose(folder, precision, preferred)
         return folder if chosen is None else take([f"{chosen}/*"])
 
+    # The cache first: a model that was downloaded once loads without a network, and without waiting for the hub. The
+    # client does not know which files a bundle needs, so it is `read` that finds an incomplete one.
     try:
         return read(fetch(local_files_only=True), precision, preferred=preferred)
     except HFValidationError as error:
@@ -108,8 +111,8 @@ def _from_hub(
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
         raise BundleNotFoundError(
-            f"the hub repository {repository!r} holds no ONNX model. If it is a PyTorch checkpoint, convert it with: "
-            f"florence-onnx-export {repository} OUT"
+            f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
+            f"with: florence-onnx-export {repository} OUT"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Memory of a device: what a model is going to need, and how ONNX Runtime says that there is not enough.
+"""Device memory: how much a model needs, and how ONNX Runtime reports that there is not enough.
 
-The need is computed, not measured: weights and activations of each graph as its export found them in it
-(`export/bundles/memory.py`), caches and buffers from the sizes of the model. Arenas take memory in pieces and give none
-back, so a little more is used; a card's own needs, `CONTEXT_BYTES`, are an assumption.
+The need is computed, not measured: weights and activations of each graph as the export found them in the graph
+(`export/bundles/memory.py`), caches and buffers from the model's sizes. Arenas allocate in chunks and release nothing,
+so real use is somewhat higher; `CONTEXT_BYTES` for CUDA itself is an assumption.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from florence_onnx.bundles.bundle import Bundle
 
 CONTEXT_BYTES = 500 * 2**20
-"""CUDA's context and the workspaces of cuBLAS and cuDNN. Assumed: it differs by card and driver."""
+"""CUDA context and workspaces of cuBLAS and cuDNN. Assumed: it differs between GPUs and drivers."""
 IMAGE = "picture"
-"""Key of a bundle's `memory` on disk: bytes of activations for each image of the vision encoder. Its name is that of format 3."""
+"""Key in a bundle's `memory`: bytes of activations of the vision encoder per image. A name in files of format 3."""
 MAX_IMAGES = 8
-"""Images that are encoded at a time at most."""
+"""Most images that are encoded in one call."""
 ITEMSIZES = {"fp32": 4, "fp16": 2}
-"""Bytes of a number in the caches, by precision."""
+"""Bytes of an element of the KV caches, by precision."""
 CAPACITY = 256
-"""Slots of a prompt's cache that are reckoned with: answers of about 200 tokens with three beams."""
+"""Assumed slots of a prompt's self KV cache: enough for answers of about 200 tokens with three beams."""
 BATCHES = (1, 8, 32)
 BEAMS = (1, 3)
 OUT_OF_MEMORY = (
@@ -32,64 +32,67 @@ OUT_OF_MEMORY = (
     "CUDA failure 2:",
     "_STATUS_ALLOC_FAILED",
 )
-"""What stands in the messages of ONNX Runtime's arena (the first two, seen), of CUDA, cuBLAS and cuDNN."""
+"""Parts of the messages of ONNX Runtime's arena (the first two, observed), of CUDA, and of cuBLAS and cuDNN. ONNX
+Runtime has no exception type for this."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ONNX Runtime says that a device's memory, or the part of it that is allowed, is full."""
+    """Whether an error of ONNX Runtime means that device memory, or the part of it that may be used, is full."""
     return isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on a device.
+    """Device memory of a model, in bytes.
 
     Example: `MemoryEstimate(weights=…, activations=…, caches=…, buffers=…)`
     """
 
     weights: int
-    """Of the three graphs; what two of them share is there twice, since each session holds its own."""
+    """Weights of the three graphs. Those that two graphs share count twice, since each session has its own copy."""
     activations: int
-    """At the fullest moment of each graph, and all three: each has an arena, which keeps what it took."""
+    """Peak activations of the three graphs, added up: each session has an arena, which never shrinks."""
     caches: int
-    """Cross and self keys and values of all prompts."""
+    """Cross KV and self KV of all prompts."""
     buffers: int
-    """Pixels, features and logits."""
+    """Input pixels, image features and logits."""
 
     @property
     def total(self) -> int:
-        """Everything, `CONTEXT_BYTES` included."""
+        """The sum, `CONTEXT_BYTES` included."""
         return self.weights + self.activations + self.caches + self.buffers + CONTEXT_BYTES
 
 
 def estimate(
     bundle: Bundle, batch: int, num_beams: int, *, num_prompt_tokens: int = 16, capacity: int = CAPACITY
 ) -> MemoryEstimate | None:
-    """What a bundle needs on a device at the most, once it has answered so many prompts at a time.
+    """Estimates the most device memory that a bundle uses for a number of prompts in flight.
 
     Args:
         bundle: An fp32 or fp16 bundle.
         batch: Prompts in flight.
-        num_beams: Beams of each.
-        num_prompt_tokens: Padded length of the prompts.
-        capacity: Slots of each prompt's cache.
+        num_beams: Beams of each prompt.
+        num_prompt_tokens: Padded length of the prompts in tokens.
+        capacity: Slots of the self KV cache of each prompt.
 
     Returns:
-        None where the bundle does not say what its graphs need: other layouts and precisions.
+        The estimate, or None for a bundle whose description has no such data (other layouts and precisions).
     """
     facts, sizes = bundle.memory, bundle.sizes
     if not facts or bundle.precision not in ITEMSIZES:
         return None
     length = sizes.num_image_tokens + num_prompt_tokens
-    # keys and values of every layer, for each of a prompt's positions
+    # keys and values of all layers for one position of a prompt
     position = 2 * sizes.decoder_layers * sizes.width * ITEMSIZES[bundle.precision]
     images = min(MAX_IMAGES, batch)
     width, height = sizes.image_size
     features = 4 * sizes.num_image_tokens * sizes.width
-    tokens = (
-        num_beams + 2
-    )  # the usual step and the one that opens an answer: what one needs seldom fits into what the other left
-    activations = facts[IMAGE] * images + _of_text(facts, num_prompt_tokens) + facts["token"] * tokens * batch
+    # A decode step feeds one token per beam, the first one of an answer two tokens. Their buffers differ in size, and
+    # an arena seldom fits one into the free chunks of the other, so both are counted.
+    tokens = num_beams + 2
+    activations = (
+        facts[IMAGE] * images + _text_encoder_bytes(facts, num_prompt_tokens) + facts["token"] * tokens * batch
+    )
     buffers = (
         images * (4 * 3 * width * height + features) + (batch + 1) * features + 4 * sizes.vocab_size * tokens * batch
     )
@@ -97,15 +100,15 @@ def estimate(
     return MemoryEstimate(weights, activations, position * (length + capacity) * batch, buffers)
 
 
-def _of_text(facts: Mapping[str, Any], num_tokens: int) -> int:
-    """Of the sizes that were looked at the least that suffices."""
+def _text_encoder_bytes(facts: Mapping[str, Any], num_tokens: int) -> int:
+    """Bytes of activations for prompts of this length: those of the shortest measured length that is not below it."""
     return int(
         next((size for length, size in facts["text_encoder"] if num_tokens <= length), facts["text_encoder"][-1][1])
     )
 
 
 def table(bundle: Bundle) -> list[dict[str, int]] | None:
-    """Estimates for usual numbers of prompts and beams, ready for JSON: `batch`, `num_beams`, the parts and `total`, in bytes."""
+    """Estimates for `BATCHES` and `BEAMS`, ready for JSON: `batch`, `num_beams`, and the parts and `total` in bytes."""
     found = []
     for batch in BATCHES:
         for num_beams in BEAMS:

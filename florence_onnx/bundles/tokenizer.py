@@ -1,4 +1,4 @@
-"""Prompts to token ids and back, with Florence-2's location tokens kept."""
+"""Prompts to token ids, and generated token ids to text with its location tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ class PromptTokenizer:
     """Florence-2's byte-level BPE tokenizer."""
 
     def __init__(self, path: Path, *, pad_token_id: int) -> None:
-        """Reads a `tokenizer.json`.
+        """Loads a `tokenizer.json`.
+
+        Args:
+            path: The file.
+            pad_token_id: Id that fills shorter prompts of a batch.
 
         Raises:
             BundleFileMissingError: There is no such file.
-            BundleFormatError: It is not a tokenizer.
+            BundleFormatError: The file is not a tokenizer.
         """
         if not path.is_file():
             raise BundleFileMissingError(f"tokenizer file {path} is missing; export or download the bundle again")
@@ -41,7 +45,7 @@ class PromptTokenizer:
         Returns:
             `input_ids` and `attention_mask` (1 for tokens, 0 for padding), both `(B, T)`.
         """
-        # one by one: encode_batch starts a pool of threads, which costs more than a few prompts do
+        # one by one: encode_batch starts a thread pool, which takes longer than encoding a few short prompts
         encoded = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         length = max(map(len, encoded))
         input_ids = np.full((len(encoded), length), self._pad_token_id, dtype=np.int64)
@@ -52,14 +56,15 @@ class PromptTokenizer:
         return input_ids, attention_mask
 
     def encode_text(self, text: str) -> list[int]:
-        """Encodes text by itself, without the tokens that open and close a prompt."""
+        """Encodes text without `<s>` and `</s>`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of a whole answer, special and location tokens included.
+        """Decodes a generated sequence, with its special tokens (location tokens among them) unless they are to be skipped.
 
-        Ids beyond the vocabulary (rows that pad the embedding to a round size) stand for no text.
+        Ids beyond the tokenizer's vocabulary decode to nothing: the embedding is padded to a round number of rows, and
+        a model may generate the id of a padding row.
         """
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # these need the extra
     from florence_onnx.bench_fal.budget import Budget
     from florence_onnx.bench_fal.figures import Rates
     from florence_onnx.bench_fal.journal import Journal
-    from florence_onnx.bench_fal.pace import Clock
     from florence_onnx.bench_fal.plan import Call
+    from florence_onnx.bench_fal.rate_limit import Clock
     from florence_onnx.bench_fal.targets import Chosen, ClientTarget, Target
 
 JOURNAL = "journal.jsonl"
@@ -136,7 +136,7 @@ def compare(options: Options, *, confirm: Callable[[str], bool], clock: Clock | 
         InputError: There is no key or no --max-calls, nobody agreed, or the journal cannot be used.
     """
     from florence_onnx.bench_fal.journal import Journal
-    from florence_onnx.bench_fal.pace import SystemClock
+    from florence_onnx.bench_fal.rate_limit import SystemClock
     from florence_onnx.bench_fal.runner import Runner
     from florence_onnx.bench_fal.targets import find_key, find_own_key, split_key
 
@@ -157,7 +157,7 @@ def compare(options: Options, *, confirm: Callable[[str], bool], clock: Clock | 
 def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[list[Target], ClientTarget | None, Budget]:
     """All targets, fal among them by itself, and what limits it; nothing is loaded or connected yet."""
     from florence_onnx.bench_fal.budget import Budget
-    from florence_onnx.bench_fal.pace import Pace
+    from florence_onnx.bench_fal.rate_limit import Pace
     from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key, find_own_key
 
     # without --max-calls nothing can be sent at all

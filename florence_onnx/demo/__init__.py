@@ -1,1 +1,1 @@
-"""The built-in demo model: a bundle, sample images with their truth, and a model card."""
+"""The built-in demo model: a bundle, sample images with their ground truth, and a model card."""

@@ -1,14 +1,20 @@
-"""A drop-in for `fal_client`: `fal-ai/florence-2-large/*` answered in this process, no socket, no key.
+"""A drop-in replacement for `fal_client`: `fal-ai/florence-2-large/*` runs in this process, without a socket or a key.
 
 ```python
 from florence_onnx import fal  # instead of: import fal_client as fal
 
-fal.configure(model="path/to/bundle")  # once; or the environment variable FLORENCE_ONNX_MODEL
+fal.configure(model="path/to/bundle")  # once; or set the environment variable FLORENCE_ONNX_MODEL
 fal.run("fal-ai/florence-2-large/object-detection", arguments={"image_url": "https://…/car.jpg"})
 ```
 
-Names, arguments and return values are those of `fal_client` 1.0.3, for everything that these endpoints offer. The model is
-loaded at the first request, and once.
+Names, arguments and return values are those of `fal_client` 1.0.3, for everything that these endpoints offer. The model
+is loaded once, by the first request.
+
+In: an endpoint id and fal's arguments (`image_url`, `text_input` or `region`). Out: fal's JSON as a dict, or fal's errors
+(`FalClientHTTPError`, `FalClientTimeoutError`). `contract` validates the arguments, `service` is the bounded queue in
+front of one `Florence2`, `jobs` is the state of a request, `problems` holds fal's errors, and `client` wraps all of it in
+the interface of `fal_client`. User code may call everything in `__all__`; `server` and `bench_fal` may also use the
+modules, above all `service`. Nothing here opens a port: `server` does.
 """
 
 from __future__ import annotations
@@ -74,11 +80,11 @@ __all__ = [
 
 MODEL_VARIABLE = "FLORENCE_ONNX_MODEL"
 DEFAULT_MODEL = "onnx-community/Florence-2-large"
-"""What the endpoints are named after, as ONNX files on the hub."""
+"""Hub repository with the ONNX files of the model that the endpoints are named after."""
 
 
 class _Configuration:
-    """What the first request loads."""
+    """The arguments of `configure`, kept until the first request loads the model."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -88,7 +94,7 @@ class _Configuration:
         self.has_images = True
 
     def make_service(self) -> Service:
-        """Loads the model."""
+        """Loads the model and starts a service in front of it."""
         with self.lock:
             model, options, settings, has_images = self.model, self.options, self.settings, self.has_images
         if not isinstance(model, Florence2):
@@ -109,15 +115,15 @@ def configure(
     settings: ServiceSettings | None = None,
     **options: Any,
 ) -> None:
-    """Says which model answers; a model that was loaded before finishes its requests and is let go.
+    """Chooses the model. A model that is already loaded finishes its requests and is then released.
 
     Args:
-        model: As `Florence2.from_pretrained` takes it, or a loaded model. None: the environment variable
-            `FLORENCE_ONNX_MODEL`, or `onnx-community/Florence-2-large`.
-        images: Whether answers with geometry have the annotated image, as fal's do, here in a `data:` URI; drawing it takes
-            some milliseconds. Without, `image` is None.
-        settings: Limits of images, queue and batches.
-        **options: Of `Florence2.from_pretrained`, such as `device`.
+        model: A name or path for `Florence2.from_pretrained`, or a loaded model. None takes the environment variable
+            `FLORENCE_ONNX_MODEL`, and `onnx-community/Florence-2-large` where that is not set.
+        images: Whether results with geometry include the annotated image, as fal's do; here it is a `data:` URI, and
+            drawing it takes a few milliseconds. If False, `image` is None.
+        settings: Limits for images, the queue and batches.
+        **options: Keyword arguments for `Florence2.from_pretrained`, such as `device`.
     """
     with _configuration.lock:
         _configuration.model = model
@@ -143,49 +149,49 @@ cancel_async = _async_client.cancel
 
 
 def encode(data: str | bytes, content_type: str) -> str:
-    """Data as a `data:` URI of the given MIME type."""
+    """Encodes data as a `data:` URI of the given MIME type."""
     content = data.encode("utf-8") if isinstance(data, str) else data
     return f"data:{content_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def encode_file(path: str | os.PathLike[str]) -> str:
-    """A file as a `data:` URI, its type guessed from its name."""
+    """Encodes a file as a `data:` URI; the MIME type is guessed from the file name."""
     content_type = mimetypes.guess_type(os.fspath(path))[0] or "application/octet-stream"
     return encode(Path(path).read_bytes(), content_type)
 
 
 def encode_image(image: PILImage.Image, format: str = "jpeg") -> str:
-    """A PIL image as a `data:` URI."""
+    """Encodes a PIL image as a `data:` URI."""
     buffer = io.BytesIO()
     image.save(buffer, format=format)
     return encode(buffer.getvalue(), f"image/{format}")
 
 
 def upload(data: str | bytes, content_type: str, file_name: str | None = None, **options: Any) -> str:
-    """An address for data that `image_url` takes: here a `data:` URI, nothing is sent anywhere."""
+    """Returns a URL for `image_url`: a `data:` URI, as nothing is uploaded."""
     return encode(data, content_type)
 
 
 def upload_file(path: str | os.PathLike[str], **options: Any) -> str:
-    """The same for a file."""
+    """Returns a URL of a file for `image_url`; see `upload`."""
     return encode_file(path)
 
 
 def upload_image(image: PILImage.Image, format: str = "jpeg", **options: Any) -> str:
-    """The same for a PIL image."""
+    """Returns a URL of a PIL image for `image_url`; see `upload`."""
     return encode_image(image, format)
 
 
 async def upload_async(data: str | bytes, content_type: str, file_name: str | None = None, **options: Any) -> str:
-    """As `upload`."""
+    """Async variant of `upload`."""
     return encode(data, content_type)
 
 
 async def upload_file_async(path: str | os.PathLike[str], **options: Any) -> str:
-    """As `upload_file`."""
+    """Async variant of `upload_file`."""
     return encode_file(path)
 
 
 async def upload_image_async(image: PILImage.Image, format: str = "jpeg", **options: Any) -> str:
-    """As `upload_image`."""
+    """Async variant of `upload_image`."""
     return encode_image(image, format)

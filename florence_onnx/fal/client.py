@@ -1,6 +1,6 @@
-"""`fal_client` without a network: the same names, arguments and return values, answered by a model in this process.
+"""`fal_client` 1.0.3 without a network: the same names, arguments and return values, served by a model in this process.
 
-After `fal_client` 1.0.3. What has no meaning without a network (`hint`, `headers`) is accepted and ignored; `webhook_url` is refused.
+Arguments that mean nothing without a network (`hint`, `headers`) are accepted and ignored; `webhook_url` is refused.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ from florence_onnx.fal.states import (
 )
 
 POLL_INTERVAL = 0.1
-"""Seconds between two states that `subscribe` reports, as in `fal_client`."""
+"""Seconds between two status reports of `subscribe`; the default of `fal_client`."""
 MAX_KEPT = 1000
-"""Requests that can still be asked for by their id; the oldest are forgotten first."""
+"""Requests that can be looked up by their id; the oldest are dropped first."""
 
-Arguments = dict[str, Any]
+AnyJSON = dict[str, Any]
+"""fal's JSON of a result; the name that `fal_client` has for it."""
 
 
 @dataclass(frozen=True)
 class SyncRequestHandle:
-    """A request that was submitted."""
+    """A submitted request."""
 
     request_id: str
     _client: SyncClient = field(repr=False)
 
     def status(self, *, with_logs: bool = False) -> Status:
-        """Where it stands."""
+        """The current status."""
         return self._client._status(self.request_id, with_logs)
 
     def iter_events(self, *, with_logs: bool = False, interval: float = POLL_INTERVAL) -> Iterator[Status]:
-        """Its state every `interval` seconds, and at once when it has ended, which is the last."""
+        """Yields the status every `interval` seconds; `Completed` comes without delay and is the last."""
         job = self._client._find(self.request_id)
         while True:
             status = self.status(with_logs=with_logs)
@@ -61,39 +62,42 @@ class SyncRequestHandle:
             with contextlib.suppress(FutureTimeoutError, RequestError):
                 job.future.result(interval)
 
-    def get(self, *, interval: float = POLL_INTERVAL) -> Arguments:
-        """Waits for the answer.
+    def get(self, *, interval: float = POLL_INTERVAL) -> AnyJSON:
+        """Waits for the result.
 
         Args:
-            interval: For `fal_client`'s sake; the answer is returned as soon as it is there.
+            interval: Ignored, present for compatibility with `fal_client`: there is no polling.
+
+        Returns:
+            fal's JSON.
 
         Raises:
-            FalClientHTTPError: It ended without one.
+            FalClientHTTPError: The request failed or was cancelled.
         """
-        return _answer(self._client._find(self.request_id))
+        return _result(self._client._find(self.request_id))
 
     def cancel(self) -> None:
-        """Takes it back.
+        """Cancels the request.
 
         Raises:
-            FalClientHTTPError: It has ended already.
+            FalClientHTTPError: 400, the request has already ended.
         """
         self._client._cancel(self.request_id)
 
 
 @dataclass(frozen=True)
 class AsyncRequestHandle:
-    """The same for `async` code."""
+    """A submitted request, for `async` code."""
 
     request_id: str
     _client: SyncClient = field(repr=False)
 
     async def status(self, *, with_logs: bool = False) -> Status:
-        """Where it stands."""
+        """The current status."""
         return self._client._status(self.request_id, with_logs)
 
     async def iter_events(self, *, with_logs: bool = False, interval: float = POLL_INTERVAL) -> AsyncIterator[Status]:
-        """As `SyncRequestHandle.iter_events`."""
+        """Async variant of `SyncRequestHandle.iter_events`."""
         job = self._client._find(self.request_id)
         while True:
             status = await self.status(with_logs=with_logs)
@@ -102,22 +106,27 @@ class AsyncRequestHandle:
                 return
             await asyncio.wait([job.ended()], timeout=interval)
 
-    async def get(self, *, interval: float = POLL_INTERVAL) -> Arguments:
-        """As `SyncRequestHandle.get`."""
+    async def get(self, *, interval: float = POLL_INTERVAL) -> AnyJSON:
+        """Async variant of `SyncRequestHandle.get`."""
         job = self._client._find(self.request_id)
         await asyncio.wait([job.ended()])
-        return _answer(job)
+        return _result(job)
 
     async def cancel(self) -> None:
-        """As `SyncRequestHandle.cancel`."""
+        """Async variant of `SyncRequestHandle.cancel`."""
         self._client._cancel(self.request_id)
 
 
 class SyncClient:
-    """Answers with a service that is made at the first request."""
+    """The interface of `fal_client.SyncClient`, on a `Service` that the first request creates."""
 
     def __init__(self, make_service: Callable[[], Service]) -> None:
-        """Args: make_service: Loads the model; called once."""
+        """Loads nothing yet.
+
+        Args:
+            make_service: Loads the model and returns its service; called by the first request, and by the first one
+                after `close`.
+        """
         self._make_service = make_service
         self._service: Service | None = None
         self._jobs: OrderedDict[str, Job] = OrderedDict()
@@ -125,14 +134,14 @@ class SyncClient:
 
     @property
     def service(self) -> Service:
-        """The service, its model loaded."""
+        """The service; creates it, which loads the model, if there is none."""
         with self._lock:
             if self._service is None:
                 self._service = self._make_service()
             return self._service
 
     def close(self) -> None:
-        """Finishes what was submitted and lets the model go; the next request loads it again."""
+        """Finishes all submitted requests and releases the model; the next request loads it again."""
         with self._lock:
             service, self._service = self._service, None
         if service is not None:
@@ -149,16 +158,16 @@ class SyncClient:
         start_timeout: float | None = None,
         hint: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Arguments:
-        """Asks, and waits for the answer.
+    ) -> AnyJSON:
+        """Runs a request and waits for its result.
 
         Args:
             application: Endpoint id, such as `fal-ai/florence-2-large/object-detection`.
-            arguments: As fal takes them: `image_url`, and `text_input` or `region` where the endpoint needs it.
-            method: `"POST"`; nothing else is offered.
+            arguments: fal's arguments: `image_url`, and `text_input` or `region` where the endpoint needs it.
+            method: `"POST"`, the only method there is.
             path: Appended to the endpoint id.
-            timeout: Seconds for everything.
-            start_timeout: Seconds until the model begins.
+            timeout: Seconds for the whole request.
+            start_timeout: Seconds that the request may wait before the model starts on it.
             hint: Ignored.
             headers: Ignored.
 
@@ -166,14 +175,14 @@ class SyncClient:
             fal's JSON.
 
         Raises:
-            FalClientHTTPError: The request was refused or failed; `status_code` and `message` are fal's.
-            FalClientTimeoutError: `timeout` was reached.
+            FalClientHTTPError: The request was rejected or failed; `status_code` and `message` are fal's.
+            FalClientTimeoutError: The result took longer than `timeout`; the request was cancelled.
         """
         if method.upper() != "POST":
             raise_as_http_error(RequestError(405, {"detail": "Method Not Allowed"}))
         job = self._submit(_join(application, path), arguments, start_timeout, "normal")
         try:
-            return _answer(job, timeout)
+            return _result(job, timeout)
         except FutureTimeoutError:
             self.service.cancel(job)
             raise FalClientTimeoutError(timeout or 0.0, job.id) from None
@@ -190,20 +199,26 @@ class SyncClient:
         headers: Mapping[str, str] | None = None,
         start_timeout: float | None = None,
     ) -> SyncRequestHandle:
-        """Asks without waiting; errors as for `run`.
+        """Submits a request without waiting for its result.
 
         Args:
             application: As for `run`.
-            arguments: As for `run`; that they are wrong shows in the result.
+            arguments: As for `run`. Invalid arguments are reported by the result, not by this call.
             path: As for `run`.
             hint: Ignored.
-            webhook_url: Not offered.
-            priority: `"low"` waits until no other request does.
+            webhook_url: Not supported.
+            priority: A `"low"` request waits until no normal one does.
             headers: Ignored.
-            start_timeout: Seconds until the model begins.
+            start_timeout: As for `run`.
+
+        Returns:
+            The handle of the request.
+
+        Raises:
+            FalClientHTTPError: There is no such endpoint, the queue is full, or a webhook was asked for.
         """
         if webhook_url is not None:
-            raise_as_http_error(problems.bad_request("webhooks are not offered: use subscribe, or result"))
+            raise_as_http_error(problems.bad_request("webhooks are not supported: use subscribe, or submit and result"))
         job = self._submit(_join(application, path), arguments, start_timeout, priority or "normal")
         return SyncRequestHandle(job.id, self)
 
@@ -222,22 +237,25 @@ class SyncClient:
         headers: Mapping[str, str] | None = None,
         start_timeout: float | None = None,
         client_timeout: float | None = None,
-    ) -> Arguments:
-        """Asks, reports what becomes of it, and returns the answer; errors as for `run`.
+    ) -> AnyJSON:
+        """Submits a request, reports its progress and returns its result; errors as for `run`.
 
         Args:
             application: As for `run`.
             arguments: As for `run`.
             path: As for `run`.
             hint: Ignored.
-            with_logs: Whether the reported states have logs.
+            with_logs: Whether the reported statuses include logs.
             interval: Seconds between two reports.
             on_enqueue: Called with the request id.
-            on_queue_update: Called with each state, the last of which is `Completed`.
+            on_queue_update: Called with each status; the last one is `Completed`.
             priority: As for `submit`.
             headers: Ignored.
-            start_timeout: Seconds until the model begins.
-            client_timeout: Seconds for everything; then the request is taken back.
+            start_timeout: As for `run`.
+            client_timeout: Seconds for the whole request, which is cancelled after them.
+
+        Returns:
+            fal's JSON.
         """
         limit = _start_limit(start_timeout, client_timeout)
         deadline = None if client_timeout is None else time.monotonic() + client_timeout
@@ -250,7 +268,7 @@ class SyncClient:
             if on_queue_update is not None:
                 on_queue_update(status)
             if isinstance(status, Completed):
-                return _answer(job)
+                return _result(job)
             left = interval if deadline is None else min(interval, deadline - time.monotonic())
             if left <= 0:
                 self.service.cancel(job)
@@ -263,18 +281,18 @@ class SyncClient:
         return SyncRequestHandle(request_id, self)
 
     def status(self, application: str, request_id: str, *, with_logs: bool = False) -> Status:
-        """Where a request stands."""
+        """The current status of a request."""
         return self._status(request_id, with_logs)
 
-    def result(self, application: str, request_id: str) -> Arguments:
-        """Waits for the answer of a request."""
-        return _answer(self._find(request_id))
+    def result(self, application: str, request_id: str) -> AnyJSON:
+        """Waits for the result of a request; errors as for `run`."""
+        return _result(self._find(request_id))
 
     def cancel(self, application: str, request_id: str) -> None:
-        """Takes a request back."""
+        """Cancels a request; errors as for `SyncRequestHandle.cancel`."""
         self._cancel(request_id)
 
-    # ---------------------------------------------------------------------------------------------------------- inside
+    # -------------------------------------------------------------------------------------------------------- internals
 
     def _submit(self, application: str, arguments: object, start_timeout: float | None, priority: Priority) -> Job:
         try:
@@ -311,17 +329,17 @@ class SyncClient:
 
 
 class AsyncClient:
-    """The `async` twins of a `SyncClient`; both share its model and requests."""
+    """The interface of `fal_client.AsyncClient`; shares the model and the requests of a `SyncClient`."""
 
     def __init__(self, client: SyncClient) -> None:
         self._client = client
 
-    async def run(self, application: str, arguments: Mapping[str, Any], **options: Any) -> Arguments:
-        """As `SyncClient.run`."""
+    async def run(self, application: str, arguments: Mapping[str, Any], **options: Any) -> AnyJSON:
+        """Async variant of `SyncClient.run`."""
         return await asyncio.to_thread(self._client.run, application, arguments, **options)
 
     async def submit(self, application: str, arguments: Mapping[str, Any], **options: Any) -> AsyncRequestHandle:
-        """As `SyncClient.submit`."""
+        """Async variant of `SyncClient.submit`."""
         handle = await asyncio.to_thread(self._client.submit, application, arguments, **options)
         return AsyncRequestHandle(handle.request_id, self._client)
 
@@ -337,13 +355,13 @@ class AsyncClient:
         start_timeout: float | None = None,
         client_timeout: float | None = None,
         **options: Any,
-    ) -> Arguments:
-        """As `SyncClient.subscribe`; the callbacks may be coroutine functions."""
+    ) -> AnyJSON:
+        """Async variant of `SyncClient.subscribe`; the callbacks may be coroutine functions."""
         limit = _start_limit(start_timeout, client_timeout)
         options = {name: value for name, value in options.items() if name not in ("hint", "headers")}
         handle = await self.submit(application, arguments, start_timeout=limit, **options)
 
-        async def follow() -> Arguments:
+        async def follow() -> AnyJSON:
             await _call(on_enqueue, handle.request_id)
             async for status in handle.iter_events(with_logs=with_logs, interval=interval):
                 await _call(on_queue_update, status)
@@ -352,7 +370,7 @@ class AsyncClient:
         try:
             return await asyncio.wait_for(follow(), client_timeout)
         except asyncio.TimeoutError:
-            with contextlib.suppress(FalClientHTTPError):  # it has just ended
+            with contextlib.suppress(FalClientHTTPError):  # it ended in this very moment
                 await handle.cancel()
             raise FalClientTimeoutError(client_timeout or 0.0, handle.request_id) from None
 
@@ -361,15 +379,15 @@ class AsyncClient:
         return AsyncRequestHandle(request_id, self._client)
 
     async def status(self, application: str, request_id: str, *, with_logs: bool = False) -> Status:
-        """Where a request stands."""
+        """The current status of a request."""
         return await AsyncRequestHandle(request_id, self._client).status(with_logs=with_logs)
 
-    async def result(self, application: str, request_id: str) -> Arguments:
-        """Waits for the answer of a request."""
+    async def result(self, application: str, request_id: str) -> AnyJSON:
+        """Waits for the result of a request; errors as for `run`."""
         return await AsyncRequestHandle(request_id, self._client).get()
 
     async def cancel(self, application: str, request_id: str) -> None:
-        """Takes a request back."""
+        """Cancels a request; errors as for `SyncRequestHandle.cancel`."""
         await AsyncRequestHandle(request_id, self._client).cancel()
 
 
@@ -382,8 +400,8 @@ def _start_limit(start_timeout: float | None, client_timeout: float | None) -> f
         return client_timeout if start_timeout is None else start_timeout
     if start_timeout > client_timeout:
         warnings.warn(
-            f"start_timeout ({start_timeout} s) is larger than client_timeout ({client_timeout} s): the request may be given "
-            "up before it starts",
+            f"start_timeout ({start_timeout} s) is larger than client_timeout ({client_timeout} s): the request may be "
+            "cancelled before it starts",
             UserWarning,
             stacklevel=3,
         )
@@ -397,7 +415,7 @@ async def _call(function: Callable[[Any], Awaitable[None] | None] | None, value:
             await result
 
 
-def _answer(job: Job, timeout: float | None = None) -> Arguments:
+def _result(job: Job, timeout: float | None = None) -> AnyJSON:
     try:
         answer = job.future.result(timeout)
     except RequestError as problem:

@@ -1,7 +1,7 @@
-"""The endpoints of `fal-ai/florence-2-large`, and what they take.
+"""The endpoints of `fal-ai/florence-2-large` and the validation of their arguments.
 
-One place decides what a request means, for the in-process client and the server alike. As at fal, fields that an endpoint does
-not know are ignored.
+Shared by the in-process client and the server, so that both accept and reject the same requests. Unknown fields are
+ignored, as fal does.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from florence_onnx.fal.problems import field_error
 from florence_onnx.tasks import Task
 
 APP = "fal-ai/florence-2-large"
-"""What all endpoint ids begin with."""
+"""Prefix of all endpoint ids."""
 MAX_BIN = NUM_BINS - 1
-"""Largest coordinate of a region."""
+"""Largest coordinate of a region, a bin of 1/1000 of the image's width or height."""
 MISSING = "missing"
+"""fal's error type for an absent field."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request whose arguments are right; the image was not looked at yet."""
+class Arguments:
+    """The validated arguments of a request. The image has not been read yet."""
 
     task: Task[Any]
     image_url: str
+    """An `http(s)` URL or a `data:` URI; not validated here."""
     text_input: str | None = None
+    """None for tasks that take no text."""
     region: Region | None = None
+    """None for tasks that take no region."""
 
 
 def find_task(application: str) -> Task[Any]:
-    """The task of an endpoint id.
+    """Finds the task of an endpoint id.
 
     Args:
         application: Such as `fal-ai/florence-2-large/object-detection`.
@@ -49,15 +53,15 @@ def find_task(application: str) -> Task[Any]:
     return tasks.TASKS[slug]
 
 
-def read_arguments(task: Task[Any], arguments: object) -> Question:
-    """Checks the arguments of a request.
+def read_arguments(task: Task[Any], arguments: object) -> Arguments:
+    """Validates the arguments of a request.
 
     Args:
-        task: Of the endpoint.
-        arguments: What was sent, JSON already decoded.
+        task: The task of the endpoint.
+        arguments: The decoded JSON of the request.
 
     Raises:
-        RequestError: 422, with an entry for each field that is missing or wrong.
+        RequestError: 422, with one entry for each missing or invalid field.
     """
     if not isinstance(arguments, Mapping):
         raise problems.invalid([field_error([], "Input should be a valid dictionary", "dict_type")])
@@ -69,7 +73,7 @@ def read_arguments(task: Task[Any], arguments: object) -> Question:
         errors += _check_content(task, text_input, region)
     if errors:
         raise problems.invalid(errors)
-    return Question(task, image_url, text_input, region)
+    return Arguments(task, image_url, text_input, region)
 
 
 def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> str:
@@ -106,9 +110,8 @@ def _read_bin(region: Mapping[str, Any], name: str, errors: list[dict[str, Any]]
         errors.append(field_error(loc, "Field required", MISSING))
         return 0
     value = region[name]
-    if (
-        isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1
-    ):  # 100.0 is an integer in JSON
+    # 100.0 is an integer in JSON; for NaN and infinity, `value // 1` is NaN, which equals nothing
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
         errors.append(field_error(loc, "Input should be a valid integer", "int_type"))
     elif value < 0:
         message = f"Input should be greater than or equal to 0 (bins of 0 to {MAX_BIN}, not pixels)"

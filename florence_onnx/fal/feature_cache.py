@@ -1,4 +1,4 @@
-"""Encoded images, kept for further questions."""
+"""A cache of image features, so that further requests about an image skip the vision encoder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from florence_onnx.prediction import EncodedImage
 
 
 class FeatureCache:
-    """Encoded images by the digest of their file, the least recently used dropped first. Safe in threads."""
+    """An LRU cache from the SHA-256 of an image file to its features, bounded in bytes. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
+        """Starts empty.
+
+        Args:
+            max_bytes: Most bytes of features and pixels to keep; 0 disables the cache.
+        """
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._kept: OrderedDict[bytes, EncodedImage] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, digest: bytes) -> EncodedImage | None:
-        """What was kept under a digest."""
+        """Returns the features of an image, or None if they are not cached."""
         with self._lock:
             found = self._kept.get(digest)
             if found is not None:
@@ -26,7 +31,7 @@ class FeatureCache:
             return found
 
     def put(self, digest: bytes, encoded: EncodedImage) -> None:
-        """Keeps an image, if it fits."""
+        """Caches the features of an image, evicting the least recently used; does nothing for one that alone is too large."""
         size = _num_bytes(encoded)
         with self._lock:
             if size > self._max_bytes or digest in self._kept:
@@ -39,5 +44,6 @@ class FeatureCache:
 
 
 def _num_bytes(encoded: EncodedImage) -> int:
+    # the source image is kept too, as RGB, because annotated images are drawn on it
     width, height = encoded.size
     return encoded.stored.nbytes + 3 * width * height

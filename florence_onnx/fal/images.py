@@ -1,4 +1,4 @@
-"""From `image_url` to a decoded image, within limits, with fal's errors."""
+"""Reads `image_url`: download or decode within limits, and report failures as fal's errors."""
 
 from __future__ import annotations
 
@@ -18,40 +18,43 @@ _log = logging.getLogger("florence_onnx")
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is accepted as an image."""
+    """Limits for images."""
 
     max_bytes: int = decoding.MAX_BYTES
-    """Of a download, a `data:` URI or an upload."""
+    """Most bytes of a download, a `data:` URI or an upload."""
     max_pixels: int = decoding.MAX_PIXELS
-    """Width times height."""
+    """Most pixels: width times height."""
     timeout: float = decoding.TIMEOUT
-    """Seconds for a download."""
+    """Seconds for a download, redirects included."""
     public_only: bool = False
-    """Whether addresses that are not public are refused: for servers that fetch what strangers name."""
+    """Whether to refuse addresses that are not public: for servers that fetch URLs of untrusted callers."""
     allowed_hosts: Collection[str] = ()
-    """`host` or `host:port` exempt from that."""
+    """Exceptions to `public_only`: `host`, or `host:port`."""
 
 
 class ImageReader:
     """Reads images for one service."""
 
-    def __init__(self, limits: ImageLimits, find_own: Callable[[str], bytes | None] | None = None) -> None:
-        """Args:
-        limits: What is accepted.
-        find_own: Gives the content of an address that we serve ourselves, or None; such an address is never fetched.
+    def __init__(self, limits: ImageLimits, find_stored: Callable[[str], bytes | None] | None = None) -> None:
+        """Reads nothing yet.
+
+        Args:
+            limits: Limits for images.
+            find_stored: Returns the bytes behind a URL of this server's own file store, or None for any other URL. The
+                server must not fetch from itself: with `public_only` it could not, and it might wait for itself.
         """
         self._limits = limits
-        self._find_own = find_own
+        self._find_stored = find_stored
 
     def read(self, image_url: str) -> bytes:
-        """The encoded image.
+        """Returns the bytes of an image file.
 
         Raises:
-            RequestError: 422, no image address, or it cannot be fetched, or there are too many bytes.
+            RequestError: 422, `image_url` is not a URL, cannot be fetched, or leads to too many bytes.
         """
-        own = self._find_own(image_url) if self._find_own is not None else None
-        if own is not None:
-            return own
+        stored = self._find_stored(image_url) if self._find_stored is not None else None
+        if stored is not None:
+            return stored
         try:
             return self._fetch(image_url)
         except ImageTooLargeError as error:
@@ -81,10 +84,10 @@ class ImageReader:
         )
 
     def decode(self, content: bytes) -> PILImage.Image:
-        """The image, upright and RGB.
+        """Decodes an image file to RGB, its EXIF orientation applied.
 
         Raises:
-            RequestError: 422, it is no image, damaged, or too large.
+            RequestError: 422, the bytes are not an image, are damaged, or hold too many pixels.
         """
         try:
             return decoding.load(content, max_pixels=self._limits.max_pixels)
@@ -100,5 +103,5 @@ class ImageReader:
 
 
 def _invalid(error: ImageError, kind: str) -> RequestError:
-    _log.info("refused an image: %s", error)
+    _log.info("image rejected: %s", error)
     return problems.invalid([field_error(["image_url"], str(error), kind)])

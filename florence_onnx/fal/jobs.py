@@ -1,4 +1,4 @@
-"""A request on its way: its state, what was logged, and how it ends."""
+"""A request in flight: its state, its logs and its result."""
 
 from __future__ import annotations
 
@@ -17,49 +17,50 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 
 from florence_onnx.fal import problems
-from florence_onnx.fal.contract import Question
+from florence_onnx.fal.contract import Arguments
 from florence_onnx.fal.problems import RequestError
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
-"""fal's names."""
+"""fal's names of the states."""
 Priority = Literal["normal", "low"]
 LogLine = dict[str, str]
-"""`message`, `level`, `source`, `timestamp`, as fal logs."""
+"""fal's keys of a log line: `message`, `level`, `source`, `timestamp`."""
 
 _order = itertools.count()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came to."""
+    """The result of a request."""
 
     body: dict[str, Any]
     """fal's JSON."""
     extra: dict[str, Any]
-    """What fal's JSON has no place for: `quads`, `polygons`, `text`, `truncated`."""
+    """Fields that fal's JSON does not have: `quads`, `polygons`, `text`, `truncated`."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One request. All changes go through its methods, which are safe in threads."""
+    """One request. Change it through its methods only; they are thread-safe."""
 
-    question: Question
+    arguments: Arguments
     priority: Priority = "normal"
     deadline: float | None = None
-    """Moment of `time.monotonic` at which waiting ends, unless the work began before."""
+    """Value of `time.monotonic` after which the request fails if the model has not started on it; None for no limit."""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     order: int = field(default_factory=lambda: next(_order))
+    """Sequence number: requests of equal priority run in this order."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What each stage took: queue, load, vision, decode, draw."""
+    """Seconds by stage: `queue`, `load`, `vision`, `decode`, `draw`."""
     logs: list[LogLine] = field(default_factory=list)
     future: Future[Answer] = field(default_factory=Future)
-    """The answer, or a `RequestError`."""
+    """Resolves to the result, or to a `RequestError`."""
     image: PILImage.Image | None = None
-    """Once it is loaded, until it is encoded."""
+    """The decoded image, from when it is loaded until its features are computed."""
     digest: bytes = b""
-    """Of the image's bytes: equal images are encoded once."""
+    """SHA-256 of the image file, the key of the feature cache."""
     was_fetched: bool = False
-    """Whether the caller got the result."""
+    """Whether the caller has fetched the result."""
     _state: State = "IN_QUEUE"
     _created: float = field(default_factory=time.monotonic)
     _started: float = 0.0
@@ -68,45 +69,45 @@ class Job:
 
     @property
     def state(self) -> State:
-        """Where it stands."""
+        """The current state."""
         return self._state
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it can still be started."""
+        """Whether the model has not started on it."""
         return self._state == "IN_QUEUE"
 
     @property
     def has_expired(self) -> bool:
-        """Whether the caller's limit for waiting was reached."""
+        """Whether `deadline` has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
     @property
     def problem(self) -> RequestError | None:
-        """How it failed; None while it is under way, and if it did not."""
+        """The error of a failed request; None for a request in flight and for one that succeeded."""
         error = self.future.exception() if self.future.done() else None
         return error if isinstance(error, RequestError) else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """fal's `inference_time`: seconds of work, without waiting."""
+        """fal's metrics: `inference_time`, the seconds of all stages except the queue."""
         return {"inference_time": sum(taken for stage, taken in self.seconds.items() if stage != "queue")}
 
     def ended(self) -> asyncio.Future[Answer]:
-        """For `asyncio.wait`: done when the job is, whatever came of it."""
+        """Returns a future for `asyncio.wait` that is done when the request has ended, successfully or not."""
         future = asyncio.wrap_future(self.future)
-        # asyncio complains of an exception that nobody looks at
+        # reading the exception keeps asyncio from logging that it was never retrieved
         future.add_done_callback(lambda done: done.cancelled() or done.exception())
         return future
 
     def log(self, message: str) -> None:
-        """Adds a line that the caller can read."""
+        """Adds a log line, which the caller can read."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat()
         self.logs.append({"message": message, "level": "INFO", "source": "run", "timestamp": now})
         self._notify()
 
     def start(self) -> bool:
-        """Begins the work; False if the job has ended meanwhile."""
+        """Marks the request as in progress; returns False if it has already ended."""
         with self._lock:
             if self._state != "IN_QUEUE":
                 return False
@@ -117,17 +118,17 @@ class Job:
         return True
 
     def finish(self, answer: Answer) -> bool:
-        """Ends with an answer; False if it has ended already."""
+        """Ends the request with a result; returns False if it has already ended."""
         return self._end(lambda: self.future.set_result(answer))
 
     def fail(self, problem: RequestError) -> bool:
-        """Ends without one; False if it has ended already."""
-        # a trace holds on to the image and the arguments for as long as the result is kept
+        """Ends the request with an error; returns False if it has already ended."""
+        # a traceback would keep the image and the arguments in memory for as long as the result is kept
         problem.__traceback__ = problem.__context__ = None
         return self._end(lambda: self.future.set_exception(problem))
 
     def cancel(self) -> bool:
-        """Takes the request back; False if it has ended already."""
+        """Cancels the request; returns False if it has already ended."""
         return self.fail(problems.cancelled())
 
     def _end(self, settle: Callable[[], None]) -> bool:
@@ -136,13 +137,21 @@ class Job:
                 return False
             self._state = "COMPLETED"
             self.image = None
-            self.question = dataclasses.replace(self.question, image_url="")  # often megabytes
+            # results are kept for an hour; a `data:` URI of megabytes need not be
+            self.arguments = dataclasses.replace(self.arguments, image_url="")
         settle()
         self._notify()
         return True
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Calls `listener`, in any thread, at every change; returns what ends that."""
+        """Registers a listener for changes of state and logs.
+
+        Args:
+            listener: Called after every change, in the thread that made it.
+
+        Returns:
+            A function that unregisters the listener.
+        """
         with self._lock:
             self._listeners.append(listener)
 
@@ -161,15 +170,20 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a service is doing, for metrics."""
+class Stats:
+    """Counts of a service, for metrics: the first two are of now, all others are totals since its start."""
 
     waiting: int
+    """Requests that wait, those whose image is being loaded included."""
     in_progress: int
+    """Requests of the batches in flight."""
     finished: int
+    """Requests that ended with a result."""
     failed: int
+    """Requests that ended with an error, cancelled ones included."""
     batches: int
+    """Batches that were started."""
     encoded: int
-    """Images that went through the vision encoder."""
+    """Requests whose image went through the vision encoder."""
     reused: int
-    """Images whose features were at hand."""
+    """Requests whose image features were cached."""

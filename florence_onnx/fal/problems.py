@@ -1,7 +1,8 @@
-"""What can go wrong with a request, as fal says it: an HTTP status, and a body with `detail`.
+"""The errors of a request in fal's form: an HTTP status, headers, and a JSON body with `detail`.
 
-The in-process client raises these as `FalClientHTTPError`, the server sends them. Types and addresses of the 422 errors are
-those of fal's documentation ("Errors"); where fal's own wording is not public, the message says what to do.
+The in-process client raises them as `FalClientHTTPError`; the server sends them as responses. The types and URLs of the
+422 errors are from fal's documentation (https://docs.fal.ai/errors/); where fal's wording is not public, the messages are
+ours.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import Any
 from florence_onnx.errors import FlorenceError
 
 DOCUMENTATION = "https://docs.fal.ai/errors/#"
+"""Prefix of the URLs in 422 errors; the error type follows."""
 TIMEOUT_TYPE_HEADER = "X-Fal-Request-Timeout-Type"
-"""Tells fal's clients that the caller's own time limit was reached, so that they do not try again."""
+"""Response header: `user` says that the caller's own timeout was reached, after which fal's clients do not retry."""
 
 
 @dataclass(eq=False)
 class RequestError(FlorenceError):
-    """A request that ends without an answer."""
+    """A request that failed."""
 
     status: int
     """HTTP status code."""
     body: Mapping[str, Any]
-    """`{"detail": …}`, and `error_type` for errors of the platform."""
+    """`{"detail": …}`, with `error_type` for errors that fal's platform would report rather than the model."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Of the response, beside the usual ones."""
+    """Response headers of this error."""
 
     def __str__(self) -> str:
         detail = self.body["detail"]
@@ -36,10 +38,10 @@ class RequestError(FlorenceError):
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> RequestError:
-    """422: the arguments, or the image that they name, cannot be used.
+    """422: an argument, or the image behind `image_url`, is invalid.
 
     Args:
-        errors: As `field_error` makes them.
+        errors: Entries from `field_error`.
     """
     return RequestError(422, {"detail": [dict(error) for error in errors]}, {"X-Fal-Retryable": "false"})
 
@@ -47,13 +49,13 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> RequestError:
 def field_error(
     loc: Sequence[str], message: str, kind: str, context: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One entry of a 422's `detail`.
+    """Returns one entry of the `detail` of a 422.
 
     Args:
         loc: Path to the field, without the leading `body`.
-        message: For people.
-        kind: fal's name of the error, such as `image_load_error`.
-        context: Figures that belong to it, such as `{"le": 999}`.
+        message: A sentence for people.
+        kind: fal's error type, such as `image_load_error`.
+        context: Values that belong to the error, such as `{"le": 999}`.
     """
     error: dict[str, Any] = {"loc": ["body", *loc], "msg": message, "type": kind, "url": f"{DOCUMENTATION}{kind}"}
     return {**error, "ctx": dict(context)} if context else error
@@ -64,64 +66,64 @@ def _platform(status: int, message: str, kind: str, headers: Mapping[str, str] |
 
 
 def not_found(path: str) -> RequestError:
-    """404: no such endpoint."""
+    """404: there is no such endpoint."""
     return RequestError(404, {"detail": f"Path /{path.lstrip('/')} not found"})
 
 
 def unknown_request(request_id: str) -> RequestError:
-    """404: no such request, or its result was dropped after its time."""
+    """404: there is no such request, or its result has expired."""
     return RequestError(404, {"detail": f"Request {request_id} not found"})
 
 
 def in_progress() -> RequestError:
-    """400: the result was asked for before it is there."""
+    """400: the result was fetched before the request had ended."""
     return RequestError(400, {"detail": "Request is still in progress"})
 
 
 def bad_request(message: str) -> RequestError:
-    """400: the request is no JSON, or asks for what is not offered."""
+    """400: a malformed header, or a feature that is not supported."""
     return _platform(400, message, "bad_request")
 
 
 def unauthorized(message: str) -> RequestError:
-    """401: no key, or another."""
+    """401: the API key is missing or wrong."""
     return RequestError(401, {"detail": message}, {"WWW-Authenticate": "Key"})
 
 
 def too_large(max_bytes: int) -> RequestError:
-    """413: the body of the request is over the limit."""
+    """413: the body of the request is too large."""
     body = {"detail": f"The request is larger than {max_bytes:,} bytes", "error_type": "bad_request"}
-    return RequestError(413, body, {"Connection": "close"})  # the rest of it is not read
+    return RequestError(413, body, {"Connection": "close"})  # the rest of the body is never read
 
 
 def queue_full(max_waiting: int) -> RequestError:
-    """429: as many requests wait as may."""
-    message = f"{max_waiting} requests are waiting already; try again later"
+    """429: the queue is full."""
+    message = f"{max_waiting} requests are already waiting; try again later"
     return _platform(429, message, "concurrent_requests_limit", {"Retry-After": "1"})
 
 
 def shutting_down() -> RequestError:
-    """503: the server accepts nothing any more."""
+    """503: the service has stopped accepting requests."""
     return _platform(
         503, "The server is shutting down; try again later", "runner_scheduling_failure", {"Retry-After": "5"}
     )
 
 
 def timed_out() -> RequestError:
-    """504: the caller's limit for the wait was reached before the work began."""
+    """504: the caller's start timeout passed before the model started on the request."""
     return _platform(504, "Request timed out", "request_timeout", {TIMEOUT_TYPE_HEADER: "user"})
 
 
 def cancelled() -> RequestError:
-    """499: the caller took the request back."""
+    """499: the caller cancelled the request."""
     return _platform(499, "Request was cancelled", "client_cancelled")
 
 
 def already_completed() -> RequestError:
-    """400: too late to cancel."""
+    """400: a request that has ended cannot be cancelled."""
     return RequestError(400, {"status": "ALREADY_COMPLETED", "detail": "ALREADY_COMPLETED"})
 
 
 def internal() -> RequestError:
-    """500: our own fault; what it was is in the log."""
+    """500: a bug or a failure on our side; the log has the traceback."""
     return _platform(500, "Internal Server Error", "runner_server_error")

@@ -1,8 +1,14 @@
-"""One model behind a bounded queue: requests that wait together run as one batch.
+"""A bounded queue in front of one model; requests that wait at the same time run as one batch.
 
-A request passes three stages, each with threads of its own, so that none waits for another's kind of work: its image is fetched and
-decoded, the model answers, the annotated image is drawn. Nobody waits for company: a batch is what is ready at the
-moment when the model is free, so a lone request is as fast as without batches.
+A request passes through three stages with a thread pool each, so that a slow download does not hold up the model:
+
+```text
+submit ─▶ waiting ─load threads: fetch and decode the image─▶ ready ─run threads: a batch through the model─▶ running
+running ─draw threads: draw the annotated image, build fal's JSON─▶ Job.future
+```
+
+A batch is whatever is ready when a run thread becomes free. No request is held back to fill a batch, so batching adds no
+latency to a lone request.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
 from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
-from florence_onnx.fal.jobs import Answer, Figures, Job, Priority
+from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
@@ -29,47 +35,47 @@ from florence_onnx.prediction import EncodedImage, Prediction
 _log = logging.getLogger("florence_onnx")
 
 Publish = Callable[[Prediction[Any]], Mapping[str, Any] | None]
-"""Makes fal's `image` of an answer with geometry."""
+"""Returns the `image` field of fal's JSON for a prediction with geometry."""
 Observe = Callable[[str, float], None]
-"""Told a stage and its seconds, or `batch_size` and a size."""
+"""Called with the name of a stage and its seconds, or with `batch_size` and the size of a batch."""
 
 
 def as_data_uri(prediction: Prediction[Any]) -> Mapping[str, Any] | None:
-    """The annotated image inside the JSON."""
+    """Puts the annotated image into the JSON as a `data:` URI."""
     described: dict[str, Any] | None = to_dict(prediction.image)
     return described
 
 
 def without_image(prediction: Prediction[Any]) -> None:
-    """No annotated image: `image` is null."""
+    """Draws no annotated image: `image` is null."""
 
 
 DEVICE_WORKERS = 4
-"""Batches at a time of a model on a card."""
+"""Batches in flight for a model on a GPU."""
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How much a service takes on."""
+    """Limits of a service."""
 
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     max_waiting: int = 256
-    """Requests that wait; more are refused."""
+    """Most requests that wait; further ones are rejected with 429."""
     max_batch: int = 8
-    """Requests that run together."""
+    """Most requests of a batch."""
     workers: int | None = None
-    """Batches at a time. None: `DEVICE_WORKERS` where the model decodes prompts of all callers together, which late ones join, so that
-    more are in flight; else 1, since each batch uses all of the model's threads."""
+    """Batches in flight. None is `DEVICE_WORKERS` for a model with continuous batching, whose batches share its decode
+    steps, and 1 for any other, where one batch already uses all threads of the model."""
     loaders: int = 4
-    """Images that are fetched and decoded at a time."""
+    """Threads that fetch and decode images, and threads that draw them."""
     max_loaded: int = 8
-    """Decoded images that wait for the model: they are what takes memory."""
+    """Most decoded images that wait for the model, as they take the most memory."""
     feature_cache_bytes: int = 256 * 2**20
-    """For images that were encoded lately, with their features; 0 keeps none."""
+    """Most bytes of cached image features; 0 caches none."""
 
 
 class Service:
-    """Answers requests with one model. Safe in threads; `close` ends it."""
+    """Runs requests on one model. Thread-safe. `close` ends its threads."""
 
     def __init__(
         self,
@@ -77,34 +83,36 @@ class Service:
         settings: ServiceSettings | None = None,
         *,
         publish: Publish = as_data_uri,
-        find_own: Callable[[str], bytes | None] | None = None,
+        find_stored: Callable[[str], bytes | None] | None = None,
         observe: Observe | None = None,
     ) -> None:
-        """Args:
-        model: What answers.
-        settings: Limits.
-        publish: Makes fal's `image` of an answer; called in a thread of its own.
-        find_own: See `ImageReader`.
-        observe: Told what each stage took.
+        """Starts the threads.
+
+        Args:
+            model: The loaded model.
+            settings: Limits; the defaults if None.
+            publish: Returns the `image` field of a result; called in a draw thread.
+            find_stored: See `ImageReader`.
+            observe: Called with the seconds of every stage and the size of every batch, in any thread.
         """
         self.model = model
         self.settings = settings or ServiceSettings()
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
-        self._reader = ImageReader(self.settings.image_limits, find_own)
+        self._reader = ImageReader(self.settings.image_limits, find_stored)
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
         self._condition = threading.Condition()
-        self._waiting: list[Job] = []  # accepted, image not looked at
+        self._waiting: list[Job] = []  # accepted, image not loaded
         self._loading: set[Job] = set()
         self._ready: list[Job] = []  # image loaded
         self._running: set[Job] = set()
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
         self._is_open = True
-        self._drawers = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
-        loops = [self._load_loop] * self.settings.loaders + [self._answer_loop] * (
+        self._draw_pool = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
+        loops = [self._load_loop] * self.settings.loaders + [self._run_loop] * (
             self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1)
         )
-        # daemons: an interpreter that ends does not wait for requests that nobody asks for any more; `close` does
+        # daemon threads: the interpreter must be able to exit while requests are in flight; `close` waits for them
         self._threads = [threading.Thread(target=loop, name=f"florence{loop.__name__}", daemon=True) for loop in loops]
         for thread in self._threads:
             thread.start()
@@ -119,16 +127,16 @@ class Service:
         start_timeout: float | None = None,
         priority: Priority = "normal",
     ) -> Job:
-        """Accepts a request.
+        """Puts a request into the queue.
 
         Args:
             application: Endpoint id, such as `fal-ai/florence-2-large/object-detection`.
-            arguments: As fal takes them.
-            start_timeout: Seconds that it may wait before the model begins.
-            priority: Requests of `"low"` priority wait until no others do.
+            arguments: fal's arguments.
+            start_timeout: Seconds that the request may wait before the model starts on it.
+            priority: A `"low"` request waits until no normal one does.
 
         Returns:
-            The job. Wrong arguments fail the job, as at fal, rather than this call.
+            The job. As at fal, invalid arguments fail the job rather than this call.
 
         Raises:
             RequestError: There is no such endpoint, the queue is full, or the service is closed.
@@ -138,7 +146,7 @@ class Service:
         try:
             job = Job(contract.read_arguments(task, arguments), priority, deadline)
         except RequestError as problem:
-            job = Job(contract.Question(task, ""), priority, deadline)
+            job = Job(contract.Arguments(task, ""), priority, deadline)
             self._fail(job, problem)
             return job
         with self._condition:
@@ -151,7 +159,10 @@ class Service:
         return job
 
     def cancel(self, job: Job) -> bool:
-        """Takes a request back; False if it has ended already. What the model is at is finished and thrown away."""
+        """Cancels a request; returns False if it has already ended.
+
+        The model does not stop in the middle of a batch: the result of a running request is computed and discarded.
+        """
         is_cancelled = job.cancel()
         if is_cancelled:
             self._count("failed")
@@ -160,31 +171,31 @@ class Service:
         return is_cancelled
 
     def position(self, job: Job) -> int:
-        """How many requests come before a waiting one."""
+        """Returns the number of requests ahead of a waiting one."""
         with self._condition:
             before = [other for other in (*self._waiting, *self._loading, *self._ready) if other.is_waiting]
         return sum(_rank(other) < _rank(job) for other in before)
 
-    def figures(self) -> Figures:
-        """What it is doing."""
+    def stats(self) -> Stats:
+        """Returns the current counts."""
         with self._condition:
             waiting = len(self._waiting) + len(self._loading) + len(self._ready)
-            return Figures(waiting, len(self._running), **self._counts)
+            return Stats(waiting, len(self._running), **self._counts)
 
     def stop_accepting(self) -> None:
-        """Refuses new requests; those that were accepted are finished."""
+        """Rejects new requests from now on; accepted ones are finished."""
         with self._condition:
             self._is_open = False
             self._condition.notify_all()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Accepts nothing more and finishes what was accepted.
+        """Rejects new requests and waits for the accepted ones.
 
         Args:
-            timeout: Seconds; what is not done by then is failed with 503.
+            timeout: Seconds to wait, None for no limit. Requests that have not ended by then fail with 503.
 
         Returns:
-            Whether everything was finished.
+            Whether all requests ended in time.
         """
         self.stop_accepting()
         with self._condition:
@@ -197,7 +208,7 @@ class Service:
             self._fail(job, problems.shutting_down())
         for thread in self._threads if is_done else ():
             thread.join()
-        self._drawers.shutdown(wait=is_done)
+        self._draw_pool.shutdown(wait=is_done)
         return is_done
 
     def _is_idle(self) -> bool:
@@ -211,8 +222,8 @@ class Service:
                 self._load(job)
             except RequestError as problem:
                 self._fail(job, problem)
-            except Exception:  # noqa: BLE001 - the last resort: one request must not end the thread that serves all
-                _log.exception("request %s: reading the image failed", job.id)
+            except Exception:  # noqa: BLE001 - one request must not end the thread that serves all of them
+                _log.exception("request %s: loading the image failed", job.id)
                 self._fail(job, problems.internal())
             with self._condition:
                 self._loading.discard(job)
@@ -236,14 +247,14 @@ class Service:
 
     def _load(self, job: Job) -> None:
         begin = time.monotonic()
-        content = self._reader.read(job.question.image_url)
+        content = self._reader.read(job.arguments.image_url)
         job.digest = hashlib.sha256(content).digest()
         if self._cache.get(job.digest) is None:
             job.image = self._reader.decode(content)
-        self._note(job, "load", begin)
+        self._record(job, "load", begin)
 
     def _drop_ended(self) -> None:
-        """Takes out what was cancelled or has waited too long; the lock is held."""
+        """Removes cancelled requests and fails expired ones. The caller holds the lock."""
         for queue in (self._waiting, self._ready):
             for job in [job for job in queue if not job.is_waiting or job.has_expired]:
                 queue.remove(job)
@@ -251,19 +262,19 @@ class Service:
                     self._fail(job, problems.timed_out())
                 self._condition.notify_all()
         for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
-            self._fail(job, problems.timed_out())  # the caller is told now; the download ends by itself
+            self._fail(job, problems.timed_out())  # at once; the download runs into its own timeout
 
     def _seconds_to_expiry(self) -> float | None:
         jobs = (*self._waiting, *self._loading, *self._ready)
         deadlines = [job.deadline for job in jobs if job.deadline is not None and job.is_waiting]
         return max(0.0, min(deadlines) - time.monotonic()) + 0.001 if deadlines else None
 
-    # ----------------------------------------------------------------------------------------------------- answering
+    # ------------------------------------------------------------------------------------------------------- running
 
-    def _answer_loop(self) -> None:
+    def _run_loop(self) -> None:
         while (batch := self._next_batch()) is not None:
             try:
-                self._answer(batch)
+                self._run(batch)
             except Exception:  # noqa: BLE001 - as in _load_loop
                 _log.exception("a batch of %d failed", len(batch))
                 for job in batch:
@@ -279,7 +290,7 @@ class Service:
                 self._running.update(batch)
                 if batch:
                     self._counts["batches"] += 1
-                    self._condition.notify_all()  # there is room for images again
+                    self._condition.notify_all()  # the load threads may decode more images
                     break
                 if not self._is_open and not (self._waiting or self._loading or self._ready):
                     return None
@@ -289,20 +300,20 @@ class Service:
             self._observe("queue", job.seconds["queue"])
         return batch
 
-    def _answer(self, batch: Sequence[Job]) -> None:
+    def _run(self, batch: Sequence[Job]) -> None:
         encoded = self._encode(batch)
-        alive = [job for job in batch if job in encoded and job.state == "IN_PROGRESS"]
+        active = [job for job in batch if job in encoded and job.state == "IN_PROGRESS"]
         for job in batch:
-            if job not in alive:
-                self._forget(job)
-        self._decode(alive, encoded)
+            if job not in active:
+                self._release(job)
+        self._decode(active, encoded)
 
     def _encode(self, batch: Sequence[Job]) -> dict[Job, EncodedImage]:
-        """Runs the vision encoder once for each image that is not at hand."""
+        """Returns the image features of each job; runs the vision encoder once for each image that is not cached."""
         by_digest: dict[bytes, EncodedImage] = {}
         encoded = {}
         for job in batch:
-            if job.state != "IN_PROGRESS":  # cancelled meanwhile
+            if job.state != "IN_PROGRESS":  # cancelled in the meantime
                 continue
             begin = time.monotonic()
             found = by_digest.get(job.digest) or self._cache.get(job.digest)
@@ -313,12 +324,12 @@ class Service:
             by_digest[job.digest] = encoded[job] = found
             job.image = None
             self._count("encoded" if is_new else "reused")
-            self._note(job, "vision", begin)
+            self._record(job, "vision", begin)
         return encoded
 
     def _image(self, job: Job) -> Any:
-        # its features were at hand when it was loaded, and were dropped since
-        return job.image if job.image is not None else self._reader.decode(self._reader.read(job.question.image_url))
+        # None if the features were cached when the image was loaded; they have been evicted since
+        return job.image if job.image is not None else self._reader.decode(self._reader.read(job.arguments.image_url))
 
     def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, EncodedImage]) -> None:
         if not jobs:
@@ -326,22 +337,23 @@ class Service:
         begin = time.monotonic()
         try:
             predictions = self.model.run_batch(
-                [job.question.task for job in jobs],
+                [job.arguments.task for job in jobs],
                 [encoded[job] for job in jobs],
-                text_inputs=[job.question.text_input for job in jobs],
-                regions=[job.question.region for job in jobs],
+                text_inputs=[job.arguments.text_input for job in jobs],
+                regions=[job.arguments.region for job in jobs],
             )
-        except InputError as error:  # such as a text too long for the model, known only once it is in tokens
+        except InputError as error:
+            # for example a text that is too long, which shows only once it is tokenized; find out whose it is
             if len(jobs) > 1:
                 for job in jobs:
                     self._decode([job], encoded)
                 return
-            field_name = "text_input" if jobs[0].question.text_input is not None else "image_url"
+            field_name = "text_input" if jobs[0].arguments.text_input is not None else "image_url"
             self._fail(jobs[0], problems.invalid([field_error([field_name], str(error), "value_error")]))
             return
         for job, prediction in zip(jobs, predictions, strict=True):
-            self._note(job, "decode", begin)
-            self._drawers.submit(self._complete, job, prediction)
+            self._record(job, "decode", begin)
+            self._draw_pool.submit(self._complete, job, prediction)
 
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:
         begin = time.monotonic()
@@ -349,19 +361,19 @@ class Service:
             body = prediction.to_dict()
             if prediction.task.has_image:
                 body["image"] = self._publish(prediction)
-                self._note(job, "draw", begin)
+                self._record(job, "draw", begin)
         except Exception:  # noqa: BLE001 - as in _load_loop
-            _log.exception("request %s: drawing failed", job.id)
+            _log.exception("request %s: building the result failed", job.id)
             self._fail(job, problems.internal())
             return
-        job.log(f"answered in {job.metrics['inference_time'] * 1000:.0f} ms")
+        job.log(f"finished in {job.metrics['inference_time'] * 1000:.0f} ms")
         if job.finish(Answer(body, make_extra(prediction))):
             self._count("finished")
-        self._forget(job)
+        self._release(job)
 
-    # ------------------------------------------------------------------------------------------------------ counting
+    # ------------------------------------------------------------------------------------------------------- counts
 
-    def _note(self, job: Job, stage: str, begin: float) -> None:
+    def _record(self, job: Job, stage: str, begin: float) -> None:
         job.seconds[stage] = time.monotonic() - begin
         self._observe(stage, job.seconds[stage])
 
@@ -372,9 +384,9 @@ class Service:
     def _fail(self, job: Job, problem: RequestError) -> None:
         if job.fail(problem):
             self._count("failed")
-        self._forget(job)
+        self._release(job)
 
-    def _forget(self, job: Job) -> None:
+    def _release(self, job: Job) -> None:
         with self._condition:
             self._running.discard(job)
             self._condition.notify_all()
@@ -385,10 +397,11 @@ def _rank(job: Job) -> tuple[bool, int]:
 
 
 def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
-    """What an answer holds beyond fal's JSON.
+    """Builds the fields that fal's JSON does not have.
 
     Returns:
-        `quads` (four points per text box), `polygons` (of an open-vocabulary answer), `text` (what the model said) and `truncated`.
+        `quads` (four points for each text box), `polygons` (of open-vocabulary detection), `text` (the generated text,
+        location tokens included) and `truncated` (whether generation stopped at the token limit).
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()

@@ -1,4 +1,4 @@
-"""What a caller sees of a request: states and errors, named and built as in `fal_client` 1.0.3."""
+"""Statuses and errors that callers see, with the names and fields of `fal_client` 1.0.3."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from florence_onnx.fal.problems import RequestError
 
 
 class FalClientError(Exception):
-    """Base of the errors of this client."""
+    """Base class of the errors of this client."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a server would have sent."""
+    """The HTTP response that a server would have sent."""
 
     status_code: int
     headers: dict[str, str]
     body: dict[str, Any]
 
     def json(self) -> dict[str, Any]:
-        """The body."""
+        """Returns the body."""
         return self.body
 
 
 @dataclass(eq=False)
 class FalClientHTTPError(FalClientError):
-    """A request that ended without an answer."""
+    """A request that failed."""
 
     message: Any
-    """The body's `detail`: text, or the list of a 422."""
+    """The body's `detail`: a string, or the list of a 422."""
     status_code: int
     response_headers: dict[str, str]
     response: Response
@@ -43,7 +43,7 @@ class FalClientHTTPError(FalClientError):
 
 @dataclass(eq=False)
 class FalClientTimeoutError(FalClientError, TimeoutError):
-    """`client_timeout` was reached."""
+    """The result took longer than `timeout` or `client_timeout`."""
 
     timeout: float
     request_id: str | None = None
@@ -55,27 +55,27 @@ class FalClientTimeoutError(FalClientError, TimeoutError):
 
 @dataclass
 class Status:
-    """Where a request stands."""
+    """Base class of the statuses of a request."""
 
 
 @dataclass
 class Queued(Status):
-    """It waits."""
+    """The request waits in the queue."""
 
     position: int
-    """Requests before it."""
+    """Number of requests ahead of it."""
 
 
 @dataclass
 class InProgress(Status):
-    """The model is at it."""
+    """The model is running the request."""
 
     logs: list[LogLine] | None
 
 
 @dataclass
 class Completed(Status):
-    """It has ended; `result` gives or raises what came of it."""
+    """The request has ended; `result` returns its result or raises its error."""
 
     logs: list[LogLine] | None
     metrics: dict[str, Any]
@@ -84,7 +84,7 @@ class Completed(Status):
 
 
 def raise_as_http_error(problem: RequestError) -> NoReturn:
-    """Raises what a caller of `fal_client` would see of a problem."""
+    """Raises the error that `fal_client` would raise for the same response."""
     headers = {name.lower(): value for name, value in problem.headers.items()}
     response = Response(problem.status, headers, dict(problem.body))
     kind = problem.body.get("error_type")

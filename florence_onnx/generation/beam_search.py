@@ -144,8 +144,8 @@ class BeamSearch:
 
     def advance(self, scores: StepScores) -> DecodeStep | None:
         k = self._config.num_beams
-        # The first call is fed one row a prompt, since its beams are still the same: all of them read that row. From the
-        # second call on there are K rows a prompt.
+        # The first call is fed one row per prompt, since its beams are still the same: all of them read that row. From
+        # the second call on there are K rows per prompt.
         width = k if self._has_branched else 1
         would_end = self._would_end(scores, len(self._active) * width)
         log_probs = scores.log_probs(2 * k)

@@ -49,13 +49,13 @@ class VerifyingSession(DecoderSession, Protocol):
     choice     d1    x     -     -      by the logits after each
     ```
 
-    The choice after t is d1, so that draft is accepted, and the logits after it are valid as well: they choose x. x is not
-    d2, so the logits behind d2 were computed from a wrong history. The search keeps two tokens (t, d1) and feeds x next:
-    one call gave two tokens, and they are those of decoding one at a time.
+    The choice after t is d1, so that draft is accepted, and the logits after it are valid as well: they choose x. x is
+    not d2, so the logits behind d2 were computed from a wrong history. The search keeps two tokens (t, d1) and feeds x
+    next: one call gave two tokens, and they are those of decoding one at a time.
     """
 
     def verify(self, token_ids: Ids) -> Floats:
-        """Feeds tokens `(rows, S)` and returns the logits `(rows, S, V)` after each of them, valid as those of `step`."""
+        """Like `step`, but returns the logits `(rows, S, V)` after each of the tokens `(rows, S)`."""
 
     def keep(self, counts: Ids) -> None:
         """Keeps the first tokens of each row that the last `verify` fed, and drops the others from the cache.
@@ -80,7 +80,7 @@ def generate(
         lookup_ids: As for `new_search`; ignored unless the session is a `VerifyingSession`.
 
     Returns:
-        One sequence a prompt.
+        One sequence per prompt.
     """
     can_verify = isinstance(session, VerifyingSession)
     return drive(session, new_search(num_prompts, config, lookup_ids if can_verify else None))
@@ -98,8 +98,8 @@ def new_search(num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequ
     Args:
         num_prompts: Number of prompts.
         config: How to search.
-        lookup_ids: For each prompt the token ids that its answer may repeat (a caption, a region), spelled as the answer
-            would spell them; None for no drafts, with decoders that cannot verify them.
+        lookup_ids: For each prompt the token ids that its answer may repeat (a caption, a region), spelled as the
+            answer would spell them; None for no drafts, with decoders that cannot verify them.
     """
     if config.num_beams > 1:
         return BeamSearch(num_prompts, config)
@@ -114,7 +114,7 @@ def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:
         search: A search for the same number of prompts.
 
     Returns:
-        One sequence a prompt.
+        One sequence per prompt.
     """
     verifying = session if isinstance(session, VerifyingSession) else None
     scores = AllScores().read(session.step(search.start())[:, None])

@@ -83,7 +83,8 @@ class GreedySearch:
         Args:
             num_prompts: Number of prompts.
             config: How to search.
-            lookup_ids: For each prompt the token ids that its answer may repeat; None where the session cannot verify drafts.
+            lookup_ids: For each prompt the token ids that its answer may repeat; None where the session cannot verify
+                drafts.
         """
         self._rows = [_Row(None if lookup_ids is None else lookup_ids[i], config) for i in range(num_prompts)]
         self._active = list(self._rows)

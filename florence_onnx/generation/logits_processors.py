@@ -14,9 +14,10 @@ from florence_onnx.generation.options import SearchConfig
 class NoRepeatNGram:
     """Bans tokens that would complete an n-gram which the row already contains (`no_repeat_ngram_size`).
 
-    One index serves all beams of a prompt: it maps the first n - 1 tokens of every n-gram that any beam has ended with to
-    the positions of its last token. A row counts an entry only if its own tokens at that position are that n-gram, so
-    nothing has to be copied or removed when beams are reordered, and a lookup costs the same however long the row is.
+    One index serves all beams of a prompt: it maps the first n - 1 tokens of every n-gram that any beam has ended with
+    to the positions of its last token. A row counts an entry only if its own tokens at that position are that n-gram,
+    so nothing has to be copied or removed when beams are reordered, and a lookup costs the same however long the row
+    is.
     """
 
     def __init__(self, size: int) -> None:

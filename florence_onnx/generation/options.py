@@ -16,7 +16,7 @@ MAX_BEAMS = 64
 MAX_NGRAM = 1024
 MAX_PROMPT_LOOKUP = 64
 DEFAULT_PROMPT_LOOKUP = 4
-"""Tokens a draft: 4 save nearly as many decoder calls as 8 (`python -m benchmarks.cpu.speculation`)."""
+"""Tokens per draft: 4 save nearly as many decoder calls as 8 (`python -m benchmarks.cpu.speculation`)."""
 MAX_LENGTH_PENALTY = 10
 """Beyond this, length ** penalty overflows float32 for the longest answers."""
 
@@ -28,15 +28,15 @@ class GenerationOptions:
     num_beams: int | None = None
     """Beams kept per prompt; 1 is greedy search."""
     max_new_tokens: int | None = None
-    """Most tokens to generate, end token included; at most the model's number of positions, which is the default where it is
-    below 1024."""
+    """Most tokens to generate, end token included; at most the model's number of positions, which is the default where
+    it is below 1024."""
     min_new_tokens: int | None = None
     """Fewest tokens to generate; the end token is banned before that."""
     length_penalty: float | None = None
     """A hypothesis scores its sum of log-probabilities / length ** length_penalty (beam search only)."""
     early_stopping: EarlyStopping | None = None
-    """When beam search ends. True: at `num_beams` finished hypotheses. False: when a better one is unlikely. "never": when a
-    better one is impossible."""
+    """When beam search ends. True: at `num_beams` finished hypotheses. False: when a better one is unlikely. "never":
+    when a better one is impossible."""
     no_repeat_ngram_size: int | None = None
     """Length of the n-grams that must not occur twice; 0 allows all."""
     forced_bos_token_id: int | None = None
@@ -44,8 +44,8 @@ class GenerationOptions:
     forced_eos_token_id: int | None = None
     """Token forced in last position when the token limit is reached; -1 forces none."""
     prompt_lookup_num_tokens: int | None = None
-    """Most tokens drafted from the input and verified in one decoder call (greedy search only); 0 drafts none. Drafts save
-    decoder calls and do not change the tokens."""
+    """Most tokens drafted from the input and verified in one decoder call (greedy search only); 0 drafts none. Drafts
+    save decoder calls and do not change the tokens."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class PromptLookup:
         Args:
             tokens: The answer so far.
             room: Most tokens that may follow.
-            banned: Returns the tokens that must not follow an answer; a draft ends before one, since it would be rejected.
+            banned: Returns the tokens that must not follow an answer; a draft ends before one, since it would be
+                rejected.
 
         Returns:
             The draft, often empty.

@@ -2,11 +2,11 @@
 
 There are two sources behind one interface (`StepScores`): `AllScores` holds all logits on the host; `TopScores` holds
 the top-k logits that the device selected, and the log-sum that turns them into log-probabilities. Both lead to the same
-tokens. The top-k do not suffice where so many of them are banned, or so many tokens are tied with the last of them, that
-a token outside the top-k could win; then `TopScores` fetches all logits of that call.
+tokens. The top-k do not suffice where so many of them are banned, or so many tokens are tied with the last of them,
+that a token outside the top-k could win; then `TopScores` fetches all logits of that call.
 
-A decoder call feeds S tokens to each row and scores each of them. `position` is the index of a fed token, 0 to S - 1 (not
-its place in the answer); the scores at a position are those of the token that follows it.
+A decoder call feeds S tokens to each row and scores each of them. `position` is the index of a fed token, 0 to S - 1
+(not its place in the answer); the scores at a position are those of the token that follows it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 BLOCK = 128
-"""Tokens in a block of `BlockedLogProbs`; Florence-2's vocabulary of 51,289 makes 400 blocks and a tail of 89 tokens."""
+"""Tokens in a block of `BlockedLogProbs`; Florence-2's 51,289 tokens make 400 blocks and a tail of 89 tokens."""
 
 
 class LogProbs(Protocol):
@@ -152,8 +152,8 @@ class BlockedLogProbs:
         rows = np.full(num_beams, first_row) if is_shared else np.arange(first_row, first_row + num_beams)
         beam, log_sum = beam_scores[:, None], self._log_sums[rows]
         maxima = (self._maxima[rows] - log_sum) + beam
-        # Each of the k greatest block maxima is the score of some token, so at least k tokens reach the k-th of them and
-        # nothing below it is among the top k. Only blocks whose maximum reaches it are looked into: about k of 400.
+        # Each of the k greatest block maxima is the score of some token, so at least k tokens reach the k-th of them
+        # and nothing below it is among the top k. Only blocks whose maximum reaches it are looked into: about k of 400.
         threshold = np.partition(maxima, maxima.size - k, axis=None)[maxima.size - k] if maxima.size > k else -np.inf
         beams, blocks = np.nonzero(maxima >= threshold)
         inside = (self._blocks[rows[beams], :, blocks] - log_sum[beams]) + beam[beams]
@@ -220,8 +220,8 @@ class TopScores:
         values, ids = self._values[row, position].tolist(), self._ids[row, position].tolist()
         allowed = [(-value, token) for value, token in zip(values, ids, strict=True) if token not in banned]
         is_complete = len(ids) == self._vocab_size
-        # A winner that is tied with the last of the top-k may be tied with unlisted tokens too, and the lowest id of all
-        # must win, as in argmax.
+        # A winner that is tied with the last of the top-k may be tied with unlisted tokens too, and the lowest id of
+        # all must win, as in argmax.
         if not is_complete and (not allowed or -allowed[0][0] == values[-1]):
             return self._best_of_all(row, position, banned)
         return min(allowed)[1] if allowed else 0  # everything banned: argmax of nothing but -inf is 0

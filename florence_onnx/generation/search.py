@@ -1,4 +1,4 @@
-"""What all searches share: their interface, their results, and the tokens that are known before the first decoder call."""
+"""What all searches share: their interface, their results, and the tokens known before the first decoder call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Search(Protocol):
     """A strategy that chooses tokens for a batch of prompts, one decoder call at a time."""
 
     def start(self) -> Ids:
-        """The tokens `(P, S)` fed in the first decoder call, one row a prompt."""
+        """The tokens `(P, S)` fed in the first decoder call, one row per prompt."""
 
     def advance(self, scores: StepScores) -> DecodeStep | None:
         """Chooses the next tokens.
@@ -55,7 +55,7 @@ class Search(Protocol):
         """
 
     def results(self) -> list[GeneratedSequence]:
-        """One sequence a prompt, in the order of the prompts."""
+        """One sequence per prompt, in the order of the prompts."""
 
 
 class TeacherForcing:

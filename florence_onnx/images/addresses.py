@@ -1,4 +1,4 @@
-"""Rules for URLs from untrusted callers: which IP addresses, ports and hosts may be contacted. No network access here."""
+"""Rules for URLs from untrusted callers: which IP addresses, ports and hosts may be contacted. Uses no network."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def is_public(address: str) -> bool:
 
 
 def is_web_port(port: int) -> bool:
-    """Whether images may be fetched from a port: 80, 443, or 1024 and above. The others belong to mail, SSH and the like."""
+    """Whether images may be fetched from a port: 80, 443, or 1024 and above. Others are for mail, SSH and so on."""
     return port in _DEFAULT_PORTS or 1024 <= port <= 65535
 
 

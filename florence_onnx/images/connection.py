@@ -22,7 +22,7 @@ _log = logging.getLogger("florence_onnx")
 
 
 class RefusedError(Exception):
-    """A request that is not sent because a rule forbids it; the message has nothing that an untrusted caller must not see."""
+    """A request that a rule forbids and that is not sent. Untrusted callers may see the message."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """The same over TLS: `HTTPSConnection.connect` calls `_Connection.connect`, then checks the certificate for the host."""
+    """The same over TLS: `HTTPSConnection.connect` calls `_Connection.connect`, then checks the certificate."""
 
     def connect(self) -> None:
         super().connect()
@@ -114,8 +114,8 @@ class _Response(http.client.HTTPResponse):
 class _TimedStream(io.RawIOBase):
     """Reads from a socket until the deadline.
 
-    A socket's own timeout starts again with every byte, so a server that sends one now and then, even within the headers,
-    would never time out. Here each read gets the time that is left.
+    A socket's own timeout starts again with every byte, so a server that sends one now and then, even within the
+    headers, would never time out. Here each read gets the time that is left.
     """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, rules: Rules) -> None:

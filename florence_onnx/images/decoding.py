@@ -84,8 +84,8 @@ def load(
     """Loads an image.
 
     Colours are those of Pillow's `convert("RGB")`: transparency is dropped, not blended. Grey values that it would clip
-    (16 and 32 bits, floats) are scaled: 16 bits by 1/257; 32 bits and floats are kept if all are within 0..255, scaled if
-    all are within 0..65535 or (floats) 0..1, and otherwise stretched from the smallest to the largest.
+    (16 and 32 bits, floats) are scaled: 16 bits by 1/257; 32 bits and floats are kept if all are within 0..255, scaled
+    if all are within 0..65535 or (floats) 0..1, and otherwise stretched from the smallest to the largest.
 
     Args:
         image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from its current
@@ -94,8 +94,8 @@ def load(
         max_pixels: Most pixels (width times height) to accept; checked before any pixel is decoded.
         max_bytes: Most bytes of a download or a `data:` URI.
         timeout: Seconds for a download, redirects included.
-        public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the public
-            internet, redirects included; proxies of the environment are not used.
+        public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
+            public internet, redirects included; proxies of the environment are not used.
         allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
         copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
@@ -198,7 +198,7 @@ def _decode(stream: BinaryIO, name: str, apply_exif: bool, max_pixels: int) -> I
 
 
 def _remove_metadata(image: Image.Image) -> None:
-    """Removes the EXIF orientation among others, so that the image is not rotated again when it is loaded a second time."""
+    """Removes metadata, so that the EXIF orientation is not applied again when the image is loaded a second time."""
     image.info.clear()
     with contextlib.suppress(*_DAMAGED):
         image.getexif().clear()

@@ -36,18 +36,18 @@ def download(
 
     Up to 5 redirects are followed, to http and https only. No credentials are sent.
 
-    With `public_only`, for servers that accept URLs from untrusted callers, no host of the own network is contacted. For
-    the URL and each redirect the host is resolved once, all its addresses must be public, and the connection goes to one
-    of them, at port 80, 443 or from 1024 on. Proxies of the environment are not used, because a proxy resolves names by
-    itself. A refusal is logged at level INFO; the error does not reveal the address that a name resolves to.
+    With `public_only`, for servers that accept URLs from untrusted callers, no host inside your network is contacted.
+    For the URL and each redirect the host is resolved once, all its addresses must be public, and the connection goes
+    to one of them, at port 80, 443 or from 1024 on. Proxies of the environment are not used, because a proxy resolves
+    names by itself. A refusal is logged at level INFO; the error does not reveal the address that a name resolves to.
 
     Args:
         url: An `http(s)` URL.
         max_bytes: Most bytes of content to accept.
         timeout: Seconds for the whole download, redirects included; only the system's resolver has limits of its own.
         public_only: Whether to refuse hosts that are not on the public internet.
-        allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443. Compared with the host
-            in the URL, not with the address it resolves to; case is ignored.
+        allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443. Compared with the
+            host in the URL, not with the address it resolves to; case is ignored.
 
     Returns:
         The content.

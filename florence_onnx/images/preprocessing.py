@@ -50,8 +50,8 @@ def preprocess(
     bands = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC).split()
     for plane, band, band_mean, band_std in zip(pixels, bands, mean, std, strict=True):
         # transformers multiplies by 1/255 in float64 and rounds to float32, then subtracts and divides in float32. One
-        # float32 division rounds to the same value for each of the 256 levels (a test compares them all), so the float64
-        # copy of the image is not needed. Folding mean and std into one factor would round differently.
+        # float32 division rounds to the same value for each of the 256 levels (a test compares them all), so the
+        # float64 copy of the image is not needed. Folding mean and std into one factor would round differently.
         np.divide(np.asarray(band), np.float32(255), out=plane, dtype=np.float32)
         plane -= np.float32(band_mean)
         plane /= np.float32(band_std)

@@ -21,7 +21,7 @@ def is_data_uri(address: str) -> bool:
 
 
 def shorten(address: str) -> str:
-    """An address for messages: at most 100 characters, and no query, which often contains a signature or another secret."""
+    """Shortens an address for messages: at most 100 characters, and no query, which may contain a signature."""
     plain = address.split("?", 1)[0] if is_url(address) else address
     return plain if len(plain) <= 100 else plain[:97] + "…"
 

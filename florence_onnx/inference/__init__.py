@@ -1,27 +1,40 @@
-"""Images and prompts to tokens, on the host or resident on a device.
+"""Images and prompts to tokens, through the host or resident on a device.
 
-In: images (or features that were encoded before) and the prompts' `input_ids`. Out: an `EncodedImage` and a
-`GeneratedSequence` for each (`answering.Answering.answer`). Called by `model`; knows tokens, never text.
+In: images (or images that were encoded before) and the prompts' `input_ids`. Out: an `EncodedImage` and a
+`GeneratedSequence` for each prompt (`answering.Answering.answer`). Called by `model` and `loading`; knows tokens, never text.
 
-The same three graphs run in two ways. `HostAnswering` moves every tensor through the host and decodes each call's
-batch by itself; `DeviceAnswering` leaves features, cross KV and self KV on the device and decodes the prompts of all
-callers together:
+The same graphs run in two ways. `HostAnswering` passes every tensor through numpy, with any execution provider and either
+layout. `DeviceAnswering` keeps tensors where the kernels are: the default on CUDA and TensorRT, and on a CPU, where that is
+host memory too, if `max_batch` asks for it.
 
 ```text
-                 host                                       device
-images           HostAnswering: one image a call            DeviceAnswering: up to 8 images a call, decoded meanwhile
-  │ vision_encoder.onnx                                       ResidentModel, ResidentVision
-features         numpy (N, D)                               DeviceArray (N, D), copied once into the prompt's buffer
-  │ text_encoder.onnx
-cross KV         new arrays a call                          one buffer, a row of it a prompt
-  │ decoder.onnx                                              decoder_top.onnx: the same weights, and the top-k in the graph
-self KV          CachedDecoder: slots, written in place     ResidentDecoder: slots, written in place; PromptRows a prompt
-scores           AllScores: all logits                      TopScores: the 32 best tokens and the log-sum; all logits when needed
-loop             generate.drive, in the caller's thread     ContinuousBatch, in the one thread that has the device
+                     HostAnswering                               DeviceAnswering
+image                decoded, preprocessed and encoded           up to 8 a run; meanwhile the next 8 are decoded
+  │                  one after the other                         and preprocessed on all cores
+  │ vision_encoder   Engine.run                                  ResidentVision
+image_features       numpy (N, D)                                DeviceArray (N, D)
+  │ text_encoder     TextModel.start: all prompts, one run       ResidentDecoder.add: one prompt a run
+cross KV             new arrays for every call                   buffers that are reused, an entry for each prompt
+  │ decoder          decoder.onnx                                decoder_top.onnx: the same weights, top-k outputs
+self KV              CachedDecoder: updated in place             ResidentDecoder: updated in place; for TensorRT
+  │                                                              two sets, read and written by turns
+  │ full cache       is compacted, else doubled                  reuses free slots, else grows fourfold
+scores               AllScores: all logits                       TopScores: top 32 and log-sum; logits on demand
+loop                 generate.drive, in the caller's thread      ContinuousBatch, in the device thread
+batch                the prompts of one call; arrays shrink      the prompts of all callers, which join and leave
+                     when a prompt is finished                   at any step; entries stay where they are
 ```
 
-Shared by both: the searches, the rule that a row is a set of cache slots (beams are never reordered in memory), and
-loading and preprocessing of images. Not shared: the bookkeeping of slots. On the host all prompts of a batch write the
-same slot numbers, so that one mask operation serves all of them; on the device prompts enter and leave at any step, so
-each has slots of its own (`prompt_rows`). `transformers_js` runs the other layout of graphs, on the host only.
+Words:
+
+* row: one hypothesis of a prompt; K rows are its K beams, or one when greedy.
+* slot: one position of a prompt's self KV cache of capacity C. A row is a set of slots, so beams are reordered, and draft
+  tokens rejected, by changing masks; nothing is moved.
+* `batch_size`: how many prompts the device buffers hold; `batch_index`: the entry of one of them, from `add` to `remove`.
+
+Shared: preparing images (`answering`), the inputs of a decoder call, its causal mask and positions (`decoder_inputs`), and
+the searches. The bookkeeping of slots is not shared. On the host all prompts of a batch write to the same slot numbers, so
+that one numpy operation serves them all; on the device each prompt began at another step and has its own `SlotTable`. One
+class for both would make the host loop over prompts, or write to other slots, which changes the rounding of its sums.
+`transformers_js` runs the other layout, whose cache grows by a token a step and is copied when rows are reordered.
 """

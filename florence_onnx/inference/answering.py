@@ -1,4 +1,4 @@
-"""Images and prompts to tokens: through the host, or with everything between the graphs on a device."""
+"""Images and prompts to tokens: the interface for host and device, what both share, and the way through the host."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ Key = str | int
 
 
 class Answering(Protocol):
-    """What turns images and prompts into tokens."""
+    """The three graphs of a model behind one interface: images and prompts in, tokens out."""
 
     def check(self, config: SearchConfig) -> None:
-        """Raises OptionsError where a search asks for more than the graphs take."""
+        """Checks that the graphs can run a search.
+
+        Raises:
+            OptionsError: It feeds more tokens in one step than the graphs take.
+        """
 
     def encode(self, image: PILImage.Image) -> EncodedImage:
-        """Runs the vision encoder on a loaded image, which is kept as it is."""
+        """Runs the vision encoder on a loaded RGB image; the result refers to that image, without a copy."""
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
         """Runs the vision encoder on `pixel_values` `(1, 3, H, W)` of an image."""
@@ -43,13 +47,16 @@ class Answering(Protocol):
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
     ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
-        """Encodes images, each once, and answers a prompt about each.
+        """Answers P prompts, each about one image; an image that occurs several times is encoded once.
 
         Args:
-            images: P, repeated where there are several prompts about one.
+            images: The image of each prompt.
             input_ids: `(P, T)`, padded on the right.
-            attention_mask: `(P, T)`, 1 for tokens.
-            new_search: Makes the search of the prompts in some places; called again where an answer must begin anew.
+            attention_mask: `(P, T)`, 1 for tokens, 0 for padding.
+            new_search: Makes a search for some of the prompts, by their indices; called again when decoding starts over.
+
+        Returns:
+            The encoded image and the tokens of each prompt.
 
         Raises:
             InputError: An image cannot be read, or was encoded by another model.
@@ -58,7 +65,7 @@ class Answering(Protocol):
 
 
 class HostAnswering:
-    """Every graph takes from and gives to the host; a batch is decoded by itself."""
+    """All tensors pass through the host between two runs; the prompts of one call are decoded as one batch."""
 
     def __init__(self, sizes: ModelSizes, vision_encoder: Engine, text_model: TextBackend) -> None:
         self._sizes = sizes
@@ -66,7 +73,7 @@ class HostAnswering:
         self._text_model = text_model
 
     def check(self, config: SearchConfig) -> None:
-        """All searches are possible."""
+        """Accepts every search: the graphs take any number of tokens."""
 
     def encode(self, image: PILImage.Image) -> EncodedImage:
         return self.encode_pixels(preprocess(self._sizes, image), image)
@@ -88,39 +95,38 @@ class HostAnswering:
         return encoded, drive(session, new_search(range(len(images))))
 
     def _encode_all(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
-        # One image a call: on a CPU a batch is no faster, and what an image gives must not depend on its neighbours.
-        encoded: dict[Key, EncodedImage] = {}
-        for image in images:
-            if key_of(image) in encoded:
-                continue
-            if isinstance(image, EncodedImage):
-                encoded[key_of(image)] = check(self._sizes, image)
-            else:
-                encoded[key_of(image)] = self.encode(load(image))
-        return [encoded[key_of(image)] for image in images]
+        # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a whole
+        # batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
+        encoded = {key: self._encoded(images[indices[0]]) for key, indices in prompts_by_image(images).items()}
+        return [encoded[image_key(image)] for image in images]
+
+    def _encoded(self, image: AnyImage) -> EncodedImage:
+        if isinstance(image, EncodedImage):
+            return check_features(self._sizes, image)
+        return self.encode(load(image))
 
 
 def load(image: ImageInput) -> PILImage.Image:
-    """An image that a caller cannot change afterwards."""
+    """Loads an image as RGB, and copies it where it would be the caller's own object, which may change later."""
     return decoding.load(image, copy=True)
 
 
 def preprocess(sizes: ModelSizes, image: PILImage.Image) -> Floats:
-    """Pixels `(1, 3, H, W)` as the vision encoder takes them."""
+    """The `pixel_values` of an RGB image, `(1, 3, H, W)` float32."""
     return preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
 
 
 def to_image(pixel_values: Floats, sizes: ModelSizes) -> PILImage.Image:
-    """The image that `pixel_values` `(3, H, W)` show: the inverse of `preprocess`, but for the size."""
+    """The image that `pixel_values` `(3, H, W)` show: the inverse of `preprocess`, except that the size stays the model's."""
     scaled = pixel_values.transpose(1, 2, 0) * np.asarray(sizes.image_std) + np.asarray(sizes.image_mean)
     return PILImage.fromarray(np.clip(np.rint(scaled * 255), 0, 255).astype(np.uint8))
 
 
-def check(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:
-    """An image that was encoded before, by this model or one like it.
+def check_features(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:
+    """Returns an encoded image whose features have the shape of this model's.
 
     Raises:
-        InputError: Its features have other sizes.
+        InputError: They have another shape, so another model has encoded the image.
     """
     shape = encoded.stored.shape
     if shape != (sizes.num_image_tokens, sizes.width):
@@ -131,6 +137,14 @@ def check(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:
     return encoded
 
 
-def key_of(image: AnyImage) -> Key:
-    """What tells whether an image occurs twice."""
+def prompts_by_image(images: Sequence[AnyImage]) -> dict[Key, list[int]]:
+    """Indices of the prompts about each distinct image, by `image_key`, in the order of first occurrence."""
+    indices: dict[Key, list[int]] = {}
+    for index, image in enumerate(images):
+        indices.setdefault(image_key(image), []).append(index)
+    return indices
+
+
+def image_key(image: AnyImage) -> Key:
+    """The same for two images that need encoding only once: equal paths or URLs, or the same object."""
     return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)

@@ -1,7 +1,8 @@
-"""Prompts of any callers decoded together: whoever is done leaves, whoever waits enters, at every step.
+"""Continuous batching: the prompts of all callers share one batch on the device, and may join or leave it at every step.
 
-One thread does all that a device is asked for: ONNX Runtime keeps the CUDA graphs that a thread captured for that thread alone, so
-that in each of several all would be captured anew.
+One thread does everything that touches the device. ONNX Runtime keeps the CUDA graphs that a thread has captured for that
+thread alone, so several threads would capture every graph several times; and while one thread captures, CUDA must not be
+called from another (`cuda_memory.LOCK`).
 """
 
 from __future__ import annotations
@@ -16,49 +17,49 @@ from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.generation.scores import Ids, TopScores
 from florence_onnx.generation.search import GeneratedSequence, Search
 from florence_onnx.inference.decoder_call import padded_count
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.device_memory import DeviceArray
 
 SHRINK_AFTER = 256
-"""Prompts in a row that would fit shorter buffers, after which those are taken: new buffers mean new CUDA graphs."""
+"""After how many consecutive prompts that would fit shorter buffers these are allocated: new buffers mean new CUDA graphs."""
 T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
 
-class PlacedDecoder(Protocol):
-    """What steps prompts in places; see `resident_decoder.ResidentDecoder`."""
+class BatchDecoder(Protocol):
+    """A decoder that steps a batch of prompts; `resident_decoder.ResidentDecoder` says what each member does."""
 
     @property
-    def places(self) -> int: ...
+    def batch_size(self) -> int: ...
 
     @property
     def text_length(self) -> int: ...
 
     def padded_length(self, num_tokens: int) -> int: ...
 
-    def open(self, num_places: int, text_length: int) -> None: ...
+    def allocate(self, batch_size: int, text_length: int) -> None: ...
 
-    def close(self) -> None: ...
+    def release(self) -> None: ...
 
-    def widen(self, num_places: int) -> None: ...
+    def grow_batch(self, batch_size: int) -> None: ...
 
     def add(self, prompt_ids: Ids, features: DeviceArray) -> int: ...
 
-    def remove(self, place: int) -> None: ...
+    def remove(self, batch_index: int) -> None: ...
 
-    def rows(self, place: int) -> PromptRows: ...
+    def slot_table(self, batch_index: int) -> SlotTable: ...
 
     def step(self, token_ids: Mapping[int, Ids]) -> dict[int, TopScores]: ...
 
 
-class Job:
-    """One prompt on its way to an answer."""
+class DecodeRequest:
+    """A prompt to be answered: first waiting, then in flight, then done with a result or an error."""
 
     def __init__(self, prompt_ids: Ids, features: DeviceArray, new_search: Callable[[], Search]) -> None:
         """Args:
         prompt_ids: `(T,)`.
         features: `(N, D)` on the decoder's device.
-        new_search: Makes a search of one prompt.
+        new_search: Makes a search of one prompt; called again when decoding starts over.
         """
         self.prompt_ids = prompt_ids
         self.features = features
@@ -68,59 +69,65 @@ class Job:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was found of the answer."""
+        """Forgets all tokens that were generated."""
         self.search = self._new_search()
         self.is_started = False
         self.next_tokens: Ids = self.search.start()
 
+    def finish(self, error: BaseException | None = None) -> None:
+        """Marks the request as done, with the search's result or with an error."""
+        self.error, self.is_done = error, True
+
     def result(self) -> GeneratedSequence:
-        """The answer of a job that is done.
+        """The answer of a request that is done.
 
         Raises:
-            FlorenceError: There is none.
+            FlorenceError: Decoding failed.
+            RuntimeError: Decoding failed with an error that is not one of ours.
         """
         if isinstance(self.error, FlorenceError):
-            raise type(self.error)(*self.error.args) from self.error  # one error may be many jobs': each raises its own
+            # One error may have ended many requests: each raises a copy, so that callers do not share a traceback.
+            raise type(self.error)(*self.error.args) from self.error
         if self.error is not None:
             raise RuntimeError(f"decoding failed: {self.error}") from self.error
         return self.search.results()[0]
 
 
 class ContinuousBatch:
-    """The jobs in the places of a decoder, those that wait for one, and the thread that works for them."""
+    """The requests in flight, those that wait, and the thread that owns the device and decodes them."""
 
-    def __init__(self, decoder: PlacedDecoder, max_batch: int) -> None:
+    def __init__(self, decoder: BatchDecoder, max_batch: int) -> None:
         """Args:
         decoder: Used by this object alone.
-        max_batch: Most prompts in flight.
+        max_batch: Most prompts in flight; reduced for good when device memory turns out to hold fewer.
         """
         self._decoder = decoder
         self._max_batch = max_batch
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._waiting: deque[DecodeRequest] = deque()
+        self._in_flight: dict[int, DecodeRequest] = {}  # by batch index
         self._is_open = True
         self._num_shorter = 0
-        # a daemon: an interpreter that ends does not wait for it, and `close` ends it before
-        self._thread = threading.Thread(target=self._work, name="florence-device", daemon=True)
+        # a daemon, so that the interpreter can exit without `close`
+        self._thread = threading.Thread(target=self._run, name="florence-device", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, after what it does now; jobs that have no answer yet fail."""
+        """Ends the thread after its present step; requests that are not done fail."""
         with self._changed:
             self._is_open = False
             self._changed.notify_all()
 
-    def submit(self, job: Job) -> None:
-        """Lets a job wait for a place.
+    def submit(self, request: DecodeRequest) -> None:
+        """Queues a request.
 
         Raises:
             ProviderError: The thread has ended.
         """
         with self._changed:
             self._check_open()
-            self._waiting.append(job)
+            self._waiting.append(request)
             self._changed.notify_all()
 
     def _check_open(self) -> None:
@@ -128,13 +135,13 @@ class ContinuousBatch:
             raise ProviderError("this model is closed: its device failed; load it again")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread that has the device, between two steps.
+        """Calls a function in the thread that owns the device, between two steps, and waits for it.
 
         Returns:
-            What it returns.
+            What the function returns.
 
         Raises:
-            BaseException: What it raises.
+            BaseException: What the function raises.
             ProviderError: The thread has ended.
         """
         from concurrent.futures import Future
@@ -144,7 +151,7 @@ class ContinuousBatch:
         def run() -> None:
             try:
                 future.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the result
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the result
                 future.set_exception(error)
 
         with self._changed:
@@ -153,175 +160,178 @@ class ContinuousBatch:
             self._changed.notify_all()
         return future.result()
 
-    def discard(self, jobs: Sequence[Job]) -> None:
-        """Ends jobs whose answers nobody wants any more."""
+    def cancel(self, requests: Sequence[DecodeRequest]) -> None:
+        """Drops requests whose results are no longer needed: waiting ones now, those in flight before the next step."""
         with self._changed:
-            for job in jobs:
-                job.is_done = True
-            self._waiting = deque(job for job in self._waiting if not job.is_done)
+            for request in requests:
+                request.is_done = True
+            self._waiting = deque(request for request in self._waiting if not request.is_done)
 
-    def wait(self, is_over: Callable[[], bool]) -> None:
-        """Returns when a condition holds that jobs bring about; it is asked whenever some have ended, and at `notify`."""
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Blocks until a condition holds; it is evaluated whenever requests are done, and at `notify`."""
         with self._changed:
-            self._changed.wait_for(is_over)
+            self._changed.wait_for(condition)
 
     def notify(self) -> None:
-        """Makes those who wait ask their conditions again."""
+        """Makes all threads in `wait` evaluate their conditions again."""
         with self._changed:
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------------------------- in its own thread
+    # --------------------------------------------------------------------------------------------- the device thread
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
             self._serve()
-        finally:  # whatever happened, nobody may wait for ever
+        finally:  # whatever happened, no caller may wait for ever
             with self._changed:
                 self._is_open = False
-                for job in (*self._running.values(), *self._waiting):
-                    job.error, job.is_done = ProviderError("the model was closed"), True
+                for request in (*self._in_flight.values(), *self._waiting):
+                    request.finish(ProviderError("the model was closed"))
                 self._changed.notify_all()
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._calls or self._waiting or self._running or not self._is_open)
+                self._changed.wait_for(lambda: self._calls or self._waiting or self._in_flight or not self._is_open)
                 calls, self._calls = self._calls, deque()
                 is_open = self._is_open
             while calls:
-                calls.popleft()()  # and no name for it: what it holds is the model that may be dropped next
+                # Not bound to a name: a call holds its model, and a variable of this loop would keep that alive.
+                calls.popleft()()
             if not is_open:
                 return
-            if (self._waiting or self._running) and self._step_or_fail():
+            if (self._waiting or self._in_flight) and self._step_or_fail():
                 self.notify()
 
     def _step_or_fail(self) -> bool:
+        """Runs a step; returns whether a request may be done. Errors end the requests that they concern, not the thread."""
         try:
             return self._step()
         except DeviceMemoryError as error:
-            self._begin_again(error)
-        except Exception as error:  # noqa: BLE001 - raised by those whose answers it ends; the thread is for all others too
-            self._fail_running(error)
+            self._restart_with_smaller_batch(error)
+        except Exception as error:  # noqa: BLE001 - raised by `DecodeRequest.result` of all requests that it ended
+            self._fail_in_flight(error)
         return True
 
-    def _fail_running(self, error: BaseException) -> None:
-        for place, job in list(self._running.items()):
-            self._end(place, job, error)
+    def _fail_in_flight(self, error: BaseException) -> None:
+        for batch_index, request in list(self._in_flight.items()):
+            self._finish(batch_index, request, error)
 
-    def _begin_again(self, error: DeviceMemoryError) -> None:
-        """Lets all prompts in flight start anew with half as many places; with a single place its prompt fails."""
-        places = self._decoder.places
-        if places < 2:
-            self._fail_running(error)
-        jobs = list(self._running.values())
-        for job in jobs:
-            job.restart()
+    def _restart_with_smaller_batch(self, error: DeviceMemoryError) -> None:
+        """Halves the batch and queues all prompts in flight again; a prompt that did not fit alone fails."""
+        batch_size = self._decoder.batch_size
+        if batch_size < 2:
+            self._fail_in_flight(error)
+        requests = list(self._in_flight.values())
+        for request in requests:
+            request.restart()
         with self._changed:
-            self._waiting.extendleft(reversed(jobs))
-        for place in self._running:
-            self._decoder.remove(place)
-        self._running.clear()
-        self._decoder.close()
-        if places > 1:
-            self._narrow(places // 2, error)
+            self._waiting.extendleft(reversed(requests))
+        for batch_index in self._in_flight:
+            self._decoder.remove(batch_index)
+        self._in_flight.clear()
+        self._decoder.release()
+        if batch_size > 1:
+            self._limit_batch(batch_size // 2, error)
 
-    def _end(self, place: int, job: Job, error: BaseException | None = None) -> None:
-        self._decoder.remove(place)
-        del self._running[place]
-        job.error, job.is_done = error, True
+    def _finish(self, batch_index: int, request: DecodeRequest, error: BaseException | None = None) -> None:
+        self._decoder.remove(batch_index)
+        del self._in_flight[batch_index]
+        request.finish(error)
 
     def _step(self) -> bool:
-        """Fills free places, feeds every prompt, takes every search further; returns whether a job ended."""
-        for place, job in list(self._running.items()):
-            if job.is_done:  # discarded
-                self._end(place, job)
-        has_ended = self._admit()
-        if not self._running:
-            return has_ended
-        found = self._decoder.step({place: job.next_tokens for place, job in self._running.items()})
-        for place, job in list(self._running.items()):
-            has_ended |= self._advance(place, job, found[place])
-        return has_ended
+        """Admits waiting requests, runs one decode step, advances every search; returns whether a request is done."""
+        for batch_index, request in list(self._in_flight.items()):
+            if request.is_done:  # cancelled
+                self._finish(batch_index, request)
+        has_finished = self._admit()
+        if not self._in_flight:
+            return has_finished
+        scores = self._decoder.step({at: request.next_tokens for at, request in self._in_flight.items()})
+        for batch_index, request in list(self._in_flight.items()):
+            has_finished |= self._advance(batch_index, request, scores[batch_index])
+        return has_finished
 
-    def _advance(self, place: int, job: Job, scores: TopScores) -> bool:
-        continuation = job.search.advance(scores if job.is_started else scores.last_position())
-        job.is_started = True
+    def _advance(self, batch_index: int, request: DecodeRequest, scores: TopScores) -> bool:
+        """Takes a search one step further; returns whether it is done."""
+        continuation = request.search.advance(scores if request.is_started else scores.last_position())
+        request.is_started = True
         if continuation is None:
-            self._end(place, job)
+            self._finish(batch_index, request)
             return True
-        rows = self._decoder.rows(place)
+        table = self._decoder.slot_table(batch_index)
         if continuation.kept is not None:
-            rows.keep(continuation.kept)
-        rows.reorder(continuation.rows)
-        job.next_tokens = continuation.token_ids
+            table.keep(continuation.kept)
+        table.reorder(continuation.rows)
+        request.next_tokens = continuation.token_ids
         return False
 
-    # ------------------------------------------------------------------------------------------------- admission
+    # ------------------------------------------------------------------------------------------------------ admission
 
     def _admit(self) -> bool:
-        """Gives places to waiting jobs, in their order; returns whether one failed at that."""
+        """Adds waiting requests to the batch in their order, while there is room; returns whether one failed."""
         has_failed = False
-        while (job := self._next()) is not None:
+        while (request := self._next()) is not None:
             try:
-                if not self._make_room(job):
+                if not self._make_room(request):
                     return has_failed
-                place = self._decoder.add(job.prompt_ids, job.features)
+                batch_index = self._decoder.add(request.prompt_ids, request.features)
             except FlorenceError as error:
-                if isinstance(error, DeviceMemoryError) and self._decoder.places > 1:
-                    raise  # with fewer places there is room to encode it
-                job.error, job.is_done = error, True
+                if isinstance(error, DeviceMemoryError) and self._decoder.batch_size > 1:
+                    raise  # in a smaller batch there is memory to encode it
+                request.finish(error)
                 has_failed = True
             else:
-                self._running[place] = job
+                self._in_flight[batch_index] = request
             with self._changed:
-                if self._waiting and self._waiting[0] is job:
+                if self._waiting and self._waiting[0] is request:  # not cancelled meanwhile
                     self._waiting.popleft()
         return has_failed
 
-    def _next(self) -> Job | None:
+    def _next(self) -> DecodeRequest | None:
         with self._changed:
-            return self._waiting[0] if self._waiting and len(self._running) < self._max_batch else None
+            return self._waiting[0] if self._waiting and len(self._in_flight) < self._max_batch else None
 
-    def _make_room(self, job: Job) -> bool:
-        """Whether there is a place for a job, or can be one now."""
+    def _make_room(self, request: DecodeRequest) -> bool:
+        """Whether the batch has room for a request, or was given room now."""
         decoder = self._decoder
-        length = decoder.padded_length(len(job.prompt_ids))
+        length = decoder.padded_length(len(request.prompt_ids))
         self._num_shorter = self._num_shorter + 1 if length < decoder.text_length else 0
-        if not self._running:
-            self._open(length)
+        if not self._in_flight:
+            self._allocate(length)
             return True
         if length > decoder.text_length:
-            return False  # its turn comes when all places are free
-        return len(self._running) < decoder.places or self._widen()
+            return False  # longer buffers can only replace those of an empty batch: it waits, and those behind it too
+        return len(self._in_flight) < decoder.batch_size or self._grow_batch()
 
-    def _open(self, length: int) -> None:
-        """Makes places while none is in use: as many as are waited for, and never fewer than there are."""
+    def _allocate(self, length: int) -> None:
+        """Allocates an empty batch for the requests that wait, at least as large as the present one."""
         decoder = self._decoder
         with self._changed:
-            lengths = [decoder.padded_length(len(job.prompt_ids)) for job in self._waiting][: self._max_batch]
+            lengths = [decoder.padded_length(len(request.prompt_ids)) for request in self._waiting][: self._max_batch]
         length = max([length, *lengths])
         if self._num_shorter < SHRINK_AFTER:
             length = max(length, decoder.text_length)
-        places = max(decoder.places, min(self._max_batch, padded_count(len(lengths))))
+        batch_size = max(decoder.batch_size, min(self._max_batch, padded_count(len(lengths))))
         while True:
             try:
-                return decoder.open(places, length)
+                return decoder.allocate(batch_size, length)
             except DeviceMemoryError as error:
-                if places == 1:
+                if batch_size == 1:
                     raise
-                places = self._narrow(places // 2, error)
+                batch_size = self._limit_batch(batch_size // 2, error)
 
-    def _widen(self) -> bool:
-        """More places beside those in use; False where the memory does not allow it."""
-        places = min(self._max_batch, 2 * self._decoder.places)
+    def _grow_batch(self) -> bool:
+        """Doubles the batch beside the prompts in flight; returns False where memory does not allow it."""
+        batch_size = min(self._max_batch, 2 * self._decoder.batch_size)
         try:
-            self._decoder.widen(places)
+            self._decoder.grow_batch(batch_size)
         except DeviceMemoryError as error:
-            self._narrow(self._decoder.places, error)
+            self._limit_batch(self._decoder.batch_size, error)
             return False
         return True
 
-    def _narrow(self, places: int, error: DeviceMemoryError) -> int:
-        self._max_batch = places
-        _log.warning("no more than %d prompts at a time from now on: %s", places, error)
-        return places
+    def _limit_batch(self, max_batch: int, error: DeviceMemoryError) -> int:
+        self._max_batch = max_batch
+        _log.warning("no more than %d prompts in flight from now on: %s", max_batch, error)
+        return max_batch

@@ -1,4 +1,4 @@
-"""Images and prompts to tokens with everything between the graphs on a device."""
+"""Images and prompts to tokens on a device: features and KV caches stay there, between the graphs and between calls."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import AnyImage, Key, check, key_of, load, preprocess
-from florence_onnx.inference.continuous_batching import Job
+from florence_onnx.inference.answering import (
+    AnyImage,
+    Key,
+    check_features,
+    image_key,
+    load,
+    preprocess,
+    prompts_by_image,
+)
+from florence_onnx.inference.continuous_batching import DecodeRequest
 from florence_onnx.inference.resident_model import ResidentModel
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.device_memory import DeviceArray
-from florence_onnx.runtime.workers import in_portions
+from florence_onnx.runtime.workers import map_in_batches
 
 
 class DeviceAnswering:
-    """Features, keys and values stay on the device, and prompts of all callers are decoded together."""
+    """Images are encoded in batches, and the prompts of all callers are decoded in one continuous batch."""
 
     def __init__(self, sizes: ModelSizes, resident: ResidentModel) -> None:
         self._sizes = sizes
@@ -51,36 +59,34 @@ class DeviceAnswering:
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
     ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
-        places: dict[Key, list[int]] = {}
-        for place, image in enumerate(images):
-            places.setdefault(key_of(image), []).append(place)
-        encoded: dict[int, EncodedImage] = {}
-        order: list[int] = []
+        indices = prompts_by_image(images)
+        encoded: dict[Key, EncodedImage] = {}
+        order: list[int] = []  # index of the prompt of each request: an image that is encoded already comes first
 
-        def job(place: int, features: DeviceArray) -> Job:
-            return Job(input_ids[place, : attention_mask[place].sum()], features, lambda: new_search([place]))
+        def request(index: int, features: DeviceArray) -> DecodeRequest:
+            prompt_ids = input_ids[index, : attention_mask[index].sum()]
+            return DecodeRequest(prompt_ids, features, lambda: new_search([index]))
 
-        def jobs() -> Iterator[list[Job]]:
-            for key, each in self._encode_all({key: images[found[0]] for key, found in places.items()}):
+        def requests() -> Iterator[list[DecodeRequest]]:
+            for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}):
+                encoded[key] = each
+                order.extend(indices[key])
                 features = self._resident.upload(each.stored)
-                encoded.update(dict.fromkeys(places[key], each))
-                order.extend(places[key])
-                yield [job(place, features) for place in places[key]]
+                yield [request(index, features) for index in indices[key]]
 
-        if len(places) == 1:  # nothing to encode while others are asked about, so no thread for it
-            answers = self._resident.answer([each for portion in jobs() for each in portion])
+        if len(indices) == 1:  # no encoding that decoding could overlap with, so no thread for it
+            answers = self._resident.answer([each for some in requests() for each in some])
         else:
-            answers = self._resident.answer_all(jobs())
-        by_place = dict(zip(order, answers, strict=True))
-        everywhere = range(len(images))
-        return [encoded[place] for place in everywhere], [by_place[place] for place in everywhere]
+            answers = self._resident.answer_stream(requests())
+        by_index = dict(zip(order, answers, strict=True))
+        return [encoded[image_key(image)] for image in images], [by_index[index] for index in range(len(images))]
 
     def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage]]:
-        """Encodes in batches; the images of the next batch are decoded and scaled meanwhile, on all cores."""
+        """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
         raw: list[tuple[Key, ImageInput]] = []
         for key, image in images.items():
             if isinstance(image, EncodedImage):
-                yield key, check(self._sizes, image)
+                yield key, check_features(self._sizes, image)
             else:
                 raw.append((key, image))
 
@@ -88,7 +94,7 @@ class DeviceAnswering:
             loaded = load(pair[1])
             return pair[0], loaded, preprocess(self._sizes, loaded)
 
-        for portion in in_portions(prepare, raw, MAX_IMAGES):
-            features = self._resident.encode([pixels for *_, pixels in portion])
-            for (key, loaded, _), stored in zip(portion, features, strict=True):
+        for batch in map_in_batches(prepare, raw, MAX_IMAGES):
+            features = self._resident.encode([pixel_values for *_, pixel_values in batch])
+            for (key, loaded, _), stored in zip(batch, features, strict=True):
                 yield key, EncodedImage(stored, loaded)

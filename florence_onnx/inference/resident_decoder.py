@@ -1,34 +1,33 @@
-"""The text graphs with everything on the device: prompts in places of one set of buffers, stepped together.
+"""The text encoder and decoder with their KV caches resident on a device: prompts share one batch and are stepped together.
 
-Between two steps nothing of the caches moves. A step sends one small block to the device (tokens, positions, slots, who attends what) and
-gets one back (the best tokens of each row).
+The batch has `batch_size` entries, the first axis of every buffer. A prompt is added at a free `batch_index` and stays
+there until it is removed; other prompts come and go beside it. Between two steps nothing in the caches moves. A step
+uploads one small block (tokens, positions, slots, mask) and downloads another (the top-k tokens after each token).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from florence_onnx.bundles.bundle import TOP_IDS
 from florence_onnx.errors import DeviceMemoryError
 from florence_onnx.generation.scores import Ids, TopScores
-from florence_onnx.inference.decoder_call import DecoderCall, Packed, ResidentSizes, padded_count
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.decoder import FIRST_CAPACITY
+from florence_onnx.inference.decoder_call import DecoderCall, PackedTensors, ResidentSizes, padded_count
+from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
 
-FIRST_CAPACITY = 64
-"""Slots of a prompt's cache to begin with."""
 MAX_LOGITS_BYTES = 256 * 2**20
-"""Of the logits on the device that all shapes of a step together keep; a single one may need more."""
-GROWTH = 4
-"""A cache that is too small becomes so many times as large: every size has its own CUDA graphs."""
+"""Device memory for the logits of all call shapes together; a single shape may take more."""
+CAPACITY_GROWTH = 4
+"""Factor by which a cache that is too small grows: few sizes, since each has captured graphs of its own."""
 
 
 class ResidentDecoder:
-    """Places for prompts on the device. Not for several threads at once."""
+    """A batch of prompts on one device. For one thread only: see `continuous_batching.ContinuousBatch`."""
 
     def __init__(self, text_encoder: OnnxEngine, decoder: OnnxEngine, sizes: ResidentSizes) -> None:
         """Args:
@@ -41,244 +40,252 @@ class ResidentDecoder:
         self._sizes = sizes
         self._num_top = int(decoder.output_shapes[TOP_IDS][-1])
         self._memory = decoder.memory
-        self._rows: dict[int, PromptRows] = {}
+        self._tables: dict[int, SlotTable] = {}
         self._features = self._memory.allocate((1, sizes.num_image_tokens, sizes.width), np.float32)
-        self._forget()
+        self._reset()
 
-    # ---------------------------------------------------------------------------------------------------- places
+    # ------------------------------------------------------------------------------------------------ the batch
 
     @property
-    def places(self) -> int:
-        """How many prompts there is room for."""
-        return self._num_places
+    def batch_size(self) -> int:
+        """How many prompts the buffers hold; 0 before `allocate`."""
+        return self._batch_size
 
     @property
     def capacity(self) -> int:
-        """Slots of each prompt's cache."""
+        """Slots of each prompt's self KV cache."""
         return self._capacity
 
     @property
     def text_length(self) -> int:
-        """The padded length of the prompts that can be added now."""
+        """The longest prompt, in tokens, that can be added now; shorter ones are padded to it."""
         return self._text_length
 
     def padded_length(self, num_tokens: int) -> int:
-        """The length that a prompt of so many tokens has among the others."""
+        """The `text_length` that a prompt of `num_tokens` tokens needs."""
         return self._sizes.text_length(num_tokens)
 
-    def open(self, num_places: int, text_length: int) -> None:
-        """Makes room for prompts of a length; all places must be free.
+    def allocate(self, batch_size: int, text_length: int) -> None:
+        """Allocates the buffers of an empty batch, unless they are there already.
 
         Raises:
-            DeviceMemoryError: There is not enough memory; then there is no place at all.
+            DeviceMemoryError: There is not enough memory; the batch size is then 0.
         """
-        assert not self._rows, "prompts are being answered"
-        is_small = self._capacity <= GROWTH * FIRST_CAPACITY  # larger ones are for answers that are seldom so long
-        if (num_places, text_length) == (self._num_places, self._text_length) and is_small:
+        assert not self._tables, "prompts are in flight"
+        # A cache that grew further is not kept: it was for answers that are rarely so long.
+        is_small = self._capacity <= CAPACITY_GROWTH * FIRST_CAPACITY
+        if (batch_size, text_length) == (self._batch_size, self._text_length) and is_small:
             return
-        self.close()
+        self.release()
         try:
-            self._allocate(num_places, text_length)
+            self._allocate(batch_size, text_length)
         except MemoryError:
-            self.close()
+            self.release()
             raise
 
-    def close(self) -> None:
-        """Gives all places up, and their memory; all must be free."""
-        assert not self._rows, "prompts are being answered"
-        self._drop_bindings(self._calls.values(), self._encodings.values())
-        self._forget()
+    def release(self) -> None:
+        """Releases all buffers of an empty batch, and its captured graphs."""
+        assert not self._tables, "prompts are in flight"
+        self._release_calls()
+        self._release_encodings()
+        self._reset()
 
-    def widen(self, num_places: int) -> None:
-        """Makes room for more prompts beside those that are there.
+    def grow_batch(self, batch_size: int) -> None:
+        """Makes the batch larger while prompts are in flight.
 
         Raises:
-            DeviceMemoryError: There is not enough memory; everything is as before.
+            DeviceMemoryError: There is not enough memory; nothing has changed.
         """
-        self._resize(num_places, self._capacity)
+        self._resize(batch_size, self._capacity)
 
     def add(self, prompt_ids: Ids, features: DeviceArray) -> int:
-        """Encodes a prompt.
+        """Encodes a prompt: writes its cross KV at the lowest free batch index.
 
         Args:
             prompt_ids: `(T,)`, at most `text_length`.
             features: `(N, D)` float32 on this device.
 
         Returns:
-            Its place.
+            The batch index.
 
         Raises:
             DeviceMemoryError: There is not enough memory; the prompt was not added.
             ProviderError: The provider failed.
         """
-        place = min(set(range(self._num_places)) - set(self._rows))
+        batch_index = min(set(range(self._batch_size)) - set(self._tables))
         prompt = self._prompt
-        prompt.on_host("input_ids")[0] = prompt_ids[-1]
+        prompt.on_host("input_ids")[0] = prompt_ids[-1]  # padding, which the mask hides: any token
         prompt.on_host("input_ids")[0, : len(prompt_ids)] = prompt_ids
         mask = prompt.on_host("attention_mask")[0]
         mask[:] = np.arange(self._text_length) < len(prompt_ids)
-        prompt.send()
-        self._memory.copy(features, self._features)
-        self._encoding(place).run()
-        self._mask[place, self._sizes.num_image_tokens :] = mask
+        prompt.upload()
+        self._memory.copy(features, self._features)  # a captured graph reads at one address
+        self._encoding(batch_index).run()
+        self._mask[batch_index, self._sizes.num_image_tokens :] = mask
         self._mask_on_device.upload(self._mask)
-        self._rows[place] = PromptRows(self._capacity, self._sizes.shape.max_positions)
-        return place
+        self._tables[batch_index] = SlotTable(self._capacity, self._sizes.shape.max_positions)
+        return batch_index
 
-    def remove(self, place: int) -> None:
-        """Frees a place."""
-        del self._rows[place]
+    def remove(self, batch_index: int) -> None:
+        """Frees a batch index; its buffers keep their content until another prompt is added there."""
+        del self._tables[batch_index]
 
-    def rows(self, place: int) -> PromptRows:
-        """The rows of the prompt in a place, to keep or to reorder them."""
-        return self._rows[place]
+    def slot_table(self, batch_index: int) -> SlotTable:
+        """The slots of a prompt's cache, to keep some of its draft tokens or to reorder its rows."""
+        return self._tables[batch_index]
 
     # ------------------------------------------------------------------------------------------------------ steps
 
     def step(self, token_ids: Mapping[int, Ids]) -> dict[int, TopScores]:
-        """Feeds every prompt its tokens.
+        """Runs one decode step for all prompts.
 
         Args:
-            token_ids: `(W, n)` by place; every occupied place has some.
+            token_ids: `(K, n)` by batch index, for every prompt in the batch; K and n may differ between prompts.
 
         Returns:
-            Scores of W rows with n places, by place; valid until the next step.
+            Scores of K rows after each of n tokens, by batch index; valid until the next step.
 
         Raises:
-            DeviceMemoryError: There is not enough memory for a larger cache, or for the step itself.
-            ProviderError: The provider failed. After either the prompts cannot go on, and must be removed.
+            DeviceMemoryError: There is not enough memory for larger caches, or for the step itself.
+            ProviderError: The provider failed. After either error the prompts cannot go on and must be removed.
         """
         num_tokens = max(tokens.size for tokens in token_ids.values())
         self._reserve(num_tokens)
-        call = self._call(min(self._num_places, padded_count(max(token_ids) + 1)), num_tokens)
-        for place in range(call.num_places):
-            if place in token_ids:
-                self._rows[place].feed(token_ids[place], call.inputs, place)
+        call = self._call(min(self._batch_size, padded_count(max(token_ids) + 1)), num_tokens)
+        for batch_index in range(call.batch_size):
+            if batch_index in token_ids:
+                self._tables[batch_index].feed(token_ids[batch_index], call.inputs, batch_index)
             else:
-                call.inputs.idle(place)
-        call.run(self._phase)
+                call.inputs.pad(batch_index)
+        call.run(self._cache_set)
         if not self._decoder.updates_in_place:
-            self._phase ^= 1
-        return {place: call.scores(place, tokens.shape) for place, tokens in token_ids.items()}
+            self._cache_set ^= 1
+        return {batch_index: call.scores(batch_index, tokens.shape) for batch_index, tokens in token_ids.items()}
 
     def _reserve(self, num_tokens: int) -> None:
+        """Grows all caches until every prompt has room for `num_tokens` more."""
         capacity = self._capacity
-        while not all(rows.has_room(num_tokens) for rows in self._rows.values()):
-            capacity *= GROWTH
-            self._resize(self._num_places, capacity)
-            for rows in self._rows.values():
-                rows.grow(capacity)
+        while not all(table.has_room(num_tokens) for table in self._tables.values()):
+            capacity *= CAPACITY_GROWTH
+            self._resize(self._batch_size, capacity)
+            for table in self._tables.values():
+                table.grow(capacity)
 
-    def _call(self, num_places: int, num_tokens: int) -> DecoderCall:
-        key = num_places, num_tokens
+    def _call(self, batch_size: int, num_tokens: int) -> DecoderCall:
+        key = batch_size, num_tokens
         call = self._calls.pop(key, None)
         if call is None:
             try:
-                call = self._new_call(num_places, num_tokens)
-            except DeviceMemoryError:  # what other shapes hold is given up for this one
-                self._drop_calls(0)
-                call = self._new_call(num_places, num_tokens)
-            self._drop_calls(MAX_LOGITS_BYTES - call.logits_bytes)
-        self._calls[key] = call  # the last one used is the last one to go
+                call = self._new_call(batch_size, num_tokens)
+            except DeviceMemoryError:  # the buffers of all other shapes make room for this one
+                self._evict_calls(0)
+                call = self._new_call(batch_size, num_tokens)
+            self._evict_calls(MAX_LOGITS_BYTES - call.logits_bytes)
+        self._calls[key] = call  # the most recently used shape is the last one to be evicted
         return call
 
-    def _drop_calls(self, allowed: int) -> None:
-        """Gives up shapes that were not used for the longest time, until the logits of the others have so many bytes at most."""
+    def _evict_calls(self, allowed: int) -> None:
+        """Releases the least recently used shapes until the logits of the others take at most `allowed` bytes."""
         while self._calls and sum(call.logits_bytes for call in self._calls.values()) > allowed:
             self._calls.pop(next(iter(self._calls))).release()
 
-    def _new_call(self, num_places: int, num_tokens: int) -> DecoderCall:
-        call = DecoderCall(self._decoder, num_places, num_tokens, self._capacity, self._num_top, self._sizes)
-        mask = self._mask_on_device[:num_places]
-        tensors = {"encoder_attention_mask": mask, **_first(self._cross, num_places)}
-        call.bind(tensors, [_first(caches, num_places) for caches in self._caches])
+    def _new_call(self, batch_size: int, num_tokens: int) -> DecoderCall:
+        call = DecoderCall(self._decoder, batch_size, num_tokens, self._capacity, self._num_top, self._sizes)
+        mask = self._mask_on_device[:batch_size]
+        tensors = {"encoder_attention_mask": mask, **_first(self._cross, batch_size)}
+        call.bind(tensors, [_first(caches, batch_size) for caches in self._caches])
         return call
 
-    def _encoding(self, place: int) -> OnnxBinding:
-        binding = self._encodings.get(place)
+    def _encoding(self, batch_index: int) -> OnnxBinding:
+        """The text encoder bound so that it writes the cross KV of one batch index."""
+        binding = self._encodings.get(batch_index)
         if binding is None:
             binding = self._text_encoder.bind()
             for name in ("input_ids", "attention_mask"):
                 binding.bind_input(name, self._prompt.on_device(name))
             binding.bind_input("image_features", self._features)
             for name, cross in self._cross.items():
-                binding.bind_output(name, cross[place : place + 1])
+                binding.bind_output(name, cross[batch_index : batch_index + 1])
             binding.capture()
-            self._encodings[place] = binding
+            self._encodings[batch_index] = binding
         return binding
 
     # ---------------------------------------------------------------------------------------------------- buffers
 
-    def _forget(self) -> None:
-        self._num_places = self._text_length = 0
+    def _reset(self) -> None:
+        self._batch_size = self._text_length = 0
         self._capacity = FIRST_CAPACITY
-        self._phase = 0
+        self._cache_set = 0
         self._cross: dict[str, DeviceArray] = {}
         self._caches: list[dict[str, DeviceArray]] = []
         self._calls: dict[tuple[int, int], DecoderCall] = {}
         self._encodings: dict[int, OnnxBinding] = {}
 
-    @staticmethod
-    def _drop_bindings(calls: Any, encodings: Any) -> None:
-        for call in calls:
+    def _release_calls(self) -> None:
+        for call in self._calls.values():
             call.release()
-        for binding in encodings:
+
+    def _release_encodings(self) -> None:
+        for binding in self._encodings.values():
             binding.release()
 
-    def _allocate(self, num_places: int, text_length: int) -> None:
+    def _allocate(self, batch_size: int, text_length: int) -> None:
         memory = self._memory
         encoder_length = self._sizes.num_image_tokens + text_length
-        self._prompt = Packed(memory, dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64)))
-        self._cross = self._new_cross(num_places, encoder_length)
-        sets = 1 if self._decoder.updates_in_place else 2
-        self._caches = [self._new_caches(num_places, FIRST_CAPACITY) for _ in range(sets)]
-        self._mask = np.ones((num_places, encoder_length), dtype=np.int64)
+        fields = dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64))
+        self._prompt = PackedTensors(memory, fields)
+        self._cross = self._new_cross(batch_size, encoder_length)
+        # TensorRT does not promise to read a cache before it writes an output to the same memory. There the two sets take
+        # turns: a step reads one and writes the other, at twice the memory.
+        num_sets = 1 if self._decoder.updates_in_place else 2
+        self._caches = [self._new_caches(batch_size, FIRST_CAPACITY) for _ in range(num_sets)]
+        # Encoder positions of batch indices without a prompt are all visible: a softmax over none would be NaN.
+        self._mask = np.ones((batch_size, encoder_length), dtype=np.int64)
         self._mask_on_device = memory.allocate(self._mask.shape, np.int64)
         self._mask_on_device.upload(self._mask)
-        self._num_places, self._text_length = num_places, text_length
+        self._batch_size, self._text_length = batch_size, text_length
 
-    def _new_cross(self, num_places: int, encoder_length: int) -> dict[str, DeviceArray]:
+    def _new_cross(self, batch_size: int, encoder_length: int) -> dict[str, DeviceArray]:
+        """Cross KV: keys `(P, H, d, E)`, values `(P, H, E, d)`."""
         shape = self._sizes.shape
         found = {}
-        for name, part in _names("cross_key_values", shape.num_layers):
-            inner = (shape.head_dim, encoder_length) if part == "key" else (encoder_length, shape.head_dim)
-            found[name] = self._memory.allocate((num_places, shape.num_heads, *inner), self._decoder.inputs[name])
+        for name in shape.key_value_names("cross_key_values"):
+            is_key = name.endswith(".key")
+            inner = (shape.head_dim, encoder_length) if is_key else (encoder_length, shape.head_dim)
+            found[name] = self._memory.allocate((batch_size, shape.num_heads, *inner), self._decoder.inputs[name])
         return found
 
-    def _new_caches(self, num_places: int, capacity: int) -> dict[str, DeviceArray]:
+    def _new_caches(self, batch_size: int, capacity: int) -> dict[str, DeviceArray]:
+        """Self KV `(P, H, C, d)`."""
         shape = self._sizes.shape
-        sizes = num_places, shape.num_heads, capacity, shape.head_dim
+        sizes = batch_size, shape.num_heads, capacity, shape.head_dim
         return {
             name: self._memory.allocate(sizes, self._decoder.inputs[name])
-            for name, _ in _names("past_key_values", shape.num_layers)
+            for name in shape.key_value_names("past_key_values")
         }
 
-    def _resize(self, num_places: int, capacity: int) -> None:
-        """Other buffers with the same content: all are made before any is given up."""
-        cross, caches = self._cross, [self._new_caches(num_places, capacity) for _ in self._caches]
+    def _resize(self, batch_size: int, capacity: int) -> None:
+        """Replaces the buffers by larger ones with the same content; all are allocated before any is given up."""
+        cross, caches = self._cross, [self._new_caches(batch_size, capacity) for _ in self._caches]
         mask = self._mask
-        if num_places != self._num_places:
-            cross = self._new_cross(num_places, mask.shape[1])
-            mask = np.ones((num_places, mask.shape[1]), dtype=np.int64)
-            mask[: self._num_places] = self._mask
+        if batch_size != self._batch_size:
+            cross = self._new_cross(batch_size, mask.shape[1])
+            mask = np.ones((batch_size, mask.shape[1]), dtype=np.int64)
+            mask[: self._batch_size] = self._mask
             mask_on_device = self._memory.allocate(mask.shape, np.int64)
             mask_on_device.upload(mask)
             for name, old in self._cross.items():
                 self._memory.copy(old, cross[name])
-            self._drop_bindings([], self._encodings.values())
+            self._release_encodings()
             self._mask, self._mask_on_device, self._encodings = mask, mask_on_device, {}
         for old_set, new_set in zip(self._caches, caches, strict=True):
             for name, old in old_set.items():
                 self._memory.copy(old, new_set[name], num_axes=2)
-        self._drop_bindings(self._calls.values(), [])
+        self._release_calls()
         self._cross, self._caches, self._calls = cross, caches, {}
-        self._num_places, self._capacity = num_places, capacity
-
-
-def _names(prefix: str, num_layers: int) -> list[tuple[str, str]]:
-    """Names of the keys and values of all layers, each with which of both it is."""
-    return [(f"{prefix}.{layer}.{part}", part) for layer in range(num_layers) for part in ("key", "value")]
+        self._batch_size, self._capacity = batch_size, capacity
 
 
 def _first(arrays: Mapping[str, DeviceArray], count: int) -> dict[str, DeviceArray]:
+    """The first `count` entries of each tensor along its first axis."""
     return {name: array[:count] for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""The stages with everything on the device: images in, features that stay there, answers out."""
+"""The three graphs on one device: pixel values in, token ids out; features and KV caches stay in device memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from florence_onnx.errors import DeviceMemoryError, ProviderError
 from florence_onnx.generation.search import GeneratedSequence
-from florence_onnx.inference.continuous_batching import ContinuousBatch, Job
+from florence_onnx.inference.continuous_batching import ContinuousBatch, DecodeRequest
 from florence_onnx.inference.decoder_call import ResidentSizes, padded_count
 from florence_onnx.inference.resident_decoder import ResidentDecoder
 from florence_onnx.runtime.cuda_memory import CudaMemory
@@ -25,7 +25,7 @@ _log = logging.getLogger("florence_onnx")
 
 
 class ResidentVision:
-    """The vision encoder, from pixels on the host to features on the device. For the thread that has the device."""
+    """The vision encoder, from pixel values on the host to features on the device. For the device thread only."""
 
     def __init__(self, engine: OnnxEngine, sizes: ResidentSizes) -> None:
         """Args:
@@ -37,13 +37,15 @@ class ResidentVision:
         self._batches: dict[int, _VisionBatch] = {}
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Encodes up to `MAX_IMAGES` images in one run; in several where the memory does not suffice for one.
+        """Encodes a batch of images in one run, or by halves where memory does not hold the batch.
+
+        In int8 the activations of a run share one scale, so that features may depend on the other images of the batch.
 
         Args:
-            pixel_values: `(1, 3, H, W)` each.
+            pixel_values: At most `bundles.memory.MAX_IMAGES`, each `(1, 3, H, W)` float32.
 
         Returns:
-            Features `(N, D)` float32 of each.
+            Features of each image, `(N, D)` float32.
 
         Raises:
             DeviceMemoryError: There is not enough memory for a single image.
@@ -59,15 +61,21 @@ class ResidentVision:
             self._batches.pop(count, None)
             if len(pixel_values) == 1:
                 raise
-            _log.warning("%d images at a time do not fit: %s", len(pixel_values), error)
+            _log.warning("a batch of %d images does not fit, trying halves: %s", len(pixel_values), error)
         half = count // 2
         return self.encode(pixel_values[:half]) + self.encode(pixel_values[half:])
 
 
 class _VisionBatch:
-    """Buffers and binding for so many images."""
+    """Buffers and binding of the vision encoder for one batch size."""
 
     def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, count: int, image: tuple[int, ...]) -> None:
+        """Args:
+        engine: `vision_encoder.onnx`.
+        sizes: Of the model.
+        count: Images of a run.
+        image: `(3, H, W)`.
+        """
         memory = engine.memory
         self._memory = memory
         self._staging: Floats = np.zeros((count, *image), dtype=np.float32)
@@ -80,30 +88,30 @@ class _VisionBatch:
         self._binding.capture()
 
     def run(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Args: pixel_values, as many as the batch is for or fewer."""
-        for place, pixels in enumerate(pixel_values):
-            self._staging[place] = pixels[0]
+        """Encodes at most `count` images, each `(1, 3, H, W)`; the rest of the batch is what earlier runs left there."""
+        for at, pixels in enumerate(pixel_values):
+            self._staging[at] = pixels[0]
         self._pixels.upload(self._staging)
         self._binding.run()
         found = []
-        for place in range(len(pixel_values)):
+        for at in range(len(pixel_values)):  # copied: the next run overwrites the output, and callers keep features
             features = self._memory.allocate(self._features.shape[1:], np.float32)
-            self._memory.copy(self._features[place : place + 1], features)
+            self._memory.copy(self._features[at : at + 1], features)
             found.append(features)
         return found
 
 
 def _pin(memory: DeviceMemory, array: Floats) -> None:
-    """Lets a card read a host array by itself; where that is refused, copies are slower."""
+    """Pins a host array on CUDA, for faster copies; where CUDA refuses, it stays pageable."""
     if isinstance(memory, CudaMemory):
         try:
             memory.pin(array)
         except ProviderError as error:
-            _log.info("images are copied to the device from memory that is not pinned: %s", error)
+            _log.info("images are copied to the device from pageable memory, which is slower: %s", error)
 
 
 class ResidentModel:
-    """Vision and text on one device, for many threads."""
+    """The three graphs on one device, for callers in many threads."""
 
     def __init__(
         self,
@@ -115,8 +123,8 @@ class ResidentModel:
         """Args:
         engines: `vision_encoder.onnx`, `text_encoder.onnx`, `decoder_top.onnx`.
         sizes: Of the model.
-        max_batch: Most prompts decoded together.
-        max_tokens: Most tokens of a prompt that the decoder takes at a time; None for any number.
+        max_batch: Most prompts in flight.
+        max_tokens: Most tokens of a prompt that a decode step takes, over all its beams; None for any number.
         """
         self.max_tokens = max_tokens
         vision_encoder, text_encoder, decoder = engines
@@ -127,15 +135,11 @@ class ResidentModel:
         weakref.finalize(self, self._batch.close)
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """As `ResidentVision.encode`."""
+        """As `ResidentVision.encode`, from any thread."""
         return self._batch.call(lambda: self._vision.encode(pixel_values))
 
     def upload(self, image_features: Floats | DeviceArray) -> DeviceArray:
-        """Features on this device, copied there if they are elsewhere.
-
-        Args:
-            image_features: `(N, D)`.
-        """
+        """Image features `(N, D)` float32 in this device's memory: the given array if it is there already, else a copy."""
         if isinstance(image_features, DeviceArray):
             if image_features.memory.is_same(self._memory):
                 return image_features
@@ -144,57 +148,62 @@ class ResidentModel:
         features.upload(np.asarray(image_features, dtype=np.float32))
         return features
 
-    def answer(self, jobs: Sequence[Job]) -> list[GeneratedSequence]:
-        """Answers prompts, beside those of other threads.
+    def answer(self, requests: Sequence[DecodeRequest]) -> list[GeneratedSequence]:
+        """Answers prompts, in one batch with those of other threads.
 
         Raises:
             FlorenceError: The device failed, or its memory is full.
         """
-        for job in jobs:
-            self._batch.submit(job)
+        for request in requests:
+            self._batch.submit(request)
         try:
-            self._batch.wait(lambda: _all_done(jobs))
-            return [job.result() for job in jobs]
+            self._batch.wait(lambda: _all_done(requests))
+            return [request.result() for request in requests]
         finally:
-            self._batch.discard(jobs)
+            self._batch.cancel(requests)
 
-    def answer_all(self, arriving: Iterable[Sequence[Job]]) -> list[GeneratedSequence]:
-        """Answers prompts while more of them are made: images are encoded while others are asked about.
+    def answer_stream(self, stream: Iterable[Sequence[DecodeRequest]]) -> list[GeneratedSequence]:
+        """Answers prompts while the stream still makes requests: decoding overlaps with the encoding of further images.
 
         Args:
-            arriving: Jobs in portions; iterated over in a thread of its own.
+            stream: Requests, some at a time; iterated over in a thread of its own.
 
         Returns:
-            Answers in the order of the jobs.
+            Answers in the order of the requests.
 
         Raises:
-            FlorenceError: As `answer`; or whatever iterating raised.
+            FlorenceError: As `answer`.
+            Exception: What iterating over the stream raised.
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        jobs: list[Job] = []
-        is_over = threading.Event()
+        requests: list[DecodeRequest] = []
+        is_stopped = threading.Event()
         try:
-            with ThreadPoolExecutor(1) as feeder:
-                fed = feeder.submit(self._feed, arriving, jobs, is_over)
-                fed.add_done_callback(lambda _: self._batch.notify())
+            with ThreadPoolExecutor(1) as pool:
+                submitting = pool.submit(self._submit_all, stream, requests, is_stopped)
+                submitting.add_done_callback(lambda _: self._batch.notify())
                 try:
-                    self._batch.wait(lambda: fed.done() and (fed.exception() is not None or _all_done(jobs)))
+                    self._batch.wait(
+                        lambda: submitting.done() and (submitting.exception() is not None or _all_done(requests))
+                    )
                 finally:
-                    is_over.set()
-                fed.result()
-            return [job.result() for job in jobs]
+                    is_stopped.set()
+                submitting.result()
+            return [request.result() for request in requests]
         finally:
-            self._batch.discard(jobs)  # when nothing is submitted any more
+            self._batch.cancel(requests)  # after the pool has ended, so that no request is submitted behind it
 
-    def _feed(self, arriving: Iterable[Sequence[Job]], jobs: list[Job], is_over: threading.Event) -> None:
-        for portion in arriving:
-            if is_over.is_set():
+    def _submit_all(
+        self, stream: Iterable[Sequence[DecodeRequest]], requests: list[DecodeRequest], is_stopped: threading.Event
+    ) -> None:
+        for some in stream:
+            if is_stopped.is_set():
                 return
-            for job in portion:
-                jobs.append(job)
-                self._batch.submit(job)
+            for request in some:
+                requests.append(request)
+                self._batch.submit(request)
 
 
-def _all_done(jobs: Sequence[Job]) -> bool:
-    return all(job.is_done for job in jobs)
+def _all_done(requests: Sequence[DecodeRequest]) -> bool:
+    return all(request.is_done for request in requests)

@@ -1,7 +1,7 @@
-"""The text graphs of the transformers.js layout (`onnx-community/Florence-2-*`) behind the same interface.
+"""The text graphs of the transformers.js layout (`onnx-community/Florence-2-*`), on the host only.
 
-That layout has a token embedding, an encoder, and a merged decoder whose cache grows by one token a step and which
-returns the cross-attention cache at its first step only.
+The layout has a token embedding, an encoder, and a merged decoder whose self KV cache grows by one token a step and which
+returns the cross KV at its first step only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from florence_onnx.generation.generate import DecoderSession
-from florence_onnx.inference.decoder import DecoderShape, Floats, Ids, full_attention_mask
+from florence_onnx.inference.decoder import DecoderShape, Floats, full_attention_mask, present_name
+from florence_onnx.inference.decoder_inputs import Ids
 from florence_onnx.runtime.engine import Engine
 
 Array = npt.NDArray[Any]
 
 
 class TransformersJsTextModel:
-    """`embed_tokens`, `encoder_model` and `decoder_model_merged`."""
+    """`embed_tokens`, `encoder_model` and `decoder_model_merged` as a `decoder.TextBackend`."""
 
     def __init__(self, embed_tokens: Engine, encoder: Engine, decoder: Engine, shape: DecoderShape) -> None:
         self._embed_tokens = embed_tokens
@@ -36,13 +37,13 @@ class TransformersJsTextModel:
 
 
 class GrowingDecoder:
-    """A decoder session over `decoder_model_merged`."""
+    """A decoder session over `decoder_model_merged`; to reorder its rows copies the whole cache."""
 
     def __init__(self, embed_tokens: Engine, decoder: Engine, shape: DecoderShape, mask: Ids, hidden: Array) -> None:
         """Args:
-        embed_tokens: Token embedding graph.
-        decoder: Merged decoder graph.
-        shape: Sizes of the cache.
+        embed_tokens: The token embedding graph.
+        decoder: The merged decoder graph.
+        shape: Sizes of the decoder.
         mask: Encoder attention mask `(P, E)`.
         hidden: Encoder output `(P, E, D)`.
         """
@@ -52,14 +53,14 @@ class GrowingDecoder:
         self._past = self._empty_past(shape, len(mask))
         self._has_past = False
 
-    def _empty_past(self, shape: DecoderShape, rows: int) -> dict[str, Array]:
+    def _empty_past(self, shape: DecoderShape, num_rows: int) -> dict[str, Array]:
         names = [name for name in self._decoder.inputs if name.startswith("past_key_values.")]
-        size = (rows, shape.num_heads, 0, shape.head_dim)
+        size = (num_rows, shape.num_heads, 0, shape.head_dim)
         return {name: np.zeros(size, dtype=self._decoder.inputs[name]) for name in names}
 
     def step(self, token_ids: Ids) -> Floats:
-        # One token at a time, as transformers.js does: nobody has shown that the graphs on the hub mask several tokens
-        # causally, and one that does not would answer wrongly without an error.
+        # One token at a time, as transformers.js does: it is not known whether the graphs on the hub apply a causal mask to
+        # several new tokens, and one that does not would give wrong answers without an error.
         for column in range(token_ids.shape[1]):
             logits = self._step_one(token_ids[:, column : column + 1])
         return logits
@@ -71,7 +72,7 @@ class GrowingDecoder:
         outputs = self._decoder.run({name: feeds[name] for name in self._decoder.inputs})
         for name in self._past:
             if not self._has_past or ".decoder." in name:
-                self._past[name] = outputs[name.replace("past_key_values", "present")]
+                self._past[name] = outputs[present_name(name)]
         self._has_past = True
         return outputs["logits"][:, -1].astype(np.float32)
 

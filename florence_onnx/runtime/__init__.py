@@ -1,7 +1,7 @@
-"""ONNX Runtime and the devices under it.
+"""ONNX Runtime and the devices below it.
 
-In: a graph file and `LoadOptions`. Out: an `Engine` that runs it with arrays of the host, or with buffers bound once
-(`engine`). Which execution provider, with which options, is decided in `providers` and `sessions`; `cuda`, `tensorrt`,
-`cpu` know the machine, `graph_cache` keeps optimised graphs, `device_memory` and `cuda_memory` hold tensors where the
-kernels are. Called by `inference` and `loading`; knows graphs and tensors, not what they mean.
+In: a graph file and `LoadOptions`. Out: an `Engine`, which runs the graph on host arrays or on buffers that were bound
+once (`engine`). `providers` chooses the execution provider and its options, and `sessions` opens the session; `cpu`, `cuda`
+and `tensorrt` describe the machine; `graph_cache` caches optimised graphs on disk; `device_memory` and `cuda_memory` hold
+tensors where the kernels are. Called by `inference` and `loading`; knows graphs and tensors, not what they mean.
 """

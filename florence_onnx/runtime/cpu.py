@@ -1,4 +1,4 @@
-"""What the processor offers to this process: cores it may use, and kinds of arithmetic."""
+"""The CPU as this process sees it: the cores that it may use, and the instruction sets."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
-"""Names in `/proc/cpuinfo` of instructions that multiply bf16. Without one of them OpenVINO takes the hint `bf16`
-without a word and computes in fp32 (tried on an AVX2 machine: outputs were equal to the bit)."""
+"""Flags in `/proc/cpuinfo` of instructions that multiply bf16. Without them OpenVINO accepts the hint `bf16` and computes
+in fp32 without saying so (tried on an AVX2 machine: outputs were equal to the bit)."""
 
 
 def num_cores(root: Path = Path("/")) -> int:
-    """Physical cores that this process may use: its affinity mask, siblings counted once, within its cgroup's quota.
+    """Physical cores that this process may use: those of its affinity mask, at most as many as its cgroup's quota.
 
     ONNX Runtime's own default counts the cores of the machine, which is too many in a container with a quota.
 
     Args:
-        root: Where `sys` and `proc` lie; another place for tests.
+        root: Folder of `sys` and `proc`; another than `/` only in tests.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = len({_siblings(root, number) for number in allowed})
@@ -28,13 +28,13 @@ def num_cores(root: Path = Path("/")) -> int:
 
 
 def _siblings(root: Path, number: int) -> str:
-    """The hardware threads that share a core with this one, such as `"0,64"`; itself where that is not known."""
+    """The hardware threads that share a core with this one, e.g. `"0,64"`; its own number where that is not known."""
     path = root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
     return _read(path) or str(number)
 
 
 def _quotas(root: Path) -> Iterable[float]:
-    """Cores by every limit on the way up from this process's cgroup; version 2 of cgroups, then version 1."""
+    """The quotas, in cores, of this process's cgroup and of all cgroups above it; both versions of cgroups are read."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, name = line.split(":", 2)
         if number != "0" and "cpu" not in controllers.split(","):
@@ -50,7 +50,7 @@ def _quotas(root: Path) -> Iterable[float]:
 
 
 def _quota(folder: Path) -> tuple[int, int]:
-    """Microseconds of processor time per period, and the period; `(0, 0)` where there is no limit."""
+    """CPU time per period and the period, both in microseconds; `(0, 0)` where there is no limit."""
     version_2 = _read(folder / "cpu.max").split()
     version_1 = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
     for pair in (version_2, version_1):
@@ -60,12 +60,12 @@ def _quota(folder: Path) -> tuple[int, int]:
 
 
 def flags(root: Path = Path("/")) -> frozenset[str]:
-    """Instruction set flags in Linux's names; empty on other systems."""
+    """Instruction set flags by their names in `/proc/cpuinfo`; empty on other systems than Linux."""
     return frozenset(_fact(root, "flags").split())
 
 
 def name(root: Path = Path("/")) -> str:
-    """The processor's name, family and model: what kernels are chosen by."""
+    """The CPU's vendor, family, model and name, which kernels are chosen by."""
     facts = [_fact(root, key) for key in ("vendor_id", "cpu family", "model", "model name")]
     return " ".join(filter(None, facts)) or f"{platform.machine()} {platform.processor()}".strip()
 

@@ -1,4 +1,4 @@
-"""The NVIDIA side of this machine: which card, which TensorRT, and why ONNX Runtime's providers for them do not start."""
+"""NVIDIA hardware and libraries of this machine: the GPU, TensorRT's version, and why ONNX Runtime's providers cannot start."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Load = Callable[[str], Any]
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"
-"""What every onnxruntime-gpu since 1.19 needs."""
+"""The cuDNN that onnxruntime-gpu has needed since 1.19."""
 TENSORRT_MAJOR = 10
-"""Of the TensorRT that ONNX Runtime up to 1.31 is for, where its provider's file does not tell."""
+"""Major version of TensorRT that ONNX Runtime up to 1.31 is built for; used where the provider's file does not tell."""
 CAPABILITY = (75, 76)
 """`CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`."""
 _log = logging.getLogger("florence_onnx")
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card as the driver describes it.
+class Gpu:
+    """A GPU as the driver describes it.
 
-    Example: `Card("NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984)`
+    Example: `Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984)`
     """
 
     name: str
@@ -41,14 +41,17 @@ class Card:
     """Bytes."""
 
 
-def card(index: int = 0, load: Load = ctypes.CDLL) -> Card | None:
-    """A card of this machine, asked without taking any of its memory; None where there is no driver or no such card.
+def find_gpu(index: int = 0, load: Load = ctypes.CDLL) -> Gpu | None:
+    """Describes a GPU of this machine, without taking any of its memory.
 
     Args:
-        index: Which card.
+        index: CUDA's number of the GPU.
         load: Loads a library by name, or raises OSError.
+
+    Returns:
+        None where there is no driver or no such GPU.
     """
-    driver = _loaded(DRIVER, load)
+    driver = _try_load(DRIVER, load)
     device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
     if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
         return None
@@ -63,38 +66,39 @@ def card(index: int = 0, load: Load = ctypes.CDLL) -> Card | None:
     ]
     if any(statuses):
         return None
-    return Card(name.value.decode(errors="replace"), (halves[0].value, halves[1].value), memory.value)
+    return Gpu(name.value.decode(errors="replace"), (halves[0].value, halves[1].value), memory.value)
 
 
 @functools.lru_cache(maxsize=1)
 def preload(ort: ModuleType) -> None:
-    """Loads CUDA, cuDNN and TensorRT from the packages that pip installs them as, where no loader looks by itself.
+    """Loads CUDA, cuDNN and TensorRT from their pip packages, whose folders the dynamic loader does not search.
 
-    What is not there is left to `obstacles` to name.
+    A library that is missing is no error here: `diagnose` names it.
 
     Args:
         ort: The module onnxruntime.
     """
     if hasattr(ort, "preload_dlls"):  # since 1.21
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):  # it prints what it misses
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # it prints the libraries that it does not find
             ort.preload_dlls()
-        for line in said.getvalue().splitlines():
+        for line in printed.getvalue().splitlines():
             _log.debug("onnxruntime.preload_dlls: %s", line)
     folder = _package("tensorrt_libs")
     if folder is not None:
         for library in _tensorrt_libraries(ort):
-            _loaded(str(folder / library), ctypes.CDLL)
+            _try_load(str(folder / library), ctypes.CDLL)
 
 
 def _package(name: str) -> Path | None:
+    """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    places = list(spec.submodule_search_locations or []) if spec is not None else []
-    return Path(places[0]) if places else None
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(folders[0]) if folders else None
 
 
 def _tensorrt_libraries(ort: ModuleType | None) -> tuple[str, str]:
-    """Names of the libraries that the installed provider is linked with."""
+    """Names of the TensorRT libraries that the installed provider is linked against."""
     major = str(TENSORRT_MAJOR)
     if ort is not None and getattr(ort, "__file__", None):
         provider = Path(str(ort.__file__)).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
@@ -104,8 +108,8 @@ def _tensorrt_libraries(ort: ModuleType | None) -> tuple[str, str]:
 
 
 def tensorrt_version(ort: ModuleType | None = None, load: Load = ctypes.CDLL) -> str:
-    """Of the TensorRT that ONNX Runtime loads, e.g. `"10.13.3"`; empty where there is none."""
-    library = _loaded(_tensorrt_libraries(ort)[0], load)
+    """Version of the TensorRT that ONNX Runtime loads, e.g. `"10.13.3"`; empty where there is none."""
+    library = _try_load(_tensorrt_libraries(ort)[0], load)
     if library is None:
         return ""
     number = int(library.getInferLibVersion())
@@ -113,72 +117,79 @@ def tensorrt_version(ort: ModuleType | None = None, load: Load = ctypes.CDLL) ->
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def obstacles(cuda_version: str, load: Load = ctypes.CDLL) -> list[str]:
-    """What stands between this machine and the CUDA provider, as far as it shows without a session; may be empty.
+def diagnose(cuda_version: str, load: Load = ctypes.CDLL) -> list[str]:
+    """Why the CUDA provider cannot start on this machine, as far as can be seen without opening a session.
 
     Args:
-        cuda_version: Of which CUDA the installed onnxruntime is, e.g. `"13.0"`; empty where it does not say.
+        cuda_version: The CUDA that the installed onnxruntime is built for, e.g. `"13.0"`; empty where it does not say.
         load: Loads a library by name, or raises OSError.
+
+    Returns:
+        One clause for each problem; empty where none was found, and on other systems than Linux.
     """
     if not sys.platform.startswith("linux"):
         return []
     found = []
-    driver = _loaded(DRIVER, load)
+    driver = _try_load(DRIVER, load)
     if driver is None:
         found.append(f"no NVIDIA driver ({DRIVER} not found)")
     major = cuda_version.partition(".")[0]
     if major:
         names = [f"{name}.so.{major}" for name in ("libcudart", "libcublas", "libcublasLt")]
-        missing = [name for name in names if _loaded(name, load) is None]
+        missing = [name for name in names if _try_load(name, load) is None]
         if missing:
             found.append(f"this onnxruntime is for CUDA {major}, and {', '.join(missing)} not found")
-    if _loaded(CUDNN, load) is None:
+    if _try_load(CUDNN, load) is None:
         found.append(f"no cuDNN 9 ({CUDNN} not found)")
     if found and driver is not None:
-        found[-1] += "; with pip they come as: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        found[-1] += "; to install the libraries with pip: pip install 'onnxruntime-gpu[cuda,cudnn]'"
     if driver is not None:
-        found += _of_driver(driver, major)
+        found += _diagnose_driver(driver, major)
     return found
 
 
-def tensorrt_obstacles(ort: ModuleType | None = None, load: Load = ctypes.CDLL) -> list[str]:
-    """What else stands between this machine and the TensorRT provider; may be empty.
+def diagnose_tensorrt(ort: ModuleType | None = None, load: Load = ctypes.CDLL) -> list[str]:
+    """Why the TensorRT provider cannot start on this machine, beyond what `diagnose` finds.
 
     Args:
         ort: The module onnxruntime.
         load: Loads a library by name, or raises OSError.
+
+    Returns:
+        As `diagnose`.
     """
     if not sys.platform.startswith("linux"):
         return []
     names = _tensorrt_libraries(ort)
-    missing = [name for name in names if _loaded(name, load) is None]
+    missing = [name for name in names if _try_load(name, load) is None]
     if not missing:
         return []
     major = int(names[0].rpartition(".")[2])
     return [
-        f"no TensorRT {major} ({', '.join(missing)} not found); it comes with: pip install 'tensorrt-cu13>={major},<{major + 1}' "
-        "(tensorrt-cu12 for CUDA 12), on a Jetson with JetPack: then make the environment with --system-site-packages"
+        f"no TensorRT {major} ({', '.join(missing)} not found); to install it: pip install 'tensorrt-cu13>={major},<{major + 1}' "
+        "(tensorrt-cu12 for CUDA 12); on a Jetson it is part of JetPack: create the environment with --system-site-packages"
     ]
 
 
-def _loaded(name: str, load: Load) -> Any:
+def _try_load(name: str, load: Load) -> Any:
+    """A library, or None where it is not found."""
     try:
         return load(name)
     except OSError:
         return None
 
 
-def _of_driver(driver: Any, major: str) -> list[str]:
+def _diagnose_driver(driver: Any, major: str) -> list[str]:
     version, count = ctypes.c_int(), ctypes.c_int()
     status = driver.cuInit(0)
     if status:
-        return [f"the driver does not start (cuInit answers {status})"]
+        return [f"the driver does not start (cuInit returned {status})"]
     found = []
     # thousands are the major version: 12080 is CUDA 12.8
     if not driver.cuDriverGetVersion(ctypes.byref(version)) and major.isdigit() and version.value // 1000 < int(major):
         found.append(
-            f"the driver is too old: up to CUDA {version.value // 1000}, and this onnxruntime is for CUDA {major}"
+            f"the driver is too old: it supports up to CUDA {version.value // 1000}, and this onnxruntime is for CUDA {major}"
         )
     if not driver.cuDeviceGetCount(ctypes.byref(count)) and not count.value:
-        found.append("the driver sees no card")
+        found.append("the driver sees no GPU")
     return found

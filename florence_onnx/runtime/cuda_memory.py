@@ -1,10 +1,11 @@
-"""A card's memory by CUDA's own runtime library, which ONNX Runtime has loaded already.
+"""GPU memory through CUDA's runtime library (libcudart), which ONNX Runtime has loaded already.
 
-ONNX Runtime's own way to memory on a card, `OrtValue`, takes the next power of two, copies whole tensors only, and cannot copy rows to
-other distances, which a growing cache needs.
+ONNX Runtime's own tensors on a GPU, `OrtValue`, round their size up to a power of two, are copied as a whole only, and not
+to rows of another pitch, which a growing cache needs.
 
-While a CUDA graph is captured, no other thread of the process may call CUDA: whoever does, holds `LOCK`. Tensors may be dropped in any
-thread at any time; what they held is kept for the next that needs as much, and given back to CUDA by whoever allocates.
+While one thread captures a CUDA graph, no other thread of the process may call CUDA, so every call is made under `LOCK`. A
+tensor may be garbage collected in any thread, also during a capture. Its memory is therefore not freed then, but goes to a
+free list: the next allocation of the same size takes it from there, or returns it to CUDA.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from florence_onnx.errors import DeviceMemoryError, ProviderError
 from florence_onnx.runtime.device_memory import Array, Block, DeviceMemory
 
 LOCK = threading.RLock()
-"""Held by this process's only thread that calls CUDA, or runs a session of ONNX Runtime's on a card."""
+"""Held while a thread calls CUDA or runs an ONNX Runtime session on a GPU: one thread of the process at a time."""
 MAJORS = ("13", "12", "11.0")
-"""Versions of CUDA by which its runtime library is looked for where ONNX Runtime does not say which it is for (before 1.21)."""
+"""Versions of libcudart to look for where ONNX Runtime does not say which CUDA it is built for (before 1.21)."""
 TO_DEVICE, TO_HOST, WITHIN_DEVICE = 1, 2, 3
-"""`cudaMemcpyHostToDevice` and so on."""
+"""`cudaMemcpyHostToDevice`, `cudaMemcpyDeviceToHost`, `cudaMemcpyDeviceToDevice`."""
 OUT_OF_MEMORY = 2
 """`cudaErrorMemoryAllocation`."""
-MAX_KEPT = 64 * 2**20
-"""Bytes of dropped tensors that are kept for others: features of some images, and not the buffers of many prompts."""
+MAX_FREE_BYTES = 64 * 2**20
+"""Most bytes on the free list: enough for the features of some images, not for the buffers of a batch of prompts."""
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaSetDevice": (ctypes.c_int,),
@@ -44,56 +45,62 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 class CudaMemory(DeviceMemory):
-    """Of one card."""
+    """The memory of one GPU."""
 
     device = "cuda"
 
     def __init__(self, cuda_version: str, index: int = 0) -> None:
         """Args:
-        cuda_version: Of which CUDA the installed onnxruntime is, e.g. `"13.0"`; empty where it does not say.
-        index: Which card.
+        cuda_version: The CUDA that the installed onnxruntime is built for, e.g. `"13.0"`; empty where it does not say.
+        index: CUDA's number of the GPU.
 
         Raises:
-            ProviderError: CUDA's runtime library is not there.
+            ProviderError: CUDA's runtime library is not found.
         """
         self.index = index
         self._library = _load(cuda_version.partition(".")[0])
-        self._dropped: deque[tuple[int, int]] = deque()  # whose append is safe in any thread, and in a finalizer
+        # (size, address). A deque, because finalizers append to it in any thread, and its append is atomic.
+        self._free_list: deque[tuple[int, int]] = deque()
 
     def new_block(self, size: int) -> Block:
         with LOCK:
             address = self._reuse(size) or self._malloc(size)
             block = Block(self, address)
-            weakref.finalize(block, self._dropped.append, (size, address)).atexit = False
+            weakref.finalize(block, self._free_list.append, (size, address)).atexit = False
             self._call("cudaMemset", address, 0, size)
-            self._call("cudaDeviceSynchronize")  # sessions have streams of their own, which wait for nobody
+            # Sessions run on streams of their own, which do not wait for the stream of this memset.
+            self._call("cudaDeviceSynchronize")
         return block
 
     def _reuse(self, size: int) -> int | None:
-        """An address that was dropped, if one has just this size; too much that was dropped goes back to CUDA."""
-        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        fitting = next((pair for pair in dropped if pair[0] == size), None)
+        """Takes a block of exactly this size from the free list, and frees all others if they exceed `MAX_FREE_BYTES`."""
+        blocks = self._pop_all()
+        fitting = next((block for block in blocks if block[0] == size), None)
         if fitting is not None:
-            dropped.remove(fitting)
-        if sum(pair[0] for pair in dropped) > MAX_KEPT:
-            self._free(dropped)
+            blocks.remove(fitting)
+        if sum(block[0] for block in blocks) > MAX_FREE_BYTES:
+            self._free(blocks)
         else:
-            self._dropped.extend(dropped)
+            self._free_list.extend(blocks)
         return None if fitting is None else fitting[1]
 
-    def _free(self, dropped: list[tuple[int, int]]) -> None:
-        for _, address in dropped:
+    def _pop_all(self) -> list[tuple[int, int]]:
+        return [self._free_list.popleft() for _ in range(len(self._free_list))]
+
+    def _free(self, blocks: list[tuple[int, int]]) -> None:
+        for _, address in blocks:
             self._call("cudaFree", address)
 
     def _malloc(self, size: int) -> int:
+        """Allocates from CUDA; where memory is full, once more after all of the free list was freed."""
         pointer = _POINTER()
         if self._try_malloc(pointer, size):
             return int(pointer.value or 0)
-        self._free([self._dropped.popleft() for _ in range(len(self._dropped))])
+        self._free(self._pop_all())
         if self._try_malloc(pointer, size):
             return int(pointer.value or 0)
         raise DeviceMemoryError(
-            f"card {self.index} has no {size} bytes left; a smaller max_batch, fewer beams or an fp16 bundle need less, and "
+            f"GPU {self.index} has no {size} bytes left; a smaller max_batch, fewer beams or an fp16 bundle need less, and "
             "`florence-onnx info` tells how much"
         )
 
@@ -101,7 +108,9 @@ class CudaMemory(DeviceMemory):
         self._call("cudaSetDevice", self.index)
         status = int(self._library.cudaMalloc(ctypes.byref(pointer), size))
         if status == OUT_OF_MEMORY:
-            self._library.cudaGetLastError()  # else ONNX Runtime would take it for an error of its own next kernel
+            # CUDA keeps a failed call's status until it is read. ONNX Runtime reads it after its next kernel launch, and would
+            # report this failure, which is handled here, as that kernel's.
+            self._library.cudaGetLastError()
             return False
         self._check(status)
         return True
@@ -109,7 +118,7 @@ class CudaMemory(DeviceMemory):
     def write(self, address: int, values: Array) -> None:
         with LOCK:
             self._call("cudaMemcpy", address, values.ctypes.data, values.nbytes, TO_DEVICE)
-            # from memory that is not pinned it may still be under way
+            # From pageable memory the copy may still be in progress when cudaMemcpy returns.
             self._call("cudaDeviceSynchronize")
 
     def read(self, address: int, target: Array) -> None:
@@ -122,7 +131,7 @@ class CudaMemory(DeviceMemory):
             self._call("cudaDeviceSynchronize")
 
     def pin(self, array: Array) -> None:
-        """Lets the card read a host array by itself, at the speed of the bus, until the array is dropped.
+        """Pins a host array (page-locked memory) until it is garbage collected, so that copies run at the speed of the bus.
 
         Raises:
             ProviderError: CUDA refuses.
@@ -137,11 +146,12 @@ class CudaMemory(DeviceMemory):
     def _check(self, status: int) -> None:
         if status:
             self._library.cudaGetLastError()
-            said = self._library.cudaGetErrorString(status) or b"unknown"
-            raise ProviderError(f"CUDA failed with error {status}: {said.decode(errors='replace')}")
+            text = self._library.cudaGetErrorString(status) or b"unknown"
+            raise ProviderError(f"CUDA failed with error {status}: {text.decode(errors='replace')}")
 
 
-def _first(major: str) -> Any:
+def _open(major: str) -> Any:
+    """The first libcudart that is found, of one major version or of any."""
     pattern = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
     names = [pattern.format(version) for version in ([major] if major else MAJORS)]
     for name in names:
@@ -149,7 +159,7 @@ def _first(major: str) -> Any:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise ProviderError(f"{' or '.join(names)} not found; it comes with: pip install nvidia-cuda-runtime")
+    raise ProviderError(f"{' or '.join(names)} not found; to install it: pip install nvidia-cuda-runtime")
 
 
 def _unpin(library: Any, address: int) -> None:
@@ -158,8 +168,12 @@ def _unpin(library: Any, address: int) -> None:
 
 
 def _load(major: str) -> Any:
-    """Args: major, version of CUDA; empty where ONNX Runtime does not say."""
-    library = _first(major)
+    """libcudart with the signatures of the functions that are used.
+
+    Args:
+        major: Major version of CUDA; empty where ONNX Runtime does not say.
+    """
+    library = _open(major)
     for function, arguments in _SIGNATURES.items():
         getattr(library, function).argtypes = arguments
     library.cudaGetErrorString.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
-"""Tensors that stay where the kernels are: in a card's memory, or on the host for the CPU provider.
+"""Tensors in the memory that kernels use: a GPU's, or the host's for providers that compute there.
 
-Graphs read and write by address, so a part of a tensor along its first axis is a tensor too, and nothing is copied to make a batch or to
-take one apart.
+Graphs read and write tensors by address. A slice along the first axis is therefore a tensor too, and a batch can be put
+together, or taken apart, without a copy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Array = npt.NDArray[Any]
 
 
 class Block:
-    """Memory that was taken at once, and is given back with the last tensor in it."""
+    """One allocation; its memory is given back when the last tensor in it is garbage collected."""
 
     def __init__(self, memory: DeviceMemory, address: int, owner: object = None) -> None:
         """Args:
-        memory: Of which it is a part.
-        address: Where it begins.
-        owner: What must live as long.
+        memory: The device's.
+        address: Of the first byte.
+        owner: An object that must live as long as the block.
         """
         self.memory = memory
         self.address = address
@@ -34,37 +34,38 @@ class Block:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A C-contiguous tensor in a device's memory, whole or a part of one along its first axis."""
+    """A C-contiguous tensor in device memory, or a slice of one along its first axis."""
 
     block: Block
-    """Kept for as long as a part of it is in use."""
+    """The allocation that the tensor lies in, kept alive by it."""
     address: int
+    """Of the first element."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def memory(self) -> DeviceMemory:
-        """Where it is."""
+        """The memory of the device that the tensor is on."""
         return self.block.memory
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the content."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, first: slice) -> DeviceArray:
-        """Entries along the first axis, without a step."""
+        """A slice along the first axis, which shares this tensor's memory; steps are not supported."""
         start, stop, _ = first.indices(self.shape[0])
         size = self.nbytes // self.shape[0]
         return DeviceArray(self.block, self.address + start * size, (stop - start, *self.shape[1:]), self.dtype)
 
     def upload(self, values: Array) -> None:
-        """Takes over a host array of the same number of bytes; done when it returns."""
+        """Copies a host array of the same size in bytes to this tensor, and returns when that is done."""
         assert values.nbytes == self.nbytes
         self.memory.write(self.address, np.ascontiguousarray(values))
 
     def download(self) -> Array:
-        """A copy on the host."""
+        """Copies the tensor to a new array on the host."""
         found = np.empty(self.shape, dtype=self.dtype)
         self.memory.read(self.address, found)
         return found
@@ -74,31 +75,32 @@ class DeviceMemory(ABC):
     """The memory of one device."""
 
     device: str
-    """`"cpu"` or `"cuda"`, as ONNX Runtime has them."""
+    """ONNX Runtime's name of the device: `"cpu"` or `"cuda"`."""
     index: int
-    """Which card."""
+    """Number of the device."""
 
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """A new tensor of zeros: what is masked is multiplied by zero, which a leftover NaN would survive.
+        """Allocates a tensor of zeros.
 
         Raises:
             DeviceMemoryError: There is not enough memory.
         """
+        # Zeros, because attention multiplies masked values by zero, and a NaN that was left in the memory would stay NaN.
         kind = np.dtype(dtype)
         block = self.new_block(max(1, math.prod(shape) * kind.itemsize))
         return DeviceArray(block, block.address, shape, kind)
 
     def is_same(self, other: DeviceMemory) -> bool:
-        """Whether addresses of both mean the same."""
+        """Whether both are the memory of the same device, so that addresses mean the same."""
         return (self.device, self.index) == (other.device, other.index)
 
     def copy(self, source: DeviceArray, target: DeviceArray, num_axes: int = 0) -> None:
-        """Copies the source's rows to the starts of the target's; done when it returns.
+        """Copies each row of a tensor to the start of a row of another, and returns when that is done.
 
         Args:
-            source: A row is what lies below the first `num_axes` axes.
-            target: At least as many rows, of at least that length.
-            num_axes: 0 copies everything as one row.
+            source: Its rows are indexed by the first `num_axes` axes; a row is everything behind these.
+            target: Has at least as many rows, which are at least as long.
+            num_axes: 0 for the whole tensor as one row.
         """
         rows = math.prod(source.shape[:num_axes])
         width = source.nbytes // rows
@@ -107,23 +109,27 @@ class DeviceMemory(ABC):
 
     @abstractmethod
     def new_block(self, size: int) -> Block:
-        """So many bytes, all zero."""
+        """Allocates `size` bytes, all zero.
+
+        Raises:
+            DeviceMemoryError: There is not enough memory.
+        """
 
     @abstractmethod
     def write(self, address: int, values: Array) -> None:
-        """Copies a host array to the device."""
+        """Copies a C-contiguous host array to an address of the device."""
 
     @abstractmethod
     def read(self, address: int, target: Array) -> None:
-        """Copies from the device to a host array."""
+        """Copies from an address of the device to a C-contiguous host array."""
 
     @abstractmethod
     def copy_rows(self, target: int, pitch: int, source: int, width: int, rows: int) -> None:
-        """Copies `rows` adjacent rows of `width` bytes to addresses that are `pitch` bytes apart."""
+        """Copies adjacent rows of `width` bytes on the device to addresses that are `pitch` bytes apart."""
 
 
 class HostMemory(DeviceMemory):
-    """The host's own, for providers that compute there."""
+    """The host's memory, for providers that compute there."""
 
     device = "cpu"
     index = 0

@@ -1,4 +1,4 @@
-"""Running one graph: the `Engine` protocol and ONNX Runtime behind it."""
+"""Running one graph: the `Engine` protocol, and its implementation on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 HOST_PROVIDERS = (CPU, "OpenVINOExecutionProvider")
 NO_CAPTURE = "-1"
-"""Run config entry `gpu_graph_id` of a run that is neither captured nor replayed."""
+"""Run config entry `gpu_graph_id` of a run that is neither captured nor replayed: the default, 0, is an id like any other."""
 _log = logging.getLogger("florence_onnx")
 
 
 class Binding(Protocol):
-    """Buffers tied to a graph's inputs and outputs, for repeated runs without allocation."""
+    """Buffers bound to a graph's inputs and outputs, for repeated runs without allocation."""
 
     def bind_input(self, name: str, array: Array) -> None:
-        """The graph reads `array` (C-contiguous, of the input's dtype) at every run."""
+        """Lets the graph read `array` (C-contiguous, of the input's dtype) at every run."""
 
     def bind_output(self, name: str, array: Array) -> None:
-        """The graph writes to `array`; an output may share its buffer with an input to be updated in place."""
+        """Lets the graph write to `array` at every run; to update a tensor in place, it is bound as input and output."""
 
     def run(self) -> None:
-        """Runs the graph once on the present content of the buffers."""
+        """Runs the graph once, on what the buffers hold now."""
 
 
 class Engine(Protocol):
-    """One graph, ready to run; safe to use from several threads."""
+    """One loaded graph; may be used from several threads at once."""
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
@@ -79,13 +79,13 @@ class Engine(Protocol):
 
     @property
     def num_runs(self) -> int:
-        """How often the graph ran."""
+        """How often the graph was run."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the graph; feeds are cast to the graph's dtypes where they differ."""
+        """Runs the graph on host arrays, which are cast to its dtypes where they differ, and returns all outputs by name."""
 
     def bind(self) -> Binding:
-        """A fresh set of buffers, for use by one thread."""
+        """A new binding without buffers, to be used by one thread at a time."""
 
 
 class OnnxEngine:
@@ -102,16 +102,16 @@ class OnnxEngine:
         """Loads a graph.
 
         Args:
-            path: An ONNX file; external data lies beside it.
-            options: Device, execution providers and their options; `max_batch` is not for a single graph.
+            path: An ONNX file, with its external data beside it.
+            options: Device, execution providers and their options; `max_batch` is ignored.
             expected_inputs: Names that must be among the graph's inputs.
-            cuda_graphs: Whether bindings may capture CUDA graphs, on a card; `provider_options` have the last word.
+            cuda_graphs: Whether bindings may capture CUDA graphs, if the provider can; `provider_options` override this.
 
         Raises:
             BundleFileMissingError: There is no such file.
-            CorruptGraphError: The file, or its external data, is not a graph that ONNX Runtime accepts, or it is another
-                graph than expected.
-            InputError: A provider option would make answers wrong.
+            CorruptGraphError: ONNX Runtime does not accept the file or its external data, or it is another graph than
+                expected.
+            InputError: A provider option would lead to wrong answers.
             ProviderError: The execution provider did not start.
         """
         options = options or LoadOptions()
@@ -133,15 +133,17 @@ class OnnxEngine:
         name = CUDA_GRAPHS.get(chosen[0][0], "")
         if cuda_graphs and name:
             chosen[0][1].setdefault(name, "1")
-        self.captures = _is_on(chosen[0][1].get(name))
-        """Whether bindings may become CUDA graphs."""
-        self.capture_refusal = ""
-        """Why not, where it was wanted."""
-        # while one thread captures a CUDA graph, or takes memory for weights, no other may call CUDA
+        self.can_capture = _is_on(chosen[0][1].get(name))
+        """Whether bindings may capture CUDA graphs."""
+        self.capture_error = ""
+        """Why they may not, where capturing was asked for and failed."""
+        # A capture fails if another thread of the process calls CUDA meanwhile, as opening a session does.
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
         with self._exclusive:
             self._session = self._open(path, chosen, options.session_options, options.graph_cache_folder)
-        self._names_graphs = self.captures
+        # Stays true when capturing is given up later: the session still has CUDA graphs enabled, and a run without an id would
+        # be captured as graph 0 and replayed for other buffers.
+        self._needs_graph_id = self.can_capture
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
         self.nodes: Mapping[str, int] = count_nodes(self._session) if self.provider != CPU else {}
@@ -153,7 +155,7 @@ class OnnxEngine:
         self.output_shapes: dict[str, list[int | str]] = {
             node.name: list(node.shape) for node in self._session.get_outputs()
         }
-        """By name; axes without a fixed size by their names."""
+        """Shapes by name; an axis without a fixed size is its name."""
         self._num_runs = 0
 
     def _open(
@@ -161,45 +163,50 @@ class OnnxEngine:
         path: Path,
         chosen: provider_presets.ProviderList,
         session_options: SessionOptions | None,
-        kept: Path | None,
+        cache_folder: Path | None,
     ) -> Any:
-        """Opens the session; without CUDA graphs where ONNX Runtime refuses to capture this one."""
+        """Opens the session; without CUDA graphs where ONNX Runtime cannot capture this one."""
         try:
-            return open_session(self._ort, path, chosen, session_options, kept)
+            return open_session(self._ort, path, chosen, session_options, cache_folder)
         except ProviderError as error:
-            if not self.captures or "graph" not in str(error).lower():
+            if not self.can_capture or "graph" not in str(error).lower():
                 raise
             chosen[0][1][CUDA_GRAPHS[chosen[0][0]]] = "0"
-            session = open_session(self._ort, path, chosen, session_options, kept)
-            self.refuse_capture(path.name, error)
+            session = open_session(self._ort, path, chosen, session_options, cache_folder)
+            self.disable_capture(path.name, error)
             return session
 
-    def refuse_capture(self, what: str, reason: BaseException) -> None:
-        """Goes on without CUDA graphs, and says so."""
-        self.captures = False
-        self.capture_refusal = str(reason)
-        _log.warning("%s runs without a CUDA graph, which costs time at every step: %s", what, reason)
+    def disable_capture(self, name: str, reason: BaseException) -> None:
+        """Makes all bindings run without CUDA graphs from now on, and logs why.
+
+        Args:
+            name: What is logged as running without a CUDA graph.
+            reason: The error of the capture.
+        """
+        self.can_capture = False
+        self.capture_error = str(reason)
+        _log.warning("%s runs without a CUDA graph, which is slower at every step: %s", name, reason)
 
     def new_graph_id(self) -> int:
-        """A number for a CUDA graph of this session."""
+        """A `gpu_graph_id` that this session has not used yet: two bindings must never share one."""
         return next(self._graph_ids)
 
     @property
     def computes_on_host(self) -> bool:
-        """Whether kernels read the host's memory where it is."""
+        """Whether kernels read and write host memory directly."""
         return self.provider in HOST_PROVIDERS
 
     @property
     def updates_in_place(self) -> bool:
-        """Whether an output may be bound to an input's memory: an engine of TensorRT's does not promise to read first."""
+        """Whether an output may be bound to the memory of an input: TensorRT may write an output before it has read the input."""
         return self.provider != "TensorrtExecutionProvider"
 
     @cached_property
     def memory(self) -> DeviceMemory:
-        """Where the graph's buffers are best.
+        """The memory that the graph's kernels use.
 
         Raises:
-            ProviderError: CUDA's runtime library is not there.
+            ProviderError: CUDA's runtime library is not found.
         """
         if self.provider not in CUDA_PROVIDERS:
             return HostMemory()
@@ -210,7 +217,7 @@ class OnnxEngine:
         return self._num_runs
 
     def count_run(self) -> None:
-        """Counts a run, whichever thread it is on."""
+        """Counts a run, from any thread."""
         with self._lock:
             self._num_runs += 1
 
@@ -218,29 +225,33 @@ class OnnxEngine:
         typed = {name: np.ascontiguousarray(value, dtype=self.inputs[name]) for name, value in feeds.items()}
         self.count_run()
         options = self.run_options()
-        outputs = self.guarded(lambda: self._session.run(None, typed, options))
+        outputs = self.call(lambda: self._session.run(None, typed, options))
         return dict(zip(self.outputs, outputs, strict=True))
 
     def run_options(self, graph_id: str = NO_CAPTURE) -> Any:
-        """`RunOptions` for a CUDA graph; None for a session that never captures, and that needs to be told nothing."""
-        if not self._names_graphs:
+        """The `RunOptions` of a run; None for a session without CUDA graphs, which needs none.
+
+        Args:
+            graph_id: Id of the CUDA graph that the run captures, or replays if there is one; `NO_CAPTURE` for neither.
+        """
+        if not self._needs_graph_id:
             return None
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", graph_id)
         return options
 
-    def guarded(self, run: Callable[[], Any]) -> Any:
-        """Calls ONNX Runtime, and gives what a device raises our names.
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Calls a function of ONNX Runtime's, alone on the GPU if there is one, and translates its errors into ours.
 
         Raises:
             DeviceMemoryError: There is not enough memory; all that was allocated before is still there.
             ProviderError: The provider failed.
         """
-        # a failing kernel is a bare RuntimeError where buffers are bound, and one of ONNX Runtime's classes where not
+        # A kernel that fails raises one of ONNX Runtime's classes in `run`, and a bare RuntimeError in `run_with_iobinding`.
         expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError, MemoryError)
         try:
             with self._exclusive:
-                return run()
+                return function()
         except expected as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.provider, error) from error
@@ -253,47 +264,49 @@ class OnnxEngine:
 
 
 class OnnxBinding:
-    """Buffers on the host or on a device, as `Binding`; on a card its runs may be one CUDA graph."""
+    """A `Binding` to buffers on the host or on a device; on a GPU its runs can be captured as one CUDA graph."""
 
     def __init__(self, engine: OnnxEngine, session: Any) -> None:
         self._engine = engine
         self._session = session
         self._binding = session.io_binding()
-        self._arrays: dict[str, Array | DeviceArray] = {}  # the session holds bare addresses: these must live as long
-        self._sent: dict[str, Array] = {}  # inputs that each run takes from the host to a device of its own memory
+        # ONNX Runtime is given bare addresses; these references keep the memory alive.
+        self._arrays: dict[str, Array | DeviceArray] = {}
+        # Inputs on the host of a provider that computes elsewhere: copied to the device at every run.
+        self._host_inputs: dict[str, Array] = {}
         self._graph_id: int | None = None
         self._options = engine.run_options()
 
     def bind_input(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"input {name}"] = array
-        self._sent.pop(name, None)
+        self._host_inputs.pop(name, None)
         if isinstance(array, DeviceArray) or self._engine.computes_on_host:
-            self._binding.bind_input(name, *_place(array))
+            self._binding.bind_input(name, *_location(array))
         else:
-            self._sent[name] = array
+            self._host_inputs[name] = array
 
     def bind_output(self, name: str, array: Array | DeviceArray) -> None:
         self._arrays[f"output {name}"] = array
-        self._binding.bind_output(name, *_place(array))
+        self._binding.bind_output(name, *_location(array))
 
     def capture(self) -> None:
-        """Makes the runs from now on one CUDA graph, if the engine captures any; the buffers stay what and where they are."""
-        if self._engine.captures:
+        """Lets the next run capture a CUDA graph, if the engine can, and further runs replay it; buffers must not be rebound."""
+        if self._engine.can_capture:
             self._graph_id = self._engine.new_graph_id()
             self._options = self._engine.run_options(str(self._graph_id))
 
     def release(self) -> None:
-        """Forgets the CUDA graph; no more runs."""
+        """Releases the captured graph; no run may follow."""
         if self._graph_id is not None and hasattr(self._session, "release_captured_graph"):
             release, graph_id = self._session.release_captured_graph, self._graph_id
-            self._engine.guarded(lambda: release(graph_id))
+            self._engine.call(lambda: release(graph_id))
         self._graph_id = None
 
     def run(self) -> None:
-        """Runs the graph once on the present content of the buffers; where that cannot be captured, without a CUDA graph.
+        """Runs the graph once, on what the buffers hold now; without a CUDA graph where it cannot be captured.
 
         Raises:
-            DeviceMemoryError: The device has not enough memory; what was allocated before is still there.
+            DeviceMemoryError: There is not enough device memory; all that was allocated before is still there.
             ProviderError: The provider failed.
         """
         self._engine.count_run()
@@ -305,17 +318,18 @@ class OnnxBinding:
             if self._graph_id is None:
                 raise
             self._graph_id, self._options = None, self._engine.run_options()
-            self._run()  # raises if the graph was not the reason
-            self._engine.refuse_capture("a graph", error)
+            self._run()  # raises again if capturing was not the reason
+            self._engine.disable_capture("a graph", error)
 
     def _run(self) -> None:
-        if not self._engine.captures and self._graph_id is not None:  # another binding was refused
+        if not self._engine.can_capture and self._graph_id is not None:  # the capture of another binding failed
             self._graph_id, self._options = None, self._engine.run_options()
-        self._engine.guarded(self._send_and_run)
+        self._engine.call(self._copy_inputs_and_run)
 
-    def _send_and_run(self) -> None:
-        for name, array in self._sent.items():  # ONNX Runtime copies a host input when it is bound, and never again
-            self._binding.bind_input(name, *_place(array))
+    def _copy_inputs_and_run(self) -> None:
+        # ONNX Runtime copies a host input to the device when it is bound, and not again when it is run.
+        for name, array in self._host_inputs.items():
+            self._binding.bind_input(name, *_location(array))
         self._session.run_with_iobinding(self._binding, self._options)
 
 
@@ -324,7 +338,7 @@ def _is_on(option: Any) -> bool:
 
 
 def _refuse_single_graph(chosen: provider_presets.ProviderList) -> None:
-    """Raises InputError where a session would capture the first of its bindings and replay that for all others."""
+    """Raises InputError where a session would capture one of its bindings and replay that graph for all others."""
     if any(_is_on(options.get(SINGLE_CUDA_GRAPH)) for _, options in chosen):
         raise InputError(
             f"{SINGLE_CUDA_GRAPH} cannot be used: ONNX Runtime's TensorRT provider keeps one CUDA graph a session, and would "
@@ -332,8 +346,8 @@ def _refuse_single_graph(chosen: provider_presets.ProviderList) -> None:
         )
 
 
-def _place(array: Array | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], int]:
-    """Where a tensor is, as `io_binding` takes it: device, its number, dtype, shape, address."""
+def _location(array: Array | DeviceArray) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """Arguments of `bind_input` and `bind_output` of ONNX Runtime: device, its number, dtype, shape, address."""
     if isinstance(array, DeviceArray):
         memory = array.memory
         return memory.device, memory.index, array.dtype.type, array.shape, array.address
@@ -347,25 +361,25 @@ def load_engines(
     *,
     cuda_graphs: bool = False,
 ) -> list[OnnxEngine]:
-    """Loads the graphs of a model, those for a CPU at the same time.
+    """Loads the graphs of a model; on the CPU in parallel.
 
-    Creating a session is work of one thread without Python's lock (ONNX Runtime 1.32; 1.24 holds the lock, and then
-    nothing is won). Florence-2-base in fp32 on two cores: 1.3 s instead of 2.2 s.
+    To create a session keeps one thread busy, without Python's global lock (ONNX Runtime 1.32; 1.24 holds the lock, so
+    that there is no gain). Florence-2-base in fp32 on two cores: 1.3 s instead of 2.2 s.
 
     Args:
         paths: ONNX files.
-        expected_inputs: For each, names that must be among its inputs.
+        expected_inputs: For each file, names that must be among the graph's inputs.
         options: As for `OnnxEngine`.
         cuda_graphs: As for `OnnxEngine`.
 
     Raises:
-        FlorenceError: As `OnnxEngine`, of the first graph that does not load.
+        FlorenceError: As `OnnxEngine`, for the first graph that does not load.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    # The last graph first: it is the decoder, whose start needs the most memory beyond what it keeps.
+    # The last graph first: it is the decoder, whose session needs the most memory beyond its weights while it is opened.
     pairs = list(zip(paths, expected_inputs, strict=True))[::-1]
-    # Accelerators one by one: building their engines side by side would take their memory several times.
+    # One after the other on accelerators: building engines in parallel would multiply the peak of device memory.
     num_workers = len(pairs) if options is not None and options.is_for_cpu else 1
     with ThreadPoolExecutor(num_workers) as pool:
         futures = [
@@ -380,6 +394,6 @@ def _check_interface(path: Path, types: Mapping[str, str], expected: Sequence[st
     if wrong:
         found = ", ".join(f"{name} {kind}" for name, kind in types.items())
         raise CorruptGraphError(
-            f"{path} is not the graph it should be: input {wrong[0]} is missing or of another type (it takes {found}); "
+            f"{path} is another graph than expected: input {wrong[0]} is missing or of another type (its inputs are {found}); "
             "export or download it again"
         )

@@ -1,13 +1,13 @@
-"""Optimised graphs kept on disk for the next start; off unless asked for.
+"""A cache of optimised graphs on disk, for a faster start; off by default.
 
-What ONNX Runtime does at every start, it then does once: it optimises the graph and packs the weights for the kernels of this
-processor. Later starts map the result into memory: loading takes half the time when the files are in the page cache (and no
-less when they are not), and several processes share one copy. The price is disk: Florence-2-base in fp32 takes
-2.0 GiB. Figures are in benchmarks/results/session_options.md.
+At every start ONNX Runtime optimises the graph and packs the weights for the kernels of this CPU. With the cache it does so
+once, and later starts map the result into memory: loading takes half the time if the files are in the page cache (and as
+long as before if they are not), and processes share one copy. The price is disk space: 2.0 GiB for Florence-2-base in fp32.
+Measurements: benchmarks/results/session_options.md.
 
-An entry is a directory, written beside its place and renamed, so that processes may start at the same time. Its name is a
-hash of all that it depends on: an entry is never out of date, only unused. The least recently used go when all
-together exceed `MAX_BYTES`; deleting the folder is always safe.
+An entry is a directory, which is written under a temporary name and renamed, so that several processes may start at once.
+Its final name is a hash of everything that it depends on: an entry is never out of date, only unused. When all entries
+exceed `MAX_BYTES`, the least recently used are removed; the whole folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from florence_onnx.runtime import cpu
 _log = logging.getLogger("florence_onnx")
 
 ENVIRONMENT = "FLORENCE_ONNX_GRAPH_CACHE"
-"""Environment variable for the folder; `1` is the default folder, empty or `0` is none."""
+"""Environment variable for the folder: `1` for the default folder, `0` or empty for no cache."""
 MAX_BYTES = 12 * 2**30
-"""Of all entries together: two models of the large size in fp32."""
+"""Most bytes of all entries together: room for two models of the large size in fp32."""
 FORMAT = 1
+"""Version of the entries' layout."""
 GRAPH, WEIGHTS, FACTS = "graph.onnx", "weights.data", "facts.json"
 DESCRIPTION = "florence_onnx.json"
 
 _IRRELEVANT = ("intra_op_num_threads", "inter_op_num_threads", "spinning", "log_", "logid", "profil")
-"""Parts of session options' names that change nothing of the optimised graph."""
+"""Parts of the names of session options that do not change the optimised graph."""
 _SAVE = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -42,14 +43,17 @@ _SAVE = {
 }
 
 Create = Callable[[Path, Mapping[str, Any]], Any]
-"""Makes a session of a graph file, with these session options over the others."""
+"""Opens a session for a graph file, with further session options."""
 
 
 def folder(choice: bool | str | os.PathLike[str] | None) -> Path | None:
-    """Where entries go.
+    """The folder of the cache, or None for no cache.
 
     Args:
-        choice: A folder, True for the default one, False for none, None for what the environment says.
+        choice: A folder, True for the default one, False for no cache, None for what the environment variable says.
+
+    Raises:
+        InputError: `choice` is none of these.
     """
     if choice is None:
         choice = os.environ.get(ENVIRONMENT) or False
@@ -62,52 +66,53 @@ def folder(choice: bool | str | os.PathLike[str] | None) -> Path | None:
 
 
 def default_folder() -> Path:
-    """`florence_onnx/graphs` in the user's folder for caches."""
+    """`florence_onnx/graphs` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
     return (Path(base) if base else Path.home() / ".cache") / "florence_onnx" / "graphs"
 
 
 def load(
-    graph: Path, kept: Path, options: Mapping[str, Any], *, runtime: str, no_optimization: Any, create: Create
+    graph: Path, cache_folder: Path, options: Mapping[str, Any], *, runtime: str, no_optimization: Any, create: Create
 ) -> Any:
-    """Makes a session from the entry of a graph, or from the graph itself, which then becomes an entry.
+    """Opens a session from the cache entry of a graph; without an entry from the graph itself, and writes one.
 
     Args:
         graph: An ONNX file of a bundle.
-        kept: The folder of all entries.
+        cache_folder: The folder of all entries.
         options: All session options.
         runtime: Version of ONNX Runtime.
         no_optimization: Value of `graph_optimization_level` for a graph that is optimised already.
-        create: Makes a session.
+        create: Opens a session.
 
     Returns:
-        The session. Whatever is wrong with the cache is logged and never an error.
+        The session. Problems with the cache are logged and never raised.
 
     Raises:
+        InputError: The options save the optimised graph elsewhere.
         FlorenceError: The graph itself does not load.
     """
     if options.get("optimized_model_filepath"):
-        raise InputError("optimized_model_filepath and graph_cache exclude each other: both write the optimised graph")
-    entry = kept / key(graph, options, runtime)
+        raise InputError("optimized_model_filepath and graph_cache exclude each other: both save the optimised graph")
+    entry = cache_folder / key(graph, options, runtime)
     if entry.is_dir():
         try:
             _check(entry)
             session = create(entry / GRAPH, {"graph_optimization_level": no_optimization})
             os.utime(entry)
         except (BundleError, OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("graph cache: %s of %s cannot be used and is made anew: %s", entry, graph.name, error)
+            _log.warning("graph cache: entry %s of %s is damaged and is written again: %s", entry, graph.name, error)
             _remove(entry)
         else:
-            _log.info("graph cache: %s from %s", graph.name, entry)
+            _log.info("graph cache: %s loaded from %s", graph.name, entry)
             return session
-    return _make(graph, entry, create)
+    return _create_entry(graph, entry, create)
 
 
 def key(graph: Path, options: Mapping[str, Any], runtime: str) -> str:
-    """Name of a graph's entry: a hash of the bundle's files, the options, the runtime and the processor.
+    """Name of a graph's entry: a hash of the bundle's files, the session options, the runtime and the CPU.
 
-    Content counts by the hashes in the bundle's description, and size and time of all files, which
-    notice what was replaced without it.
+    Of the files it takes the hashes in the bundle's description, and also size and modification time, which change when a
+    file is replaced and the description is not.
     """
     files = sorted(path for path in graph.parent.iterdir() if path.is_file() and path.suffix != ".json")
     description = graph.parent / DESCRIPTION
@@ -125,29 +130,31 @@ def key(graph: Path, options: Mapping[str, Any], runtime: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _make(graph: Path, entry: Path, create: Create) -> Any:
+def _create_entry(graph: Path, entry: Path, create: Create) -> Any:
+    """Opens a session from a graph and writes its entry; where that fails, without the entry."""
     import tempfile
 
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
     except OSError as error:
-        _log.warning("graph cache: %s cannot be kept: %s", graph.name, error)
+        _log.warning("graph cache: %s cannot be cached: %s", graph.name, error)
         return create(graph, {})
     try:
         session = create(graph, {"optimized_model_filepath": str(new / GRAPH), **_SAVE})
-        _finish(new, entry)
-        _log.info("graph cache: %s kept in %s", graph.name, entry)
-        _drop_oldest(entry.parent)
-    except (BundleError, OSError) as error:  # a full disk comes as either
-        session = create(graph, {})  # raises if the graph itself is the reason
-        _log.warning("graph cache: %s cannot be kept: %s", graph.name, error)
+        _commit(new, entry)
+        _log.info("graph cache: %s saved to %s", graph.name, entry)
+        _evict(entry.parent)
+    except (BundleError, OSError) as error:  # a full disk raises either of them
+        session = create(graph, {})  # raises again if the graph itself is the reason
+        _log.warning("graph cache: %s cannot be cached: %s", graph.name, error)
     finally:
-        _remove(new)  # renamed, if all went well
+        _remove(new)  # does not exist any more if it was renamed
     return session
 
 
-def _finish(new: Path, entry: Path) -> None:
+def _commit(new: Path, entry: Path) -> None:
+    """Adds the file by which `_check` finds damage, and gives the directory its final name."""
     facts = {
         "sizes": {path.name: path.stat().st_size for path in new.iterdir()},
         "sha256": hashlib.sha256((new / GRAPH).read_bytes()).hexdigest(),
@@ -156,31 +163,35 @@ def _finish(new: Path, entry: Path) -> None:
     try:
         new.rename(entry)
     except OSError:
-        if not entry.is_dir():  # else another process was faster, with the same content
+        if not entry.is_dir():  # otherwise another process was faster, and has written the same
             raise
 
 
 def _check(entry: Path) -> None:
-    """Raises ValueError, or what reading raises, for an entry that is not as it was written.
+    """Checks that an entry is as it was written; weights by their size only, since hashing gigabytes would take too long.
 
-    The weights are compared by size: reading gigabytes would cost more than the cache saves.
+    Raises:
+        ValueError: A file has changed.
+        OSError: A file is missing or cannot be read.
+        KeyError: The facts are incomplete.
+        TypeError: The facts are of another type.
     """
     facts = json.loads((entry / FACTS).read_text(encoding="utf-8"))
     for name, size in facts["sizes"].items():
         if (entry / name).stat().st_size != size:
-            raise ValueError(f"{name} has another size than it was written with")
+            raise ValueError(f"the size of {name} has changed")
     if hashlib.sha256((entry / GRAPH).read_bytes()).hexdigest() != facts["sha256"]:
-        raise ValueError(f"{GRAPH} has another content than it was written with")
+        raise ValueError(f"the content of {GRAPH} has changed")
 
 
-def _drop_oldest(kept: Path) -> None:
-    """Removes the least recently used entries beyond `MAX_BYTES`; who has them open keeps them."""
+def _evict(cache_folder: Path) -> None:
+    """Removes the least recently used entries beyond `MAX_BYTES`; processes that have mapped them are not disturbed."""
     entries = sorted(
-        (path for path in kept.iterdir() if (path / FACTS).is_file()), key=lambda path: path.stat().st_mtime
+        (path for path in cache_folder.iterdir() if (path / FACTS).is_file()), key=lambda path: path.stat().st_mtime
     )
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in entries]
     total = sum(sizes)
-    for path, size in zip(entries[:-1], sizes, strict=False):  # never the one just made
+    for path, size in zip(entries[:-1], sizes, strict=False):  # never the newest, which was just written
         if total <= MAX_BYTES:
             return
         _log.info("graph cache: %s removed, %d bytes over the limit", path, total - MAX_BYTES)

@@ -1,4 +1,4 @@
-"""How a model is loaded: the arguments of `Florence2.from_pretrained` that concern ONNX Runtime and the device, in one value."""
+"""`LoadOptions`: the arguments of `Florence2.from_pretrained` that concern ONNX Runtime and the device."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from florence_onnx.runtime.sessions import CPU, SessionOptions
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Device, execution provider and their options; `Florence2.from_pretrained` documents each in full.
+    """Device, execution provider and their options; `Florence2.from_pretrained` documents them in full.
 
-    Values are checked where they are used, so that the error can name what is installed.
+    Values are checked where they are used, because errors name what is installed.
     """
 
     device: str = "auto"
     """`"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`."""
     precision: str | None = None
-    """The bundle's, or `"bf16"` for an fp32 bundle that is computed in bf16; None takes the bundle's."""
+    """The bundle's precision, or `"bf16"` to compute an fp32 bundle in bf16; None for the bundle's."""
     providers: Sequence[Provider] | None = None
-    """Explicit execution providers, first choice first; replaces `device`."""
+    """Execution providers in order of preference, instead of `device`."""
     provider_options: Options | None = None
-    """Options of the device's execution provider, over this package's own."""
+    """Options of the device's execution provider; they override this package's defaults."""
     session_options: SessionOptions | None = None
-    """Attributes and config entries of `onnxruntime.SessionOptions`, over this package's own."""
+    """Attributes and config entries of `onnxruntime.SessionOptions`; they override this package's defaults."""
     graph_cache: bool | str | os.PathLike[str] | None = None
-    """Folder for optimised graphs; True for the default one, False for none, None for what the environment says."""
+    """Folder of the graph cache; True for the default folder, False for no cache, None for what the environment says."""
     max_batch: int | None = None
     """Most prompts in flight on the device; None for the device's default, 0 for no continuous batching."""
 
     @property
     def graph_cache_folder(self) -> Path | None:
-        """Where optimised graphs are kept, None for nowhere.
+        """Folder of the graph cache, or None for no cache.
 
         Raises:
-            InputError: `graph_cache` is none of what it may be.
+            InputError: `graph_cache` is neither a folder nor True, False or None.
         """
         return graph_cache.folder(self.graph_cache)
 
     @property
     def is_for_cpu(self) -> bool:
-        """Whether graphs run on ONNX Runtime's own CPU provider alone."""
+        """Whether all graphs run on `CPUExecutionProvider` alone."""
         return self.device == "cpu" if self.providers is None else list(self.providers) == [CPU]

@@ -1,7 +1,7 @@
 """Execution providers by device name: presets, what to install for each, and how options are merged.
 
-A new execution provider is one more `Preset`. Options are merged by one rule: the preset's, then the caller's, then what
-was asked for by another argument (`precision="bf16"`).
+A new execution provider is one more `Preset`. Options are merged in one order, later ones override: the preset's, the
+caller's, then those that another argument requires (`precision="bf16"`).
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from florence_onnx.runtime import cpu
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
 Options = Mapping[str, Any]
-"""Provider options by their own names. A mapping as value is handed over as JSON, the form of OpenVINO's `load_config`."""
+"""Provider options by ONNX Runtime's names. A mapping as value is passed on as JSON, as OpenVINO's `load_config` needs it."""
 Provider = str | tuple[str, Options]
 ProviderList = list[tuple[str, dict[str, Any]]]
 
 BF16 = "bf16"
-"""The precision of fp32 files computed in bf16 by the provider."""
+"""Name of the precision in which a provider computes fp32 files in bf16."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a device is reached through ONNX Runtime."""
+    """How ONNX Runtime runs graphs on a device."""
 
     provider: str
     """Name of the execution provider."""
     install: str
-    """What brings it."""
+    """How to install it."""
     options: Options = field(default_factory=dict)
-    """Provider options unless the caller gives others."""
+    """Default provider options."""
     threads_option: str = ""
-    """The option that takes the number of threads, where there is one."""
+    """Name of the provider option for the number of threads, if there is one."""
     precisions: tuple[str, ...] = ("fp16", "fp32")
-    """Which bundle of several is taken unless the caller says, best first: integers have kernels on the CPU provider only."""
+    """Precisions in order of preference, where there are several bundles: int8 and int4 have kernels on the CPU only."""
     companions: tuple[str, ...] = ()
-    """Devices whose provider takes the nodes that this one leaves."""
+    """Devices whose providers take the nodes that this one does not support."""
     bf16: Options = field(default_factory=dict)
-    """Provider options that make fp32 files run in bf16; empty where that is not offered."""
+    """Provider options that compute fp32 files in bf16; empty where the provider cannot."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -52,9 +52,9 @@ PRESETS: dict[str, Preset] = {
         "pip install 'florence-onnx[gpu]' in an environment without the CPU package onnxruntime",
         {
             "cudnn_conv_algo_search": "HEURISTIC",
-            # sums of the fused normalisation in fp32: in fp16 they are known to turn beams
+            # Sums of the fused layer normalisation in fp32: in fp16 their rounding is known to change beams.
             "enable_skip_layer_norm_strict_mode": "1",
-            # no power of two more than is asked for, of a memory that others want too
+            # The default rounds each extension of the arena up to a power of two, in memory that other processes may need.
             "arena_extend_strategy": "kSameAsRequested",
         },
     ),
@@ -63,7 +63,7 @@ PRESETS: dict[str, Preset] = {
         "pip install 'florence-onnx[gpu]' and TensorRT 10 (libnvinfer.so.10)",
         companions=("cuda",),
     ),
-    # The hint f32 is no default of OpenVINO's: where the processor has bf16 it would take that and answer otherwise.
+    # The hint f32 is needed: by default OpenVINO computes in bf16 on a CPU that has it, with other answers.
     "openvino": Preset(
         "OpenVINOExecutionProvider",
         "pip install 'florence-onnx[openvino]' in an environment without the package onnxruntime",
@@ -76,15 +76,15 @@ PRESETS: dict[str, Preset] = {
 """By device name."""
 
 AUTO_ORDER: tuple[str, ...] = ("cuda", "openvino", "cpu")
-"""What `device="auto"` tries, best first, where a bundle has no TensorRT engines for the card. Who installs ONNX Runtime's build for
-OpenVINO wants that; on an AVX2 machine its vision encoder took 1.1 times the CPU provider's time, its decode step the same, and it
-needed 1.9 times the memory (benchmarks/results/session_options.md): there `device="cpu"` or the package onnxruntime is better."""
+"""What `device="auto"` tries, in this order, where a bundle has no TensorRT engines for the GPU. OpenVINO precedes the CPU because
+its build of ONNX Runtime is only there if somebody chose it. It is not always faster: on an AVX2 machine its vision encoder took 1.1
+times as long as the CPU provider's, its decode step as long, with 1.9 times the memory (benchmarks/results/session_options.md)."""
 AUTO_ORDER_BF16: tuple[str, ...] = ("openvino",)
-"""The same for bf16, which is where OpenVINO is worth its memory."""
+"""The same for `precision="bf16"`, which only OpenVINO offers."""
 
 
 def candidates(available: Sequence[str], precision: str | None = None) -> list[str]:
-    """The devices that `device="auto"` may choose from, best first; never empty.
+    """The devices that `device="auto"` tries, in order of preference; never empty.
 
     Args:
         available: The providers compiled into the installed onnxruntime.
@@ -98,7 +98,7 @@ def candidates(available: Sequence[str], precision: str | None = None) -> list[s
 def preferred_precisions(
     device: str, providers: Sequence[Provider] | None, available: Sequence[str]
 ) -> tuple[str, ...]:
-    """Which bundle of several is taken where no precision is asked for, best first; arguments and errors as for `resolve`."""
+    """Precisions in order of preference where none is asked for; arguments and errors as for `resolve`."""
     provider = resolve(device, providers, available)[0][0]
     found = (preset.precisions for preset in PRESETS.values() if preset.provider == provider)
     return next(found, PRESETS["cpu"].precisions)
@@ -117,14 +117,14 @@ def resolve(
 
     Args:
         device: One of `Device`; ignored when `providers` is given.
-        providers: Provider names, or pairs of name and options, first choice first.
+        providers: Provider names, or pairs of name and options, in order of preference.
         available: The providers compiled into the installed onnxruntime.
-        provider_options: Options of the device's provider, over the preset's.
-        precision: `"bf16"` asks the provider to compute in it.
-        num_threads: For providers with threads of their own; None leaves it to them.
+        provider_options: Options of the device's provider; they override the preset's.
+        precision: `"bf16"` to compute in bf16.
+        num_threads: For providers with a thread pool of their own; None for the provider's default.
 
     Raises:
-        InputError: The device name is unknown, `providers` is no list of names or pairs, or arguments contradict.
+        InputError: The device name is unknown, `providers` is not a list of names or pairs, or arguments contradict.
         ProviderError: The provider is not part of the installed onnxruntime, or cannot compute in that precision here.
     """
     if providers is not None:
@@ -150,7 +150,7 @@ def resolve(
 def _refuse_beside_providers(provider_options: Options | None, precision: str | None) -> None:
     for argument, is_given in (("provider_options", provider_options), ('precision="bf16"', precision == BF16)):
         if is_given:
-            raise InputError(f"{argument} goes with device; with providers, put the options into that list")
+            raise InputError(f"{argument} goes with device; where providers are given, put the options into that list")
 
 
 def _forced(device: str, precision: str | None) -> Options:
@@ -158,11 +158,11 @@ def _forced(device: str, precision: str | None) -> Options:
         return {}
     if not PRESETS[device].bf16:
         offers = ", ".join(name for name, preset in PRESETS.items() if preset.bf16)
-        raise ProviderError(f'device {device} has no precision bf16; it is offered by device="{offers}"')
+        raise ProviderError(f'device {device} has no precision bf16; use device="{offers}"')
     if not cpu.flags() & set(cpu.BF16_FLAGS):
         raise ProviderError(
-            f"precision bf16 needs a processor with {' or '.join(cpu.BF16_FLAGS)}; this one ({cpu.name()}) has "
-            "neither, and OpenVINO would compute in fp32 without saying so: use precision fp32"
+            f"precision bf16 needs a CPU with {' or '.join(cpu.BF16_FLAGS)}; this one ({cpu.name()}) has neither, and "
+            "OpenVINO would compute in fp32 without saying so: use precision fp32"
         )
     return PRESETS[device].bf16
 
@@ -189,5 +189,5 @@ def _require(provider: str, available: Sequence[str]) -> None:
     if provider in available:
         return
     hints = [preset.install for preset in PRESETS.values() if preset.provider == provider]
-    fix = f"; it comes with: {hints[0]}" if hints else ""
-    raise ProviderError(f"{provider} is not in the installed onnxruntime, which offers {', '.join(available)}{fix}")
+    fix = f"; to install it: {hints[0]}" if hints else ""
+    raise ProviderError(f"{provider} is not in the installed onnxruntime, which has {', '.join(available)}{fix}")

@@ -1,4 +1,4 @@
-"""Opening sessions of ONNX Runtime: their options, and errors that tell what to do."""
+"""Opening ONNX Runtime sessions: their options, and errors that say how to fix the cause."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 CUDA_PROVIDERS = ("CUDAExecutionProvider", TENSORRT)
 CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph"}
-"""The provider option that lets a session capture CUDA graphs, one for each of its bindings."""
+"""The option by which a provider captures CUDA graphs, as many as a session has bindings (told apart by `gpu_graph_id`)."""
 SINGLE_CUDA_GRAPH = "trt_cuda_graph_enable"
-"""TensorRT's option of that kind. Its provider (as of ONNX Runtime 1.31) keeps one graph a session and does not read `gpu_graph_id`: every
-later run would replay that of the first binding, on the first binding's buffers."""
+"""TensorRT's option for CUDA graphs. Its provider (ONNX Runtime 1.31) keeps one graph a session and does not read `gpu_graph_id`:
+runs of all bindings would replay the graph that the first one captured, on the buffers of the first one."""
 LOG_ERRORS = 3
-"""ONNX Runtime's level of logging without warnings."""
+"""ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
-"""Session config entry, since ONNX Runtime 1.24: note which provider took which nodes."""
+"""Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -51,10 +51,10 @@ _ERRORS = (
 
 
 def onnxruntime() -> ModuleType:
-    """The installed ONNX Runtime, whichever package brought it.
+    """The module onnxruntime, from whichever of its packages is installed.
 
     Raises:
-        MissingExtraError: There is none.
+        MissingExtraError: None is installed.
     """
     try:
         import onnxruntime as ort
@@ -65,18 +65,18 @@ def onnxruntime() -> ModuleType:
 
 
 def default_session_options(provider: str) -> dict[str, Any]:
-    """What is set unless the caller says otherwise: see benchmarks/results/session_options.md for the measurements.
+    """Default session options; for the measurements behind them see benchmarks/results/session_options.md.
 
     Args:
-        provider: The execution provider that comes first.
+        provider: The first execution provider.
     """
     options: dict[str, Any] = {
         "intra_op_num_threads": cpu.num_cores(),
         "inter_op_num_threads": 1,
-        # Otherwise the threads of one graph still wait actively for work while the next graph runs: 1.15 s instead of
-        # 1.30 s for 48 tokens of Florence-2-base in fp32 on two cores.
+        # Otherwise the threads of one session still spin, waiting for work, while the next session runs: 1.30 s instead of
+        # 1.15 s for 48 tokens of Florence-2-base in fp32 on two cores.
         "session.force_spinning_stop": "1",
-        # 1376 MiB instead of 1580 at the peak of Florence-2-base in fp32, in the same time
+        # Memory patterns save no time here: Florence-2-base in fp32 peaks at 1376 MiB without them and at 1580 with them.
         "enable_mem_pattern": False,
     }
     if provider != CPU:
@@ -89,7 +89,7 @@ def open_session(
     path: Path,
     chosen: ProviderList,
     overrides: SessionOptions | None,
-    kept: Path | None,
+    cache_folder: Path | None,
 ) -> Any:
     """Opens a session.
 
@@ -97,15 +97,15 @@ def open_session(
         ort: The module onnxruntime.
         path: The graph.
         chosen: Execution providers with their options.
-        overrides: Of `default_session_options`.
-        kept: Folder of `graph_cache`, or None.
+        overrides: Session options that replace those of `default_session_options`.
+        cache_folder: Folder of `graph_cache`, or None; only used with the CPU provider alone.
 
     Raises:
-        InputError: An option is unknown or of a wrong kind.
+        InputError: An option is unknown or of a wrong type.
         BundleFileMissingError: External data is missing.
-        CorruptGraphError: It is no graph that ONNX Runtime accepts.
-        ProviderError: The first provider does not take it.
-        DeviceMemoryError: The device has no memory for its weights.
+        CorruptGraphError: ONNX Runtime does not accept the graph.
+        ProviderError: The first provider does not start, or does not accept the graph.
+        DeviceMemoryError: The device has not enough memory for the weights.
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         raise InputError(f'session_options must be a dict such as {{"intra_op_num_threads": 2}}, got {overrides!r}')
@@ -116,11 +116,11 @@ def open_session(
     def create(file: Path, more: SessionOptions) -> Any:
         return _create_session(ort, file, chosen, _session_options(ort, {**settings, **more}))
 
-    if kept is None or [name for name, _ in chosen] != [CPU]:
+    if cache_folder is None or [name for name, _ in chosen] != [CPU]:
         return create(path, {})
     no_optimization = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return graph_cache.load(
-        path, kept, settings, runtime=ort.__version__, no_optimization=no_optimization, create=create
+        path, cache_folder, settings, runtime=ort.__version__, no_optimization=no_optimization, create=create
     )
 
 
@@ -143,13 +143,13 @@ def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
 def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: Any) -> Any:
     state = ort.capi.onnxruntime_pybind11_state
     errors = raised_by(ort)
-    if chosen[0][0] != CPU:  # what the start of a GPU provider raises is not always one of ONNX Runtime's own classes
+    if chosen[0][0] != CPU:  # a provider that does not start does not always raise one of ONNX Runtime's classes
         errors += (RuntimeError, ValueError)
     try:
         if chosen[0][0] in CUDA_PROVIDERS:
-            # a kernel of theirs warns of repeated indices at every node that scatters, past the session's own level; ours are distinct
+            # A CUDA kernel warns about duplicate indices at every ScatterND, whatever the session's own level; ours are distinct.
             ort.set_default_logger_severity(LOG_ERRORS)
-        # enable_fallback=0: a provider that does not start must not become the CPU behind the caller's back
+        # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
         return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
@@ -157,21 +157,21 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         if is_out_of_memory(error):
             raise out_of_memory(chosen[0][0], error) from error
         if chosen[0][0] != CPU:
-            missing = _obstacles(ort, chosen[0][0])
-            raise ProviderError(f"{chosen[0][0]} could not take {path.name}: {error}{missing}") from error
+            reasons = _diagnosis(ort, chosen[0][0])
+            raise ProviderError(f"{chosen[0][0]} could not load {path.name}: {error}{reasons}") from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
 
 
 def raised_by(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises."""
+    """ONNX Runtime's exception classes, of those that the installed version has."""
     state = ort.capi.onnxruntime_pybind11_state
     return tuple(getattr(state, name) for name in _ERRORS if hasattr(state, name))
 
 
 def out_of_memory(provider: str, error: BaseException) -> DeviceMemoryError:
-    """What to raise where ONNX Runtime says that a device is full."""
+    """Our error for one by which ONNX Runtime says that device memory is full."""
     return DeviceMemoryError(
         f"{provider} has not enough memory: {str(error).strip()}; a smaller max_batch, fewer beams or an fp16 bundle "
         "need less, and `florence-onnx info` tells how much"
@@ -179,31 +179,36 @@ def out_of_memory(provider: str, error: BaseException) -> DeviceMemoryError:
 
 
 def check_provider(ort: ModuleType, obtained: Sequence[str], chosen: ProviderList) -> str:
-    """The provider that was asked for, if it is the one that a session has.
+    """Checks that a session runs on the provider that was asked for, and returns its name.
+
+    Args:
+        ort: The module onnxruntime.
+        obtained: The session's providers.
+        chosen: The providers that were asked for.
 
     Raises:
-        ProviderError: It is another.
+        ProviderError: It runs on another.
     """
     wanted = chosen[0][0]
     if obtained[0] != wanted:
         usual = "; usually the driver or a CUDA, cuDNN or TensorRT library is missing or of another major version"
         raise ProviderError(
             f"{wanted} was asked for but did not start (ONNX Runtime fell back to {', '.join(obtained)})"
-            f"{_obstacles(ort, wanted) or usual}"
+            f"{_diagnosis(ort, wanted) or usual}"
         )
     return wanted
 
 
-def _obstacles(ort: ModuleType, provider: str) -> str:
-    """What is seen to be missing for a provider, as the end of a sentence."""
-    found = cuda.obstacles(str(getattr(ort, "cuda_version", ""))) if provider in CUDA_PROVIDERS else []
+def _diagnosis(ort: ModuleType, provider: str) -> str:
+    """Why a provider cannot start, as the end of a sentence; empty where no reason is found."""
+    found = cuda.diagnose(str(getattr(ort, "cuda_version", ""))) if provider in CUDA_PROVIDERS else []
     if provider == TENSORRT:
-        found += cuda.tensorrt_obstacles(ort)
+        found += cuda.diagnose_tensorrt(ort)
     return f": {'; '.join(found)}" if found else ""
 
 
 def count_nodes(session: Any) -> dict[str, int]:
-    """Nodes by execution provider; empty where ONNX Runtime cannot tell (before 1.24, or `RECORD_NODES` off)."""
+    """Number of nodes by execution provider; empty where none are recorded (before ONNX Runtime 1.24, or `RECORD_NODES` off)."""
     if session.get_session_options().get_session_config_entry(RECORD_NODES) != "1":
         return {}
     counts: dict[str, int] = {}
@@ -213,7 +218,7 @@ def count_nodes(session: Any) -> dict[str, int]:
 
 
 def report_nodes(path: Path, provider: str, nodes: Mapping[str, int]) -> None:
-    """Logs how many nodes a provider leaves to others."""
+    """Logs how many nodes a provider does not take, and which providers take them."""
     left = {name: count for name, count in nodes.items() if name != provider}
     if left:
         rest = ", ".join(f"{count} to {name}" for name, count in left.items())

@@ -1,14 +1,14 @@
-"""TensorRT engines: which shapes they are built for, where they lie, and when they must be built again.
+"""TensorRT engines: the shapes that they are built for, the folders that they are kept in, and building them.
 
-ONNX Runtime's TensorRT provider builds and runs them, so that everything else is as on CUDA. It writes a small graph that names an
-engine file (an EP context model); that is what is loaded afterwards. An engine is good for one card, one TensorRT, one ONNX Runtime, one
-bundle and one set of shapes. All of these are in the name of its folder, so that a change of any makes another folder and never a wrong
-engine.
+ONNX Runtime's TensorRT provider builds and runs the engines, so everything else is as on CUDA. For each graph it writes an
+engine file and a small graph that names it (an EP context model), which is loaded instead of the original graph. An engine
+is only valid for one kind of GPU, one version of TensorRT and of ONNX Runtime, one bundle and one set of shapes. The name of
+its folder contains all of these, so that a change of any leads to another folder and never to a wrong engine.
 
-Precision is that of the bundle, fp16 or fp32, but not of each node: ONNX Runtime's provider (1.31) builds weakly typed networks, in
-which TensorRT may compute in fp16 what an fp16 graph has in fp32. What that does to answers only a card can tell. int8 and fp8
-vision encoders are not offered: for models of this kind gains of 5 to 20 % were reported, which has to be measured on a card before
-it is worth another precision's errors.
+The precision is the bundle's, fp16 or fp32, but not node by node: ONNX Runtime's provider (1.31) builds weakly typed
+networks, in which TensorRT may compute in fp16 what an fp16 graph has in fp32; only a run on a GPU shows what that does to
+answers. int8 and fp8 vision encoders are not offered: gains of 5 to 20 % were reported for such models, to be measured on a
+GPU before they are worth the errors of another precision.
 """
 
 from __future__ import annotations
@@ -27,48 +27,51 @@ from florence_onnx.bundles.bundle import DECODER_TOP, DESCRIPTION, TEXT_ENCODER,
 from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import InputError, ProviderError
 from florence_onnx.runtime import cuda
-from florence_onnx.runtime.cuda import Card
+from florence_onnx.runtime.cuda import Gpu
 
 ENGINES = "engines"
-"""Folder of a bundle, or of the user's cache, that holds folders of engines."""
+"""Name of the folder, in a bundle or in the user's cache, that holds a folder for each set of engines."""
 ENVIRONMENT_VARIABLE = "FLORENCE_ONNX_ENGINE_CACHE"
+"""Environment variable that replaces the user's cache."""
 CONTEXT_SUFFIX = "_ctx.onnx"
 DEFAULT_MAX_BATCH = 8
 MAX_TOKENS = 16
-"""Tokens of a prompt in one step: its beams, or a token and what is drafted behind it. The logits of all are in an engine's memory."""
+"""Most tokens of a prompt in one step: one for each beam, or one and the draft behind it. An engine reserves memory for all their
+logits."""
 CAPACITIES = (64, 4096)
-"""Slots of a prompt's cache at first and at most."""
+"""Slots of a prompt's self KV cache: when it is new, and at most."""
 FIRST_TEXT_LENGTH = 16
 RUN_ONLY = ("device_id", "user_compute_stream", "has_user_compute_stream", "trt_context_memory_sharing_enable")
-"""Provider options that say where and how an engine runs, and nothing about what is built."""
+"""Provider options that do not change what is built, only where and how an engine runs."""
 _log = logging.getLogger("florence_onnx")
 
 Build = Callable[[Mapping[str, Path], Mapping[str, Mapping[str, str]]], None]
-"""Opens a session for every graph with its provider options, which writes the engines."""
+"""Opens a session for each graph, by name, with its provider options; that writes the engines."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What engines are built for."""
+    """What a set of engines is built for, apart from the bundle."""
 
-    card: Card
+    gpu: Gpu
     tensorrt: str
-    """Version, e.g. `"10.13.3"`."""
+    """Version of TensorRT, e.g. `"10.13.3"`."""
     onnxruntime: str
+    """Version of ONNX Runtime."""
     max_batch: int = DEFAULT_MAX_BATCH
-    """Most prompts decoded together."""
+    """Most prompts in flight."""
     options: tuple[tuple[str, str], ...] = ()
-    """Provider options of the caller's that an engine may depend on, in order; see `engine_options`."""
+    """The caller's provider options that engines depend on, sorted by name; see `engine_options`."""
 
     def folder(self, bundle: Bundle) -> str:
-        """Name of the folder of a bundle's engines."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.card.name.lower()).strip("-")
-        major, minor = self.card.compute_capability
+        """Name of the folder for the engines of a bundle."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.gpu.name.lower()).strip("-")
+        major, minor = self.gpu.compute_capability
         parts = (slug, f"sm{major}{minor}", f"trt{self.tensorrt}", f"ort{self.onnxruntime}", bundle.precision)
         return "-".join((*parts, f"b{self.max_batch}", self._fingerprint(bundle)))
 
     def _fingerprint(self, bundle: Bundle) -> str:
-        """Of everything else that engines depend on: the bundle's files, whose hashes its description holds, shapes and other options."""
+        """Hash of everything else that engines depend on: the bundle's description (with its files' hashes), shapes and options."""
         digest = hashlib.sha256((bundle.path / DESCRIPTION).read_bytes())
         own = {graph: build_options(bundle, graph, Path(), self.max_batch) for graph in graphs(bundle)}
         digest.update(repr((own, self.options)).encode())
@@ -76,37 +79,37 @@ class Target:
 
 
 def engine_options(given: Mapping[str, object] | None) -> tuple[tuple[str, str], ...]:
-    """Of a caller's provider options those that an engine may depend on: all but the few that only say where and how it runs."""
+    """The caller's provider options that engines may depend on: all but those of `RUN_ONLY`, sorted by name."""
     return tuple(sorted((name, str(value)) for name, value in (given or {}).items() if name not in RUN_ONLY))
 
 
 def target(
     ort: ModuleType, max_batch: int = DEFAULT_MAX_BATCH, provider_options: Mapping[str, object] | None = None
 ) -> Target:
-    """What engines of this machine are built for.
+    """The target of engines for this machine.
 
     Args:
         ort: The module onnxruntime.
-        max_batch: Most prompts decoded together.
-        provider_options: The caller's, of which `device_id` says which card.
+        max_batch: Most prompts in flight.
+        provider_options: The caller's; `device_id` chooses the GPU.
 
     Raises:
-        InputError: `device_id` is no number.
-        ProviderError: TensorRT or a card is missing; says what.
+        InputError: `device_id` is not a number.
+        ProviderError: There is no GPU, or a library is missing; the message names it.
     """
     provider = "TensorrtExecutionProvider"
     if provider not in ort.get_available_providers():
         raise ProviderError(
-            f"{provider} is not in the installed onnxruntime; it comes with: pip install 'florence-onnx[gpu]'"
+            f"{provider} is not in the installed onnxruntime; to install it: pip install 'florence-onnx[gpu]'"
         )
     cuda.preload(ort)
     index = _device_id(provider_options)
-    found = cuda.card(index)
-    missing = [*cuda.obstacles(str(getattr(ort, "cuda_version", ""))), *cuda.tensorrt_obstacles(ort)]
-    if missing or found is None:
-        raise ProviderError(f"engines cannot be built here: {'; '.join(missing) or f'there is no card {index}'}")
+    gpu = cuda.find_gpu(index)
+    problems = [*cuda.diagnose(str(getattr(ort, "cuda_version", ""))), *cuda.diagnose_tensorrt(ort)]
+    if problems or gpu is None:
+        raise ProviderError(f"engines cannot be built here: {'; '.join(problems) or f'there is no GPU {index}'}")
     version = cuda.tensorrt_version(ort)
-    return Target(found, version, str(ort.__version__), max_batch, engine_options(provider_options))
+    return Target(gpu, version, str(ort.__version__), max_batch, engine_options(provider_options))
 
 
 def _device_id(provider_options: Mapping[str, object] | None) -> int:
@@ -114,25 +117,25 @@ def _device_id(provider_options: Mapping[str, object] | None) -> int:
     try:
         return int(str(given))
     except ValueError as error:
-        raise InputError(f"device_id must be the number of a card, got {given!r}") from error
+        raise InputError(f"device_id must be the number of a GPU, got {given!r}") from error
 
 
 def profiles(bundle: Bundle, max_batch: int) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
-    """The least, the usual and the greatest shapes that the runtime gives each graph.
+    """The optimization profile of each graph: the smallest, most usual and largest shapes that its inputs can have.
 
     Returns:
-        By graph, then `"min"`, `"opt"` and `"max"`, then input.
+        Shapes by graph, then by `"min"`, `"opt"` or `"max"`, then by input.
     """
     sizes = bundle.sizes
     width, height = sizes.image_size
-    room = sizes.max_positions - sizes.num_image_tokens
-    text = min(FIRST_TEXT_LENGTH, room)
+    longest = sizes.max_positions - sizes.num_image_tokens
+    text = min(FIRST_TEXT_LENGTH, longest)
     usual_batch, usual_tokens = 1, min(3, MAX_TOKENS)
     first, most = CAPACITIES
     decoder = {
         "min": _decoder_shapes(bundle, 1, 1, first, text),
         "opt": _decoder_shapes(bundle, usual_batch, usual_tokens, first, text),
-        "max": _decoder_shapes(bundle, max_batch, MAX_TOKENS, most, room),
+        "max": _decoder_shapes(bundle, max_batch, MAX_TOKENS, most, longest),
     }
     features = (1, sizes.num_image_tokens, sizes.width)
     return {
@@ -142,7 +145,7 @@ def profiles(bundle: Bundle, max_batch: int) -> dict[str, dict[str, dict[str, tu
         },
         TEXT_ENCODER: {
             name: {"input_ids": (1, length), "attention_mask": (1, length), "image_features": features}
-            for name, length in (("min", text), ("opt", text), ("max", room))
+            for name, length in (("min", text), ("opt", text), ("max", longest))
         },
         DECODER_TOP: decoder,
     }
@@ -151,6 +154,7 @@ def profiles(bundle: Bundle, max_batch: int) -> dict[str, dict[str, dict[str, tu
 def _decoder_shapes(
     bundle: Bundle, prompts: int, tokens: int, capacity: int, text_length: int
 ) -> dict[str, tuple[int, ...]]:
+    """Shapes of the decoder's inputs, for `tokens` tokens of each of `prompts` prompts."""
     sizes = bundle.sizes
     heads, size = sizes.decoder_heads, sizes.head_dim
     length = sizes.num_image_tokens + text_length
@@ -165,22 +169,22 @@ def _decoder_shapes(
 
 
 def build_options(bundle: Bundle, graph: str, folder: Path, max_batch: int) -> dict[str, str]:
-    """Provider options under which opening a session writes the engine of a graph.
+    """Provider options with which opening a session builds the engine of a graph and writes it.
 
     Args:
         bundle: The bundle.
-        graph: One of its graphs.
-        folder: Where engine, context model and timing cache go.
-        max_batch: Most prompts decoded together.
+        graph: Name of one of its graphs.
+        folder: Folder for the engine, the context model and the timing cache.
+        max_batch: Most prompts in flight.
     """
     shapes = profiles(bundle, max_batch)[graph]
     return {
         **run_options(),
         "trt_fp16_enable": "1" if bundle.precision == "fp16" else "0",
-        # sums of normalisation in fp32 where it is spelt as Pow and ReduceMean, which is all that the provider looks for
+        # Sums of layer normalisation in fp32; the provider recognises it only as Pow and ReduceMean, not as one node.
         "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
-        # no trt_engine_cache_path: the engine lies beside the context model, which names it by a relative path
+        # No trt_engine_cache_path: the engine is then written beside the context model, which names it by a relative path.
         "trt_engine_cache_prefix": Path(graph).stem,
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
@@ -192,29 +196,29 @@ def build_options(bundle: Bundle, graph: str, folder: Path, max_batch: int) -> d
 
 
 def run_options() -> dict[str, str]:
-    """Provider options under which an engine is loaded and run."""
+    """Provider options with which an engine is loaded and run."""
     return {"trt_engine_cache_enable": "1"}
 
 
 def _as_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """As the provider reads shapes: `name:1x3x768x768,name2:…`."""
+    """Shapes in the provider's notation: `name:1x3x768x768,name2:…`."""
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def context_model(graph: str) -> str:
-    """File name of the graph that names an engine."""
+    """File name of the EP context model that stands for a graph."""
     return Path(graph).stem + CONTEXT_SUFFIX
 
 
 def graphs(bundle: Bundle) -> dict[str, Path]:
-    """What engines are built from.
+    """Names and paths of the graphs that engines are built from.
 
     Raises:
-        ProviderError: The bundle's layout or precision has none.
+        ProviderError: There are no engines for the bundle's layout or precision.
     """
     if bundle.layout != "florence_onnx" or bundle.precision not in ("fp32", "fp16"):
         raise ProviderError(
-            f"TensorRT engines are built from fp32 and fp16 bundles of this project's; {bundle.path} is {bundle.precision} in "
+            f"TensorRT engines are built from fp32 and fp16 bundles of this project; {bundle.path} is {bundle.precision} in "
             f"the layout of {bundle.layout}: export it with --precision fp16"
         )
     return bundle.stages(is_resident=True)
@@ -223,8 +227,8 @@ def graphs(bundle: Bundle) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def places(bundle: Bundle) -> list[Path]:
-    """Folders in which engines of a bundle may lie: with it, or, where that cannot be written to, in the user's cache."""
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """The parent folders that engines of a bundle may be in: the bundle's, then, if that is not writable, the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "florence_onnx"
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     return [bundle.path / ENGINES, Path(chosen) if chosen else cache / ENGINES]
@@ -232,31 +236,34 @@ def places(bundle: Bundle) -> list[Path]:
 
 @dataclass(frozen=True)
 class Engines:
-    """Engines that are built."""
+    """A set of engines on disk."""
 
     folder: Path
     max_batch: int
-    """Most prompts that they take together."""
+    """Most prompts in flight."""
 
     def graphs(self, bundle: Bundle) -> dict[str, Path]:
-        """What to load in place of each graph."""
+        """The context model to load for each graph."""
         return {graph: self.folder / context_model(graph) for graph in graphs(bundle)}
 
 
 def find(bundle: Bundle, wanted: Target) -> Engines | None:
-    """Engines for this card, these versions and this very bundle, those for the most prompts first; None where there are none.
+    """Finds the engines of a bundle for a target; of several, those for the largest batch.
 
     Args:
         bundle: The bundle.
-        wanted: For what; they take at least its `max_batch` prompts.
+        wanted: The target; engines for a larger batch fit too.
+
+    Returns:
+        None where there are none.
 
     Raises:
-        ProviderError: The bundle's layout or precision has no engines.
+        ProviderError: There are no engines for the bundle's layout or precision.
     """
     graphs(bundle)
     found = []
-    for place in places(bundle):
-        for folder in _entries(place):
+    for parent in engine_folders(bundle):
+        for folder in _entries(parent):
             batch = re.search(r"-b(\d+)-[0-9a-f]{12}$", folder.name)
             if batch is None or folder.name != replace(wanted, max_batch=int(batch[1])).folder(bundle):
                 continue
@@ -266,10 +273,10 @@ def find(bundle: Bundle, wanted: Target) -> Engines | None:
     return max(found, key=lambda engines: engines.max_batch, default=None)
 
 
-def _entries(place: Path) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
     try:
-        return list(place.iterdir())
-    except OSError:  # none there, or not for us
+        return list(folder.iterdir())
+    except OSError:  # missing, or not readable
         return []
 
 
@@ -282,51 +289,51 @@ def _is_complete(engines: Engines, bundle: Bundle) -> bool:
 
 
 def build(bundle: Bundle, wanted: Target, build_engines: Build) -> Engines:
-    """Builds engines, all or nothing; minutes on most cards, and more memory than running them.
+    """Builds the engines of a bundle, all or none. Takes minutes on most GPUs, and more memory than running them.
 
     Args:
         bundle: The bundle.
-        wanted: For what.
-        build_engines: Does it.
+        wanted: The target.
+        build_engines: Builds the engines with the given options.
 
     Raises:
-        ProviderError: TensorRT refuses a graph, or there is no place to write to.
+        ProviderError: TensorRT does not accept a graph, or no folder is writable.
     """
     import shutil
     import tempfile
 
     sources = graphs(bundle)
-    place = _writable(bundle)
-    folder = place / wanted.folder(bundle)
+    parent = _writable_folder(bundle)
+    folder = parent / wanted.folder(bundle)
     _log.warning(
         "building TensorRT engines of %s for %s, once: this takes minutes; they are kept in %s",
         bundle.path.name,
-        wanted.card.name,
+        wanted.gpu.name,
         folder,
     )
     begin = time.monotonic()
-    staging = Path(tempfile.mkdtemp(dir=place, prefix=f".{folder.name[:40]}.incomplete-"))
+    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name[:40]}.incomplete-"))
     try:
         options = {graph: build_options(bundle, graph, staging, wanted.max_batch) for graph in sources}
         build_engines(sources, options)
         missing = [graph for graph in sources if not (staging / context_model(graph)).is_file()]
         if missing:
-            raise ProviderError(f"TensorRT built no engine of {missing[0]}: some of its nodes are not taken")
-        staging.chmod(0o755)  # mkdtemp's is for its maker alone, and others may load what root has built
-        _settle(staging, Engines(folder, wanted.max_batch), bundle)
+            raise ProviderError(f"TensorRT built no engine of {missing[0]}: it does not support some of the nodes")
+        staging.chmod(0o755)  # mkdtemp gives access to this user only, but others may load engines that root has built
+        _commit(staging, Engines(folder, wanted.max_batch), bundle)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _log.warning("engines built in %.0f s", time.monotonic() - begin)
     return Engines(folder, wanted.max_batch)
 
 
-def _settle(staging: Path, engines: Engines, bundle: Bundle) -> None:
-    """Gives a finished folder its name, unless another process was faster: its engines are as good, and may be in use."""
+def _commit(staging: Path, engines: Engines, bundle: Bundle) -> None:
+    """Gives a finished folder its final name, unless another process was faster: its engines are the same, and may be in use."""
     import shutil
 
     if _is_complete(engines, bundle):
         return
-    shutil.rmtree(engines.folder, ignore_errors=True)  # it lacks a file
+    shutil.rmtree(engines.folder, ignore_errors=True)  # may exist and lack a file
     try:
         staging.rename(engines.folder)
     except OSError as error:
@@ -334,16 +341,17 @@ def _settle(staging: Path, engines: Engines, bundle: Bundle) -> None:
             raise ProviderError(f"TensorRT engines cannot be kept as {engines.folder}: {error}") from error
 
 
-def _writable(bundle: Bundle) -> Path:
-    refused: list[str] = []
-    for place in places(bundle):
+def _writable_folder(bundle: Bundle) -> Path:
+    """The first of `engine_folders` that is writable."""
+    problems: list[str] = []
+    for folder in engine_folders(bundle):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            if os.access(place, os.W_OK):
-                return place
-            refused.append(f"{place} cannot be written to")
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+            problems.append(f"{folder} is not writable")
         except OSError as error:
-            refused.append(f"{place}: {error}")
+            problems.append(f"{folder}: {error}")
     raise ProviderError(
-        f"no place for TensorRT engines ({'; '.join(refused)}); name a folder in the environment variable {ENVIRONMENT_VARIABLE}"
+        f"no folder for TensorRT engines ({'; '.join(problems)}); name one in the environment variable {ENVIRONMENT_VARIABLE}"
     )

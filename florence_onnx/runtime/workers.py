@@ -1,4 +1,4 @@
-"""Work on the host that goes on while a device is busy."""
+"""Work on the host that overlaps with work on a device."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_portions(work: Callable[[T], R], items: Sequence[T], size: int) -> Iterator[list[R]]:
-    """Does something to all items on all cores, and gives the results in portions, in order.
+def map_in_batches(function: Callable[[T], R], items: Sequence[T], batch_size: int) -> Iterator[list[R]]:
+    """Applies a function to all items on all cores and yields the results in batches, in order.
 
-    Two portions at most are done ahead: what they hold may be large.
+    Works at most two batches ahead, since results (decoded images) may be large.
 
     Args:
-        work: Called in threads.
-        items: What to do it to.
-        size: Items of a portion.
+        function: Called in threads.
+        items: Its arguments.
+        batch_size: Results per batch; the last batch may be smaller.
 
     Raises:
-        Exception: The first that `work` raised, when its portion is due.
+        Exception: The first that `function` raised, when its batch is due.
     """
     with ThreadPoolExecutor(cpu.num_cores()) as pool:
-        begun: deque[Future[R]] = deque()
+        started: deque[Future[R]] = deque()
         waiting = deque(items)
-        while waiting or begun:
-            while waiting and len(begun) < 2 * size:
-                begun.append(pool.submit(work, waiting.popleft()))
-            portion = [begun.popleft() for _ in range(min(size, len(begun)))]
-            yield [future.result() for future in portion]
+        while waiting or started:
+            while waiting and len(started) < 2 * batch_size:
+                started.append(pool.submit(function, waiting.popleft()))
+            batch = [started.popleft() for _ in range(min(batch_size, len(started)))]
+            yield [future.result() for future in batch]

@@ -1,4 +1,4 @@
-"""The application: routes, and what every request passes on its way to them."""
+"""The ASGI application: routes, middleware and error handlers."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ from starlette.responses import Response
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import RequestError
 from florence_onnx.server import operation_routes, page_routes, queue_routes, run_routes, storage_routes
-from florence_onnx.server.answers import json_response, problem_response
 from florence_onnx.server.context import ServerContext
-from florence_onnx.server.middleware import Gate
+from florence_onnx.server.middleware import RequestMiddleware
+from florence_onnx.server.responses import json_response, problem_response
 
 
 def create_app(context: ServerContext) -> FastAPI:
-    """Makes the ASGI application of a server."""
-    # the document is ours: FastAPI would not know fal's titles, and its pages load scripts from elsewhere
+    """Builds the ASGI application of a server.
+
+    Args:
+        context: The state that all routes share.
+    """
+    # no OpenAPI document from FastAPI: it does not know fal's titles, and its pages load scripts from a CDN
     app = FastAPI(title="florence_onnx", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     for routes in (run_routes, queue_routes, storage_routes, operation_routes, page_routes):
         app.include_router(routes.router)
-    app.add_exception_handler(RequestError, _on_problem)
+    app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    # the last added is the first to see a request
+    # the middleware that is added last runs first
     settings = context.settings
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Gate, context=context)
+    app.add_middleware(RequestMiddleware, context=context)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts, www_redirect=False)
     return app
 
 
-async def _on_problem(request: Request, error: Exception) -> Response:
+async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return problem_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What the router itself refuses: unknown paths and methods, in fal's shapes."""
+    """Turns the router's own errors, unknown paths and methods, into fal's JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return problem_response(problems.not_found(request.url.path))

@@ -1,4 +1,4 @@
-"""What all routes of one server share."""
+"""The state that all routes of one server share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from florence_onnx.server.results_store import ResultsStore
 from florence_onnx.server.settings import ServerSettings
 
 TOKEN_SECONDS = 3600.0
-"""How long a token for uploads is good."""
+"""Seconds for which an upload token is valid."""
 _log = logging.getLogger("florence_onnx.server")
 
 
 class ServerContext:
-    """The model's service, the stores, and whether we are shutting down."""
+    """The service of the model, stored files, results of the queue, metrics, upload tokens and the shutdown state."""
 
     def __init__(self, model: Florence2, settings: ServerSettings) -> None:
-        """Args:
-        model: Loaded.
-        settings: All limits.
+        """Starts the service.
+
+        Args:
+            model: The loaded model.
+            settings: Options and limits of the server.
         """
         self.settings = settings
         self.metrics = Metrics()
@@ -42,46 +44,52 @@ class ServerContext:
             model,
             settings.service,
             publish=publishers[settings.images],
-            find_own=self.files.find,
+            find_stored=self.files.read_url,
             observe=self.metrics.observe,
         )
-        self.metrics.watch(self.service.figures)
+        self.metrics.add_service(self.service.stats)
         self.num_active = 0
-        """Requests that are being answered; only the event loop changes it."""
+        """HTTP requests in flight; changed by the event loop only."""
         self._tokens: dict[str, float] = {}
         self._tokens_lock = threading.Lock()
         self.is_draining = False
-        """Whether new work is refused."""
+        """Whether the server is shutting down and rejects new requests."""
         self._idle_since: float | None = None
 
     # ---------------------------------------------------------------------------------------------------- shutting down
 
-    def begin_to_drain(self) -> None:
-        """Accepts nothing new; what was accepted is finished and can be fetched."""
+    def start_draining(self) -> None:
+        """Rejects new requests from now on; accepted ones are finished and their results can be fetched."""
         self.is_draining = True
         self.service.stop_accepting()
 
     def is_drained(self) -> bool:
-        """Whether all accepted work is done and handed over, or its time to be fetched is up."""
-        figures = self.service.figures()
-        if not self.is_draining or figures.waiting or figures.in_progress:
+        """Whether all requests have ended and their results were fetched, or the time to fetch them is over."""
+        stats = self.service.stats()
+        if not self.is_draining or stats.waiting or stats.in_progress:
             return False
         self._idle_since = self._idle_since or time.monotonic()
         unfetched = self.results.num_unfetched()
-        is_up = time.monotonic() - self._idle_since > self.settings.grace_seconds
-        if is_up and (unfetched or self.num_active):
-            _log.warning("ending with %d results unfetched and %d connections busy", unfetched, self.num_active)
-        return is_up or not (unfetched or self.num_active)
+        is_late = time.monotonic() - self._idle_since > self.settings.grace_seconds
+        if is_late and (unfetched or self.num_active):
+            _log.warning("stopping with %d results not fetched and %d requests in flight", unfetched, self.num_active)
+        return is_late or not (unfetched or self.num_active)
 
     def close(self) -> None:
-        """Ends the service and removes the files."""
+        """Ends the service at once and deletes the stored files."""
         self.service.close(timeout=0)
         self.files.close()
 
-    # ----------------------------------------------------------------------------------------------------------- answers
+    # --------------------------------------------------------------------------------------------------------- responses
 
     def status(self, job: Job, base_url: str, *, with_logs: bool) -> dict[str, Any]:
-        """fal's description of where a request of the queue stands."""
+        """Builds fal's status JSON of a queue request.
+
+        Args:
+            job: The request.
+            base_url: URL of this server as the client sees it.
+            with_logs: Whether to include the log lines.
+        """
         url = f"{base_url}/queue/{APP}/requests/{job.id}"
         state = job.state
         described: dict[str, Any] = {
@@ -102,10 +110,15 @@ class ServerContext:
         return described
 
     def body(self, job: Job, base_url: str, *, with_extra: bool = False) -> dict[str, Any]:
-        """The JSON of an answer; images that we serve get whole addresses.
+        """Builds fal's JSON of a result. The URL of an image in the file store is made absolute.
+
+        Args:
+            job: A request that has ended.
+            base_url: URL of this server as the client sees it.
+            with_extra: Whether to add the field `extra`.
 
         Raises:
-            RequestError: The request ended without an answer.
+            RequestError: The request failed.
         """
         answer = job.future.result(0)
         body = dict(answer.body)
@@ -124,13 +137,13 @@ class ServerContext:
 
     # ------------------------------------------------------------------------------------------------------------- keys
 
-    def is_key(self, given: str) -> bool:
-        """Whether a key is ours; takes equally long for every wrong one."""
+    def is_valid_key(self, given: str) -> bool:
+        """Whether an API key is right; compares in constant time."""
         expected = self.settings.api_key
         return expected is None or secrets.compare_digest(given.encode(), expected.encode())
 
     def make_token(self) -> str:
-        """A token for uploads."""
+        """Creates a token for uploads, valid for `TOKEN_SECONDS`."""
         token = secrets.token_urlsafe(32)
         now = time.monotonic()
         with self._tokens_lock:
@@ -138,7 +151,7 @@ class ServerContext:
             self._tokens[token] = now + TOKEN_SECONDS
         return token
 
-    def is_token(self, given: str) -> bool:
-        """Whether a token was made here and is still good."""
+    def is_valid_token(self, given: str) -> bool:
+        """Whether an upload token was created here and has not expired."""
         with self._tokens_lock:
             return self._tokens.get(given, 0.0) > time.monotonic()

@@ -1,33 +1,32 @@
-"""What happens to every request before a route sees it. Plain ASGI, so that bodies stream and hang-ups are seen."""
+"""Checks that every request passes before its route: origin, API key and size; and the log of requests.
+
+Plain ASGI rather than starlette's `BaseHTTPMiddleware`, which hides disconnects of the client from the routes.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence_onnx import tasks
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.problems import RequestError
-from florence_onnx.server.answers import problem_response
 from florence_onnx.server.context import ServerContext
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from florence_onnx.server.responses import problem_response
 
 TARGET_HEADER = "x-fal-target-url"
-"""In which fal's JavaScript client, set to a proxy, names the address that it means."""
+"""Header in which fal's JavaScript client sends the real URL when it is configured with a proxy."""
 PROXY_PATHS = ("/proxy", "/api/fal/proxy")
+"""Paths at which clients can use this server as fal's proxy."""
 OPEN_PATHS = ("/", "/health", "/ready", "/openapi.json")
 OPEN_PREFIXES = (("GET", "/playground/"), ("GET", "/files/"), ("PUT", "/storage/upload/"))
-"""Without a key: the page, and addresses that cannot be guessed."""
+"""Paths that need no API key: the page, health checks, and URLs that cannot be guessed."""
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -41,55 +40,56 @@ _log = logging.getLogger("florence_onnx.server")
 
 
 def header(scope: Scope, name: str) -> str | None:
-    """A header of a request; None if it was not sent."""
-    wanted = name.lower().encode("ascii")
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), None)
+    """Returns a header of a request, or None if it was not sent."""
+    return Headers(scope=scope).get(name)
 
 
-class Gate:
-    """Addresses, keys, sizes, errors and the log of requests, in the order in which a request meets them."""
+class RequestMiddleware:
+    """Rewrites URLs, checks origin, key and size, turns errors into fal's JSON, and logs the request, in this order."""
 
-    def __init__(self, app: App, context: ServerContext) -> None:
-        """Args:
-        app: The routes.
-        context: Of the server.
+    def __init__(self, app: ASGIApp, context: ServerContext) -> None:
+        """Wraps the routes.
+
+        Args:
+            app: The next ASGI application.
+            context: The state of the server.
         """
         self._app = app
         self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handles one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request = _Request(self._context, scope, receive, send)
         self._context.num_active += 1
         try:
-            await self._pass(request)
+            await self._handle(request)
         finally:
             self._context.num_active -= 1
             request.log()
 
-    async def _pass(self, request: _Request) -> None:
+    async def _handle(self, request: _Request) -> None:
         try:
-            rewrite(request.scope)
+            rewrite_path(request.scope)
             self._check_origin(request.scope)
             self._check_key(request.scope)
-            request.check_announced_length()
+            request.check_content_length()
             await self._app(request.scope, request.receive, request.send)
         except RequestError as problem:
-            await request.answer(problem)
-        except Exception:  # noqa: BLE001 - the last resort: the client gets fal's 500, the log the trace
+            await request.send_error(problem)
+        except Exception:  # noqa: BLE001 - a bug in a route: the client gets fal's 500, the log the traceback
             _log.exception("request %s failed", request.id)
-            await request.answer(problems.internal())
+            await request.send_error(problems.internal())
 
     def _check_origin(self, scope: Scope) -> None:
-        """Keeps other people's web pages from using a server that their visitors can reach."""
+        """Rejects web pages of other origins: their visitors' browsers can reach servers that the page itself cannot."""
         origin = header(scope, "origin")
         if origin is None or origin in self._context.settings.origins:
             return
         if origin.partition("://")[2] != header(scope, "host"):
-            message = f"pages of {origin} may not call this server; allow them with --allow-origin"
+            message = f"web pages of {origin} may not call this server; to allow them, pass --allow-origin {origin}"
             raise RequestError(403, {"detail": message})
 
     def _check_key(self, scope: Scope) -> None:
@@ -97,19 +97,20 @@ class Gate:
         is_open = path in OPEN_PATHS or any(
             method == each and path.startswith(prefix) for each, prefix in OPEN_PREFIXES
         )
-        if self._context.settings.api_key is None or is_open or method == "OPTIONS":  # browsers ask those without a key
+        # browsers send CORS preflight requests (OPTIONS) without credentials
+        if self._context.settings.api_key is None or is_open or method == "OPTIONS":
             return
         scheme, _, given = (header(scope, "authorization") or "").partition(" ")
-        if scheme.lower() == "bearer" and self._context.is_token(given):
+        if scheme.lower() == "bearer" and self._context.is_valid_token(given):
             return
         if scheme.lower() != "key" or not given:
             raise problems.unauthorized("Invalid Key Authorization header format. Expected 'Authorization: Key <key>'.")
-        if not self._context.is_key(given):
+        if not self._context.is_valid_key(given):
             raise problems.unauthorized("No user found for Key ID and Secret")
 
 
 class _Request:
-    """One request under way."""
+    """A request in flight: counts its body, adds response headers, and logs it."""
 
     def __init__(self, context: ServerContext, scope: Scope, receive: Receive, send: Send) -> None:
         self.id = str(uuid.uuid4())
@@ -124,19 +125,19 @@ class _Request:
 
     @property
     def max_bytes(self) -> int:
-        """Of its body."""
+        """Most bytes of the body."""
         settings = self._context.settings
         is_upload = self.scope["path"].startswith(("/files/", "/storage/"))
         return settings.service.image_limits.max_bytes if is_upload else settings.max_body_bytes
 
-    def check_announced_length(self) -> None:
-        """Refuses before a byte is read."""
-        announced = header(self.scope, "content-length") or ""
-        if announced.isdecimal() and int(announced[:20]) > self.max_bytes:
+    def check_content_length(self) -> None:
+        """Rejects a body that is too large by its `Content-Length`, before a byte of it is read."""
+        length = header(self.scope, "content-length") or ""
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
             raise problems.too_large(self.max_bytes)
 
     async def receive(self) -> Message:
-        """Counts what comes."""
+        """Receives a part of the body; rejects it once the sum is too large, for bodies without a `Content-Length`."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._num_received += len(message.get("body", b""))
@@ -145,32 +146,26 @@ class _Request:
         return message
 
     async def send(self, message: Message) -> None:
-        """Adds the headers that every response has."""
+        """Sends a part of the response; adds the headers that every response has."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            message["headers"] = [*message.get("headers", []), *self._headers(message)]
+            headers = MutableHeaders(scope=message)
+            for name, value in {"x-fal-request-id": self.id, **SECURITY_HEADERS}.items():
+                headers.setdefault(name, value)  # a route may have set its own
+            if header(self.scope, "origin") in self._context.settings.origins:
+                headers.setdefault("access-control-expose-headers", "x-fal-request-id, server-timing")
         await self._send(message)
 
-    def _headers(self, message: Message) -> Iterator[tuple[bytes, bytes]]:
-        present = {name.lower() for name, _ in message.get("headers", [])}
-        own = {"x-fal-request-id": self.id, **SECURITY_HEADERS}
-        origin = header(self.scope, "origin")
-        if origin in self._context.settings.origins:
-            own["Access-Control-Expose-Headers"] = "x-fal-request-id, server-timing"
-        for name, value in own.items():
-            if name.lower().encode() not in present:
-                yield name.lower().encode(), value.encode()
-
-    async def answer(self, problem: RequestError) -> None:
-        """Ends with an error, unless the response has begun."""
+    async def send_error(self, problem: RequestError) -> None:
+        """Sends an error response, unless a response has already started."""
         if self._status == 0:
             await problem_response(problem)(self.scope, self.receive, self.send)
 
     def log(self) -> None:
-        """One line a request, and its figures."""
+        """Writes the line of the access log and updates the metrics."""
         seconds = time.monotonic() - self._begin
         path = self.scope["path"]
-        # an abandoned request was never answered; 499 is what proxies note
+        # a client that disconnected got no response; 499 is nginx's code for that
         status = self._status or 499
         self._context.metrics.count(endpoint_of(path), status, seconds)
         client = self.scope.get("client") or ("", 0)
@@ -187,7 +182,7 @@ class _Request:
 
 
 def endpoint_of(path: str) -> str:
-    """A label of few values: requests and files are not told apart, unknown addresses are one."""
+    """Returns a metrics label with few distinct values: no request ids, no file names, one value for unknown paths."""
     parts = path.strip("/").split("/")
     is_queue = parts[0] == "queue"
     rest = parts[1:] if is_queue else parts
@@ -198,21 +193,23 @@ def endpoint_of(path: str) -> str:
     return parts[0] if parts[0] in ("files", "storage", "playground", "health", "ready", "metrics", "") else "unknown"
 
 
-def _split(address: str) -> SplitResult:
+def _split(url: str) -> SplitResult:
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname:
             return parts
-    except ValueError:  # brackets around no IPv6 address
+    except ValueError:  # malformed IPv6 address in brackets
         pass
     raise problems.bad_request(f"{TARGET_HEADER} must be an http(s) URL")
 
 
-def rewrite(scope: Scope) -> None:
-    """Turns fal's hosts into paths of ours: by `Host`, and by the address that a client set to a proxy names.
+def rewrite_path(scope: Scope) -> None:
+    """Maps fal's hosts to paths of this server: requests to `queue.…` go below `/queue`.
+
+    The host is that of `Host`, or of the URL in `TARGET_HEADER` where this server is used as fal's proxy.
 
     Raises:
-        RequestError: 400, the address in the header is none.
+        RequestError: 400, the header does not hold an http(s) URL.
     """
     target = header(scope, TARGET_HEADER)
     if target is not None and scope["path"] in PROXY_PATHS:

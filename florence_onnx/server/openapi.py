@@ -1,4 +1,4 @@
-"""The OpenAPI document: fal's titles, fields and their order."""
+"""The OpenAPI document, with fal's titles, fields and order of fields."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mO8"
     "o6HBQApgYiARjGoY1TB0NAAAyVkBTB15Un8AAAAASUVORK5CYII="
 )
-"""A red square: an example must work without a network."""
+"""A red square, so that the example works without a network."""
 
 
 def document() -> dict[str, Any]:
-    """The whole document; every endpoint directly and through the queue."""
+    """Builds the document: every endpoint, direct and through the queue, and the operational endpoints."""
     paths: dict[str, Any] = {}
     for task in tasks.TASKS.values():
         paths[f"/{APP}/{task.slug}"] = {"post": _run(task)}
@@ -28,7 +28,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "Florence-2, as fal-ai/florence-2-large",
             "version": __version__,
-            "description": "Florence-2 on ONNX Runtime, with the requests and answers of fal.",
+            "description": "Florence-2 on ONNX Runtime, with the API of fal.",
         },
         "paths": paths,
         "components": {
@@ -42,7 +42,7 @@ def document() -> dict[str, Any]:
 
 
 def input_name(task: Task[Any]) -> str:
-    """fal's title of what an endpoint takes."""
+    """Returns fal's title of an endpoint's input."""
     return {
         "nothing": "ImageInput",
         "text": "ImageWithTextInput",
@@ -51,7 +51,7 @@ def input_name(task: Task[Any]) -> str:
 
 
 def output_name(task: Task[Any]) -> str:
-    """fal's title of what an endpoint answers."""
+    """Returns fal's title of an endpoint's output."""
     if not task.has_image:
         return "TextOutput"
     if task is tasks.OCR_WITH_REGION:
@@ -61,7 +61,7 @@ def output_name(task: Task[Any]) -> str:
 
 
 def schemas() -> dict[str, Schema]:
-    """Inputs, outputs and errors by title."""
+    """Returns the schemas of all inputs, outputs and errors by title."""
     image_url = {**_string("The URL of the image to be processed."), "examples": [EXAMPLE_IMAGE]}
     text_input = _string("Text input for the task")
     region = {"$ref": "#/components/schemas/Region", "description": "The user input coordinates"}
@@ -113,7 +113,7 @@ def schemas() -> dict[str, Schema]:
         ),
         "TextOutput": _object("TextOutput", {"results": _string("Results from the model")}),
         "Image": _object("Image", image, required=["url"]),
-        "Error": _object("Error", {"detail": {}, "error_type": _string("Kind of the error")}, required=["detail"]),
+        "Error": _object("Error", {"detail": {}, "error_type": _string("The error type.")}, required=["detail"]),
         "QueueStatus": _object(
             "QueueStatus",
             {
@@ -175,17 +175,17 @@ def _json(schema: str, description: str) -> Schema:
 
 def _errors(*statuses: int) -> dict[str, Schema]:
     meaning = {
-        400: "Not what this endpoint takes",
-        401: "No key, or another",
+        400: "Malformed request, or a feature that is not supported",
+        401: "The API key is missing or wrong",
         403: "Called by a web page of another origin",
-        404: "No such request, or dropped after its time",
+        404: "No such request, or its result has expired",
         413: "The body is too large",
-        422: "An argument, or the image, cannot be used",
-        429: "Too many requests wait",
+        422: "An argument or the image is invalid",
+        429: "The queue is full",
         499: "Cancelled",
-        500: "Our fault",
-        503: "Shutting down",
-        504: "The caller's own limit for waiting was reached",
+        500: "Internal error",
+        503: "The server is shutting down",
+        504: "The request's own start timeout has passed",
     }
     return {str(status): _json("Error", meaning[status]) for status in statuses}
 
@@ -196,7 +196,7 @@ def _run(task: Task[Any]) -> Schema:
         "summary": task.slug,
         "requestBody": _body(task),
         "responses": {
-            "200": _json(output_name(task), "The answer"),
+            "200": _json(output_name(task), "The result"),
             **_errors(400, 401, 403, 413, 422, 429, 499, 500, 503, 504),
         },
     }
@@ -221,14 +221,23 @@ def _queue_paths() -> dict[str, Any]:
     logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "boolean"}}
     base = f"/queue/{APP}/requests/{{request_id}}"
     stream = {"description": "Server-sent events", "content": {"text/event-stream": {}}}
-    status = {"200": _json("QueueStatus", "Ended"), "202": _json("QueueStatus", "Not ended"), **_errors(401, 403, 404)}
-    answer = {"200": {"description": "The answer", "content": {"application/json": {"schema": {"type": "object"}}}}}
-    cancelled = {"202": {"description": "Taken back", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    status = {
+        "200": _json("QueueStatus", "Completed"),
+        "202": _json("QueueStatus", "Not completed"),
+        **_errors(401, 403, 404),
+    }
+    result = {"200": {"description": "The result", "content": {"application/json": {"schema": {"type": "object"}}}}}
+    cancelled = {
+        "202": {
+            "description": "Cancellation requested",
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        }
+    }
     return {
         base: {
             "get": {
                 "parameters": [request_id],
-                "responses": answer | _errors(400, 401, 403, 404, 422, 499, 500, 503, 504),
+                "responses": result | _errors(400, 401, 403, 404, 422, 499, 500, 503, 504),
             }
         },
         f"{base}/status": {"get": {"parameters": [request_id, logs], "responses": status}},
@@ -243,10 +252,10 @@ def _operation_paths() -> dict[str, Any]:
     plain = {"content": {"application/json": {"schema": {"type": "object"}}}}
     metrics = {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
     return {
-        "/health": {"get": {"responses": {"200": {"description": "Alive", **plain}}, "security": []}},
+        "/health": {"get": {"responses": {"200": {"description": "The process is alive", **plain}}, "security": []}},
         "/ready": {
             "get": {
-                "responses": {"200": {"description": "Takes requests", **plain}, **_errors(503)},
+                "responses": {"200": {"description": "The server accepts requests", **plain}, **_errors(503)},
                 "security": [],
             }
         },

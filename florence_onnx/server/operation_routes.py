@@ -1,4 +1,4 @@
-"""For those who run the server."""
+"""Operational endpoints: health, readiness, metrics and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from fastapi import APIRouter, Request, Response
 from florence_onnx import __version__
 from florence_onnx.fal import problems
 from florence_onnx.server import openapi
-from florence_onnx.server.answers import get_context, json_response
+from florence_onnx.server.responses import get_context, json_response
 
 router = APIRouter()
 
 
 @router.get("/health")
 async def health() -> Response:
-    """Whether the process is alive."""
+    """Liveness: the process answers."""
     return json_response({"status": "ok", "version": __version__})
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Whether requests are taken; the model is loaded before the server listens."""
+    """Readiness: requests are accepted. The model is always loaded, as the server listens only after that."""
     if get_context(request).is_draining:
         raise problems.shutting_down()
     return json_response({"status": "ready"})
@@ -28,7 +28,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Figures for Prometheus."""
+    """Metrics for Prometheus."""
     return Response(get_context(request).metrics.render(), media_type="text/plain; version=0.0.4")
 
 

@@ -1,4 +1,4 @@
-"""The playground: one page and what it needs, from this package alone."""
+"""The playground: a page and its scripts, styles and sample images, all from this package."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastapi.responses import FileResponse
 from florence_onnx import tasks
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
-from florence_onnx.server.answers import get_context, json_response
 from florence_onnx.server.openapi import output_name
+from florence_onnx.server.responses import get_context, json_response
 from florence_onnx.tasks import Task
 
 router = APIRouter()
@@ -36,13 +36,13 @@ _ANSWERS = {
 
 @router.get("/")
 async def page() -> Response:
-    """The page itself."""
+    """The page."""
     return _file(STATIC, "index.html")
 
 
 @router.get("/playground/config.json")
 async def config(request: Request) -> Response:
-    """What the page has to know."""
+    """The model, tasks, samples and limits that the page shows."""
     context = get_context(request)
     info = context.service.model.info()
     return json_response(
@@ -61,13 +61,13 @@ async def config(request: Request) -> Response:
 
 @router.get("/playground/samples/{name}")
 async def sample(name: str) -> Response:
-    """An image to try."""
+    """A sample image."""
     return _file(SAMPLES, name)
 
 
 @router.get("/playground/{name}")
 async def static(name: str) -> Response:
-    """A script or a style sheet."""
+    """A script, a style sheet or an icon."""
     return _file(STATIC, name)
 
 

@@ -1,6 +1,6 @@
-"""The queue: submit, status, status as a stream, result, cancel.
+"""fal's queue: submit, status, status stream, result and cancel.
 
-Addresses with and without the task's part are accepted: fal's clients leave it out, its OpenAPI document has it.
+The task is optional in the URLs of a request: fal's clients leave it out, fal's OpenAPI document has it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastapi.responses import StreamingResponse
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
-from florence_onnx.server.answers import (
-    answer_response,
+from florence_onnx.server.responses import (
     base_url,
     get_context,
+    job_response,
     json_response,
     read_json,
     read_start_timeout,
@@ -26,14 +26,14 @@ from florence_onnx.server.answers import (
 
 router = APIRouter(prefix=f"/queue/{APP}")
 KEEP_ALIVE_SECONDS = 15.0
-"""After which a stream without news sends a comment, so that nothing in between closes it."""
+"""Seconds without an event after which a stream sends a comment, so that no proxy closes the connection."""
 
 
 @router.post("/{slug}")
 async def submit(slug: str, request: Request) -> Response:
-    """Accepts a request."""
+    """Puts a request into the queue."""
     if "fal_webhook" in request.query_params:
-        raise problems.bad_request("webhooks are not offered: ask for the status, or use the status stream")
+        raise problems.bad_request("webhooks are not supported: poll the status, or use the status stream")
     context = get_context(request)
     priority = request.headers.get("X-Fal-Queue-Priority", "normal").lower()
     if priority not in ("normal", "low"):
@@ -46,6 +46,7 @@ async def submit(slug: str, request: Request) -> Response:
     )
     context.results.add(job)
     described = context.status(job, base_url(request), with_logs=False)
+    # a submission always reports IN_QUEUE, even if the request has already started or failed
     described |= {"status": "IN_QUEUE", "queue_position": described.get("queue_position", 0)}
     kept = ("status", "request_id", "response_url", "status_url", "cancel_url", "queue_position")
     return json_response({name: described[name] for name in kept}, 200, {"x-fal-request-id": job.id})
@@ -54,7 +55,7 @@ async def submit(slug: str, request: Request) -> Response:
 @router.get("/requests/{request_id}/status")
 @router.get("/{slug}/requests/{request_id}/status")
 async def status(request_id: str, request: Request) -> Response:
-    """Where a request stands."""
+    """The status of a request; 202 until it has ended."""
     context = get_context(request)
     job = context.results.get(request_id)
     described = context.status(job, base_url(request), with_logs=_wants_logs(request))
@@ -64,7 +65,7 @@ async def status(request_id: str, request: Request) -> Response:
 @router.get("/requests/{request_id}/status/stream")
 @router.get("/{slug}/requests/{request_id}/status/stream")
 async def stream(request_id: str, request: Request) -> Response:
-    """The same at every change, as server-sent events."""
+    """The status after every change, as server-sent events."""
     job = get_context(request).results.get(request_id)
     headers = {"Cache-Control": "no-store", "x-fal-request-id": job.id}
     return StreamingResponse(_events(request, job), media_type="text/event-stream", headers=headers)
@@ -73,11 +74,11 @@ async def stream(request_id: str, request: Request) -> Response:
 @router.get("/requests/{request_id}")
 @router.get("/{slug}/requests/{request_id}")
 async def result(request_id: str, request: Request) -> Response:
-    """The answer."""
+    """The result of a request."""
     job = get_context(request).results.get(request_id)
     if job.state != "COMPLETED":
         raise problems.in_progress()
-    response = answer_response(request, job)
+    response = job_response(request, job)
     job.was_fetched = True
     return response
 
@@ -85,10 +86,10 @@ async def result(request_id: str, request: Request) -> Response:
 @router.put("/requests/{request_id}/cancel")
 @router.put("/{slug}/requests/{request_id}/cancel")
 async def cancel(request_id: str, request: Request) -> Response:
-    """Takes a request back."""
+    """Cancels a request."""
     context = get_context(request)
     job = context.results.get(request_id)
-    job.was_fetched = True  # nobody will
+    job.was_fetched = True  # a shutdown need not wait for somebody to fetch the result
     if not context.service.cancel(job):
         raise problems.already_completed()
     return json_response({"status": "CANCELLATION_REQUESTED"}, 202)
@@ -116,6 +117,6 @@ async def _events(request: Request, job: Job) -> AsyncIterator[str]:
                 try:
                     await asyncio.wait_for(changed.wait(), KEEP_ALIVE_SECONDS)
                 except asyncio.TimeoutError:
-                    yield ": still waiting\n\n"
+                    yield ": keep-alive\n\n"
     finally:
         stop()

@@ -1,4 +1,4 @@
-"""Requests of the queue, by id, until their results have had their time."""
+"""The requests of the queue by id, until their results expire."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from florence_onnx.fal.jobs import Job
 
 
 class ResultsStore:
-    """Safe in threads. What has not ended is never dropped."""
+    """Thread-safe and bounded in number and age. A request in flight is never dropped."""
 
     def __init__(self, max_ended: int, seconds: float) -> None:
-        """Args:
-        max_ended: Ended requests to keep.
-        seconds: How long to keep one, from when it was submitted.
+        """Starts empty.
+
+        Args:
+            max_ended: Most requests that have ended to keep.
+            seconds: How long to keep one, counted from its submission.
         """
         self._max_ended = max_ended
         self._seconds = seconds
@@ -24,16 +26,16 @@ class ResultsStore:
         self._lock = threading.Lock()
 
     def add(self, job: Job) -> None:
-        """Keeps a request."""
+        """Adds a request."""
         with self._lock:
             self._drop_old()
             self._jobs[job.id] = time.monotonic(), job
 
     def get(self, request_id: str) -> Job:
-        """Finds a request.
+        """Returns a request.
 
         Raises:
-            RequestError: 404, there is none.
+            RequestError: 404, the id is unknown or the result has expired.
         """
         with self._lock:
             self._drop_old()
@@ -43,7 +45,7 @@ class ResultsStore:
         return found[1]
 
     def num_unfetched(self) -> int:
-        """How many have not been handed over."""
+        """Returns the number of requests whose result was not fetched."""
         with self._lock:
             return sum(not job.was_fetched for _, job in self._jobs.values())
 

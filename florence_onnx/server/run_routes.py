@@ -1,4 +1,4 @@
-"""Endpoints that answer at once."""
+"""Direct endpoints: the response is the result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import APP
-from florence_onnx.server.answers import (
-    answer_response,
+from florence_onnx.server.responses import (
     get_context,
+    job_response,
     problem_response,
     read_json,
     read_start_timeout,
@@ -20,9 +20,9 @@ router = APIRouter()
 
 @router.post(f"/{APP}/{{slug}}")
 async def run(slug: str, request: Request) -> Response:
-    """Asks and waits."""
+    """Runs a request and waits for its result."""
     context = get_context(request)
     job = context.service.submit(f"{APP}/{slug}", await read_json(request), start_timeout=read_start_timeout(request))
     if not await wait(request, job):
-        return problem_response(problems.cancelled())  # nobody reads it
-    return answer_response(request, job)
+        return problem_response(problems.cancelled())  # ASGI needs a response, though the client is gone
+    return job_response(request, job)

@@ -1,4 +1,4 @@
-"""Runs a server until it is told to stop, and then until its work is done."""
+"""Runs a server until SIGINT or SIGTERM, then drains it."""
 
 from __future__ import annotations
 
@@ -22,29 +22,34 @@ _log = logging.getLogger("florence_onnx.server")
 
 
 class DrainingServer(uvicorn.Server):
-    """The first signal drains, the second ends at once."""
+    """A uvicorn server that drains at the first signal and exits at the second."""
 
     def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:
         super().__init__(config)
         self._context = context
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called for SIGINT and SIGTERM."""
+        """Called by uvicorn for SIGINT and SIGTERM."""
         if self._context.is_draining:
             self.should_exit = self.force_exit = True
             return
-        _log.info("%s: finishing what was accepted", signal.Signals(sig).name)
-        self._context.begin_to_drain()
+        _log.info("%s: finishing accepted requests", signal.Signals(sig).name)
+        self._context.start_draining()
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the server."""
+        """Called by uvicorn ten times a second; returns whether to exit."""
         if self._context.is_draining and self._context.is_drained():
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "json") -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what was accepted.
+    """Serves until SIGINT or SIGTERM, then finishes all accepted requests.
+
+    Args:
+        model: The loaded model.
+        settings: Options and limits of the server.
+        log_format: Format of the log on standard error: one JSON object per line, or text for people.
 
     Raises:
         SystemExit: The address cannot be bound (uvicorn's own exit code).
@@ -56,12 +61,12 @@ def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "j
         host=settings.host,
         port=settings.port,
         log_config=None,
-        access_log=False,  # ours has more in it
+        access_log=False,  # `middleware` logs more
         server_header=False,
         date_header=True,
         lifespan="off",
-        timeout_graceful_shutdown=1,  # all work is done by then; what is still open has not sent its request
-        timeout_keep_alive=65,  # longer than the usual proxy's, so that it is the proxy that closes
+        timeout_graceful_shutdown=1,  # drained by then: an open connection has not sent its whole request
+        timeout_keep_alive=65,  # longer than the 60 s of common proxies, so that the proxy closes first
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,
     )
@@ -72,7 +77,7 @@ def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "j
 
 
 def configure_logging(log_format: LogFormat) -> None:
-    """Logs to standard error: one JSON object a line, or text for people."""
+    """Sends the logs of this package and of uvicorn to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(log_format))
     for name in ("florence_onnx", "uvicorn"):
@@ -89,5 +94,5 @@ def _formatter(log_format: LogFormat) -> logging.Formatter:
     return JsonFormatter(
         fields,
         rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's message with terminal colours
     )

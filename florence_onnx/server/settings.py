@@ -1,4 +1,4 @@
-"""How a server is set up."""
+"""The options and limits of a server."""
 
 from __future__ import annotations
 
@@ -14,69 +14,70 @@ from florence_onnx.images.download import parse_hosts
 
 Images = Literal["url", "data", "none"]
 FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media")
-"""Names that a hosts file may point at us, so that a client needs no change at all."""
+"""fal's host names, which a hosts file may point at this server, so that clients work unchanged."""
 MAX_PIXELS = 50_000_000
-"""Default limit of an image: several are held decoded at a time, 150 MB each at this size."""
+"""Default for the most pixels of an image: several are in memory at a time, 150 MB each at this size."""
 
 
 def default_limits() -> ImageLimits:
-    """What a server accepts from strangers."""
+    """Returns the image limits for untrusted callers: public addresses only, at most `MAX_PIXELS`."""
     return ImageLimits(max_pixels=MAX_PIXELS, public_only=True)
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Everything but the model.
+    """Options and limits of a server.
 
     Raises:
-        InputError: A value makes no sense.
+        InputError: A value is invalid.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    """0: any that is free."""
+    """0 picks a free port."""
     api_key: str | None = None
-    """What clients must send as `Authorization: Key …`; None: nothing."""
+    """The key that clients must send as `Authorization: Key …`; None for no authentication."""
     model_name: str = "florence-2"
-    """As the page names the model, to everybody who sees it."""
+    """Name of the model on the page, which needs no key to read."""
     images: Images = "url"
-    """Annotated images: served by us, in the JSON, or not at all (`image` is null)."""
+    """Annotated images: as a URL of this server, as a `data:` URI in the JSON, or none (`image` is null)."""
     public_url: str | None = None
-    """How clients reach us, where that is not the `Host` that they send."""
+    """URL of the server as clients see it, if it differs from the `Host` header, as behind a proxy."""
     origins: tuple[str, ...] = ()
-    """Web pages of other origins that may call us."""
+    """Origins whose web pages may call the server, besides its own."""
     service: ServiceSettings = field(default_factory=lambda: ServiceSettings(image_limits=default_limits()))
     max_files_bytes: int = 2**30
-    """Of uploads and annotated images on disk; the oldest are dropped first."""
+    """Most bytes of uploads and annotated images on disk; the oldest are deleted first."""
     max_results: int = 1000
-    """Ended queue requests whose results can still be fetched."""
+    """Most results of the queue that are kept to be fetched."""
     result_seconds: float = 3600.0
-    """How long a result can be fetched."""
+    """Seconds for which a result can be fetched, counted from the submission."""
     grace_seconds: float = 30.0
-    """After SIGTERM: how long results of the queue wait to be fetched, once all work is done."""
+    """Seconds after SIGTERM, and after the last request has ended, in which results can still be fetched."""
     certificate: str | None = None
-    """Path of a PEM file, for TLS."""
+    """Path of a PEM file with the TLS certificate; None for plain HTTP."""
     private_key: str | None = None
+    """Path of a PEM file with the certificate's private key."""
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
-            raise InputError("the API key is blank; leave it out to serve without one")
+            raise InputError("the API key is blank; omit it to serve without authentication")
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must be 0 to 65535, got {self.port}")
         if self.public_url is not None and urlsplit(self.public_url).scheme not in ("http", "https"):
-            raise InputError(f"the public URL must begin with http:// or https://, got {self.public_url!r}")
+            raise InputError(f"the public URL must start with http:// or https://, got {self.public_url!r}")
         if (self.certificate is None) != (self.private_key is None):
             raise InputError("TLS needs both a certificate and its private key")
         parse_hosts(self.service.image_limits.allowed_hosts)
 
     @property
     def max_body_bytes(self) -> int:
-        """Of a request: an image in base64, and some room for the rest."""
+        """Most bytes of a request body: an image in base64, and 64 KiB for everything else."""
         return self.service.image_limits.max_bytes * 4 // 3 + 2**16
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach us."""
+        """Whether only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
@@ -86,10 +87,10 @@ class ServerSettings:
 
     @property
     def trusted_hosts(self) -> tuple[str, ...]:
-        """What `Host` may say; `*` for anything.
+        """Accepted values of the `Host` header; `*` accepts any.
 
-        On loopback only names that no web page can point at us: a page under its own name, with that name's address changed to
-        127.0.0.1, is refused.
+        On loopback, only names that an attacker cannot register. This stops DNS rebinding: a web page whose own host name
+        resolves to 127.0.0.1 sends that name as `Host`, and is rejected.
         """
         if not self.is_loopback:
             return ("*",)

@@ -1,4 +1,4 @@
-"""Uploads, as fal's clients make them, and the files that we serve."""
+"""Uploads with the protocol of fal's clients, and downloads of stored files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from florence_onnx.fal import problems
-from florence_onnx.server.answers import base_url, get_context, json_response, read_json
 from florence_onnx.server.context import TOKEN_SECONDS
 from florence_onnx.server.file_store import IMAGE_TYPES
+from florence_onnx.server.responses import base_url, get_context, json_response, read_json
 
 router = APIRouter()
 
 
 @router.post("/storage/auth/token")
 async def make_token(request: Request) -> Response:
-    """A token and where to send files with it."""
+    """Creates an upload token."""
     end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=TOKEN_SECONDS)
     token = get_context(request).make_token()
     return json_response(
@@ -28,7 +28,7 @@ async def make_token(request: Request) -> Response:
 
 @router.post("/files/upload")
 async def upload(request: Request) -> Response:
-    """Takes a file whole."""
+    """Stores a file that is sent in one request."""
     name = request.headers.get("X-Fal-File-Name", "file")
     content_type = request.headers.get("Content-Type", "application/octet-stream")
     address = get_context(request).files.put(await request.body(), name, content_type)
@@ -37,30 +37,30 @@ async def upload(request: Request) -> Response:
 
 @router.post("/storage/upload/initiate")
 async def initiate(request: Request) -> Response:
-    """Announces a file."""
+    """Reserves a URL for a file that is uploaded next."""
     described: Any = await read_json(request)
     if not isinstance(described, dict):
-        raise problems.bad_request("an object with file_name and content_type is needed")
+        raise problems.bad_request("the body must be an object with file_name and content_type")
     name, content_type = (
         str(described.get(field) or default)
         for field, default in (("file_name", "file"), ("content_type", "application/octet-stream"))
     )
-    token, address = get_context(request).files.expect(name, content_type)
+    token, address = get_context(request).files.reserve(name, content_type)
     base = base_url(request)
     return json_response({"upload_url": f"{base}/storage/upload/{token}", "file_url": base + address})
 
 
 @router.put("/storage/upload/{token}")
-async def receive(token: str, request: Request) -> Response:
-    """Takes an announced file; its address cannot be guessed, so no key is needed."""
-    get_context(request).files.receive(token, await request.body())
+async def upload_reserved(token: str, request: Request) -> Response:
+    """Stores a file under a reserved URL. It cannot be guessed, so no key is needed."""
+    get_context(request).files.put_reserved(token, await request.body())
     return Response(status_code=200)
 
 
 @router.get("/files/{token}/{name}")
 @router.get("/files/{token}")
 async def download(token: str, request: Request) -> Response:
-    """Serves a file."""
+    """Sends a stored file."""
     stored = get_context(request).files.get(token)
     if stored is None:
         raise problems.not_found(request.url.path)

@@ -1,4 +1,4 @@
-"""Annotated images: what is drawn where, in which colours, and that nothing breaks it."""
+"""Annotated images: what is drawn where and in which colours, and that any result can be drawn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _canvas(colour: int = 128) -> Image.Image:
 
 
 def _changed(image: Image.Image) -> npt.NDArray[np.bool_]:
-    """(H,W) where the image is no longer grey 128."""
+    """(H,W), True where the image is no longer grey 128."""
     return (np.asarray(image) != 128).any(axis=-1)
 
 
@@ -42,7 +42,7 @@ def _box(x: float, y: float, w: float, h: float, label: str = "car") -> Bounding
     return BoundingBoxes((BoundingBox(x, y, w, h, label),))
 
 
-def test_the_image_itself_is_not_changed() -> None:
+def test_the_input_image_is_not_changed() -> None:
     canvas = _canvas()
     drawn = draw(canvas, _box(20, 60, 100, 80))
     assert not _changed(canvas).any() and _changed(drawn).any()
@@ -126,7 +126,7 @@ def test_shapes_without_labels_have_no_tags_and_colours_of_their_own() -> None:
     assert len({drawn.getpixel((40 + 60 * i, 60)) for i in range(4)}) == 4
 
 
-def test_polygons_are_filled_so_that_the_image_shows_through() -> None:
+def test_polygons_are_filled_translucently() -> None:
     points = tuple(Point(x, y) for x, y in ((100, 50), (220, 50), (160, 200)))
     drawn = draw(_canvas(), PolygonOutput((Polygon(points, ""),)))
     inside, edge = drawn.getpixel((160, 100)), drawn.getpixel((160, 50))
@@ -152,7 +152,7 @@ def test_open_vocabulary_polygons_are_drawn() -> None:
     assert _changed(drawn).mean() > 0.1
 
 
-def test_lines_and_letters_grow_with_the_image() -> None:
+def test_line_width_and_font_size_grow_with_the_image() -> None:
     small = draw(Image.new("RGB", (600, 500)), _box(100, 100, 200, 160))
     large = draw(Image.new("RGB", (2400, 2000)), _box(400, 400, 800, 640))
     share = [(np.asarray(image) != 0).any(axis=-1).mean() for image in (small, large)]
@@ -178,7 +178,7 @@ def test_a_font_can_be_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nothing", ["a caption", None, (), 7])
-def test_what_has_no_geometry_is_refused(nothing: object) -> None:
+def test_results_without_geometry_are_refused(nothing: object) -> None:
     with pytest.raises(InputError, match="has nothing to draw"):
         draw(_canvas(), nothing)
 
@@ -208,7 +208,7 @@ _labels = st.one_of(
     st.tuples(st.integers(1, 80), st.integers(1, 80)),
 )
 @settings(max_examples=80, deadline=None)
-def test_no_answer_breaks_it(
+def test_any_result_can_be_drawn(
     outlines: list[tuple[Point, ...]], boxes: list[BoundingBox], label: str, size: tuple[int, int]
 ) -> None:
     polygons = tuple(Polygon(points, label) for points in outlines)

@@ -90,7 +90,7 @@ def test_quantize_rejects_nan_and_unpaired_coordinates() -> None:
 @pytest.mark.parametrize(
     "size", [(0, 480), (640, -1), (640,), (640, 480, 3), 640, (640.5, 480), (True, 480), None, "ab"]
 )
-def test_sizes_that_are_none_are_rejected(size: object) -> None:
+def test_malformed_sizes_are_rejected(size: object) -> None:
     with pytest.raises(InputError, match=r"\(width, height\)"):
         check_size(size)  # type: ignore[arg-type]
 
@@ -112,7 +112,7 @@ def test_tokens_of_any_length_are_read() -> None:
     assert np.isfinite(dequantize([10**18, 10**18], (8192, 8192))).all()
 
 
-def test_boxes_and_points_drop_what_is_left_over() -> None:
+def test_incomplete_boxes_and_points_are_dropped() -> None:
     assert to_boxes([0, 1, 2, 3, 4, 5, 6], (1000, 1000)) == [(0.5, 1.5, 2.5, 3.5)]
     assert to_boxes([1, 2, 3], (10, 10)) == []
     points = to_points([0, 1, 2, 3, 4], (1000, 2000))
@@ -134,7 +134,7 @@ def test_every_ordered_pair_of_corners_is_a_region(horizontal: tuple[int, int], 
     assert from_tokens(region.location_tokens) == [region.x1, region.y1, region.x2, region.y2]
 
 
-def test_region_stores_numpy_integers_as_plain_ones() -> None:
+def test_region_converts_numpy_integers() -> None:
     region = Region(*np.array([1, 2, 3, 4], dtype=np.uint16))  # type: ignore[arg-type]
     assert region == Region(1, 2, 3, 4)
     assert type(region.x1) is int
@@ -164,7 +164,7 @@ def test_region_errors_are_value_errors_that_point_to_pixels() -> None:
         Region(0, 0, 1200, 900)
 
 
-def test_region_from_pixels_cuts_at_the_border() -> None:
+def test_region_from_pixels_clips_to_the_image() -> None:
     assert Region.from_pixels(-10, -10, 10_000, 10_000, (640, 480)) == Region(0, 0, 999, 999)
     assert Region.from_pixels(320, 240, 480, 479.9, (640, 480)) == Region(500, 500, 750, 999)
     assert Region.from_pixels(np.float32(320), np.int64(240), 320, 240, (640, 480)) == Region(500, 500, 500, 500)

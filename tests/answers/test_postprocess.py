@@ -1,4 +1,4 @@
-"""The parsers: against recorded answers, against transformers, and against hostile strings."""
+"""The parsers against recorded answers, against transformers, and on hostile strings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARSERS = {
 
 
 def _task(token: str) -> Task[Any] | str:
-    """Tokens that are no task of ours are read as plain text, as transformers does."""
+    """The task with a token; for an unknown token one that is parsed as plain text, as in transformers."""
     is_known = any(task.token == token for task in TASKS.values())
     return token if is_known else Task("other", token, token, "nothing", postprocess.pure_text, has_image=False)
 
@@ -68,8 +68,8 @@ def _flatten(points: tuple[Point, ...]) -> list[float]:
     return [coordinate for point in points for coordinate in (point.x, point.y)]
 
 
-def _one_polygon_a_part(answer: Any) -> Any:
-    """The reference nests the parts of an instance under one label; we have a labelled polygon for each part."""
+def _flatten_instances(answer: Any) -> Any:
+    """The reference nests the polygons of an instance under one label; we label each polygon."""
     if not isinstance(answer, dict) or "polygons" not in answer:
         return answer
     key = "labels" if "labels" in answer else "polygons_labels"
@@ -92,7 +92,7 @@ def _to_ascii(value: Any) -> Any:
 
 
 def _to_stripped_ascii(value: Any) -> Any:
-    # the reference strips before it drops letters, so that `中 a` leaves ` a`
+    # the reference strips before it drops non-ASCII characters: `中 a` becomes ` a`
     return _to_ascii(value).strip() if isinstance(value, str) else value
 
 
@@ -101,7 +101,7 @@ def _strip(value: Any) -> Any:
 
 
 def _keeps_unicode(row: dict[str, Any]) -> bool:
-    """Where the reference keeps letters beyond ASCII: texts and OCR labels, unless it decoded token by token."""
+    """Whether the reference keeps non-ASCII characters: in texts and OCR labels, unless it decoded token by token."""
     is_text = isinstance(row["parsed"], str) or row["task"] == "<OCR_WITH_REGION>"
     return is_text and "sequence" not in row
 
@@ -114,7 +114,7 @@ def _answer(row: dict[str, Any]) -> Any:
 
 
 def _expected(row: dict[str, Any], key: str) -> Any:
-    expected = _one_polygon_a_part(row[key])
+    expected = _flatten_instances(row[key])
     return expected if _keeps_unicode(row) else _map(_to_stripped_ascii, expected)
 
 
@@ -129,8 +129,8 @@ def test_all_recorded_strings_equal_transformers_but_for_truncation_and_ascii() 
 def test_all_recorded_strings_equal_microsofts_floats() -> None:
     for row in rows("transformers_post_cases.jsonl"):
         if row["kind"] == "hand:seg_loc_sep3" and "SEGMENTATION" in row["task"]:
-            # the one string on which Microsoft's code and transformers disagree about the structure: a polygon without
-            # points in the one, nothing in the other; the test above holds us to transformers
+            # On this one string Microsoft's code returns a polygon without points and transformers returns none. The
+            # test above requires the result of transformers.
             assert row["ms_parsed"] == {"polygons": [[[]]], "labels": [""]}
             continue
         expected = _map(_strip, _expected(row, "ms_parsed"))
@@ -138,7 +138,7 @@ def test_all_recorded_strings_equal_microsofts_floats() -> None:
 
 
 def _without_end_mark_labels(row: dict[str, Any], expected: Any) -> Any:
-    """Microsoft's first quad is labelled `</s>` where nothing stands before it; for transformers and us it is none."""
+    """Removes Microsoft's first quad if its label is only `</s>`; for transformers and us that is no quad."""
     is_unlabelled = re.match(r"</s>(<s>)*<loc_", row.get("raw", ""))
     if row["task"] == "<OCR_WITH_REGION>" and is_unlabelled and row["ms_parsed"]["labels"][:1] == ["</s>"]:
         return {key: values[1:] for key, values in expected.items()}
@@ -174,7 +174,7 @@ def _assert_close(answer: Any, expected: Any) -> None:
         assert answer == (pytest.approx(expected, abs=0.0051) if isinstance(expected, (int, float)) else expected)
 
 
-# --- against transformers, on strings it has never seen ------------------------------------------------------------
+# --- against transformers, on generated strings ------------------------------------------------------------
 
 _pieces = st.one_of(
     st.integers(0, 1100).map("<loc_{}>".format),
@@ -227,7 +227,7 @@ def _assert_equal(name: str, results: Any, expected: Any) -> None:
             found += [(instance["cat_name"], box) for box in boxes]
     ours = _in_reference_form(results, "<OPEN_VOCABULARY_DETECTION>")
     coordinates = [*ours.get("bboxes", []), *ours.get("quad_boxes", []), *ours.get("polygons", [])]
-    box_labels = _map(_to_ascii, ours.get("bboxes_labels", []))  # only there the reference drops letters beyond ASCII
+    box_labels = _map(_to_ascii, ours.get("bboxes_labels", []))  # only here the reference drops non-ASCII characters
     labels = [*box_labels, *ours.get("labels", []), *ours.get("polygons_labels", [])]
     assert list(zip(labels, _map(_truncate, coordinates), strict=True)) == [(label, list(box)) for label, box in found]
 
@@ -278,7 +278,7 @@ def test_long_strings_take_linear_time(pattern: str) -> None:
         for parser in PARSERS.values():
             start = time.perf_counter()
             parser(text, SIZE)
-            # quadratic ones take minutes; the margin is for slow and busy machines
+            # a quadratic parser takes minutes; the margin is for slow and busy machines
             assert time.perf_counter() - start < 5
 
 
@@ -288,7 +288,7 @@ def test_numbers_of_any_length_are_read() -> None:
     assert box.x > 1e15
 
 
-# --- what the parsers say, spelled out -----------------------------------------------------------------------------
+# --- the rules of the parsers, one by one -----------------------------------------------------------------------------
 
 
 def test_a_label_before_several_boxes_belongs_to_each() -> None:
@@ -301,7 +301,7 @@ def test_a_label_before_several_boxes_belongs_to_each() -> None:
     assert boxes[0].h == 371.7599792480469 - 160.0800018310547
 
 
-def test_grounding_leaves_out_phrases_that_name_nothing() -> None:
+def test_grounding_drops_banned_phrases() -> None:
     box = "<loc_1><loc_2><loc_3><loc_4>"
     text = f"the image{box}The image{box} it {box}a group{box}a group of cats{box}"
     labels = [found.label for found in parse("<CAPTION_TO_PHRASE_GROUNDING>", text, SIZE).bboxes]
@@ -314,7 +314,7 @@ def test_region_proposals_have_no_labels() -> None:
     assert box == BoundingBox(x=0.5, y=0.5, w=500.0, h=500.0, label="")
 
 
-def test_quads_keep_their_corners_inside_an_upright_box() -> None:
+def test_quads_keep_their_corners_inside_an_axis_aligned_box() -> None:
     text = "</s><s>STOP<loc_300><loc_100><loc_500><loc_200><loc_400><loc_400><loc_200><loc_300></s>"
     (quad,) = parse(tasks.OCR_WITH_REGION, text, (1000, 1000)).quad_boxes
     assert quad.label == "STOP"  # and not "</s>STOP"
@@ -322,7 +322,7 @@ def test_quads_keep_their_corners_inside_an_upright_box() -> None:
     assert (quad.x, quad.y, quad.w, quad.h) == (200.5, 100.5, 300.0, 300.0)
 
 
-def test_labels_keep_letters_beyond_ascii() -> None:
+def test_labels_keep_non_ascii_characters() -> None:
     box = "<loc_1><loc_2><loc_3><loc_4>"
     assert [found.label for found in parse("<OD>", f"中文{box} café {box}", SIZE).bboxes] == ["中文", "café"]
 
@@ -342,7 +342,7 @@ def test_open_vocabulary_answers_are_boxes_or_polygons() -> None:
     assert [found.label for found in polygons.polygons] == ["car", "dog"] and not polygons.bboxes
 
 
-def test_region_tasks_keep_the_echoed_region() -> None:
+def test_region_tasks_keep_the_repeated_region() -> None:
     text = "</s><s>car<loc_52><loc_332><loc_932><loc_774></s>"
     assert parse("region-to-category", text, SIZE) == "car<loc_52><loc_332><loc_932><loc_774>"
 

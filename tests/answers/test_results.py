@@ -54,7 +54,7 @@ def test_polygons_become_fals_json() -> None:
     assert to_dict(PolygonOutput((Polygon(POINTS, ""),))) == {"polygons": [{"points": points, "label": ""}]}
 
 
-def test_text_and_empty_answers_stay_as_they_are() -> None:
+def test_text_and_empty_results_become_fals_json() -> None:
     assert to_dict("a dog") == "a dog"
     assert to_dict(BoundingBoxes(())) == {"bboxes": []}
 

@@ -28,8 +28,8 @@ from florence_onnx import Florence2, Region, tasks
 from florence_onnx.bench_fal import agreement
 from florence_onnx.bench_fal.budget import Budget, BudgetSpentError
 from florence_onnx.bench_fal.journal import Finished, Journal
-from florence_onnx.bench_fal.pace import Pace
 from florence_onnx.bench_fal.plan import Call, Inputs, make_plan, read_inputs
+from florence_onnx.bench_fal.rate_limit import Pace
 from florence_onnx.bench_fal.runner import MAX_FAILURES, Runner, outstanding
 from florence_onnx.bench_fal.targets import ClientTarget, Reply, find_key, parse_targets, require_key
 from florence_onnx.bench_fal.transport import CallFailedError

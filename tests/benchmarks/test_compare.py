@@ -1,4 +1,4 @@
-"""The comparison with other runtimes: that it measures what it says, loses nothing, and is drawn; no time is asserted."""
+"""The comparison with other runtimes: its figures, interruptions, and chart. No time is asserted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks import models
 from benchmarks.costs import Costs
 from benchmarks.cpu import bars, report, results
 from benchmarks.cpu.jobs import DERIVED, STAGES, Job, Peer, Prompt, Workload
-from benchmarks.cpu.processes import FailedError, Launcher
+from benchmarks.cpu.launcher import FailedError, Launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = ROOT / "benchmarks" / ".node"
@@ -30,7 +30,7 @@ NUM_TOKENS = 6
 
 
 def compare(tiny: Exported, work: Path, out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """The result of a run on the tiny model, and what it told people."""
+    """The result of a run on the tiny model, and its messages."""
     checkpoint = tiny.bundle.parent / "checkpoint"
     command = ["benchmarks.cpu.compare", "--checkpoint", str(checkpoint), "--work", str(work), "--out", str(out)]
     command += ["--threads", "1", "--ours", f"fp32={tiny.bundle}"]
@@ -48,7 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(tiny: Exported, work: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
-    """The reference, the plain export and this runtime; and one that is not there."""
+    """The reference, the plain export and this runtime, and a peer that cannot run."""
     out = tmp_path_factory.mktemp("out")
     names = "transformers-fp32,plain-onnx,ours-fp32,transformers.js"
     return *compare(tiny, work, out, "--peers", names, "--node", str(out / "absent")), out
@@ -116,7 +116,7 @@ def test_openvino_gives_the_same_tokens(
 
 
 def peer(precision: str, vision: float, step: float, **more: Any) -> dict[str, Any]:
-    """A peer whose figures follow from two, in seconds."""
+    """A peer whose figures are computed from two times in seconds."""
     stages = {
         "preprocess": 0.02,
         "vision": vision,
@@ -143,7 +143,7 @@ def peer(precision: str, vision: float, step: float, **more: Any) -> dict[str, A
 
 
 def made_up() -> dict[str, Any]:
-    """A result as `compare` writes it, as far as bars and charts read it."""
+    """A result like those of `compare`, with the fields that bars and charts read."""
     same = {"agreement": {"greedy": 1.0, "beams": 1.0}}
     rivals = {
         "transformers-fp32": peer("fp32", 3.0, 0.036, title="transformers, fp32", **same),
@@ -293,7 +293,7 @@ def test_vision_operations_are_those_that_pytorch_counts(tmp_path: Path) -> None
 
     config = checkpoints.tiny_config()
     model = checkpoints.build_model(config)
-    model.set_attn_implementation("eager")  # the counter does not see the fused attention of a CPU
+    model.set_attn_implementation("eager")  # the counter does not count the fused attention on a CPU
     costs = Costs(config.vision_config.to_dict(), config.text_config.to_dict(), (128, 128))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.get_image_features(torch.zeros(1, 3, 128, 128))
@@ -318,7 +318,7 @@ def test_an_interrupted_run_keeps_what_it_has(tiny: Exported, work: Path, tmp_pa
 
 
 def test_who_is_faster_than_the_machine_is_named() -> None:
-    """As when one runtime is given smaller images than the others: a ratio to it would mean nothing."""
+    """For example, if one runtime gets smaller images than the others, ratios to it are meaningless."""
     result = made_up()
     floor = {"stages": {"fp32": {"vision": 1.9, "text_encoder": 0.01}}}
     stages = {name: {"stages": peer["stages"], "precision": "fp32"} for name, peer in result["peers"].items()}
@@ -348,7 +348,7 @@ def test_a_preprocessor_that_crops_is_refused(tiny: Exported, tmp_path: Path) ->
 
 def make_job(checkpoint: str) -> Job:
     prompt = Prompt("<OD>", "Locate the objects with category name in the image.")
-    image = str(ROOT / "export" / "photograph.jpg")
+    image = str(ROOT / "export" / "verification" / "photograph.jpg")
     workload = Workload(image, image, prompt, prompt, NUM_TOKENS, 2, 1, 1, {})
     peer = Peer("transformers-fp32", "transformers, fp32", "pytorch", "checkpoint", "fp32", {"dtype": "float32"})
     return Job(peer, checkpoint, checkpoint, workload, time.time(), 60.0)

@@ -1,4 +1,4 @@
-"""Scores of precisions on drawn scenes: the numbers, and that a model loses nothing to itself."""
+"""Scores of precisions on synthetic scenes: the numbers, and that a model has no loss against itself."""
 
 from __future__ import annotations
 

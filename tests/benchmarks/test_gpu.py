@@ -1,4 +1,4 @@
-"""The script that measures a card: every step of it here, on the CPU; all of it where there is a card."""
+"""The benchmark of the GPU path: every step on the CPU here, and all of it if there is a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import NO_TORCH, Exported
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'florence-onnx[cpu]'")
 pytest.importorskip("onnx", reason="pip install -e '.[export]'")
 
-from benchmarks.gpu import answers, bars, card, prepare, report, skeleton, timing  # noqa: E402
+from benchmarks.gpu import answers, bars, hardware, prepare, report, skeleton, timing  # noqa: E402
 from benchmarks.gpu.__main__ import run_step  # noqa: E402
 from benchmarks.gpu.figures import Figures  # noqa: E402
 from benchmarks.gpu.sources import DEMO_CHECKPOINT, MODELS, MissingError, Sources  # noqa: E402
@@ -32,7 +32,7 @@ IMAGE = answers.SAMPLES / "scene-1.png"
 
 
 def run(out: Path, *more: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:
-    """The exit code of the command, and what it wrote."""
+    """The exit code of the command, and the JSON that it wrote."""
     command = [sys.executable, "-m", "benchmarks.gpu", "demo", "--device", device, "--quick", "--out", str(out)]
     more = (*more, "--work", str(out / "work"), "--carried", str(out / "carried"))
     done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -53,7 +53,7 @@ def run_here(step: Step, settings: Settings, folder: Path) -> Figures:
     """A step in this process, which has imported torch already."""
     figures = Figures(folder / "figures.json")
     RUNNERS[step.kind](step, settings, figures)
-    # the difference of two lengths may drown in what else this machine does
+    # other processes may make the difference between two lengths negative
     assert [said for said in figures.errors.values() if "took no longer than" not in said] == []
     assert json.loads((folder / "figures.json").read_text())["figures"] == json.loads(json.dumps(figures.found))
     return figures
@@ -82,7 +82,7 @@ def test_every_step_on_the_cpu(step: Step, settings: Settings, tmp_path: Path) -
 
 
 def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path: Path) -> None:
-    """Whatever the step asks for was carried: here a tiny model, under the name that it looks for."""
+    """A tiny model under the name of the skeleton that the step reads."""
     from export.transformers_js.writer import export_transformers_js
 
     export_transformers_js(tiny.checkpoint, tmp_path / "plain", precision="fp16")
@@ -103,23 +103,26 @@ def test_what_was_not_carried_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
-    code, first = run(tmp_path, "--steps", "card,floors")
+    code, first = run(tmp_path, "--steps", "hardware,floors")
     assert code == 0
-    assert {name: step["status"] for name, step in first["steps"].items()} == {"card": "done", "floors:demo": "done"}
-    code, second = run(tmp_path, "--steps", "card,floors,start,plain")
+    assert {name: step["status"] for name, step in first["steps"].items()} == {
+        "hardware": "done",
+        "floors:demo": "done",
+    }
+    code, second = run(tmp_path, "--steps", "hardware,floors,start,plain")
     assert code == 0
-    assert second["steps"]["card"] == first["steps"]["card"]
+    assert second["steps"]["hardware"] == first["steps"]["hardware"]
     assert second["steps"]["start"]["figures"]["provider"] == "CPUExecutionProvider"
     assert second["steps"]["plain:demo"]["status"] == "skipped"
     assert "was not carried" in second["steps"]["plain:demo"]["reason"]
     assert str(tmp_path) not in second["command"]
-    _, third = run(tmp_path, "--steps", "card", "--again")
-    assert third["steps"]["card"]["seconds"] != first["steps"]["card"]["seconds"]
+    _, third = run(tmp_path, "--steps", "hardware", "--again")
+    assert third["steps"]["hardware"]["seconds"] != first["steps"]["hardware"]["seconds"]
     assert "| vision, wall |" not in (tmp_path / "gpu-cpu.md").read_text()  # nothing of ours was timed
 
 
 def test_no_step_is_started_without_time_for_it(tmp_path: Path) -> None:
-    code, found = run(tmp_path, "--steps", "card", "--budget-s", "1")
+    code, found = run(tmp_path, "--steps", "hardware", "--budget-s", "1")
     assert (code, found["steps"]) == (1, {})
 
 
@@ -130,19 +133,19 @@ def test_a_device_that_is_not_there_is_said_and_the_others_go_on(tmp_path: Path)
     assert found["steps"]["start"]["status"] == "failed"
     assert "CUDAExecutionProvider is not in the installed onnxruntime" in found["steps"]["start"]["reason"]
     assert found["steps"]["floors:demo"]["status"] == "done"
-    if not card.find_tensorrt():
+    if not hardware.find_tensorrt():
         assert found["steps"]["ours:demo:tensorrt"]["status"] == "skipped"
     assert "CUDAExecutionProvider is not in" in (tmp_path / "gpu-cuda.md").read_text()
 
 
 def test_a_step_that_takes_too_long_is_ended(settings: Settings, tmp_path: Path) -> None:
-    outcome = run_step(Step("card", "card"), settings, 0.05, tmp_path)
+    outcome = run_step(Step("hardware", "hardware"), settings, 0.05, tmp_path)
     assert (outcome["status"], outcome["reason"]) == ("timeout", "after 0 s")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA card and onnxruntime-gpu")
-def test_the_script_on_the_card(tmp_path: Path) -> None:
+@pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA GPU and onnxruntime-gpu")
+def test_the_script_on_the_gpu(tmp_path: Path) -> None:
     code, found = run(tmp_path, "--without", "transformers,plain", device="cuda")
     assert code == 0, found
     assert found["steps"]["ours:demo:cuda-graphs"]["figures"]["info"]["provider"] == "CUDAExecutionProvider"
@@ -229,7 +232,7 @@ def test_floors_follow_from_rates() -> None:
         "text_encoder_gflop": 100.0,
         "step_mb": {"step_greedy": 300.0, "step_beams": 600.0},
     }
-    found = card.floor_ms(needed, {"float16": 500e12, "copy": 3e12})
+    found = hardware.floor_ms(needed, {"float16": 500e12, "copy": 3e12})
     assert found == {"vision": 4.0, "text_encoder": 0.2, "step_greedy": 0.1, "step_beams": 0.2}
 
 

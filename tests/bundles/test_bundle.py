@@ -1,4 +1,4 @@
-"""Reading bundles: what is refused, with which words, and how names are resolved."""
+"""Reading bundles: which damage is detected, what the errors say, and how names are resolved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEMO = bundle.DEMO_DIRECTORY
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A bundle to damage."""
+    """A copy of the demo bundle that a test may damage."""
     return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
 
 
@@ -44,7 +44,7 @@ def change_generation(path: Path, **changes: object) -> None:
 
 
 def forget_hashes(path: Path) -> None:
-    """For damage that the hashes would notice first."""
+    """Removes the recorded hashes, so that damage reaches the checks behind them."""
     change_description(path, files={})
 
 
@@ -72,7 +72,7 @@ def test_a_graph_of_the_right_length_with_wrong_content_is_named(copy: Path, nam
     with pytest.raises(CorruptGraphError, match=rf"{name} is damaged"):
         Florence2.from_pretrained(copy)
     forget_hashes(copy)
-    # of the two decoders a model on a device loads the one, a model that passes through the host the other
+    # a model with continuous batching loads decoder_top.onnx, one without loads decoder.onnx
     max_batch = 1 if name == bundle.DECODER_TOP else None
     with pytest.raises(CorruptGraphError, match=rf"{name} does not load") as caught:
         Florence2.from_pretrained(copy, device="cpu", max_batch=max_batch)
@@ -92,7 +92,7 @@ def test_an_older_format_asks_for_another_export(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [None, True, "2", 2.5, 0])
-def test_a_format_that_is_no_version_is_refused(copy: Path, version: object) -> None:
+def test_a_malformed_format_version_is_refused(copy: Path, version: object) -> None:
     change_description(copy, format_version=version)
     with pytest.raises(BundleFormatError, match="has format version"):
         bundle.read(copy)
@@ -130,21 +130,21 @@ def test_a_damaged_list_of_files_is_refused(copy: Path, files: object) -> None:
         ("decoder_heads", None),
     ],
 )
-def test_a_size_that_makes_no_sense_is_named(copy: Path, name: str, value: object) -> None:
+def test_an_invalid_size_is_named(copy: Path, name: str, value: object) -> None:
     described = json.loads((copy / bundle.DESCRIPTION).read_text())
     change_description(copy, model={**described["model"], name: value})
     with pytest.raises(BundleFormatError, match=name):
         bundle.read(copy)
 
 
-def test_layers_that_the_decoder_does_not_have_are_noticed_at_load(copy: Path) -> None:
+def test_a_wrong_number_of_layers_is_detected_at_load(copy: Path) -> None:
     described = json.loads((copy / bundle.DESCRIPTION).read_text())
     change_description(copy, model={**described["model"], "decoder_layers": 99})
     with pytest.raises(BundleFormatError, match="the decoder has 3 layers, its description says 99"):
         Florence2.from_pretrained(copy)
 
 
-def test_damaged_weights_of_the_right_size_are_noticed(copy: Path) -> None:
+def test_damaged_weights_of_the_right_size_are_detected(copy: Path) -> None:
     weights = copy / bundle.WEIGHTS
     content = bytearray(weights.read_bytes())
     content[1_000_000] ^= 1
@@ -154,7 +154,7 @@ def test_damaged_weights_of_the_right_size_are_noticed(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"eos_token_id": [2, 3]}, {"num_beams": 0}, {"forced_eos_token_id": 10**6}])
-def test_generation_defaults_that_make_no_sense_are_refused(copy: Path, changes: dict[str, Any]) -> None:
+def test_invalid_generation_defaults_are_refused(copy: Path, changes: dict[str, Any]) -> None:
     change_generation(copy, **changes)
     with pytest.raises(BundleFormatError, match=bundle.GENERATION_CONFIG):
         bundle.read(copy)
@@ -178,18 +178,18 @@ def test_another_precision_than_the_bundle_has_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no/such/place", "nowhere", "./owner/name", ""])
-def test_a_name_that_is_nothing_says_what_names_there_are(name: str) -> None:
+def test_an_unknown_name_is_refused_with_the_forms_of_names(name: str) -> None:
     with pytest.raises(BundleNotFoundError, match="directory"):
         hub.resolve(name)
 
 
-def test_a_checkpoint_is_recognised_and_the_export_command_given(tmp_path: Path) -> None:
+def test_for_a_checkpoint_the_error_has_the_export_command(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(BundleNotFoundError, match="florence-onnx-export"):
         hub.resolve(tmp_path)
 
 
-def test_an_unavailable_provider_is_an_error_that_says_what_brings_it() -> None:
+def test_an_unavailable_provider_is_an_error_with_the_install_line() -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -225,29 +225,29 @@ def test_arguments_of_the_wrong_kind_are_named(arguments: dict[str, Any], said: 
         Florence2.from_pretrained("demo", device="cpu", **arguments)
 
 
-def test_device_auto_goes_on_when_an_accelerator_does_not_start(
+def test_device_auto_falls_back_when_an_accelerator_does_not_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import onnxruntime
 
     start = onnxruntime.InferenceSession
 
-    def no_card(path: str, options: Any, providers: list[Any], **rest: Any) -> Any:
+    def no_gpu(path: str, options: Any, providers: list[Any], **rest: Any) -> Any:
         if providers[0][0] != "CPUExecutionProvider":
             raise RuntimeError("CUDA_PATH is set but CUDA wasnt able to be loaded")
         return start(path, options, providers=providers, **rest)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", no_card)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", no_gpu)
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     assert Florence2.from_pretrained("demo").info()["provider"] == "CPUExecutionProvider"
     assert "cuda is installed but cannot run" in caplog.text
-    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not take vision_encoder\.onnx"):
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not load vision_encoder\.onnx"):
         Florence2.from_pretrained("demo", device="cuda")
 
 
-def test_device_auto_prefers_accelerators_and_ends_at_the_cpu() -> None:
+def test_device_auto_prefers_accelerators_and_falls_back_to_the_cpu() -> None:
     available = ["OpenVINOExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     assert providers.candidates(available) == ["cuda", "openvino", "cpu"]
     assert providers.candidates(["CPUExecutionProvider"]) == ["cpu"]
@@ -260,7 +260,7 @@ def test_provider_options_are_kept() -> None:
     assert resolved == [("CUDAExecutionProvider", {"device_id": 1}), ("CPUExecutionProvider", {})]
 
 
-def test_without_onnxruntime_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnxruntime_the_error_has_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         MissingExtraError, match=r"onnxruntime is not installed; run: pip install 'florence-onnx\[cpu\]'"
@@ -269,7 +269,7 @@ def test_without_onnxruntime_the_install_line_is_given(monkeypatch: pytest.Monke
     assert isinstance(caught.value, ImportError)
 
 
-def test_without_torch_the_export_gives_the_install_line(
+def test_without_torch_the_export_prints_the_install_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import export.__main__ as entry

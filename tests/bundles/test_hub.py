@@ -1,4 +1,4 @@
-"""Models by hub name, from a hub on the loopback interface: cache first, only the files that are needed, clear errors."""
+"""Models from a hub on the loopback interface: cache first, only the needed files, clear errors."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_a_bundle_comes_from_the_hub_once_and_then_from_the_cache(hub: LocalHub)
     Florence2.from_pretrained("owner/model", device="cpu")
 
 
-def test_a_cache_that_lacks_a_file_is_completed(hub: LocalHub) -> None:
+def test_a_file_missing_from_the_cache_is_downloaded(hub: LocalHub) -> None:
     link = hub_names.resolve("owner/model").path / bundle.DECODER
-    link.resolve().unlink()  # the content lies elsewhere in the cache
+    link.resolve().unlink()  # the content is stored elsewhere in the cache
     link.unlink()
     hub.requested.clear()
     Florence2.from_pretrained("owner/model", device="cpu")
@@ -62,11 +62,11 @@ def test_a_repository_without_a_model_is_refused(hub: LocalHub, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(None, "int8"), ("fp32", "fp32")])
-def test_of_several_bundles_only_the_one_that_is_taken_is_downloaded(
+def test_of_several_bundles_only_the_chosen_one_is_downloaded(
     hub: LocalHub, tmp_path: Path, asked: str | None, taken: str
 ) -> None:
     hub.folder = tmp_path / "several"
-    for precision in ("fp32", "int8"):  # the same files, said to be of another precision
+    for precision in ("fp32", "int8"):  # the same files, labelled with another precision
         copy = Path(shutil.copytree(bundle.DEMO_DIRECTORY, hub.folder / precision))
         described = json.loads((copy / bundle.DESCRIPTION).read_text())
         (copy / bundle.DESCRIPTION).write_text(json.dumps({**described, "precision": precision}))

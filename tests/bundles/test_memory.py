@@ -1,4 +1,4 @@
-"""What a graph needs on a device, found in the graph, and what a model needs in all."""
+"""Device memory: of a graph, as found in the graph, and of a whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from florence_onnx import DeviceMemoryError, Florence2, ProviderError
 from florence_onnx.bundles import bundle
 from florence_onnx.bundles.memory import CONTEXT_BYTES, IMAGE, estimate, is_out_of_memory, table
 
-onnx = pytest.importorskip("onnx", reason="looks into graphs: pip install -e '.[export]'")
+onnx = pytest.importorskip("onnx", reason="reads graphs: pip install -e '.[export]'")
 
 DEMO = bundle.read(bundle.DEMO_DIRECTORY)
 
@@ -45,16 +45,16 @@ def chain(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_fullest_moment_of_a_chain(tmp_path: Path, count: int) -> None:
-    """b and c are alive at once: the view of b is b, a is gone, and inputs and outputs do not count."""
+def test_peak_activations_of_a_chain(tmp_path: Path, count: int) -> None:
+    """The peak is b and c: the view shares the memory of b, a is freed, inputs and outputs do not count."""
     memory = pytest.importorskip("export.bundles.memory", reason="pip install -e '.[export]'")
     graph = chain(tmp_path)
     assert memory.activation_bytes(graph, {"x": (count, 256)}) == count * (2048 + 2048)
     assert memory.weight_bytes(graph) == 2 * 8 + 256 * 3 * 4
 
 
-def test_what_two_graphs_share_counts_for_both() -> None:
-    """The embedding is in the text encoder's session and twice in the decoder's: as it is and turned, for the head."""
+def test_weights_that_two_graphs_share_count_for_both() -> None:
+    """The embedding is in the text encoder's session and twice in the decoder's, there also transposed as the head."""
     embedding = 2 * DEMO.sizes.vocab_size * DEMO.sizes.width
     weights = DEMO.memory["weights"]
     assert sum(weights.values()) > (DEMO.path / bundle.WEIGHTS).stat().st_size
@@ -62,7 +62,7 @@ def test_what_two_graphs_share_counts_for_both() -> None:
     assert weights[bundle.DECODER_TOP] > 2 * embedding
 
 
-def test_activations_of_other_sizes_follow_from_those_measured() -> None:
+def test_activations_scale_with_images_and_tokens() -> None:
     memory = pytest.importorskip("export.bundles.memory", reason="pip install -e '.[export]'")
     vision = onnx.load(str(DEMO.graph(bundle.VISION_ENCODER)))
     for count in (1, 2, 8):
@@ -95,12 +95,12 @@ def test_more_prompts_and_beams_need_more() -> None:
     assert long.activations > short.activations
 
 
-def test_a_bundle_that_does_not_say() -> None:
+def test_no_estimate_without_data_in_the_bundle() -> None:
     assert table(replace(DEMO, memory={})) is None
     assert estimate(replace(DEMO, precision="int8"), 1, 1) is None
 
 
-def test_info_tells() -> None:
+def test_info_has_the_estimates() -> None:
     found = Florence2.from_pretrained("demo", device="cpu").info()
     assert json.loads(json.dumps(found))["device_memory"] == table(DEMO)
 
@@ -116,10 +116,10 @@ def test_info_tells() -> None:
         ("CUDA failure 29: driver shutting down", False),
     ],
 )
-def test_which_errors_mean_a_full_device(said: str, is_full: bool) -> None:
+def test_which_errors_mean_that_device_memory_is_full(said: str, is_full: bool) -> None:
     assert is_out_of_memory(RuntimeError(said)) is is_full
 
 
-def test_the_error_is_what_callers_expect() -> None:
+def test_the_error_is_also_a_memory_error() -> None:
     assert issubclass(DeviceMemoryError, ProviderError)
     assert issubclass(DeviceMemoryError, MemoryError)

@@ -68,17 +68,17 @@ def test_a_batch_is_padded_on_the_right(tokenizer: PromptTokenizer) -> None:
 
 
 @given(st.text(max_size=40))
-def test_any_text_survives(text: str) -> None:
-    """Byte-level: nothing is unknown. With the demo's tokenizer, which is always there."""
+def test_any_text_round_trips(text: str) -> None:
+    """Byte-level BPE has no unknown text. Uses the demo's tokenizer, which is in the repository."""
     tokenizer = PromptTokenizer(bundle.DEMO_DIRECTORY / bundle.TOKENIZER, pad_token_id=1)
     ids = tokenizer.encode([text])[0][0]
     decoded = tokenizer.decode(ids.tolist())
     assert decoded.startswith("<s>") and decoded.endswith("</s>")
-    if "<" not in text:  # special tokens in the text are themselves, and <mask> eats the space before it
+    if "<" not in text:  # special tokens in the text are encoded as such, and <mask> removes the space before it
         assert decoded == f"<s>{text}</s>"
 
 
-def test_ids_beyond_the_vocabulary_stand_for_no_text(tokenizer: PromptTokenizer) -> None:
+def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer: PromptTokenizer) -> None:
     assert tokenizer.decode([2, 0, 51300, 2]) == "</s><s></s>"
 
 

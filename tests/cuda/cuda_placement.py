@@ -1,7 +1,7 @@
-"""Where the nodes of graphs land on the CUDA provider: one JSON object a graph, `python -m tests.cuda.cuda_placement GRAPH …`.
+"""Which provider takes each node of a graph under `device="cuda"`: `python -m tests.cuda.cuda_placement GRAPH …` prints JSON.
 
-Sessions are created exactly as `device="cuda"` does and never run. On a machine without a card the process needs the
-libraries of `tests/cuda/cuda_stub.py` in its LD_LIBRARY_PATH.
+Sessions are opened as `device="cuda"` opens them, and never run. On a machine without a GPU the process needs the libraries
+of `tests/cuda/cuda_stub.py` in its LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ COPIES = ("MemcpyToHost", "MemcpyFromHost")
 
 
 def placement(graph: Path) -> dict[str, Any]:
-    """What ONNX Runtime plans for a graph.
+    """Where ONNX Runtime places the nodes of a graph.
 
     Returns:
-        `nodes`, their number; `elsewhere`, how many of each operator are not on CUDA; `copies`, the copies between host
-        and device that were inserted; `cuda_graph`, why ONNX Runtime refuses to capture the graph, empty if it does not.
+        `nodes`, their number; `elsewhere`, the number of those that are not on CUDA, by operator; `copies`, the number of
+        copies between host and device that were inserted; `cuda_graph`, why the graph cannot be captured, empty if it can.
     """
     with tempfile.TemporaryDirectory() as scratch:
         planned = Path(scratch) / "planned.onnx"
-        # copies are inserted after nodes are counted, and stand in the file only
+        # copies are inserted after the nodes were recorded, so that only the saved graph has them
         options = {
             "optimized_model_filepath": str(planned),
             "session.optimized_model_external_initializers_file_name": "planned.data",
@@ -42,17 +42,17 @@ def placement(graph: Path) -> dict[str, Any]:
         "nodes": len(placed),
         "elsewhere": dict(Counter(kind for provider, kind in placed if provider != CUDA)),
         "copies": sum(content.count(_operator(kind)) for kind in COPIES),
-        "cuda_graph": _refusal(graph),
+        "cuda_graph": _capture_error(graph),
     }
 
 
 def _operator(kind: str) -> bytes:
-    """How an ONNX file spells a node's operator: field 4, its length, its name."""
+    """A node's operator as an ONNX file (protobuf) encodes it: field 4, the length of the name, the name."""
     return bytes((4 << 3 | 2, len(kind))) + kind.encode()
 
 
-def _refusal(graph: Path) -> str:
-    return OnnxEngine(graph, LoadOptions("cuda"), cuda_graphs=True).capture_refusal
+def _capture_error(graph: Path) -> str:
+    return OnnxEngine(graph, LoadOptions("cuda"), cuda_graphs=True).capture_error
 
 
 if __name__ == "__main__":

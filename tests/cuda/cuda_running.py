@@ -1,9 +1,7 @@
-"""What the CUDA provider is asked while a model answers: one JSON object.
+"""Calls to CUDA while a model runs, as JSON: `python -m tests.cuda.cuda_running STEP [BUNDLE…]`, under the stub.
 
-`python -m tests.cuda.cuda_running STEP [BUNDLE…]`, under the stub.
-
-Kernels do nothing there, so answers mean nothing; how often memory is taken, what crosses between host and device, and what is captured
-and replayed is what it would be on a card. cuDNN's convolutions do not get through the stub: features come from the host.
+Kernels do nothing there, so answers mean nothing. Allocations, copies between host and device, and captured and replayed
+graphs are the same as on a GPU. cuDNN's convolutions cannot run under the stub, so image features come from the host.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ COUNTED = (
 NUM_TOKENS = 12
 
 
-class Asked:
-    """A model on the pretended card, and an image that was encoded elsewhere."""
+class Harness:
+    """A model on the stub's GPU, and an encoded image of zeros."""
 
     def __init__(self, bundle: str = "demo", **arguments: Any) -> None:
         self.model = Florence2.from_pretrained(bundle, device="cuda", **arguments)
@@ -46,17 +44,17 @@ class Asked:
 
     @property
     def resident(self) -> Any:
-        """The stages on the device."""
+        """The `ResidentModel`."""
         return self.model._answering._resident  # type: ignore[attr-defined]
 
     @property
     def decoder(self) -> Any:
-        """The prompts' places."""
+        """The `ResidentDecoder`."""
         return self.resident._batch._decoder
 
     def run(self, count: int = 1, beams: int = 3) -> dict[str, Any]:
-        """What one call asked of CUDA, and how often the text graphs ran."""
-        # no token is twice as likely as another where kernels do nothing: the end is kept away by force
+        """Answers some prompts in one call, and counts the calls to CUDA and the runs of the text graphs."""
+        # Under the stub all tokens may be equally likely: `min_new_tokens` forbids the end token until the last step.
         options = GenerationOptions(beams, NUM_TOKENS, min_new_tokens=NUM_TOKENS - 1, no_repeat_ngram_size=0)
         text = self.model._text_model
         engines = text._text_encoder, text._decoder  # type: ignore[attr-defined]
@@ -72,50 +70,51 @@ class Asked:
         return found
 
 
-def clear_best(asked: Asked) -> None:
-    """Puts scores of which none equal another where the kernels, which do nothing, would put theirs."""
-    for call in asked.decoder._calls.values():
-        best = call._received
-        best.on_host("top_values")[:] = -np.arange(32)
-        best.on_host("top_ids")[:] = np.arange(100, 132)
-        best._block.upload(best._content)
+def write_distinct_scores(harness: Harness) -> None:
+    """Fills the device's top-k buffers, which the kernels leave alone, with scores that all differ."""
+    for call in harness.decoder._calls.values():
+        received = call._received
+        received.on_host("top_values")[:] = -np.arange(32)
+        received.on_host("top_ids")[:] = np.arange(100, 132)
+        received.upload()
 
 
 def steady() -> Any:
-    """The first and the second call of one question, then once more with clear scores; the same for eight at a time."""
-    asked = Asked()
+    """A first and a second call with one prompt, both with equal scores, and a third with distinct scores; the same with eight."""
+    harness = Harness()
     found: dict[str, Any] = {}
     for count in (1, 8):
-        found[f"first of {count}"], found[f"equal scores, {count}"] = asked.run(count), asked.run(count)
-        clear_best(asked)
-        found[f"clear scores, {count}"] = asked.run(count)
+        found[f"first of {count}"], found[f"equal scores, {count}"] = harness.run(count), harness.run(count)
+        write_distinct_scores(harness)
+        found[f"distinct scores, {count}"] = harness.run(count)
     return found
 
 
 def without_graphs() -> Any:
-    """The third call where the caller wants no CUDA graphs."""
-    asked = Asked(provider_options={"enable_cuda_graph": 0})
-    return [asked.run() for _ in range(3)][-1]
+    """The third call where the caller has disabled CUDA graphs."""
+    harness = Harness(provider_options={"enable_cuda_graph": 0})
+    return [harness.run() for _ in range(3)][-1]
 
 
 def through_the_host() -> Any:
-    """The third call where everything passes through the host."""
-    asked = Asked(max_batch=0)
-    return [asked.run() for _ in range(3)][-1]
+    """The third call through the host (`HostAnswering`)."""
+    harness = Harness(max_batch=0)
+    return [harness.run() for _ in range(3)][-1]
 
 
 def full() -> Any:
-    """One question, many, and one again, on a card too small for many."""
-    asked = Asked()
-    return {"answers": [asked.run(count)["answers"] for count in (1, 16, 1)], "places": asked.decoder.places}
+    """One prompt, then 16, then one again, on a GPU that may be too small for 16; the batch size at the end."""
+    harness = Harness()
+    answers = [harness.run(count)["answers"] for count in (1, 16, 1)]
+    return {"answers": answers, "batch_size": harness.decoder.batch_size}
 
 
 def too_small() -> Any:
-    """The errors of a question where only the weights fit, and of loading where not even they do."""
+    """The errors of a call where only the weights fit, and of loading where not even these do."""
     found = {}
     steps: dict[str, Callable[[], object]] = {
-        "load": lambda: Asked(provider_options={"gpu_mem_limit": 1_000_000}),
-        "run": lambda: Asked().run(),
+        "load": lambda: Harness(provider_options={"gpu_mem_limit": 1_000_000}),
+        "run": lambda: Harness().run(),
     }
     for name, step in steps.items():
         try:
@@ -126,33 +125,33 @@ def too_small() -> Any:
 
 
 def memory() -> Any:
-    """Bytes of the card in use after so many prompts with three beams, and what was reckoned with."""
+    """Device memory in use after 1, 8 and 32 prompts with three beams, and the estimate of it, both in bytes."""
     found = {}
     for count in (1, 8, 32):
-        asked = Asked(max_batch=count)
-        asked.run(count)
-        bundle = asked.model._bundle
-        need = estimate(bundle, count, 3, capacity=asked.decoder.capacity)
+        harness = Harness(max_batch=count)
+        harness.run(count)
+        bundle = harness.model._bundle
+        need = estimate(bundle, count, 3, capacity=harness.decoder.capacity)
         assert need is not None
-        before = asked.counters.memory_in_use
-        # what the vision encoder, whose convolutions do not get through the stub, would take besides
+        in_use = harness.counters.memory_in_use
+        # without the vision encoder, which cannot run under the stub
         images = min(count, MAX_IMAGES)
         vision = bundle.memory[IMAGE] * images + 4 * images * 3 * bundle.sizes.image_size[0] ** 2
-        found[str(count)] = [before, need.total - CONTEXT_BYTES - vision]
-        del asked
+        found[str(count)] = [in_use, need.total - CONTEXT_BYTES - vision]
+        del harness
         gc.collect()
     return found
 
 
 def kernels(*bundles: str) -> Any:
-    """Kernels of the text encoder for a prompt, and of a decoder step of three beams, by bundle; the opening step included."""
+    """Kernels of the text encoder for one prompt, and of a decode step with three beams on average, by bundle."""
     found = {}
     for bundle in bundles or ("demo",):
-        asked = Asked(bundle, provider_options={"enable_cuda_graph": 0})
-        calls = [asked.run() for _ in range(2)][-1]
-        asked.counters.reset()
-        asked.decoder._encoding(0).run()
-        text = asked.counters.num_kernels
+        harness = Harness(bundle, provider_options={"enable_cuda_graph": 0})
+        calls = [harness.run() for _ in range(2)][-1]
+        harness.counters.reset()
+        harness.decoder._encoding(0).run()
+        text = harness.counters.num_kernels
         found[bundle] = {"text encoder": text, "step": (calls["kernels"] - text) / calls["steps"]}
     return found
 

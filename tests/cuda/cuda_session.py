@@ -1,6 +1,6 @@
-"""What ONNX Runtime itself asks of CUDA: one JSON object, `python -m tests.cuda.cuda_session STEP`, under the stub.
+"""Calls of ONNX Runtime itself to CUDA, as JSON: `python -m tests.cuda.cuda_session STEP`, under the stub.
 
-Sessions are ONNX Runtime's own, without `florence_onnx.runtime.engine` between: this is what the engine relies on.
+The sessions are opened without `florence_onnx.runtime.engine`: these are the facts that the engine relies on.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DTYPES = {
 }
 SIZES = {"prompts": 2, "length": 1, "capacity": 64, "encoder_length": 81}
 MANY = {"prompts": 64, "length": 1, "capacity": 1024, "encoder_length": 700}
-"""Sizes whose scores, 64 x 4 x 700 in fp16 and more, do not fit beside the weights in `RUN_LIMIT`."""
+"""Sizes whose attention scores, 64 x 4 x 700 in fp16 and more, do not fit beside the weights in `RUN_LIMIT`."""
 NO_WEIGHTS_LIMIT, RUN_LIMIT = 100_000, 3_000_000
 NO_CAPTURE = -1
 LOGITS = 1568
-"""Columns of the demo's."""
+"""Vocabulary size of the demo."""
 
 
 class Decoder:
@@ -44,23 +44,23 @@ class Decoder:
         self.values: dict[str, Any] = {}
         self.binding = self.session.io_binding()
         for node in self.session.get_inputs():
-            self.binding.bind_input(node.name, *self._place(node))
+            self.binding.bind_input(node.name, *self._location(node))
         for node in self.session.get_outputs():
-            self.binding.bind_output(node.name, *self._place(node))
+            self.binding.bind_output(node.name, *self._location(node))
 
     def shape(self, node: Any) -> list[int]:
-        """Sizes of an input or output."""
+        """Shape of an input or output."""
         return [self.sizes.get(size, size) for size in node.shape]
 
-    def _place(self, node: Any) -> tuple[str, int, type, list[int], int]:
-        """Where it is; a cache is updated in place."""
+    def _location(self, node: Any) -> tuple[str, int, type, list[int], int]:
+        """The buffer of an input or output, as `io_binding` takes it; caches are updated in place."""
         name, shape, dtype = node.name.replace("present", "past_key_values"), self.shape(node), DTYPES[node.type]
         if name not in self.values:
             self.values[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
         return "cuda", 0, dtype, shape, self.values[name].data_ptr()
 
     def run(self, graph_id: int | None = None) -> None:
-        """Runs once.
+        """Runs the bound buffers once.
 
         Args:
             graph_id: `gpu_graph_id` of this run.
@@ -72,34 +72,34 @@ class Decoder:
         self.session.run_with_iobinding(self.binding, options)
 
     def run_on_the_host(self) -> None:
-        """Runs once with inputs from the host, and outputs to it."""
+        """Runs once with inputs and outputs on the host."""
         nodes = self.session.get_inputs()
         self.session.run(None, {node.name: np.zeros(self.shape(node), DTYPES[node.type]) for node in nodes})
 
-    def asked(self, graph_id: int | None = None) -> dict[str, int]:
-        """What CUDA was asked in one run."""
+    def count(self, graph_id: int | None = None) -> dict[str, int]:
+        """Counts the calls to CUDA of one run."""
         counters = Counters()
         counters.reset()
         self.run(graph_id)
-        return {**counters.asked(), "kernels": counters.num_kernels}
+        return {**counters.counts(), "kernels": counters.num_kernels}
 
 
 def values() -> Any:
-    """A tensor there and back, and another's address as CUDA's runtime library knows it."""
+    """Copies of a tensor to the GPU and back, and kinds of memory as CUDA's runtime library tells them apart."""
     counters, library = Counters(), Counters().library
     sent = np.arange(1000, dtype=np.float32)
     counters.reset()
     value = onnxruntime.OrtValue.ortvalue_from_numpy(sent, "cuda", 0)
-    asked = [counters.asked()]
+    counts = [counters.counts()]
     counters.reset()
     equal = bool((value.numpy() == sent).all())
-    asked.append(counters.asked())
+    counts.append(counters.counts())
     kinds = {"OrtValue": _kind(library, value.data_ptr()), "numpy": _kind(library, sent.ctypes.data)}
     library.cudaHostRegister(ctypes.c_void_p(sent.ctypes.data), ctypes.c_size_t(sent.nbytes), 0)
     kinds["registered"] = _kind(library, sent.ctypes.data)
     status = [library.cudaHostUnregister(ctypes.c_void_p(sent.ctypes.data)) for _ in range(2)]
     kinds["unregistered"] = _kind(library, sent.ctypes.data)
-    return {"equal": equal, "asked": asked, "kinds": kinds, "unregistering twice": status}
+    return {"equal": equal, "counts": counts, "kinds": kinds, "unregistering twice": status}
 
 
 def _kind(library: Any, address: int) -> int:
@@ -108,8 +108,8 @@ def _kind(library: Any, address: int) -> int:
     return attributes[0]
 
 
-def card() -> Any:
-    """The runtime library's own functions: memory within its limit, rows to other distances."""
+def memory() -> Any:
+    """Functions of the stub's own runtime library: limited memory, and copies to rows of another pitch."""
     counters = Counters()
     library = counters.library
     pointer, size = ctypes.c_void_p(), ctypes.c_size_t
@@ -128,11 +128,11 @@ def card() -> Any:
 def plain() -> Any:
     """The third run without CUDA graphs."""
     decoder = Decoder(SIZES)
-    return [decoder.asked() for _ in range(3)][-1]
+    return [decoder.count() for _ in range(3)][-1]
 
 
 def host_buffers() -> Any:
-    """Bytes by direction while an input on the host is bound, in the next run, and in one after it changed; then the same of an output."""
+    """Bytes copied, by direction, when a host input is bound, in a run, and in a run after it changed; then for a host output."""
     decoder, counters = Decoder(SIZES), Counters()
     ids, logits = np.zeros((2, 1), np.int64), np.zeros((2, 1, LOGITS), np.float32)
     found: dict[str, Any] = {}
@@ -146,33 +146,33 @@ def host_buffers() -> Any:
     note("run", decoder.run)
     ids += 1
     note("run after a change", decoder.run)
-    place = "cpu", 0, np.float32, [2, 1, LOGITS], logits.ctypes.data
-    note("bind output", lambda: decoder.binding.bind_output("logits", *place))
+    location = "cpu", 0, np.float32, [2, 1, LOGITS], logits.ctypes.data
+    note("bind output", lambda: decoder.binding.bind_output("logits", *location))
     note("run to the host", decoder.run)
     return found
 
 
 def captured() -> Any:
-    """Runs of one session by `gpu_graph_id`, one after another."""
+    """Consecutive runs of one session with different `gpu_graph_id`."""
     decoder = Decoder(SIZES, enable_cuda_graph=1)
-    return [[graph_id, decoder.asked(graph_id)] for graph_id in (1, 1, 1, 2, 2, NO_CAPTURE, NO_CAPTURE, 1)]
+    return [[graph_id, decoder.count(graph_id)] for graph_id in (1, 1, 1, 2, 2, NO_CAPTURE, NO_CAPTURE, 1)]
 
 
 def forbidden() -> Any:
-    """What the stub says of memory that is taken, and of a copy that waits, within a capture."""
+    """How many calls the stub counts as forbidden in a capture that allocates, copies asynchronously, and copies and waits."""
     counters, library = Counters(), Counters().library
-    memory, graph, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(1)
+    pointer, graph, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(1)
     library.cudaStreamBeginCapture(stream, 0)
-    library.cudaMalloc(ctypes.byref(memory), ctypes.c_size_t(64))
-    library.cudaMemcpyAsync(memory, memory, ctypes.c_size_t(8), 3, stream)
-    library.cudaMemcpy(memory, memory, ctypes.c_size_t(8), 3)
+    library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(64))
+    library.cudaMemcpyAsync(pointer, pointer, ctypes.c_size_t(8), 3, stream)
+    library.cudaMemcpy(pointer, pointer, ctypes.c_size_t(8), 3)
     library.cudaStreamEndCapture(stream, ctypes.byref(graph))
-    library.cudaFree(memory)
+    library.cudaFree(pointer)
     return counters[NOT_CAPTURABLE]
 
 
 def limited() -> Any:
-    """What ONNX Runtime raises where `gpu_mem_limit` is too small to open a session, and to run one."""
+    """Errors of ONNX Runtime where `gpu_mem_limit` is too small to open a session, and to run one."""
     return {
         "open": _raised(lambda: Decoder(SIZES, gpu_mem_limit=NO_WEIGHTS_LIMIT)),
         "bound": _raised(Decoder(MANY, gpu_mem_limit=RUN_LIMIT).run),
@@ -180,23 +180,23 @@ def limited() -> Any:
 
 
 def full() -> Any:
-    """What it raises on a card that is full: for a tensor, and for runs between which memory becomes free again."""
+    """Its errors on a full GPU: for a tensor, for a run, and for another run after memory was freed."""
     decoder = Decoder(SIZES)
-    taken: list[Any] = []
-    found = {"tensor": _raised(lambda: _fill(taken))}
+    tensors: list[Any] = []
+    found = {"tensor": _raised(lambda: _fill(tensors))}
     found["run"] = _raised(decoder.run_on_the_host)
-    taken.clear()
+    tensors.clear()
     found["after"] = _raised(decoder.run)
     return found
 
 
-def _fill(taken: list[Any]) -> None:
-    while True:  # ends where the card is full
-        taken.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type([2**16], np.uint8, "cuda", 0))
+def _fill(tensors: list[Any]) -> None:
+    while True:  # until an error says that the GPU is full
+        tensors.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type([2**16], np.uint8, "cuda", 0))
 
 
 def _raised(step: Any) -> list[str]:
-    """Class and text of what a step raises; empty if nothing."""
+    """Class and text of the error that a step raises; empty if it raises none."""
     native = onnxruntime.capi.onnxruntime_pybind11_state.Fail
     try:
         step()
@@ -205,7 +205,7 @@ def _raised(step: Any) -> list[str]:
     return []
 
 
-STEPS = {step.__name__: step for step in (values, card, plain, host_buffers, captured, forbidden, limited, full)}
+STEPS = {step.__name__: step for step in (values, memory, plain, host_buffers, captured, forbidden, limited, full)}
 
 if __name__ == "__main__":
     print(json.dumps(STEPS[sys.argv[1]]()))

@@ -1,13 +1,13 @@
-"""CUDA libraries that compute nothing, so that ONNX Runtime's CUDA provider starts on a machine without a card.
+"""The CUDA stub: libraries that compute nothing, with which ONNX Runtime's CUDA provider starts on a machine without a GPU.
 
-    python -m tests.cuda.cuda_stub        # builds them and prints what to set
+    python -m tests.cuda.cuda_stub        # builds them and prints the variable to set
 
-Under them a session is planned as on a card: which provider takes which node, where copies between host and device are
-inserted, whether ONNX Runtime captures a CUDA graph. It can also be run: memory is the host's, copies are made, kernels do
-nothing, so that what a graph gives is what lay in its buffers before. Every call is counted, with the bytes of copies by direction.
-What is captured is counted when it is captured; launching a CUDA graph does nothing.
+Sessions are planned as on a GPU: which provider takes which node, where copies between host and device are inserted, and
+whether ONNX Runtime captures a CUDA graph. Sessions can also be run: device memory is host memory, copies are made, kernels
+do nothing, so that outputs keep the content that their buffers had. All calls are counted, and the bytes of copies by
+direction. Kernels of a CUDA graph are counted when it is captured; launching it does nothing.
 
-The loader reads LD_LIBRARY_PATH when a process starts, so the session belongs in a child process with `environment()`.
+The dynamic loader reads LD_LIBRARY_PATH when a process starts, so a session needs a child process with `environment()`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from typing import Any
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"
-"""Opened by name since ONNX Runtime 1.28, before that linked."""
+"""ONNX Runtime opens it by name since 1.28, and was linked against it before."""
 OURS = re.compile(r"lib(cuda|cudart|cudnn|cublas|cublasLt|cufft|curand|nvrtc)\.so\.\d+$")
 RUNTIME = re.compile(r"libcudart\.so\.\d+$")
 MEMORY = "FLORENCE_ONNX_STUB_MEMORY"
-"""Environment variable: bytes of the pretended card, beyond which an allocation fails."""
+"""Environment variable: bytes of the stub's GPU, beyond which an allocation fails."""
 TOOLS = ("cc", "nm", "readelf")
 CALLED_BY_CTYPES = {
     *("cudaMalloc", "cudaFree", "cudaMemset", "cudaMemcpy", "cudaMemcpy2D", "cudaDeviceSynchronize", "cudaSetDevice"),
     *("cudaHostRegister", "cudaHostUnregister", "cudaGetErrorString", "cudaGetLastError", "cudaMemGetInfo"),
     "cudaPointerGetAttributes",
 }
-"""Functions of the runtime library that this package and its tests call themselves."""
+"""Functions of the runtime library that this package and its tests call; the provider may not import all of them."""
 NOT_CAPTURABLE = "calls that no capture allows"
-"""Counter: taking memory, and copies and waits for the whole card, while a CUDA graph is captured; a real card answers with an error."""
+"""Counter of calls during a capture that fail on a GPU: allocations, copies that wait, and waits for the whole device."""
 KERNELS = re.compile(r"(__)?cu(da)?Launch\w*Kernel\w*|cu(blas|dnn)(?!\w*(Create|Destroy|Set|Get|Init|Finalize))\w+")
-"""Functions that make the card compute: launches, and what cuBLAS and cuDNN launch themselves."""
+"""Functions that compute: kernel launches, and the functions of cuBLAS and cuDNN, which launch kernels themselves."""
 
 HEADER = """
 #include <stdlib.h>
@@ -53,10 +53,10 @@ long *stub_counter(const char *name);
 #define ADD(counter, amount) __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED)
 #define NOTE(name) do { static long *calls; if (!calls) calls = stub_counter(name); ADD(calls, 1); } while (0)
 size_t stub_memory(void);
-/* the first members of cudaPointerAttributes; the kinds are 0 for what CUDA does not know, 1 for the host, 2 for a card */
+/* the first members of cudaPointerAttributes; the kinds are 0 for memory that CUDA does not know, 1 for pinned, 2 for device memory */
 struct attributes { int kind, device; const void *on_device, *on_host; };
-/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the version of the card; behind it CUDA 12 has one
-   more than CUDA 13 before the number of multiprocessors; the last ones, limits of many kinds, only must not be zero */
+/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the compute capability; between its alignments and
+   the number of multiprocessors CUDA 12 has one member more than CUDA 13; the last ones, various limits, only must not be 0 */
 struct properties {
     char name[256], ids[24];
     unsigned node_mask;
@@ -74,7 +74,7 @@ RUNTIME_HEADER = """
 #include <pthread.h>
 #include <stdio.h>
 #include <sys/mman.h>
-enum { COUNTERS = 4096, BLOCKS = 65536, UNKNOWN = 0, HOST = 1, CARD = 2, INVALID_VALUE = 1, OUT_OF_MEMORY = 2 };
+enum { COUNTERS = 4096, BLOCKS = 65536, UNKNOWN = 0, HOST = 1, DEVICE = 2, INVALID_VALUE = 1, OUT_OF_MEMORY = 2 };
 static struct { char name[80]; long count; } counters[COUNTERS];
 static struct { char *start; size_t size; int kind, is_ours; } blocks[BLOCKS];
 static size_t in_use;
@@ -93,7 +93,7 @@ const char *stub_name(int at) { return counters[at].name; }
 long stub_count(const char *name) { return *stub_counter(name); }
 void stub_reset(void) { for (int at = 0; at < COUNTERS; ++at) counters[at].count = 0; }
 static void not_while_capturing(void) { if (capturing) NOTE("calls that no capture allows"); }
-/* whatever is not asynchronous waits for the card, or for a stream that waits for the captured one */
+/* a function without Async in its name waits for the device, or for a stream that waits for the captured one */
 #define WAITS(name) do { if (!strstr(name, "Async")) not_while_capturing(); } while (0)
 
 size_t stub_memory(void) {
@@ -109,7 +109,7 @@ static int kind_of(const void *pointer) {
     pthread_mutex_unlock(&lock);
     return kind;
 }
-/* pages of zeros, which cost the host nothing until they are written to; with `registered`, memory that is there already */
+/* pages of zeros, which take no host memory until they are written to; or `registered`, memory that exists already */
 static int take(void **memory, size_t size, int kind, void *registered) {
     not_while_capturing();
     pthread_mutex_lock(&lock);
@@ -123,7 +123,7 @@ static int take(void **memory, size_t size, int kind, void *registered) {
         blocks[at].size = size;
         blocks[at].kind = kind;
         blocks[at].is_ours = !registered;
-        if (kind == CARD) in_use += size;
+        if (kind == DEVICE) in_use += size;
     }
     pthread_mutex_unlock(&lock);
     return start == MAP_FAILED ? OUT_OF_MEMORY : 0;
@@ -134,7 +134,7 @@ static int give(void *memory) {
     int at = 0, status = memory ? INVALID_VALUE : 0;
     while (at < BLOCKS && blocks[at].start && !(blocks[at].kind && blocks[at].start == memory)) ++at;
     if (memory && at < BLOCKS && blocks[at].start) {
-        if (blocks[at].kind == CARD) in_use -= blocks[at].size;
+        if (blocks[at].kind == DEVICE) in_use -= blocks[at].size;
         if (blocks[at].is_ours) munmap(memory, blocks[at].size + 1);
         blocks[at].size = blocks[at].kind = status = 0;
     }
@@ -143,7 +143,7 @@ static int give(void *memory) {
 }
 static void note_copy(const void *target, const void *source, size_t size) {
     static const char *names[] = {"bytes host to host", "bytes device to host", "bytes host to device", "bytes device to device"};
-    ADD(stub_counter(names[2 * (kind_of(target) == CARD) + (kind_of(source) == CARD)]), size);
+    ADD(stub_counter(names[2 * (kind_of(target) == DEVICE) + (kind_of(source) == DEVICE)]), size);
 }
 """
 BODIES: tuple[tuple[str, str], ...] = (
@@ -157,16 +157,16 @@ BODIES: tuple[tuple[str, str], ...] = (
     (r"cudaGetDeviceCount|cuDeviceGetCount", "int {}(int *count) {{ *count = 1; return 0; }}"),
     (
         r"cudaGetDeviceProperties(_v2)?",
-        "int {}(struct properties *card) {{ card->major = 9; card->minor = 0; card->warp = 32;"
-        " card->memory = stub_memory(); card->shared_memory = 49152; card->registers = 65536; card->threads = 1024;"
-        " for (int i = 0; i < 3; ++i) card->block[i] = card->grid[i] = 1024;"
-        " card->multiprocessors[0] = card->multiprocessors[1] = 132;"
-        " for (int i = 0; i < 80; ++i) card->limits[i] = 2048;"
-        ' strcpy(card->name, "stub"); return 0; }}',
+        "int {}(struct properties *gpu) {{ gpu->major = 9; gpu->minor = 0; gpu->warp = 32;"
+        " gpu->memory = stub_memory(); gpu->shared_memory = 49152; gpu->registers = 65536; gpu->threads = 1024;"
+        " for (int i = 0; i < 3; ++i) gpu->block[i] = gpu->grid[i] = 1024;"
+        " gpu->multiprocessors[0] = gpu->multiprocessors[1] = 132;"
+        " for (int i = 0; i < 80; ++i) gpu->limits[i] = 2048;"
+        ' strcpy(gpu->name, "stub"); return 0; }}',
     ),
     (r"cuDeviceGetName", 'int {}(char *name, int size, int device) {{ strncpy(name, "stub", size); return 0; }}'),
     (r"cuDeviceTotalMem(_v2)?", "int {}(size_t *size, int device) {{ *size = stub_memory(); return 0; }}"),
-    # 75 and 76 are the two halves of the compute capability
+    # 75 and 76 are the major and minor number of the compute capability
     (
         r"cu(da)?DeviceGetAttribute",
         "int {}(int *value, int which) {{ *value = which == 75 ? 9 : which == 76 ? 0 : 128; return 0; }}",
@@ -178,7 +178,7 @@ BODIES: tuple[tuple[str, str], ...] = (
     (r"\w+GetVersion", "int {}(int *version) {{ *version = 13000; return 0; }}"),
     (
         r"cudaMalloc(Async|FromPoolAsync)?",
-        'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size, CARD, 0); }}',
+        'int {0}(void **memory, size_t size) {{ NOTE("{0}"); return take(memory, size, DEVICE, 0); }}',
     ),
     (
         r"cuda(HostAlloc|MallocHost)",
@@ -195,7 +195,7 @@ BODIES: tuple[tuple[str, str], ...] = (
     (
         r"cudaPointerGetAttributes",
         "int {}(struct attributes *found, const void *pointer) {{ found->kind = kind_of(pointer); found->device = 0;"
-        " found->on_device = found->kind ? pointer : 0; found->on_host = found->kind == CARD ? 0 : pointer; return 0; }}",
+        " found->on_device = found->kind ? pointer : 0; found->on_host = found->kind == DEVICE ? 0 : pointer; return 0; }}",
     ),
     (
         r"cudaMemcpy(Async)?",
@@ -232,11 +232,11 @@ BODIES: tuple[tuple[str, str], ...] = (
         "int {}(void **made) {{ *made = calloc(1, 4096); return 0; }}",
     ),
 )
-"""C functions by pattern of their name, the first that fits; every other function is counted and answers 0, success."""
+"""C functions by a pattern of their names; the first match is used. All other functions are counted and return 0, success."""
 
 
 def unavailable() -> str:
-    """Why the stubs cannot be used here; empty where they can."""
+    """Why the stub cannot be used here; empty where it can."""
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -244,16 +244,19 @@ def unavailable() -> str:
             "the installed onnxruntime has no CUDAExecutionProvider: pip install '.[gpu]' in an environment of its own"
         )
     if not _provider().is_file():
-        return "the CUDA provider of the installed onnxruntime is no ELF library: the stubs are for Linux"
+        return "the CUDA provider of the installed onnxruntime is not an ELF library: the stub is for Linux"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"no {', '.join(missing)} on this machine to build do-nothing CUDA libraries with" if missing else ""
+    return f"no {', '.join(missing)} on this machine to build the CUDA stub with" if missing else ""
 
 
 def build(cache: Path | None = None) -> Path:
-    """The folder with the libraries; built once for an onnxruntime and a version of this file.
+    """Builds the libraries, once for each onnxruntime and version of this file.
 
     Args:
-        cache: Where folders are kept; by default with this package's other caches.
+        cache: Parent folder of the libraries' folder; by default beside this package's other caches.
+
+    Returns:
+        The folder with the libraries.
     """
     provider = _provider()
     status = provider.stat()
@@ -280,17 +283,17 @@ def build(cache: Path | None = None) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The environment of a process that is to find the libraries of `folder` before any others."""
+    """Environment variables of a process that finds the libraries of `folder` before any others."""
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def run(*arguments: str, memory: int | None = None) -> Any:
-    """What Python prints as JSON in a process that runs under the libraries.
+    """Runs Python in a process with the stub, and returns what it prints as JSON.
 
     Args:
         arguments: Of Python, such as `-m` and a module.
-        memory: Bytes of the card.
+        memory: Bytes of the stub's GPU.
     """
     variables = environment(build())
     if memory is not None:
@@ -303,7 +306,7 @@ def run(*arguments: str, memory: int | None = None) -> Any:
 
 
 class Counters:
-    """What the libraries were asked, in a process that runs under them."""
+    """The stub's counters, in a process that runs with it."""
 
     def __init__(self) -> None:
         import onnxruntime
@@ -314,29 +317,29 @@ class Counters:
         self.library.stub_name.restype = ctypes.c_char_p
 
     def __getitem__(self, name: str) -> int:
-        """Calls of a function, or bytes, such as `"bytes host to device"`."""
+        """Number of calls of a function, or of bytes such as `"bytes host to device"`."""
         return int(self.library.stub_count(name.encode()))
 
-    def asked(self) -> dict[str, int]:
-        """All that is not zero, by name."""
+    def counts(self) -> dict[str, int]:
+        """All counters that are not zero, by name."""
         names = (self.library.stub_name(at).decode() for at in itertools.count())
         found = {name: self[name] for name in itertools.takewhile(bool, names)}
         return {name: count for name, count in found.items() if count}
 
     @property
     def num_kernels(self) -> int:
-        """Kernels that were launched one by one, as part of a capture or not."""
-        return sum(count for name, count in self.asked().items() if KERNELS.fullmatch(name))
+        """Kernels that were launched one by one, within a capture or not."""
+        return sum(count for name, count in self.counts().items() if KERNELS.fullmatch(name))
 
     @property
     def memory_in_use(self) -> int:
-        """Bytes of the card."""
+        """Bytes of device memory that are allocated."""
         left, size = ctypes.c_size_t(), ctypes.c_size_t()
         self.library.cudaMemGetInfo(ctypes.byref(left), ctypes.byref(size))
         return size.value - left.value
 
     def reset(self) -> None:
-        """All to zero."""
+        """Sets all counters to zero."""
         self.library.stub_reset()
 
 
@@ -347,24 +350,30 @@ def _provider() -> Path:
 
 
 def _functions(provider: Path) -> dict[str, set[str]]:
-    """What the provider expects of each library."""
+    """Names of the functions that the provider needs, by library."""
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(provider)))
     functions: dict[str, set[str]] = {name: set() for name in (*needed, CUDNN) if OURS.match(name)}
     for line in _output("nm", "-D", "--undefined-only", str(provider)).splitlines():
         name, _, version = line.split()[-1].partition("@")
         library = version.strip("@") or (DRIVER if re.match(r"cu[A-Z]", name) else "")
         functions.get(library, set()).add(name)
-    # what `florence_onnx.runtime.cuda` asks
+    # the functions that `florence_onnx.runtime.cuda` calls
     functions[DRIVER] |= {"cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName"}
     functions[DRIVER] |= {"cuDeviceGetAttribute", "cuDeviceTotalMem_v2"}
-    # what is opened by name is looked up by name: a string among the provider's data
+    # functions of a library that is opened by name are looked up by name: strings in the provider's data
     names = re.findall(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)", provider.read_bytes())
     functions[CUDNN].update(name.decode() for name in names)
     return functions
 
 
 def _compile(library: Path, functions: set[str], runtime: str = "") -> None:
-    """Args: runtime, the library that counts; empty for itself."""
+    """Compiles a library.
+
+    Args:
+        library: Its path.
+        functions: Names of its functions.
+        runtime: File name of the runtime library, which has the counters; empty if this is it.
+    """
     source, versions = library.with_suffix(".c"), library.with_suffix(".map")
     source.write_text(
         "\n".join([HEADER, "" if runtime else RUNTIME_HEADER, *(_body(name) for name in sorted(functions))])

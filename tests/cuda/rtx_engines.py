@@ -1,7 +1,8 @@
-"""TensorRT engines of a bundle, built without a card: `python -m tests.cuda.rtx_engines BUNDLE [GRAPH…]` prints a JSON object a graph.
+"""TensorRT engines of a bundle, built without a GPU: `python -m tests.cuda.rtx_engines BUNDLE [GRAPH…]` prints facts as JSON.
 
-TensorRT for RTX parses and builds on a processor alone. Its parser is that of TensorRT; its engines are for RTX cards, and are not kept.
-Its networks are strongly typed, those of ONNX Runtime's TensorRT provider are not: which types an engine computes in is not shown.
+TensorRT for RTX parses and builds on the CPU. Its parser is TensorRT's; its engines are for RTX GPUs, and are thrown away. Its
+networks are strongly typed and those of ONNX Runtime's TensorRT provider are not, so this does not show in which types an
+engine computes.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ MAX_BATCH = 2
 
 
 def build(bundle: bundles.Bundle, graph: str) -> dict[str, Any]:
-    """Parses a graph and builds its engine with the shapes of `florence_onnx.runtime.tensorrt`.
+    """Parses a graph and builds its engine with the profiles of `florence_onnx.runtime.tensorrt`.
 
     Returns:
-        `inputs` and `outputs` with the shapes of the engine, -1 where they may change; `profile`, the least, usual and greatest shape of
-        every input; `bytes` and `seconds`.
+        `inputs` and `outputs`, the network's shapes, with -1 for dynamic axes; `layers`, their number; `profile`, the minimum,
+        optimum and maximum shape of each input; `bytes` of the engine; `seconds` for building it.
     """
     begin = time.monotonic()
     logger = trt.Logger(trt.Logger.WARNING)
@@ -45,8 +46,8 @@ def build(bundle: bundles.Bundle, graph: str) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
         raise RuntimeError(f"TensorRT builds no engine of {graph}")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan) if _has_driver() else None
-    del engine
+    if _has_driver():  # without one, deserializing is refused
+        trt.Runtime(logger).deserialize_cuda_engine(plan)
     inputs = {network.get_input(at).name: list(network.get_input(at).shape) for at in range(network.num_inputs)}
     outputs = {network.get_output(at).name: list(network.get_output(at).shape) for at in range(network.num_outputs)}
     return {
@@ -62,7 +63,7 @@ def build(bundle: bundles.Bundle, graph: str) -> dict[str, Any]:
 def _has_driver() -> bool:
     from florence_onnx.runtime import cuda
 
-    return cuda.card() is not None
+    return cuda.find_gpu() is not None
 
 
 if __name__ == "__main__":

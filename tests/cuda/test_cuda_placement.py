@@ -1,7 +1,7 @@
-"""Every graph lands on the CUDA provider: planned on a machine without a card, with CUDA libraries that do nothing.
+"""The CUDA provider takes all nodes of every graph: sessions are opened under the stub, on a machine without a GPU.
 
-`FLORENCE_ONNX_TEST_BUNDLES` names bundles to look at, separated as in PATH; the built-in demo, which is fp16, by default.
-These tests say where nodes go, and nothing about what the kernels compute.
+`FLORENCE_ONNX_TEST_BUNDLES` names the bundles to test, separated as in PATH; the default is the built-in demo, in fp16. These
+tests show where nodes are placed, and nothing about what the kernels compute.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ BUNDLES = os.environ.get("FLORENCE_ONNX_TEST_BUNDLES", str(bundle.DEMO_DIRECTORY
 SIZES_OF_A_STEP = {"Gather": 3, "Unsqueeze": 3, "Concat": 1, "Reshape": 1, "Equal": 1, "Where": 1}
 SHAPES_ON_CPU: dict[str, dict[str, int]] = {
     bundle.VISION_ENCODER: {},
-    # the end of the rows taken from the table of positions, for any length of prompt
+    # the end of the slice of position embeddings, for any length of a prompt
     bundle.TEXT_ENCODER: {"Gather": 1, "Add": 1, "Unsqueeze": 1},
-    # the sizes that the indices of `ScatterND` are expanded to, for any number of prompts and tokens
+    # the shape that the indices of `ScatterND` are expanded to, for any number of prompts and tokens
     bundle.DECODER: SIZES_OF_A_STEP,
     bundle.DECODER_TOP: SIZES_OF_A_STEP,
 }
-"""Nodes that ONNX Runtime keeps on the CPU on purpose, the same in every model and precision: arithmetic on the sizes of
-inputs, a few numbers that exist on the host and are read there."""
+"""Nodes that ONNX Runtime keeps on the CPU on purpose, the same in every model and precision: arithmetic on shapes, a few
+numbers that the host knows and reads."""
 JS_SHAPES_ON_CPU = {
     "encoder_model": {"Gather", "Slice", "Concat"},
     "decoder_model_merged": {"Gather", "Slice", "Concat", "Add"},
 }
-"""The same in the layout of transformers.js, as torch exports it: in numbers that grow with the layers. Of the smallest model, fp32 and
-fp16 alike: 3, 14 and 8 in the encoder; 11, 48, 28 and 1 in the decoder. None in its other graphs."""
+"""The same in the layout of transformers.js, as torch exports it, where their numbers grow with the layers. In the smallest
+model, both in fp32 and fp16: 3, 14 and 8 in the encoder; 11, 48, 28 and 1 in the decoder; none in the other graphs."""
 JS_DECODER = "decoder_model_merged"
-"""Of that layout: has an `If`, which no CUDA graph may have, and whose condition the host must know."""
+"""The decoder of that layout: it has an `If`, which cannot be captured, and whose condition must be on the host."""
 
 
 def precision(folder: Path) -> str | None:
-    """Which precision's graphs to look at: that of transformers.js is in the names of the files."""
+    """The precision to load: that of the transformers.js layout is in the names of its files."""
     return "fp16" if (folder / "onnx" / f"{JS_DECODER}_fp16.onnx").is_file() else None
 
 
@@ -53,20 +53,20 @@ GRAPHS = [
 
 
 def plan(graphs: list[str]) -> dict[str, dict[str, Any]]:
-    """The placements of graphs by their paths, made in a process under the stub."""
+    """The placements of graphs by path, found in a process under the stub."""
     found: dict[str, dict[str, Any]] = cuda_stub.run("-m", "tests.cuda.cuda_placement", *graphs)
     return found
 
 
 @pytest.fixture(scope="module")
 def placements() -> dict[str, dict[str, Any]]:
-    """Of every graph of every bundle, by path."""
+    """The placement of every graph of every bundle, by path."""
     return plan([str(path) for _, _, path in GRAPHS])
 
 
 @pytest.fixture(params=GRAPHS, ids=lambda graph: f"{Path(graph[0]).parent.name}/{Path(graph[0]).name}/{graph[1]}")
 def graph(request: pytest.FixtureRequest, placements: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Name and placement of one graph."""
+    """The name and placement of one graph."""
     _, name, path = request.param
     return name, placements[str(path)]
 
@@ -75,10 +75,10 @@ def test_every_node_that_computes_is_on_cuda(graph: tuple[str, dict[str, Any]]) 
     name, placed = graph
     if name in SHAPES_ON_CPU:
         assert placed["elsewhere"] == SHAPES_ON_CPU[name]
-        assert placed["nodes"] > 50, "the count itself works"
+        assert placed["nodes"] > 50, "the count works"
     else:
         assert set(placed["elsewhere"]) == JS_SHAPES_ON_CPU.get(name, set())
-        assert placed["elsewhere"].get("Add", 0) <= 1, "the others add hidden states"
+        assert placed["elsewhere"].get("Add", 0) <= 1, "all others add hidden states"
         assert placed["nodes"] > sum(placed["elsewhere"].values())
 
 
@@ -87,13 +87,13 @@ def test_nothing_is_copied_between_host_and_device(graph: tuple[str, dict[str, A
     assert placed["copies"] == (1 if name == JS_DECODER else 0)
 
 
-def test_onnx_runtime_would_capture_a_cuda_graph(graph: tuple[str, dict[str, Any]]) -> None:
+def test_the_graph_can_be_captured(graph: tuple[str, dict[str, Any]]) -> None:
     name, placed = graph
     assert ("control flow" in placed["cuda_graph"]) if name == JS_DECODER else placed["cuda_graph"] == ""
 
 
-def test_what_these_tests_look_for_can_be_found(tmp_path: Path) -> None:
-    """CUDA has no Pad of integers: a graph with one in its middle is left, copied from and to, and not captured."""
+def test_nodes_that_cuda_does_not_take_are_found(tmp_path: Path) -> None:
+    """CUDA has no Pad of integers: one in the middle of a graph is left to the CPU, with two copies, and forbids a capture."""
     onnx = pytest.importorskip("onnx", reason="builds a graph: pip install onnx")
     floating, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     node = onnx.helper.make_node

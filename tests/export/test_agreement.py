@@ -1,4 +1,4 @@
-"""The figures of agreement, on answers written by hand and on drawn ones."""
+"""The figures of agreement, on answers written by hand and on generated ones."""
 
 from __future__ import annotations
 

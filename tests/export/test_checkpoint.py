@@ -1,4 +1,4 @@
-"""Reading checkpoints of both layouts, in every form they are stored, and saying clearly what is wrong with one."""
+"""Loading checkpoints of both layouts from every kind of file, and the errors for faulty ones."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def native_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A native checkpoint that a test may spoil."""
+    """A copy of a native checkpoint, which a test may modify."""
     return Path(shutil.copytree(native_folders["tiny"], tmp_path / "checkpoint"))
 
 
 @pytest.fixture
 def microsoft(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """The same in Microsoft's layout."""
+    """The same checkpoint in Microsoft's layout."""
     return write_microsoft(native_folders["tiny"], tmp_path / "microsoft")
 
 
@@ -275,9 +275,12 @@ def test_pickle_with_code_is_not_run(folder: Path, tmp_path: Path) -> None:
         (lambda config: config.pop("text_config"), "no text_config"),
         (lambda config: config.pop("vision_config"), "no vision_config"),
         (lambda config: config["text_config"].update(model_type="t5"), "'t5'"),
-        (lambda config: config["text_config"].update(encoder_attention_heads=7), "no possible model"),
+        (
+            lambda config: config["text_config"].update(encoder_attention_heads=7),
+            "no model can be built from config.json",
+        ),
         (lambda config: config["vision_config"].update(projection_dim=32), "projection_dim 32 differs from d_model 64"),
-        (lambda config: config["vision_config"].update(depths=[1, 1]), "no possible model"),
+        (lambda config: config["vision_config"].update(depths=[1, 1]), "no model can be built from config.json"),
     ],
 )
 def test_bad_native_config(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -497,7 +500,7 @@ def test_added_tokens_file(real_plain: Path) -> None:
 
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    """A hub that holds `folder`, and a folder with other formats in it."""
+    """A hub with the files of `folder`, and a subfolder with other formats."""
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
     with LocalHub(folder, tmp_path / "cache", monkeypatch) as found:

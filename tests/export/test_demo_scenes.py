@@ -1,4 +1,4 @@
-"""The drawn scenes of the demo model, their questions and the metrics. Neither torch nor transformers is needed."""
+"""The synthetic scenes of the demo model, their questions and the metrics; without torch and transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scenes() -> list[Scene]:
 
 
 def perfect(image: Any, task: str, text_input: str, scenes: list[Scene]) -> Any:
-    """A model that knows every answer, read through the runtime's own parser."""
+    """A model that gives the right answer to every question, parsed by the runtime's own parser."""
     scene = next(scene for scene in scenes if scene.image is image)
     asked = metrics.collect_questions(scenes, task)
     question = next(question for owner, question in asked if owner is scene)
@@ -227,7 +227,7 @@ def test_samples_are_written(tmp_path: Path) -> None:
 
 
 def test_shipped_samples_are_what_the_script_draws() -> None:
-    """Only those without a word: the width of a word depends on the version of FreeType."""
+    """Only scenes without a word: the width of a word depends on the version of FreeType."""
     for truth, spec in zip(shipped_truths(), SPECS, strict=True):
         if not spec.has_word:
             assert {**describe(draw_sample(spec), truth["file"]), "seed": spec.seed} == truth

@@ -1,4 +1,4 @@
-"""The pieces of the demo model's training. Needs the `export` extra."""
+"""The parts of the demo model's training."""
 
 from __future__ import annotations
 

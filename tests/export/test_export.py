@@ -1,4 +1,4 @@
-"""The export as a user runs it: what it writes, what it refuses, and that it leaves nothing half done."""
+"""The export as a user runs it: what it writes, what it refuses, and that a failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_wrong_graph_is_refused_and_nothing_is_left(
 
 
 def test_a_graph_that_answers_nan_is_refused(tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a single output, which is not the first: a NaN must not hide behind a comparison."""
+    """The NaN is in one output, and not in the first; comparisons with it are false, and must not pass."""
 
     def poison(path: Path) -> None:
         model = onnx.load(str(path))

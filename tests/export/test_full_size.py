@@ -41,7 +41,7 @@ def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, ph
     torch.set_num_threads(os.cpu_count() or 1)
     source = checkpoints.build_full_size_checkpoint(tmp_path / "checkpoint", size, FOLDER / "tokenizer")
     checkpoint = load_checkpoint(source)
-    # kept where it is asked for, for the environments that look at the same graphs without PyTorch
+    # kept in the given folder, for environments that test the same graphs without PyTorch
     kept = os.environ.get("FLORENCE_ONNX_KEEP_BUNDLES")
     written = export_bundle(checkpoint, (Path(kept) if kept else tmp_path) / size / "fp32")
     model = Florence2.from_bundle(written, LoadOptions(device="cpu"))

@@ -37,7 +37,7 @@ def model(exported: Exported) -> Florence2:
 
 
 def inputs(task: Task[Any]) -> dict[str, Any]:
-    """What a task needs besides the image."""
+    """The inputs of a task besides the image."""
     return {"nothing": {}, "text": {"text_input": " a red car "}, "region": {"region": REGION}}[task.needs]
 
 
@@ -125,7 +125,7 @@ def test_logits_equal_transformers(exported: Exported, model: Florence2, photogr
 
 
 def test_answers_depend_on_image_and_prompt(model: Florence2, photographs: list[Image.Image]) -> None:
-    """Otherwise the equalities above would prove little."""
+    """If all answers were the same, the tests above would prove little."""
     answers = {model.run(task, p, options=SHORT).token_ids for task in ("<OD>", "<OCR>") for p in photographs}
     assert len(answers) >= 5
 
@@ -185,7 +185,7 @@ def test_fp16_stays_close_to_fp32(tiny: Exported, tiny_fp16: Exported, photograp
     half = Florence2.from_pretrained(tiny_fp16.bundle, device="cpu", precision="fp16")
     for image in photographs:
         expected, found = full.encode(image).image_features, half.encode(image).image_features
-        # of all features together: random weights amplify the rounding of single ones
+        # the norm over all features: random weights amplify the rounding of single ones
         assert 0 < np.linalg.norm(expected - found) < 0.03 * np.linalg.norm(expected)
         answer = half.run(tasks.OBJECT_DETECTION, image, options=SHORT)
         assert answer.token_ids[:2] == (2, 0)

@@ -1,4 +1,4 @@
-"""Integer precisions: what the graphs become, how close they stay, and how a directory of several is read."""
+"""int8 and int4: the nodes of the graphs, their errors, and directories with several precisions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH, CHANNELS = 64, 48
 
 
 def write_product(path: Path, weight: np.ndarray, *, is_gemm: bool) -> None:
-    """A graph of one product of `x` and `weight` `(WIDTH, CHANNELS)`, with a bias where it is a Gemm."""
+    """A graph of one product of `x` and `weight` `(WIDTH, CHANNELS)`, with a bias if it is a Gemm."""
     value = helper.make_tensor_value_info
     bias = np.linspace(-1, 1, CHANNELS, dtype=np.float32)
     inputs = ["x", "w", "b"] if is_gemm else ["x", "w"]
@@ -130,7 +130,7 @@ def test_a_vision_precision_that_would_do_nothing_is_refused(tiny: Exported, tmp
 def test_the_vision_encoder_is_held_to_its_own_bound(
     tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 may be off by far more than fp16: an fp16 vision encoder in an int8 bundle must not hide behind that."""
+    """The bound of int8 is much larger than that of fp16: an fp16 graph in an int8 bundle has fp16's."""
     monkeypatch.setitem(checks.MAX_RELATIVE_ERROR, "fp16", 1e-9)
     with pytest.raises(VerificationError, match=r"vision_encoder\.onnx does not reproduce the checkpoint in fp16"):
         writer.export_bundle(tiny.checkpoint, tmp_path / "out", precision="int8", vision_precision="fp16")

@@ -47,7 +47,7 @@ def sources(tree: str, room: str) -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of the modules that a file imports; imports inside functions and for the type checker count too."""
+    """Absolute names of the modules that a file imports, also inside functions and for the type checker."""
     package = path.relative_to(REPOSITORY).with_suffix("").parts[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -88,7 +88,7 @@ def test_every_module_has_a_room(tree: str) -> None:
 
 @pytest.mark.parametrize("room", EXPORT)
 def test_export_needs_neither_benchmarks_nor_tests(room: str) -> None:
-    """It is installed without them. Its own modules it imports relatively, since it is installed as `florence_onnx.export`."""
+    """It is installed without them, as `florence_onnx.export`, and so imports its own modules relatively."""
     for path in sources("export", room):
         assert not {name.split(".")[0] for name in imports(path)} & {"benchmarks", "tests"}, path
         absolute = [

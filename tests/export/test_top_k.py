@@ -1,4 +1,4 @@
-"""The decoder for accelerators: its nodes, its further outputs against numpy's, and that it brings no weight."""
+"""The decoder with top-k outputs: its nodes, its outputs against numpy's, and that it adds no weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def graph(exported: Exported, name: str) -> onnx.GraphProto:
 
 
 def external(weights: onnx.GraphProto) -> dict[str, dict[str, str]]:
-    """Where each weight outside the file lies."""
+    """The place of each weight in external data."""
     return {
         tensor.name: {item.key: item.value for item in tensor.external_data}
         for tensor in weights.initializer
@@ -99,5 +99,5 @@ def test_equal_logits_come_by_token_and_a_short_vocabulary_comes_whole(tmp_path:
     add_top_k(tmp_path / "bare.onnx", tmp_path / "top.onnx")
     loaded = OnnxEngine(tmp_path / "top.onnx", LoadOptions("cpu"))
     logits = np.random.default_rng(0).integers(-3, 4, (2, 3, vocabulary)).astype(np.float32)
-    logits[0, 0] *= 1000  # whose exponentials alone no float holds
+    logits[0, 0] *= 1000  # exp of these overflows
     check_outputs(loaded.run({"x": logits}), loaded.output_shapes)

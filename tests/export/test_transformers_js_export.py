@@ -1,4 +1,4 @@
-"""The transformers.js layout: names, types, no weight twice, and fp16 files that a plain CPU session runs."""
+"""The transformers.js layout: names, types, every weight stored once, and fp16 files that a plain CPU session runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def exported(
     request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, dict[str, Any]]:
-    """Precision, directory, and what the export, which has verified itself, noted."""
+    """Precision, directory, and the result of the export's own verification."""
     output = tmp_path_factory.mktemp("out") / request.param
     steps: list[str] = []
     written = export_transformers_js(checkpoint, output, precision=request.param, progress=steps.append)
@@ -148,7 +148,7 @@ def test_fp16_is_half_the_size(checkpoint: Checkpoint, exported: tuple[str, Path
 def test_decoder_as_transformers_js_drives_it(
     checkpoint: Checkpoint, exported: tuple[str, Path, dict[str, Any]]
 ) -> None:
-    """First call with an empty cache, then one token a call, the cross-attention cache kept from the first."""
+    """Calls the decoder with an empty cache, and then token by token, with the cross KV of the first call."""
     precision, directory, _ = exported
     graph = session(directory, "decoder_model_merged", precision)
     rows, length = 3, 21
@@ -210,14 +210,14 @@ def test_refusals(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 
 class Shifting(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """Adds a number that tracing freezes: right at the traced length only."""
+    """Adds a number that tracing turns into a constant, so that the graph is right for the traced length only."""
 
     def forward(self, values: Any) -> Any:
         return values + float(values.shape[1])
 
 
 class Tied(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """One table as embedding and as output layer."""
+    """One weight as embedding and as language model head."""
 
     def __init__(self) -> None:
         super().__init__()

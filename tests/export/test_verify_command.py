@@ -1,4 +1,4 @@
-"""`python -m export verify`: what it measures on whole models, how it ends, and what it refuses."""
+"""`python -m export verify`: its figures on whole models, its exit codes, and the arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def damaged(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with noise on the weights of one product of its decoder."""
+    """The tiny bundle, with noise added to the weights of one product of its decoder."""
     output = tmp_path_factory.mktemp("damaged") / "bundle"
     shutil.copytree(tiny.bundle, output)
     model = onnx.load(str(output / bundle.DECODER), load_external_data=False)
@@ -76,7 +76,7 @@ def check_full_agreement(report: dict[str, Any]) -> None:
 
 
 def test_an_fp32_bundle_agrees_fully_with_its_checkpoint(tiny: Exported, tmp_path: Path) -> None:
-    """Every task, greedy and with the checkpoint's three beams, on the photograph that comes along."""
+    """Every task, greedy and with the checkpoint's three beams, on the built-in photograph."""
     output = tmp_path / "[report].json"
     source = tiny.bundle.parent / "checkpoint"
     bars = ("--min-token-agreement", "1", "--min-text-similarity", "1", "--max-logit-error", "0.002")
@@ -94,7 +94,7 @@ def test_an_fp32_bundle_agrees_fully_with_its_checkpoint(tiny: Exported, tmp_pat
 
 
 def test_the_demo_agrees_fully_with_its_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A trained model finds something: boxes, outlines and words are compared too."""
+    """A trained model has detections, so that boxes, polygons and words are compared too."""
     pytest.importorskip("torch", reason=NO_TORCH)
     from export.bundles.writer import export_bundle
     from export.checkpoints.checkpoint import load_checkpoint
@@ -141,7 +141,7 @@ def test_the_reference_may_be_a_bundle_without_torch_installed(tiny: Exported) -
     ("arguments", "message"),
     [
         (("--task", "objects"), "unknown task 'objects'"),
-        (("--images", "[nowhere]"), "[nowhere] is no folder"),
+        (("--images", "[nowhere]"), "[nowhere] is not a folder"),
         (("--beams", "0"), "num_beams must be a whole number from 1"),
         (("--max-new-tokens", "99999"), "max_new_tokens must be"),
         (("--min-box-f1", "50"), "--min-box-f1"),
@@ -207,7 +207,7 @@ def test_images_are_found_below_a_folder_by_name(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["a.bmp", "a.jpg", "c.png"]
     assert [path.name for path in others] == ["notes.txt"]
     assert [path.name for path in find_images(tmp_path, 1)[0]] == ["a.bmp"]
-    with pytest.raises(InputError, match="holds no image that can be read, among 0 files"):
+    with pytest.raises(InputError, match="has no readable image among its 0 files"):
         (tmp_path / "empty").mkdir()
         find_images(tmp_path / "empty")
 

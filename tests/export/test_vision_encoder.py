@@ -20,7 +20,7 @@ CONFIGS = {"tiny": checkpoints.tiny_config, "odd": checkpoints.odd_config}
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def tower(request: pytest.FixtureRequest) -> Any:
-    """The vision tower of a random-weight model, with the image size that belongs to it."""
+    """The vision tower of a model with random weights, and its image size."""
     config = CONFIGS[request.param]()
     model = checkpoints.build_model(config)
     return model.model.vision_tower, checkpoints.image_size(config)
@@ -90,7 +90,7 @@ def test_the_cheaper_form_is_taken(tower: Any) -> None:
 
 @torch.inference_mode()
 def test_sums_over_all_tokens_of_a_full_size_image_fit_into_fp16() -> None:
-    """Florence-2-base's first stage, 192 x 192 tokens of a size that normalisation gives: `x'x` itself is beyond 65504."""
+    """Florence-2-base's first stage has 192 x 192 normalised tokens, whose `x'x` exceeds 65504."""
     torch.manual_seed(0)
     config = checkpoints.full_size_config("base").vision_config
     config._attn_implementation = "eager"

@@ -135,7 +135,7 @@ def test_subscribe_reports_states_and_logs() -> None:
     completed = states[-1]
     assert isinstance(completed, fal.Completed)
     assert completed.metrics["inference_time"] > 0
-    assert [line["message"].split()[0] for line in completed.logs or []] == ["started", "answered"]
+    assert [line["message"].split()[0] for line in completed.logs or []] == ["started", "finished"]
     assert fal.result(f"{APP}/caption", ids[0]) == answer
     assert isinstance(fal.status(APP, ids[0]), fal.Completed)
 
@@ -275,7 +275,7 @@ def test_unknown_endpoints_are_404(application: str) -> None:
 
 
 def test_what_is_not_offered_says_so() -> None:
-    with pytest.raises(fal.FalClientHTTPError, match="webhooks are not offered"):
+    with pytest.raises(fal.FalClientHTTPError, match="webhooks are not supported"):
         fal.submit(f"{APP}/caption", {}, webhook_url="https://example.com")
     with pytest.raises(fal.FalClientHTTPError, match="not found"):
         fal.result(APP, "no-such-request")
@@ -304,8 +304,8 @@ def test_what_waits_together_runs_as_one_batch_and_an_image_is_encoded_once(slow
     assert slow.batches == [1, 4]
     assert slow.num_encoded == 2
     assert answers[1:] == [fal.run(f"{APP}/{slug}", arguments(tasks.TASKS[slug]))["results"] for slug in slugs]
-    figures = service.figures()
-    assert (figures.encoded, figures.reused, figures.finished, figures.batches) == (2, 3, 5, 2)
+    stats = service.stats()
+    assert (stats.encoded, stats.reused, stats.finished, stats.batches) == (2, 3, 5, 2)
     assert service.close(timeout=30)
 
 
@@ -313,7 +313,7 @@ def test_an_encoded_image_is_used_again_until_there_is_no_room(model: Florence2)
     service = Service(model, publish=without_image)
     for _ in range(2):
         service.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
-    assert (service.figures().encoded, service.figures().reused) == (1, 1)
+    assert (service.stats().encoded, service.stats().reused) == (1, 1)
     service.close()
     forgetful = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_image)
     for _ in range(2):
@@ -391,7 +391,7 @@ def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:
         fal.subscribe(f"{APP}/caption", arguments(tasks.CAPTION), client_timeout=0.2)
     with pytest.raises(fal.FalClientTimeoutError):
         fal.run(f"{APP}/caption", arguments(tasks.CAPTION), timeout=0.2)
-    wait_for(lambda: client.service.figures().waiting == 0)
+    wait_for(lambda: client.service.stats().waiting == 0)
     handle = fal.submit(f"{APP}/caption", arguments(tasks.CAPTION))
     assert isinstance(handle.status(), fal.Queued)
     handle.cancel()

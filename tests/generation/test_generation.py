@@ -183,7 +183,7 @@ def test_a_forced_first_token_saves_a_decoder_step() -> None:
 def test_drafts_change_no_token(
     config: SearchConfig, seed: int, end_bias: float, count: int, data: st.DataObject
 ) -> None:
-    """Drafts of any kind: right ones copied from the answer, wrong ones, and some that run past the end or the limit."""
+    """Right drafts, copied from the answer, wrong ones, and some that run past the end or the limit."""
     config = dataclasses.replace(config, num_beams=1)
     tables = make_tables(count, seed, end_bias)
     expected = generate(TableSession(tables), count, config)

@@ -1,4 +1,4 @@
-"""Top-k scores from a device lead to the same tokens as all logits on the host, which are fetched where the top-k do not decide."""
+"""Top-k scores from a device lead to the same tokens as all logits, which are fetched where the top-k do not decide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = 300
 
 
 def top_scores(logits: Floats, count: int) -> TopScores:
-    """What a device returns: the greatest logits first; the order of equal ones is unspecified (here the highest token first)."""
+    """What a device returns: the greatest logits first; equal ones in any order (here the highest token first)."""
     order = np.argsort(logits[..., ::-1], axis=-1, kind="stable")[..., ::-1]
     ids = (logits.shape[-1] - 1 - order)[..., :count]
     values = np.take_along_axis(logits, ids, axis=-1)

@@ -1,7 +1,7 @@
 """Downloads from real servers on the loopback interface; no test leaves the machine.
 
-`World` plays the internet: a few names lead to addresses that count as public, and whoever connects to one of these
-lands on the loopback interface.
+`World` replaces the internet: a few names resolve to public addresses, and connections to these addresses end at the
+loopback interface.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ NOT_PUBLIC = [
     *("239.255.255.250", "240.0.0.1", "255.255.255.255"),
     *("::", "::1", "fe80::1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1", "ff0e::1", "2001:db8::1", "100::1"),
     *("3fff::1", "5f00::1", "4000::1", "64:ff9b:1::1", "2001:2::1", "2001:20::1", "::ffff:0:127.0.0.1"),
-    *("::8.8.8.8", "2002:808:808::1", "2001:0:808:808::1"),  # embeddings that are out of use, whatever they hold
+    *(
+        "::8.8.8.8",
+        "2002:808:808::1",
+        "2001:0:808:808::1",
+    ),  # obsolete embeddings of IPv4, whatever address they contain
     *("2606:4700::1111%eth0", "fe80::1%1"),
-    *("", "localhost", "1", "127.1", "0x7f.0.0.1", "8.8.8.8 ", "8.8.8.8%1", "１.１.１.１"),  # no addresses
+    *("", "localhost", "1", "127.1", "0x7f.0.0.1", "8.8.8.8 ", "8.8.8.8%1", "１.１.１.１"),  # not addresses
 ]
 IS_PUBLIC = [
     *("1.1.1.1", "8.8.8.8", PUBLIC, OTHER_PUBLIC, "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0"),
@@ -122,7 +126,7 @@ def test_public_ipv6_is_global_unicast_or_holds_public_ipv4(address: ipaddress.I
     [(80, True), (443, True), (1024, True), (8080, True), (65535, True)]
     + [(port, False) for port in (0, 1, 22, 25, 445, 1023, 65536)],
 )
-def test_ports_of_other_services_are_not_asked(port: int, expected: bool) -> None:
+def test_which_ports_may_be_contacted(port: int, expected: bool) -> None:
     assert is_web_port(port) is expected
 
 
@@ -170,28 +174,28 @@ def test_malformed_allowed_hosts_are_refused(entry: str) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by path, and keeps what it was asked."""
+    """Responds by path, and records its requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.redirects: dict[str, str] = {}
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.hosts: list[str | None] = []
         self.headers: list[str] = []
         self.tunnel_port: int | None = None
         threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Says nothing: clients hang up, as they should."""
+        """Prints nothing: clients close connections early, as they should."""
 
 
 class _Answers(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requested.append(self.path)
         self.server.hosts.append(self.headers["Host"])
         self.server.headers.append(str(self.headers).lower())
         location = self.server.redirects.get(self.path)
@@ -206,10 +210,10 @@ class _Answers(BaseHTTPRequestHandler):
         if self.path == "/endless":
             for _ in range(10_000):  # 640 MB
                 self.wfile.write(b"x" * 64_000)
-            self.server.asked.append("read to the end")
+            self.server.requested.append("read to the end")
 
     def do_CONNECT(self) -> None:
-        self.server.asked.append(f"CONNECT {self.path}")
+        self.server.requested.append(f"CONNECT {self.path}")
         if self.server.tunnel_port is None:
             self.send_error(502)
             return
@@ -257,7 +261,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class World:
-    """Names, the addresses that they resolve to at each look-up (the last one for ever), and who was connected to."""
+    """Names, the addresses that they resolve to at each lookup (the last ones forever), and the connections made."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[list[str]]] = {"public.test": [[PUBLIC]], "other.test": [[OTHER_PUBLIC]]}
@@ -298,15 +302,15 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 # --- the filter ----------------------------------------------------------------------------------------------------
 
 
-def test_a_public_host_is_asked_by_name_at_the_address_that_was_checked(world: World, server: Server) -> None:
+def test_a_public_host_is_contacted_at_the_address_that_was_checked(world: World, server: Server) -> None:
     assert get(f"http://public.test:{server.server_port}/a?b=c#d") == b"the content"
     assert (world.lookups, world.connected) == (["public.test"], [PUBLIC])
-    assert (server.asked, server.hosts) == (["/a?b=c"], [f"public.test:{server.server_port}"])
+    assert (server.requested, server.hosts) == (["/a?b=c"], [f"public.test:{server.server_port}"])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0x7f000001", "017700000001"])
-def test_without_the_filter_the_loopback_interface_is_asked(host: str, server: Server) -> None:
-    """So that the refusals below are the filter's doing, and no failure to connect."""
+def test_without_the_filter_the_loopback_interface_is_contacted(host: str, server: Server) -> None:
+    """Shows that it is the filter that refuses these hosts below, and not a failure to connect."""
     assert get(f"http://{host}:{server.server_port}/", public_only=False) == b"the content"
 
 
@@ -325,13 +329,13 @@ def test_spellings_of_private_addresses_end_at_the_filter(
     caplog.set_level(logging.INFO, "florence_onnx")
     with pytest.raises(ImageDownloadError, match=r"the address is not public$"):
         get(f"http://{host}:{server.server_port}/")
-    assert server.asked == []
+    assert server.requested == []
     (record,) = caplog.records
     assert "it resolves to" in record.getMessage()
 
 
 @pytest.mark.parametrize("address", [each for each in NOT_PUBLIC if ":" in each or each.replace(".", "").isdecimal()])
-def test_names_that_lead_to_special_addresses_are_refused(
+def test_names_that_resolve_to_special_addresses_are_refused(
     address: str, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "florence_onnx")
@@ -352,7 +356,7 @@ def test_a_name_with_a_trailing_dot_is_looked_up_like_any_other(world: World) ->
     assert (world.lookups, world.connected) == (["localhost."], [])
 
 
-def test_a_name_that_changes_its_address_gains_nothing(world: World, server: Server) -> None:
+def test_a_name_that_changes_its_address_is_still_checked(world: World, server: Server) -> None:
     world.names["rebinding.test"] = [["1.2.3.4"], ["127.0.0.1"]]
     url = f"http://rebinding.test:{server.server_port}/"
     with pytest.raises(ImageDownloadError, match=r"no way to 1\.2\.3\.4"):
@@ -361,7 +365,7 @@ def test_a_name_that_changes_its_address_gains_nothing(world: World, server: Ser
     with pytest.raises(ImageDownloadError, match="not public"):
         get(url)
     assert world.connected == ["1.2.3.4"]
-    assert server.asked == []
+    assert server.requested == []
 
 
 def test_all_checked_addresses_are_tried(world: World, server: Server) -> None:
@@ -382,7 +386,7 @@ def test_ports_of_other_services_are_refused(port: int, world: World) -> None:
 def test_user_names_in_urls_are_refused(user: str, public_only: bool, world: World, server: Server) -> None:
     with pytest.raises(ImageDownloadError, match="user name or password"):
         get(f"http://{user}127.0.0.1:{server.server_port}/", public_only=public_only)
-    assert (world.lookups, server.asked) == ([], [])
+    assert (world.lookups, server.requested) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -407,10 +411,10 @@ def test_endless_urls_are_refused(public_only: bool, world: World, server: Serve
     for long in (url + "x" * 17_000, url):
         with pytest.raises(ImageDownloadError, match=r"the URL has 17,0\d\d characters, allowed are 16,384"):
             get(long, public_only=public_only)
-    assert len(server.asked) == 2
+    assert len(server.requested) == 2
 
 
-def test_names_in_other_letters_are_asked_for_as_dns_has_them(world: World, server: Server) -> None:
+def test_internationalized_names_are_sent_in_their_ascii_form(world: World, server: Server) -> None:
     world.names["xn--bcher-kva.test"] = [[PUBLIC]]
     assert get(f"http://bücher.test:{server.server_port}/") == b"the content"
     assert server.hosts == [f"xn--bcher-kva.test:{server.server_port}"]
@@ -423,7 +427,7 @@ def test_redirects_between_public_hosts_are_followed(world: World, make_server: 
     first, second = make_server(), make_server()
     first.redirects = {"/1": "2", "/2": f"//other.test:{second.server_port}/3?a=b c"}
     assert get(f"http://public.test:{first.server_port}/1") == b"the content"
-    assert (first.asked, second.asked) == (["/1", "/2"], ["/3?a=b%20c"])
+    assert (first.requested, second.requested) == (["/1", "/2"], ["/3?a=b%20c"])
     assert world.connected == [PUBLIC, PUBLIC, OTHER_PUBLIC]
     assert not any(word in headers for headers in second.headers for word in ("authorization", "cookie", "referer"))
 
@@ -441,7 +445,7 @@ def test_redirects_to_private_hosts_are_refused(
         outer.redirects = {"/1": f"http://{target}:{inner.server_port}/"}
     with pytest.raises(ImageDownloadError, match=rf"cannot download http://{start}:\d+/1: the address is not public$"):
         get(f"http://{start}:{outer.server_port}/1")
-    assert inner.asked == []
+    assert inner.requested == []
     assert set(world.connected) == {PUBLIC}
     assert len(caplog.records) == 1
 
@@ -458,7 +462,7 @@ def test_redirects_with_a_password_are_refused(world: World, server: Server) -> 
     server.redirects = {"/": f"http://a:b@public.test:{server.server_port}/x"}
     with pytest.raises(ImageDownloadError, match="user name or password"):
         get(f"http://public.test:{server.server_port}/")
-    assert server.asked == ["/"]
+    assert server.requested == ["/"]
 
 
 @pytest.mark.parametrize("public_only", [True, False])
@@ -474,13 +478,13 @@ def test_five_redirects_are_the_limit(public_only: bool, world: World, server: S
 def test_the_body_of_a_redirect_is_not_read(public_only: bool, world: World, server: Server) -> None:
     server.redirects = {"/endless": "/"}
     assert get(f"http://public.test:{server.server_port}/endless", public_only=public_only) == b"the content"
-    assert server.asked == ["/endless", "/"]
+    assert server.requested == ["/endless", "/"]
 
 
 # --- exceptions and proxies ----------------------------------------------------------------------------------------
 
 
-def test_an_allowed_host_is_asked_at_its_port_only(make_server: Callable[[], Server], world: World) -> None:
+def test_an_allowed_host_is_contacted_at_its_port_only(make_server: Callable[[], Server], world: World) -> None:
     allowed, other = make_server(), make_server()
     world.names["inner.test"] = [["127.0.0.1"]]
     hosts = [f"inner.test:{allowed.server_port}"]
@@ -496,10 +500,10 @@ def test_an_allowed_host_is_asked_at_its_port_only(make_server: Callable[[], Ser
             get(url, allowed_hosts=hosts)
     with pytest.raises(ImageDownloadError, match="not public"):  # without a port: 80 and 443
         get(f"http://inner.test:{allowed.server_port}/", allowed_hosts=["inner.test"])
-    assert (len(allowed.asked), other.asked) == (1, [])
+    assert (len(allowed.requested), other.requested) == (1, [])
 
 
-def test_an_allowed_host_without_a_port_has_the_ports_of_the_web(world: World) -> None:
+def test_an_allowed_host_without_a_port_has_ports_80_and_443(world: World) -> None:
     world.names["inner.test"] = [["10.0.0.7"]]
     for scheme in ("http", "https"):
         with pytest.raises(ImageDownloadError, match=r"no way to 10\.0\.0\.7"):
@@ -517,11 +521,11 @@ def test_an_allowed_host_that_redirects_to_another_private_one_is_refused(make_s
     allowed.redirects = {"/": f"http://127.0.0.1:{other.server_port}/"}
     with pytest.raises(ImageDownloadError, match="not public"):
         get(f"http://127.0.0.1:{allowed.server_port}/", allowed_hosts=[f"127.0.0.1:{allowed.server_port}"])
-    assert (allowed.asked, other.asked) == (["/"], [])
+    assert (allowed.requested, other.requested) == (["/"], [])
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_proxies_are_for_urls_that_are_trusted(
+def test_proxies_are_used_for_trusted_urls_only(
     scheme: str, make_server: Callable[[], Server], monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     proxy, server = make_server(), make_server()
@@ -530,11 +534,11 @@ def test_proxies_are_for_urls_that_are_trusted(
     url = f"{scheme}://public.test:{server.server_port}/"
     with contextlib.suppress(ImageDownloadError):  # https: the server speaks no TLS
         get(url)
-    assert (proxy.asked, world.connected) == ([], [PUBLIC])
+    assert (proxy.requested, world.connected) == ([], [PUBLIC])
     with contextlib.suppress(ImageDownloadError):
         get(url, public_only=False)
     asked = {"http": url, "https": f"CONNECT public.test:{server.server_port}"}
-    assert (proxy.asked, world.connected) == ([asked[scheme]], [PUBLIC, "127.0.0.1"])
+    assert (proxy.requested, world.connected) == ([asked[scheme]], [PUBLIC, "127.0.0.1"])
 
 
 # --- TLS -----------------------------------------------------------------------------------------------------------
@@ -573,7 +577,7 @@ def test_certificates_are_checked_by_name(
 ) -> None:
     server, names = secure_server
     url = f"https://public.test:{server.server_port}/"
-    with pytest.raises(ImageDownloadError, match="CERTIFICATE_VERIFY_FAILED"):  # nobody vouches for it yet
+    with pytest.raises(ImageDownloadError, match="CERTIFICATE_VERIFY_FAILED"):  # self-signed, and not trusted yet
         get(url)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     assert get(url) == b"the content"
@@ -583,7 +587,7 @@ def test_certificates_are_checked_by_name(
     for host in ("other.test", PUBLIC):
         with pytest.raises(ImageDownloadError, match=r"CERTIFICATE_VERIFY_FAILED.*(Hostname|IP address) mismatch"):
             get(f"https://{host}:{server.server_port}/")
-    assert len(server.asked) == 2
+    assert len(server.requested) == 2
 
 
 def test_trusted_urls_go_through_the_tunnel_of_a_proxy(
@@ -598,7 +602,7 @@ def test_trusted_urls_go_through_the_tunnel_of_a_proxy(
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_port}")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     assert get("https://public.test/x", public_only=False) == b"the content"  # a name that only the proxy knows
-    assert (proxy.asked, server.asked, names) == (["CONNECT public.test:443"], ["/x"], ["public.test"])
+    assert (proxy.requested, server.requested, names) == (["CONNECT public.test:443"], ["/x"], ["public.test"])
 
 
 def test_private_hosts_are_refused_with_tls_as_well(
@@ -616,7 +620,7 @@ def test_private_hosts_are_refused_with_tls_as_well(
 
 
 class Dripping:
-    """A server that sends pieces with a pause before each, whatever it is asked."""
+    """A server that sends pieces of a response with a pause before each, whatever the request."""
 
     def __init__(self, pieces: Callable[[], Iterable[bytes]], pause: float) -> None:
         self._pieces, self._pause = pieces, pause
@@ -632,7 +636,7 @@ class Dripping:
                 threading.Thread(target=self._drip, args=[connection], daemon=True).start()
 
     def _drip(self, connection: socket.socket) -> None:
-        end = time.monotonic() + 6  # a client that does not leave fails, and does not hang
+        end = time.monotonic() + 6  # a client that ignores its deadline fails the test instead of blocking it
         with contextlib.suppress(OSError), connection:
             for piece in self._pieces():
                 if not self._is_open or time.monotonic() > end:
@@ -666,8 +670,8 @@ DRIPS = {
 
 @pytest.mark.parametrize("public_only", [True, False])
 @pytest.mark.parametrize("kind", DRIPS)
-def test_a_server_that_drips_is_left_at_the_deadline(kind: str, public_only: bool) -> None:
-    """Each piece comes well within the timeout, and the last one never or (redirects, 0.2 s each) too late."""
+def test_a_slow_response_is_given_up_at_the_deadline(kind: str, public_only: bool) -> None:
+    """Each piece arrives well within the timeout; the last one never, or (redirects, 0.2 s each) too late."""
     dripping = Dripping(DRIPS[kind], 0.05)
     start = time.monotonic()
     try:
@@ -684,7 +688,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(kind: str, public_only: boo
 
 
 @pytest.mark.parametrize("public_only", [True, False])
-def test_a_server_that_does_not_answer_the_handshake_is_left_at_the_deadline(public_only: bool) -> None:
+def test_a_slow_tls_handshake_is_given_up_at_the_deadline(public_only: bool) -> None:
     # the head of a TLS record of 16 KiB, and then its content byte by byte
     dripping = Dripping(endlessly(b"\x16\x03\x03\x40\x00", b"\x02"), 0.05)
     start = time.monotonic()
@@ -721,17 +725,17 @@ def test_addresses_that_do_not_answer_share_the_time(
 # --- load and encode -----------------------------------------------------------------------------------------------
 
 
-def test_load_passes_it_all_on(server: Server) -> None:
+def test_load_passes_all_options_on(server: Server) -> None:
     url = f"http://127.0.0.1:{server.server_port}/"
     with pytest.raises(ImageDownloadError, match="the address is not public"):
         load(url, public_only=True)
-    with pytest.raises(ImageDownloadError, match="gave no image"):  # it was asked
+    with pytest.raises(ImageDownloadError, match="gave no image"):  # the server was contacted
         load(url, public_only=True, allowed_hosts=[f"127.0.0.1:{server.server_port}"])
     with pytest.raises(ImageDownloadError, match="gave no image"):
         load(url)
 
 
-def test_encode_passes_it_all_on(server: Server) -> None:
+def test_encode_passes_all_options_on(server: Server) -> None:
     model = Florence2.from_pretrained("demo", device="cpu")
     url = f"http://127.0.0.1:{server.server_port}/"
     with pytest.raises(ImageDownloadError, match="the address is not public"):

@@ -1,4 +1,4 @@
-"""Images of every kind to RGB, and RGB to the reference's `pixel_values`."""
+"""Images from all sources to RGB, and RGB to the reference's `pixel_values`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_source_gives_the_same_image(source: str, png: Path) -> None:
         given_image.close()
 
 
-def test_a_stream_that_cannot_seek_is_read_from_where_it_stands(png: Path) -> None:
+def test_a_stream_that_cannot_seek_is_read_from_its_current_position(png: Path) -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as stream:
         stream.write(b"head" + png.read_bytes())
@@ -118,12 +118,17 @@ def test_formats_stay_usable_after_their_file_is_closed(image_format: str, tmp_p
     _assert_same(loaded.resize((10, 10)), expected.resize((10, 10)))
 
 
-def test_an_upright_rgb_image_is_returned_itself() -> None:
+def test_an_upright_rgb_image_is_returned_itself_unless_a_copy_is_wanted() -> None:
     image = _image()
     assert load(image) is image
+    copied = load(image, copy=True)
+    assert copied is not image
+    _assert_same(copied, image)
+    image.putpixel((0, 0), (1, 2, 3))
+    assert copied.getpixel((0, 0)) != (1, 2, 3)
 
 
-def test_an_images_own_data_is_not_changed() -> None:
+def test_the_callers_image_is_not_changed() -> None:
     image = _image("P")
     image.info["transparency"] = b"\x00\x80"
     load(image)
@@ -181,7 +186,7 @@ def test_big_endian_sixteen_bits_are_the_same() -> None:
         ([9, 9, 9], [9, 9, 9]),
     ],
 )
-def test_wide_integers_are_scaled_so_that_the_image_shows(values: list[int], expected: list[int]) -> None:
+def test_wide_integers_are_scaled_and_not_clipped(values: list[int], expected: list[int]) -> None:
     assert _grey(np.array([values], dtype=np.int32)) == expected
 
 
@@ -195,7 +200,7 @@ def test_wide_integers_are_scaled_so_that_the_image_shows(values: list[int], exp
         ([np.nan, np.nan, np.nan], [0, 0, 0]),
     ],
 )
-def test_floats_are_scaled_so_that_the_image_shows(values: list[float], expected: list[int]) -> None:
+def test_floats_are_scaled_and_not_clipped(values: list[float], expected: list[int]) -> None:
     assert _grey(np.array([values], dtype=np.float32)) == expected
 
 
@@ -221,7 +226,7 @@ def test_exif_orientation_is_applied_once(orientation: int, image_format: str) -
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_exif_orientation_can_be_left_alone_as_in_the_reference(orientation: int) -> None:
+def test_exif_orientation_can_be_ignored_as_in_the_reference(orientation: int) -> None:
     encoded = _with_orientation(orientation)
     raw = Image.open(io.BytesIO(encoded)).convert("RGB")
     _assert_same(load(encoded, apply_exif=False), raw)
@@ -279,7 +284,7 @@ def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello", b"<svg></svg>", b"<!doctype html>", b"\x00" * 100])
-def test_what_is_not_an_image_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_data_that_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_bytes(content)
     with pytest.raises(ImageDecodeError, match=r"text\.png is not an image that Pillow can read"):
@@ -336,7 +341,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_pillow_warns_about_is_refused_where_warnings_are_errors() -> None:
+def test_a_large_image_is_refused_where_pillows_warning_is_an_error() -> None:
     assert MAX_PIXELS > 10_000 * 10_000
     with pytest.raises(ImageTooLargeError, match="is too large"):
         load(_png_header(10_000, 10_000))
@@ -415,7 +420,7 @@ def test_long_data_uris_are_refused(head: str) -> None:
 
 
 class _Images(BaseHTTPRequestHandler):
-    """Answers by path; `/slow` sends a byte now and then."""
+    """Responds by path; `/slow` sends a byte now and then."""
 
     def do_GET(self) -> None:
         encoded = _encode(_image())
@@ -523,7 +528,7 @@ def test_slow_downloads_are_given_up(path: str, address: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1/x.png", "http://", "https://[::1", "http://127.0.0.1:port/", "http://a..b/"]
 )
-def test_addresses_that_lead_nowhere_are_refused(url: str) -> None:
+def test_unreachable_addresses_are_refused(url: str) -> None:
     with pytest.raises(ImageDownloadError, match="cannot download"):
         load(url, timeout=2)
 
@@ -532,14 +537,14 @@ def test_addresses_that_lead_nowhere_are_refused(url: str) -> None:
 
 
 def _reference(image: Image.Image, size: tuple[int, int] = (768, 768)) -> npt.NDArray[np.float32]:
-    """The recipe, in the precision in which the reference computes each step."""
+    """The reference's steps, each in the precision in which the reference computes it."""
     levels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).astype(np.float64)
     unit = (levels * (1 / 255)).astype(np.float32)
     normalized = (unit - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     return normalized.transpose(2, 0, 1)[np.newaxis]
 
 
-def test_every_level_is_bitwise_that_of_the_recipe() -> None:
+def test_every_level_is_bitwise_that_of_the_reference() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([levels] * 3, axis=-1))
     pixel_values = preprocess(image, size=(16, 16))
@@ -548,7 +553,7 @@ def test_every_level_is_bitwise_that_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("size", [(768, 768), (1, 1), (640, 480), (37, 1111), (1500, 700)])
-def test_pixel_values_equal_the_recipe(size: tuple[int, int]) -> None:
+def test_pixel_values_equal_the_reference(size: tuple[int, int]) -> None:
     image = _image(width=size[0], height=size[1])
     pixel_values = preprocess(image)
     assert pixel_values.shape == (1, 3, 768, 768)
@@ -556,7 +561,7 @@ def test_pixel_values_equal_the_recipe(size: tuple[int, int]) -> None:
     assert np.array_equal(pixel_values, _reference(image))
 
 
-def test_pixel_values_equal_the_recipe_on_photographs(photographs: list[Image.Image]) -> None:
+def test_pixel_values_equal_the_reference_on_photographs(photographs: list[Image.Image]) -> None:
     for photograph in photographs:
         assert np.array_equal(preprocess(photograph), _reference(photograph))
         assert np.array_equal(preprocess(np.asarray(photograph)), _reference(photograph))
@@ -595,7 +600,7 @@ def test_all_modes_equal_transformers_after_conversion(
     mode: str, clip_processor: Callable[..., npt.NDArray[np.float32]]
 ) -> None:
     image = _image("L").convert("I").convert(mode) if mode == "I;16" else _image(mode, width=411, height=300)
-    # Pillow would clip 16 bits to 8; there the reference gets the image that load makes
+    # Pillow would clip 16 bits to 8: for this mode the reference is given the image that `load` returns
     converted = load(image) if mode == "I;16" else image.convert("RGB")
     expected = clip_processor(converted, (768, 768))
     assert np.array_equal(preprocess(load(image)), expected)
@@ -636,6 +641,6 @@ def test_a_wrong_out_is_refused(out: npt.NDArray[np.float32]) -> None:
         preprocess(_image(), size=(128, 96), out=out)
 
 
-def test_preprocess_refuses_what_load_reads() -> None:
+def test_preprocess_does_not_load_files() -> None:
     with pytest.raises(ImageError, match="use load first"):
         preprocess("image.png")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Many prompts at once: the answers are those of one at a time, whoever asks, whatever fails."""
+"""Continuous batching: prompts get the answers that they get alone, from any thread, and errors end only what they concern."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from florence_onnx import (
 from florence_onnx.bundles import bundle
 from florence_onnx.generation.scores import TopScores
 from florence_onnx.generation.search import DecodeStep, GeneratedSequence
-from florence_onnx.inference.continuous_batching import SHRINK_AFTER, ContinuousBatch, Job
-from florence_onnx.inference.prompt_rows import PromptRows
+from florence_onnx.inference.continuous_batching import SHRINK_AFTER, ContinuousBatch, DecodeRequest
+from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.engine import OnnxBinding
 
 SAMPLES = sorted((bundle.DEMO_DIRECTORY.parent / "samples").glob("*.png"))
@@ -40,7 +40,7 @@ SEARCHES = {"greedy": GenerationOptions(num_beams=1), "beams": GenerationOptions
 TIMEOUT = 120
 """Seconds after which a thread counts as stuck."""
 
-# ------------------------------------------------------------------------------------------------- the real thing
+# ------------------------------------------------------------------------------------------------- the demo model
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_single_answers_are_those_of_the_plain_model(
 def test_a_batch_of_all_tasks_about_several_images(
     batching: Florence2, expected: dict[tuple[str, str, str], tuple[int, ...]], search: str
 ) -> None:
-    """Eleven times as many questions as places; each image is encoded once, in threads beside the answers."""
+    """Eleven times as many prompts as `max_batch`; each image is encoded once, while others are answered."""
     pairs = [(task, image) for task in tasks.TASKS.values() for image in SAMPLES[:3]]
     before = batching._vision_encoder.num_runs
     found = batching.run_batch(
@@ -108,7 +108,7 @@ def test_prompts_are_decoded_together(batching: Florence2) -> None:
     assert together == max(single) < sum(single)
 
 
-def test_threads_share_the_places(batching: Florence2, expected: dict[tuple[str, str, str], tuple[int, ...]]) -> None:
+def test_threads_share_the_batch(batching: Florence2, expected: dict[tuple[str, str, str], tuple[int, ...]]) -> None:
     wrong: list[object] = []
 
     def ask(number: int) -> None:
@@ -138,7 +138,7 @@ def test_scores_of_a_given_answer(plain: Florence2, batching: Florence2) -> None
     assert batching.score_tokens("<OD>", SAMPLES[0], answer[:1]).shape == (0, found.shape[1])
 
 
-def test_a_bad_image_ends_its_batch_and_nothing_else(batching: Florence2, tmp_path: Path) -> None:
+def test_a_bad_image_fails_its_call_and_no_other(batching: Florence2, tmp_path: Path) -> None:
     images = [*SAMPLES[:2], tmp_path / "missing.png", *SAMPLES[2:4]]
     with pytest.raises(ImageNotFoundError):
         batching.run_batch("<OD>", images)
@@ -146,7 +146,7 @@ def test_a_bad_image_ends_its_batch_and_nothing_else(batching: Florence2, tmp_pa
 
 
 @pytest.mark.parametrize("max_batch", [-1, True, "8", 2.0])
-def test_a_batch_size_that_is_none(max_batch: Any) -> None:
+def test_an_invalid_max_batch_is_refused(max_batch: Any) -> None:
     with pytest.raises(InputError, match="max_batch must be a whole number"):
         Florence2.from_pretrained("demo", device="cpu", max_batch=max_batch)
 
@@ -156,8 +156,10 @@ def test_zero_is_no_continuous_batching() -> None:
     assert isinstance(model.encode(SAMPLES[0]).stored, np.ndarray)
 
 
-def test_engines_that_take_few_tokens_say_so(batching: Florence2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As TensorRT's do."""
+def test_a_search_that_needs_more_tokens_than_engines_take_is_refused(
+    batching: Florence2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of TensorRT engines, on the CPU."""
     monkeypatch.setattr(batching._answering._resident, "max_tokens", 4)  # type: ignore[attr-defined]
     for options in (GenerationOptions(num_beams=5), GenerationOptions(num_beams=1, prompt_lookup_num_tokens=4)):
         with pytest.raises(OptionsError, match="4 tokens of a prompt at a time, and this needs 5"):
@@ -166,7 +168,7 @@ def test_engines_that_take_few_tokens_say_so(batching: Florence2, monkeypatch: p
 
 
 def in_threads(calls: list[Callable[[], object]]) -> None:
-    """Calls at the same time; fails where one does not come back."""
+    """Calls functions at the same time; fails where one does not return."""
     threads = [threading.Thread(target=call, daemon=True) for call in calls]
     for thread in threads:
         thread.start()
@@ -175,11 +177,11 @@ def in_threads(calls: list[Callable[[], object]]) -> None:
     assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
 
 
-# ------------------------------------------------------------------------- a decoder that fails when it is told to
+# ------------------------------------------------------------------------------------- a decoder that fails on demand
 
 
 class Countdown:
-    """A search that is over after some steps."""
+    """A search that ends after some steps."""
 
     def __init__(self, num_steps: int) -> None:
         self.left = num_steps
@@ -197,12 +199,12 @@ class Countdown:
 
 
 class FakeDecoder:
-    """Places without a model; `on` says what happens at each call."""
+    """A batch without a model; `on` has a hook for each method, which may raise."""
 
     def __init__(self, **on: Callable[..., None]) -> None:
         self.on = on
-        self.places = self.text_length = 0
-        self.used: dict[int, PromptRows] = {}
+        self.batch_size = self.text_length = 0
+        self.used: dict[int, SlotTable] = {}
         self.log: list[Any] = []
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -213,67 +215,67 @@ class FakeDecoder:
     def padded_length(self, num_tokens: int) -> int:
         return 16 if num_tokens <= 16 else 64
 
-    def open(self, num_places: int, text_length: int) -> None:
-        if (num_places, text_length) == (self.places, self.text_length):
+    def allocate(self, batch_size: int, text_length: int) -> None:
+        if (batch_size, text_length) == (self.batch_size, self.text_length):
             return
-        self._call("open", num_places, text_length)
-        self.places, self.text_length = num_places, text_length
+        self._call("allocate", batch_size, text_length)
+        self.batch_size, self.text_length = batch_size, text_length
 
-    def close(self) -> None:
+    def release(self) -> None:
         assert not self.used
-        self.places = self.text_length = 0
+        self.batch_size = self.text_length = 0
 
-    def widen(self, num_places: int) -> None:
-        self._call("widen", num_places)
-        self.places = num_places
+    def grow_batch(self, batch_size: int) -> None:
+        self._call("grow_batch", batch_size)
+        self.batch_size = batch_size
 
     def add(self, prompt_ids: Any, features: object) -> int:
-        assert len(self.used) < self.places
+        assert len(self.used) < self.batch_size
         assert len(prompt_ids) <= self.text_length
-        place = min(set(range(self.places)) - set(self.used))
-        self._call("add", place)
-        self.used[place] = PromptRows(64, 100)
-        return place
+        batch_index = min(set(range(self.batch_size)) - set(self.used))
+        self._call("add", batch_index)
+        self.used[batch_index] = SlotTable(64, 100)
+        return batch_index
 
-    def remove(self, place: int) -> None:
-        del self.used[place]
+    def remove(self, batch_index: int) -> None:
+        del self.used[batch_index]
 
-    def rows(self, place: int) -> PromptRows:
-        return self.used[place]
+    def slot_table(self, batch_index: int) -> SlotTable:
+        return self.used[batch_index]
 
     def step(self, token_ids: Mapping[int, Any]) -> dict[int, TopScores]:
         assert set(token_ids) == set(self.used)
         self._call("step", len(token_ids))
         one = np.zeros((1, 1, 1))
         return {
-            place: TopScores(
+            batch_index: TopScores(
                 one.astype(np.float32), one.astype(np.int64), one[..., 0].astype(np.float32), 1, lambda: one
             )
-            for place in token_ids
+            for batch_index in token_ids
         }
 
 
-def job(num_steps: int = 3, length: int = 4) -> Job:
-    return Job(np.zeros(length, dtype=np.int64), None, lambda: Countdown(num_steps))  # type: ignore[arg-type]
+def request(num_steps: int = 3, length: int = 4) -> DecodeRequest:
+    return DecodeRequest(np.zeros(length, dtype=np.int64), None, lambda: Countdown(num_steps))  # type: ignore[arg-type]
 
 
-def answer(batch: ContinuousBatch, *jobs: Job) -> list[str]:
-    """What became of each job: its answer's tokens, or the name of its error."""
-    for each in jobs:
+def answer(batch: ContinuousBatch, *requests: DecodeRequest) -> list[str]:
+    """The outcome of each request: its tokens, or the name of its error."""
+    for each in requests:
         batch.submit(each)
-    in_threads([lambda: batch.wait(lambda: all(each.is_done for each in jobs))])
-    return [outcome(each) for each in jobs]
+    in_threads([lambda: batch.wait(lambda: all(each.is_done for each in requests))])
+    return [outcome(each) for each in requests]
 
 
-def outcome(each: Job) -> str:
+def outcome(done: DecodeRequest) -> str:
     try:
-        return str(each.result().token_ids)
+        return str(done.result().token_ids)
     except (FlorenceError, RuntimeError) as error:
         return type(error).__name__
 
 
 def full(allowed: int) -> Callable[..., None]:
-    """Refuses more than so many of something."""
+    """A hook that raises where its first argument is greater than `allowed`."""
 
     def check(count: int, *_: object) -> None:
         if count > allowed:
@@ -289,159 +291,163 @@ def new_batch(decoder: FakeDecoder, max_batch: int = 8) -> ContinuousBatch:
 ANSWER = "(2,)"
 
 
-def test_as_many_places_as_there_are_prompts() -> None:
+def test_the_batch_is_as_large_as_the_prompts_need() -> None:
     decoder = FakeDecoder()
-    assert answer(new_batch(decoder), *(job() for _ in range(3))) == [ANSWER] * 3
-    assert decoder.log[0] == ("open", 4, 16)
+    assert answer(new_batch(decoder), *(request() for _ in range(3))) == [ANSWER] * 3
+    assert decoder.log[0] == ("allocate", 4, 16)
     assert [call for call in decoder.log if call[0] == "step"] == [("step", 3)] * 3
 
 
-def test_who_waits_enters_when_a_place_is_free() -> None:
+def test_a_waiting_request_joins_when_another_is_done() -> None:
     decoder = FakeDecoder()
-    assert answer(new_batch(decoder, 2), job(1), job(4), job(2), job(1)) == [ANSWER] * 4
+    assert answer(new_batch(decoder, 2), request(1), request(4), request(2), request(1)) == [ANSWER] * 4
     assert [count for name, count, *_ in decoder.log if name == "step"] == [2, 2, 2, 2]
 
 
-def test_who_comes_later_joins_those_in_flight() -> None:
-    late = job(2)
+def test_a_later_request_joins_those_in_flight() -> None:
+    late = request(2)
     batch = new_batch(decoder := FakeDecoder())
     decoder.on["step"] = lambda _: batch.submit(late) if len(decoder.log) == 3 else None
-    first = job(5)
+    first = request(5)
     batch.submit(first)
     in_threads([lambda: batch.wait(lambda: first.is_done and late.is_done)])
     assert [call for call in decoder.log if call[0] != "add"] == [
-        *[("open", 1, 16), ("step", 1), ("widen", 2), ("step", 2), ("step", 2), ("step", 1), ("step", 1)]
+        *[("allocate", 1, 16), ("step", 1), ("grow_batch", 2), ("step", 2), ("step", 2), ("step", 1), ("step", 1)]
     ]
 
 
-def test_a_long_prompt_waits_until_the_places_are_free() -> None:
+def test_a_long_prompt_waits_until_the_batch_is_empty() -> None:
     decoder = FakeDecoder()
-    assert answer(new_batch(decoder, 2), job(1), job(3), job(1, length=30), job(1)) == [ANSWER] * 4
-    opened = [call for call in decoder.log if call[0] == "open"]
-    assert opened == [("open", 2, 16), ("open", 2, 64)], "it was not among the first two"
-    answer(new_batch(decoder := FakeDecoder(), 4), job(1), job(3), job(1, length=30), job(1))
-    assert [call for call in decoder.log if call[0] == "open"] == [("open", 4, 64)]
+    assert answer(new_batch(decoder, 2), request(1), request(3), request(1, length=30), request(1)) == [ANSWER] * 4
+    opened = [call for call in decoder.log if call[0] == "allocate"]
+    assert opened == [("allocate", 2, 16), ("allocate", 2, 64)], "it was not among the first two"
+    answer(new_batch(decoder := FakeDecoder(), 4), request(1), request(3), request(1, length=30), request(1))
+    assert [call for call in decoder.log if call[0] == "allocate"] == [("allocate", 4, 64)]
     batch = new_batch(decoder := FakeDecoder())
-    late = job(1, length=30)
+    late = request(1, length=30)
     decoder.on["step"] = lambda _: batch.submit(late) if len(decoder.log) == 3 else None
-    first = job(3)
+    first = request(3)
     batch.submit(first)
     in_threads([lambda: batch.wait(lambda: first.is_done and late.is_done)])
     steps = [call for call in decoder.log if call[0] != "add"]
-    assert steps == [("open", 1, 16), *[("step", 1)] * 3, ("open", 1, 64), ("step", 1)]
+    assert steps == [("allocate", 1, 16), *[("step", 1)] * 3, ("allocate", 1, 64), ("step", 1)]
 
 
-def test_long_places_are_given_up_after_many_short_prompts() -> None:
+def test_long_buffers_are_replaced_after_many_short_prompts() -> None:
     batch = new_batch(decoder := FakeDecoder())
-    answer(batch, job(1, length=30))
+    answer(batch, request(1, length=30))
     for _ in range(SHRINK_AFTER + 2):
-        answer(batch, job(1))
-    assert [call for call in decoder.log if call[0] == "open"] == [("open", 1, 64), ("open", 1, 16)]
+        answer(batch, request(1))
+    assert [call for call in decoder.log if call[0] == "allocate"] == [("allocate", 1, 64), ("allocate", 1, 16)]
 
 
-def test_places_that_do_not_fit_become_fewer(caplog: pytest.LogCaptureFixture) -> None:
-    decoder = FakeDecoder(open=full(2))
-    assert answer(new_batch(decoder), *(job() for _ in range(8))) == [ANSWER] * 8
-    assert [call for call in decoder.log if call[0] == "open"] == [("open", 8, 16), ("open", 4, 16), ("open", 2, 16)]
-    assert "no more than 2 prompts at a time" in caplog.text
+def test_a_batch_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+    decoder = FakeDecoder(allocate=full(2))
+    assert answer(new_batch(decoder), *(request() for _ in range(8))) == [ANSWER] * 8
+    assert [call for call in decoder.log if call[0] == "allocate"] == [
+        ("allocate", 8, 16),
+        ("allocate", 4, 16),
+        ("allocate", 2, 16),
+    ]
+    assert "no more than 2 prompts in flight" in caplog.text
 
 
-def test_without_room_for_one_the_prompt_fails_and_the_next_is_tried() -> None:
-    batch = new_batch(decoder := FakeDecoder(open=full(0)))
-    assert answer(batch, job(), job()) == ["DeviceMemoryError"] * 2
+def test_without_memory_for_one_the_prompt_fails_and_the_next_is_tried() -> None:
+    batch = new_batch(decoder := FakeDecoder(allocate=full(0)))
+    assert answer(batch, request(), request()) == ["DeviceMemoryError"] * 2
     decoder.on.clear()
-    assert answer(batch, job()) == [ANSWER]
+    assert answer(batch, request()) == [ANSWER]
 
 
-def test_no_room_beside_those_in_flight() -> None:
-    batch = new_batch(decoder := FakeDecoder(widen=full(0)))
-    late = job()
+def test_without_memory_for_a_larger_batch_requests_wait() -> None:
+    batch = new_batch(decoder := FakeDecoder(grow_batch=full(0)))
+    late = request()
     decoder.on["step"] = lambda _: batch.submit(late) if len(decoder.log) == 3 else None
-    first = job()
+    first = request()
     batch.submit(first)
     in_threads([lambda: batch.wait(lambda: first.is_done and late.is_done)])
     assert (outcome(first), outcome(late)) == (ANSWER, ANSWER)
     assert {count for name, count, *_ in decoder.log if name == "step"} == {1}
 
 
-def test_a_step_that_does_not_fit_begins_again_with_fewer() -> None:
+def test_a_step_that_does_not_fit_starts_over_with_half_the_batch() -> None:
     decoder = FakeDecoder(step=full(3))
-    assert answer(new_batch(decoder), *(job() for _ in range(8))) == [ANSWER] * 8
+    assert answer(new_batch(decoder), *(request() for _ in range(8))) == [ANSWER] * 8
     steps = [count for name, count, *_ in decoder.log if name == "step"]
     assert steps == [8, 4, *[2] * 12]
 
 
 def test_a_single_prompt_that_does_not_fit_fails() -> None:
     batch = new_batch(decoder := FakeDecoder(step=full(0)))
-    assert answer(batch, job(), job()) == ["DeviceMemoryError"] * 2
+    assert answer(batch, request(), request()) == ["DeviceMemoryError"] * 2
     decoder.on.clear()
-    assert answer(batch, job()) == [ANSWER]
+    assert answer(batch, request()) == [ANSWER]
 
 
-def test_a_prompt_that_does_not_fit_beside_so_many_places_is_added_with_fewer() -> None:
-    def check(place: int) -> None:
-        if decoder.places > 2:
+def test_a_prompt_that_does_not_fit_beside_a_large_batch_is_added_to_a_smaller_one() -> None:
+    def check(batch_index: int) -> None:
+        if decoder.batch_size > 2:
             raise DeviceMemoryError("full")
 
     decoder = FakeDecoder(add=check)
-    assert answer(new_batch(decoder), *(job() for _ in range(8))) == [ANSWER] * 8
-    assert decoder.places == 2
+    assert answer(new_batch(decoder), *(request() for _ in range(8))) == [ANSWER] * 8
+    assert decoder.batch_size == 2
 
 
 def test_a_prompt_that_does_not_fit_at_all_fails_and_the_next_is_tried() -> None:
     batch = new_batch(decoder := FakeDecoder(add=full(-1)))
-    assert answer(batch, job(), job(), job()) == ["DeviceMemoryError"] * 3
+    assert answer(batch, request(), request(), request()) == ["DeviceMemoryError"] * 3
     decoder.on.clear()
-    assert answer(batch, job()) == [ANSWER]
+    assert answer(batch, request()) == [ANSWER]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_ends_leaves_nobody_waiting() -> None:
-    """As where a device is so broken that not even its buffers can be given up."""
+def test_a_thread_that_ends_fails_all_requests() -> None:
+    """As on a device that is so broken that not even its buffers can be released."""
     decoder = FakeDecoder(step=full(0))
-    decoder.close = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    decoder.release = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
     batch = new_batch(decoder)
-    assert answer(batch, job(), job()) == ["ProviderError"] * 2
+    assert answer(batch, request(), request()) == ["ProviderError"] * 2
     batch._thread.join(TIMEOUT)
-    for ask in (lambda: batch.submit(job()), lambda: batch.call(int)):
+    for ask in (lambda: batch.submit(request()), lambda: batch.call(int)):
         with pytest.raises(ProviderError, match="load it again"):
             ask()
 
 
 def test_a_prompt_that_cannot_be_added_fails_alone() -> None:
-    def refuse(place: int) -> None:
-        if place == 1:
+    def refuse(batch_index: int) -> None:
+        if batch_index == 1:
             decoder.on.clear()
             raise ProviderError("broken")
 
     decoder = FakeDecoder(add=refuse)
-    assert answer(new_batch(decoder), job(), job(), job()) == [ANSWER, "ProviderError", ANSWER]
+    assert answer(new_batch(decoder), request(), request(), request()) == [ANSWER, "ProviderError", ANSWER]
 
 
-def test_a_device_that_fails_ends_those_in_flight_and_no_others() -> None:
+def test_a_device_error_fails_those_in_flight_and_no_others() -> None:
     def fail(_: int) -> None:
         decoder.on.clear()
         raise ProviderError("broken")
 
     batch = new_batch(decoder := FakeDecoder(step=fail), 2)
-    assert answer(batch, job(), job(), job()) == ["ProviderError", "ProviderError", ANSWER]
+    assert answer(batch, request(), request(), request()) == ["ProviderError", "ProviderError", ANSWER]
 
 
-def test_an_error_that_nobody_expects_ends_those_in_flight_and_not_the_thread() -> None:
+def test_an_unexpected_error_fails_those_in_flight_and_not_the_thread() -> None:
     def fail(_: int) -> None:
         decoder.on.clear()
         raise ZeroDivisionError("in a search")
 
     batch = new_batch(decoder := FakeDecoder(step=fail), 2)
-    jobs = [job(), job(), job()]
-    assert answer(batch, *jobs) == ["RuntimeError", "RuntimeError", ANSWER]
+    requests = [request(), request(), request()]
+    assert answer(batch, *requests) == ["RuntimeError", "RuntimeError", ANSWER]
     with pytest.raises(RuntimeError, match="decoding failed: in a search") as caught:
-        jobs[0].result()
+        requests[0].result()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_one_thread_has_the_device(batching: Florence2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime keeps the CUDA graphs of each thread apart: whoever asks, the same one runs them."""
+def test_one_thread_owns_the_device(batching: Florence2, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime keeps captured graphs per thread: whichever thread calls, the same one runs them."""
     seen = set()
     run = OnnxBinding.run
 
@@ -455,12 +461,12 @@ def test_one_thread_has_the_device(batching: Florence2, monkeypatch: pytest.Monk
     assert seen == {"florence-device"}
 
 
-def test_between_two_steps_others_have_the_device() -> None:
+def test_functions_are_called_in_the_device_thread() -> None:
     batch = new_batch(FakeDecoder())
     assert batch.call(lambda: threading.current_thread().name) == "florence-device"
     with pytest.raises(ZeroDivisionError):
         batch.call(lambda: 1 // 0)
-    assert answer(batch, job()) == [ANSWER], "the thread is there still"
+    assert answer(batch, request()) == [ANSWER], "the thread goes on"
 
 
 def test_a_model_that_is_dropped_ends_its_thread() -> None:
@@ -476,7 +482,7 @@ def test_a_model_that_is_dropped_ends_its_thread() -> None:
     assert threading.active_count() <= before
 
 
-def test_what_is_closed_fails_who_waits() -> None:
+def test_closing_fails_the_requests_that_are_not_done() -> None:
     entered, gate = threading.Event(), threading.Event()
 
     def hold(_: int) -> None:
@@ -484,21 +490,21 @@ def test_what_is_closed_fails_who_waits() -> None:
         gate.wait(TIMEOUT)
 
     batch = new_batch(FakeDecoder(step=hold), 1)
-    jobs = [job(), job()]
-    for each in jobs:
+    requests = [request(), request()]
+    for each in requests:
         batch.submit(each)
     entered.wait(TIMEOUT)
     batch.close()
     gate.set()
-    in_threads([lambda: batch.wait(lambda: all(each.is_done for each in jobs))])
-    assert [outcome(each) for each in jobs] == ["ProviderError", "ProviderError"]
+    in_threads([lambda: batch.wait(lambda: all(each.is_done for each in requests))])
+    assert [outcome(each) for each in requests] == ["ProviderError", "ProviderError"]
 
 
-def test_what_nobody_wants_any_more_leaves() -> None:
+def test_cancelled_requests_leave_the_batch() -> None:
     batch = new_batch(decoder := FakeDecoder(), 2)
-    unwanted = [job(100), job(100), job(100)]
-    decoder.on["step"] = lambda _: batch.discard(unwanted) if len(decoder.log) > 5 else None
-    wanted = job(2)
+    unwanted = [request(100), request(100), request(100)]
+    decoder.on["step"] = lambda _: batch.cancel(unwanted) if len(decoder.log) > 5 else None
+    wanted = request(2)
     for each in (*unwanted, wanted):
         batch.submit(each)
     in_threads([lambda: batch.wait(lambda: wanted.is_done)])

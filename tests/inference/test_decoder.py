@@ -1,4 +1,4 @@
-"""The slot cache: whatever rows were reordered, dropped, drafted and forgotten, logits are those of the bare history."""
+"""The slot cache: after rows are reordered and dropped and drafts rejected, logits are those of a fresh session."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model() -> Florence2:
 
 
 class Session:
-    """A cached decoder beside the histories that its rows should have."""
+    """A cached decoder, with the tokens that each of its rows should have been fed."""
 
     def __init__(self, model: Florence2, num_prompts: int, seed: int) -> None:
         self.random = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ class Session:
         for (prompt, history), new, logits in zip(self.rows, tokens.tolist(), found, strict=True):
             history += new
             expected = self.start([prompt]).verify(np.array([history]))[0, -len(new) :]
-            # the demo model is fp16; between the sums of two orders lie some units of its last place
+            # the demo model is fp16: sums in another order differ by some units in the last place
             np.testing.assert_allclose(logits, expected, atol=0.02 * np.abs(expected).max())
 
     def draw(self, count: int) -> np.ndarray:
@@ -64,14 +64,14 @@ class Session:
         kept = np.arange(len(present))
         if drop:
             kept = np.delete(kept, self.random.integers(len(kept)))
-        rows = np.concatenate([place * old_width + self.random.integers(0, old_width, width) for place in kept])
+        rows = np.concatenate([prompt * old_width + self.random.integers(0, old_width, width) for prompt in kept])
         self.tested.reorder(rows, kept)
         self.rows = [(self.rows[row][0], list(self.rows[row][1])) for row in rows]
 
 
 @pytest.mark.parametrize("first_capacity", [4, 16, 64])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_beams_share_a_cache_without_seeing_each_other(
+def test_beams_share_a_cache_without_attending_each_other(
     model: Florence2, seed: int, first_capacity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoder, "FIRST_CAPACITY", first_capacity)
@@ -84,10 +84,10 @@ def test_beams_share_a_cache_without_seeing_each_other(
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("first_capacity", [4, 64])
-def test_what_was_not_kept_is_forgotten(
+def test_rejected_tokens_are_forgotten(
     model: Florence2, width: int, first_capacity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that keep different numbers of tokens, prompts that leave in between."""
+    """Rows keep different numbers of tokens, and prompts leave in between."""
     monkeypatch.setattr(decoder, "FIRST_CAPACITY", first_capacity)
     session = Session(model, 3, seed=5)
     session.feed(np.tile(START, (3, 1)))
@@ -97,7 +97,7 @@ def test_what_was_not_kept_is_forgotten(
         session.keep(count)
 
 
-def test_dead_slots_are_used_again(model: Florence2) -> None:
+def test_free_slots_are_reused(model: Florence2) -> None:
     session = Session(model, 2, seed=7)
     session.tested.step(np.tile(START, (2, 1)))
     session.tested.reorder(np.array([0, 0, 0, 1, 1, 1]), np.arange(2))
@@ -133,7 +133,7 @@ def test_nothing_is_bound_again_while_shapes_stay(model: Florence2, monkeypatch:
     assert len(bound) == 2 and len(buffers) == 1, "one binding for the opening, one for the beams"
 
 
-def test_padding_may_lie_beyond_the_last_position(model: Florence2) -> None:
+def test_padding_beyond_the_last_position_is_harmless(model: Florence2) -> None:
     limit = model._bundle.sizes.max_positions
     session = Session(model, 2, seed=0)
     session.tested.step(session.draw(limit - 3))

@@ -1,4 +1,4 @@
-"""The runtime on the four-graph layout of onnx-community/Florence-2-*: the same answers, from a directory or the hub."""
+"""The runtime on the four-graph layout of onnx-community/Florence-2-*: the same tokens as from our own graphs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def answers(model: Florence2, images: Sequence[Image.Image], options: Generation
 def test_the_layout_gives_the_tokens_of_our_own_graphs(
     num_beams: int, directory: Path, own: Florence2, photographs: list[Image.Image]
 ) -> None:
-    """Which equal transformers' (`test_parity.py`)."""
+    """Those equal the tokens of transformers, see `export/test_parity.py`."""
     model = Florence2.from_pretrained(directory, device="cpu")
     assert model.info()["layout"] == "transformers.js"
     options = GenerationOptions(num_beams=num_beams, max_new_tokens=24)
@@ -71,7 +71,7 @@ def test_the_layout_gives_the_tokens_of_our_own_graphs(
 
 
 def test_tokens_are_fed_one_at_a_time(directory: Path, photographs: list[Image.Image]) -> None:
-    """As transformers.js does; other exports of this layout may not take several."""
+    """As transformers.js does: other exports of this layout may give wrong logits for several tokens at once."""
     model = Florence2.from_pretrained(directory, device="cpu")
     answer = model.run(tasks.OCR, photographs[0], options=GenerationOptions(num_beams=1, max_new_tokens=12))
     decoder = model._text_model._decoder  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def test_fp16_files_run_on_the_cpu(directory: Path, own: Florence2, photographs:
     assert model.run(tasks.OCR, photographs[0], options=SHORT).token_ids[:2] == (2, 0)
 
 
-def test_what_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
+def test_a_missing_file_or_setting_is_named(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleFileMissingError, match=r"decoder_model_merged_int8|vision_encoder_int8"):
         Florence2.from_pretrained(directory, precision="int8")
     with pytest.raises(BundleFormatError, match="unknown precision 'int3'"):
@@ -99,7 +99,7 @@ def test_what_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
         bundle.read(copy)
 
 
-def test_without_a_generation_config_the_text_configuration_counts(directory: Path, tmp_path: Path) -> None:
+def test_without_a_generation_config_the_text_config_is_used(directory: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(directory, tmp_path / "copy"))
     (copy / "generation_config.json").unlink()
     config = json.loads((copy / "config.json").read_text())

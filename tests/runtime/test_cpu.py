@@ -1,4 +1,4 @@
-"""Cores and arithmetic of the processor, read from made-up `/sys` and `/proc` trees."""
+"""Cores and instruction sets of the CPU, read from made-up `/sys` and `/proc` trees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from florence_onnx.runtime import cpu
 
 
 def write(root: Path, **files: str) -> Path:
-    """Writes files; two underscores in a name stand for a slash."""
+    """Writes files and returns the last one's folder; two underscores in a name stand for a slash."""
     for name, text in files.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def write(root: Path, **files: str) -> Path:
 
 @pytest.fixture
 def four_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine whose four hardware threads are two cores."""
+    """A machine with four hardware threads on two cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     for number, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
         folder = tmp_path / f"sys/devices/system/cpu/cpu{number}/topology"
@@ -66,7 +66,7 @@ def test_flags_and_name_come_from_cpuinfo(tmp_path: Path) -> None:
     assert cpu.name(tmp_path) == "Maker Chip 9"
 
 
-def test_nothing_known_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_machine_is_one_core_without_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cpu.num_cores(tmp_path) == 1

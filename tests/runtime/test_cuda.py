@@ -1,4 +1,4 @@
-"""What is asked of NVIDIA's libraries: with libraries that are made up, and, where CUDA's provider is installed, with do-nothing ones."""
+"""Calls to NVIDIA's libraries: with fakes, and with the CUDA stub where the CUDA provider is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from florence_onnx import DeviceMemoryError, Florence2, ProviderError
 from florence_onnx.bundles import bundle
 from florence_onnx.runtime import cuda, engine
-from florence_onnx.runtime.cuda import Card
+from florence_onnx.runtime.cuda import Gpu
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
 from florence_onnx.runtime.load_options import LoadOptions
 from tests.cuda import cuda_stub
@@ -22,15 +22,15 @@ needs_stub = pytest.mark.skipif(bool(cuda_stub.unavailable()), reason=cuda_stub.
 
 
 def under_stub(code: str, memory: int | None = None) -> Any:
-    """What code prints as JSON in a process under the do-nothing libraries."""
+    """Runs code in a process with the CUDA stub, and returns what it prints as JSON."""
     return cuda_stub.run("-c", code, memory=memory)
 
 
-# -------------------------------------------------------------------------------------------------------------- facts
+# ---------------------------------------------------------------------------------------------- hardware and versions
 
 
 class Driver:
-    """`libcuda` of a machine with one card."""
+    """`libcuda` of a machine with one GPU."""
 
     def __init__(self, status: int = 0) -> None:
         self.status = status
@@ -54,17 +54,17 @@ class Driver:
         return 0
 
 
-def test_a_card_as_the_driver_describes_it() -> None:
-    assert cuda.card(load=lambda name: Driver()) == Card("Orin", (8, 7), 8 << 30)
-    assert cuda.card(1, load=lambda name: Driver()) is None, "there is one only"
-    assert cuda.card(load=lambda name: Driver(status=100)) is None, "the driver does not start"
+def test_a_gpu_as_the_driver_describes_it() -> None:
+    assert cuda.find_gpu(load=lambda name: Driver()) == Gpu("Orin", (8, 7), 8 << 30)
+    assert cuda.find_gpu(1, load=lambda name: Driver()) is None, "there is only one"
+    assert cuda.find_gpu(load=lambda name: Driver(status=100)) is None, "the driver does not start"
 
 
-def test_no_driver_is_no_card() -> None:
+def test_no_driver_is_no_gpu() -> None:
     def missing(name: str) -> Any:
         raise OSError(name)
 
-    assert cuda.card(load=missing) is None
+    assert cuda.find_gpu(load=missing) is None
 
 
 @pytest.mark.parametrize(("number", "version"), [(101303, "10.13.3"), (100300, "10.3.0"), (110400, "11.4.0")])
@@ -73,23 +73,23 @@ def test_the_version_of_tensorrt(number: int, version: str) -> None:
     assert cuda.tensorrt_version(load=lambda name: library) == version
 
 
-def test_what_tensorrt_lacks_and_how_to_get_it(tmp_path: Path) -> None:
+def test_missing_libraries_of_tensorrt_are_named_with_how_to_install_them(tmp_path: Path) -> None:
     def missing(name: str) -> Any:
         raise OSError(name)
 
     assert cuda.tensorrt_version(load=missing) == ""
-    (found,) = cuda.tensorrt_obstacles(load=missing)
+    (found,) = cuda.diagnose_tensorrt(load=missing)
     assert "libnvinfer.so.10, libnvonnxparser.so.10 not found" in found
     assert "pip install 'tensorrt-cu13>=10,<11'" in found
-    # a build of ONNX Runtime for another TensorRT says so in its provider's file
+    # the provider's file of a build of ONNX Runtime for another TensorRT
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / "libonnxruntime_providers_tensorrt.so").write_bytes(b"\0libnvinfer.so.11\0")
     ort: Any = types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
-    assert "pip install 'tensorrt-cu13>=11,<12'" in cuda.tensorrt_obstacles(ort, missing)[0]
-    assert cuda.tensorrt_obstacles(load=lambda name: object()) == []
+    assert "pip install 'tensorrt-cu13>=11,<12'" in cuda.diagnose_tensorrt(ort, missing)[0]
+    assert cuda.diagnose_tensorrt(load=lambda name: object()) == []
 
 
-def test_what_pip_installed_is_loaded_quietly_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_from_pip_packages_are_preloaded_quietly_and_once(capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
     class Runtime(types.ModuleType):
@@ -105,8 +105,8 @@ def test_what_pip_installed_is_loaded_quietly_and_once(capsys: pytest.CaptureFix
 
 
 @needs_stub
-def test_the_card_of_the_pretended_machine() -> None:
-    code = "import json; from florence_onnx import cuda; from dataclasses import asdict; print(json.dumps(asdict(cuda.card())))"
+def test_the_gpu_of_the_stub() -> None:
+    code = "import json; from florence_onnx.runtime import cuda; from dataclasses import asdict; print(json.dumps(asdict(cuda.find_gpu())))"
     assert under_stub(code) == {"name": "stub", "compute_capability": [9, 0], "memory": 80 << 30}
 
 
@@ -114,15 +114,15 @@ def test_the_card_of_the_pretended_machine() -> None:
 
 MEMORY = """
 import gc, json, numpy as np, onnxruntime
-from florence_onnx.cuda_memory import CudaMemory
+from florence_onnx.runtime.cuda_memory import CudaMemory
 from florence_onnx.errors import DeviceMemoryError
-from tests.cuda_stub import Counters
+from tests.cuda.cuda_stub import Counters
 memory, counters = CudaMemory(onnxruntime.cuda_version), Counters()
 """
 
 
 @needs_stub
-def test_tensors_on_a_card() -> None:
+def test_tensors_on_a_gpu() -> None:
     found = under_stub(
         MEMORY
         + """
@@ -130,9 +130,10 @@ whole = memory.allocate((4, 3), np.float32)
 zeros = whole.download().tolist()
 whole.upload(np.arange(12, dtype=np.float32))
 wide = memory.allocate((2, 2, 5), np.float32)
-memory.copy(memory_source := memory.allocate((2, 2, 3), np.float32), wide, num_axes=2)
-memory_source.upload(np.arange(12, dtype=np.float32))
-memory.copy(memory_source, wide, num_axes=2)
+source = memory.allocate((2, 2, 3), np.float32)
+memory.copy(source, wide, num_axes=2)
+source.upload(np.arange(12, dtype=np.float32))
+memory.copy(source, wide, num_axes=2)
 print(json.dumps([zeros, whole[1:3].download().tolist(), wide.download().tolist()]))
 """
     )
@@ -142,8 +143,8 @@ print(json.dumps([zeros, whole[1:3].download().tolist(), wide.download().tolist(
 
 
 @needs_stub
-def test_what_is_dropped_is_used_again_or_given_back() -> None:
-    """Nothing is freed when a tensor is dropped, since a CUDA graph may be captured just then; the next allocation does it."""
+def test_memory_of_dropped_tensors_is_reused_or_freed() -> None:
+    """Not when a tensor is dropped, since a CUDA graph may be captured just then, but at the next allocation."""
     found = under_stub(
         MEMORY
         + """
@@ -160,11 +161,11 @@ freed.append(counters["cudaFree"])
 print(json.dumps([same, freed]))
 """
     )
-    assert found == [True, [0, 0, 2]], "the large one, and the small one with it"
+    assert found == [True, [0, 0, 2]], "the large block, and the small one with it"
 
 
 @needs_stub
-def test_a_full_card_is_tried_again_without_what_was_dropped() -> None:
+def test_on_a_full_gpu_dropped_tensors_are_freed_before_the_error() -> None:
     found = under_stub(
         MEMORY
         + """
@@ -179,11 +180,11 @@ except DeviceMemoryError as error:
 """,
         memory=1_000_000,
     )
-    assert found[0].startswith("card 0 has no 200000 bytes left; a smaller max_batch")
-    assert found[1], "ONNX Runtime would find the error and take it for its own"
+    assert found[0].startswith("GPU 0 has no 200000 bytes left; a smaller max_batch")
+    assert found[1], "otherwise ONNX Runtime would report it as its own next kernel's"
 
 
-def test_without_the_runtime_library_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runtime_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from florence_onnx.runtime.cuda_memory import CudaMemory
 
     with pytest.raises(ProviderError, match=r"libcudart\.so\.99 not found.*pip install nvidia-cuda-runtime"):
@@ -191,7 +192,7 @@ def test_without_the_runtime_library_it_is_said(monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_stub
-def test_a_build_that_does_not_say_its_cuda_finds_the_library_too() -> None:
+def test_the_runtime_library_is_found_without_its_version() -> None:
     code = MEMORY + "print(json.dumps(CudaMemory('').allocate((2,), np.int64).download().tolist()))"
     assert under_stub(code) == [0, 0]
 
@@ -200,7 +201,7 @@ def test_a_build_that_does_not_say_its_cuda_finds_the_library_too() -> None:
 
 
 class Session:
-    """ONNX Runtime's session, at the edge: a run with a CUDA graph fails as it is told to."""
+    """A fake ONNX Runtime session, whose runs raise an error: those with a CUDA graph, or all."""
 
     def __init__(self, error: Exception | None, *, always: bool = False) -> None:
         self.error = error
@@ -223,14 +224,14 @@ class Session:
 
 @pytest.fixture
 def captured() -> OnnxEngine:
-    """An engine as on a card."""
+    """An engine that captures CUDA graphs, as on a GPU."""
     made = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, LoadOptions("cpu"))
     made.provider = "CUDAExecutionProvider"
-    made.captures = made._names_graphs = True
+    made.can_capture = made._needs_graph_id = True
     return made
 
 
-def test_every_binding_is_a_graph_of_its_own(captured: OnnxEngine) -> None:
+def test_every_binding_has_a_graph_id_of_its_own(captured: OnnxEngine) -> None:
     session = Session(None)
     bindings = [OnnxBinding(captured, session) for _ in range(2)]
     bindings[0].run()
@@ -243,40 +244,40 @@ def test_every_binding_is_a_graph_of_its_own(captured: OnnxEngine) -> None:
     assert session.released == [2]
 
 
-def test_a_graph_that_cannot_be_captured_is_run_without(captured: OnnxEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_capture_graphs_run_uncaptured(captured: OnnxEngine, caplog: pytest.LogCaptureFixture) -> None:
     session = Session(RuntimeError("operation not permitted when stream is capturing"))
     first, second = OnnxBinding(captured, session), OnnxBinding(captured, session)
     for binding in (first, second):
         binding.capture()
     for binding in (first, first, second):
         binding.run()
-    assert session.ids == ["1", "-1", "-1", "-1"], "tried once, then given up for all"
-    assert not captured.captures
-    assert "operation not permitted" in captured.capture_refusal
-    assert "runs without a CUDA graph, which costs time at every step" in caplog.text
+    assert session.ids == ["1", "-1", "-1", "-1"], "tried once, then no more by any binding"
+    assert not captured.can_capture
+    assert "operation not permitted" in captured.capture_error
+    assert "runs without a CUDA graph, which is slower at every step" in caplog.text
 
 
-def test_what_fails_without_a_graph_too_is_raised(captured: OnnxEngine) -> None:
+def test_an_error_that_occurs_without_a_capture_too_is_raised(captured: OnnxEngine) -> None:
     binding = OnnxBinding(captured, Session(RuntimeError("CUDA failure 700: an illegal memory access"), always=True))
     binding.capture()
     with pytest.raises(ProviderError, match="CUDAExecutionProvider failed while running: CUDA failure 700"):
         binding.run()
-    assert captured.captures, "the graph was not the reason"
+    assert captured.can_capture, "the capture was not the reason"
 
 
-def test_a_full_device_is_no_reason_to_give_graphs_up(captured: OnnxEngine) -> None:
+def test_a_full_device_does_not_disable_capture(captured: OnnxEngine) -> None:
     session = Session(RuntimeError("Failed to allocate memory for requested buffer of size 5"))
     binding = OnnxBinding(captured, session)
     binding.capture()
     with pytest.raises(DeviceMemoryError, match="a smaller max_batch"):
         binding.run()
-    assert captured.captures
+    assert captured.can_capture
     assert session.ids == ["1"]
 
 
 @needs_stub
-def test_a_graph_that_onnx_runtime_refuses_is_loaded_without(tmp_path: Path) -> None:
-    """The transformers.js layout's decoder has control flow; here a graph with an `If` of its own."""
+def test_a_graph_that_cannot_be_captured_is_loaded_without_cuda_graphs(tmp_path: Path) -> None:
+    """Because of control flow, an `If` as in the decoder of the transformers.js layout."""
     onnx = pytest.importorskip("onnx", reason="builds a graph: pip install onnx")
     helper, floating = onnx.helper, onnx.TensorProto.FLOAT
     value = helper.make_tensor_value_info
@@ -293,14 +294,14 @@ def test_a_graph_that_onnx_runtime_refuses_is_loaded_without(tmp_path: Path) -> 
 import json; from pathlib import Path
 from florence_onnx.runtime.engine import OnnxEngine; from florence_onnx.runtime.load_options import LoadOptions
 engine = OnnxEngine(Path({str(path)!r}), LoadOptions("cuda"), cuda_graphs=True)
-print(json.dumps([engine.captures, engine.capture_refusal]))
+print(json.dumps([engine.can_capture, engine.capture_error]))
 """
-    captures, refusal = under_stub(code)
-    assert captures is False
-    assert "control flow" in refusal
+    can_capture, error = under_stub(code)
+    assert can_capture is False
+    assert "control flow" in error
 
 
-# ------------------------------------------------------------------------------- a provider without code for this card
+# ---------------------------------------------------------------------------- a provider without kernels for this GPU
 
 
 def test_a_provider_that_starts_and_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,12 +322,14 @@ def test_a_provider_that_starts_and_cannot_run_is_an_error(monkeypatch: pytest.M
     )
     monkeypatch.setattr(loading, "load_engines", load)
     monkeypatch.setattr(engine.OnnxEngine, "run", fail)
-    with pytest.raises(ProviderError, match=r"starts and cannot run.*on a Jetson take NVIDIA's own build, not PyPI's"):
+    with pytest.raises(
+        ProviderError, match=r"starts but cannot run.*on a Jetson install NVIDIA's build instead of the one from PyPI"
+    ):
         Florence2.from_pretrained("demo", device="cuda")
 
 
-def test_the_graphs_run_once_before_a_card_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check that the test above makes fail does pass where the kernels are there."""
+def test_a_graph_is_run_once_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check that fails in the test above passes where the kernels exist."""
     from florence_onnx import loading
 
     text = OnnxEngine(bundle.DEMO_DIRECTORY / bundle.TEXT_ENCODER, LoadOptions("cpu"))

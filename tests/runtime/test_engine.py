@@ -1,4 +1,4 @@
-"""Sessions: which options reach ONNX Runtime, and OpenVINO where it is installed."""
+"""Sessions: the options that reach ONNX Runtime, the errors of providers that cannot run, and OpenVINO if it is installed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ needs_openvino = pytest.mark.skipif(
 
 
 def fp32_demo() -> bundle.Bundle:
-    """The demo, said to be fp32: for what is decided before a graph is loaded."""
+    """The demo bundle described as fp32, for checks that come before graphs are loaded."""
     return replace(bundle.read(DEMO), precision="fp32")
 
 
@@ -76,18 +76,20 @@ def test_provider_options_are_merged_defaults_then_users_then_forced(with_bf16: 
 
 
 def test_openvino_computes_in_fp32_unless_asked_otherwise() -> None:
-    ((_, options),) = providers.resolve("openvino", None, ALL, num_threads=2)  # nothing beside it
+    ((_, options),) = providers.resolve(
+        "openvino", None, ALL, num_threads=2
+    )  # the CPU provider is not listed behind it
     assert json.loads(options["load_config"]) == {"CPU": {HINT: "f32"}}
     assert options["num_of_threads"] == 2
 
 
-def test_bf16_on_a_processor_without_it_is_refused_by_name(without_bf16: None) -> None:
+def test_bf16_on_a_cpu_without_it_is_refused(without_bf16: None) -> None:
     with pytest.raises(ProviderError, match="avx512_bf16 or amx_bf16"):
         providers.resolve("openvino", None, ALL, precision="bf16")
 
 
-def test_bf16_on_a_provider_without_it_says_which_has_it() -> None:
-    with pytest.raises(ProviderError, match='device cpu has no precision bf16; it is offered by device="openvino"'):
+def test_bf16_on_a_provider_without_it_names_one_that_has_it() -> None:
+    with pytest.raises(ProviderError, match='device cpu has no precision bf16; use device="openvino"'):
         Florence2.from_bundle(fp32_demo(), LoadOptions(device="cpu", precision="bf16"))
 
 
@@ -129,7 +131,7 @@ def test_threads_are_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) 
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_session_options_of_the_caller_win() -> None:
+def test_session_options_of_the_caller_override_the_defaults() -> None:
     given = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": 0, "enable_mem_pattern": True}
     options = session_of(Florence2.from_pretrained("demo", device="cpu", session_options=given)).get_session_options()
     assert options.intra_op_num_threads == 2
@@ -145,7 +147,7 @@ def test_graphs_loaded_together_come_back_in_order() -> None:
     assert engines[0].outputs == ["image_features"]
 
 
-def test_of_several_graphs_the_first_that_does_not_load_is_named(tmp_path: Path) -> None:
+def test_the_first_graph_that_does_not_load_is_named(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(DEMO, tmp_path / "bundle"))
     graphs = bundle.read(copy).stages()
     (copy / bundle.TEXT_ENCODER).unlink()
@@ -179,16 +181,16 @@ def test_openvino_gives_the_answers_of_the_cpu(openvino: Florence2, plain: Flore
             same.append(answers[0] == answers[1])
             scores = [model.score_tokens(task, sample, answers[0]) for model in (plain, openvino)]
             np.testing.assert_allclose(scores[1], scores[0], atol=0.02 * np.abs(scores[0]).max())
-    # the demo model is fp16, which OpenVINO computes in fp32 throughout: of two equally good bins each may take another
+    # the demo model is fp16, which OpenVINO computes in fp32: where two bins are equally likely, the answers may differ
     assert sum(same) >= len(same) - 1
 
 
 @needs_openvino
 def test_openvino_reads_and_writes_caches_in_place(openvino: Florence2, plain: Florence2) -> None:
-    """Logits of 100 forced tokens, over which the cache is written in place and grows once.
+    """Logits of 100 forced tokens, during which the cache is updated in place and grows once.
 
-    The demo's files are fp16, which the CPU provider rounds to between nodes and OpenVINO does not: hence the tolerance,
-    far below the differences of a cache that lost a token.
+    The demo's files are fp16. The CPU provider rounds to fp16 between nodes and OpenVINO does not, hence the tolerance; a
+    cache that lost a token would differ by far more.
     """
     answer = plain.run(tasks.OCR_WITH_REGION, SAMPLE, options=GenerationOptions(num_beams=1, min_new_tokens=99))
     scores = [model.score_tokens(tasks.OCR_WITH_REGION, SAMPLE, answer.token_ids[:100]) for model in (plain, openvino)]
@@ -204,14 +206,14 @@ def test_openvino_answers_batches_of_changing_size(openvino: Florence2) -> None:
 
 
 @needs_openvino
-def test_openvino_says_which_nodes_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
+def test_nodes_that_openvino_does_not_take_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "florence_onnx"):
         loaded = engine.OnnxEngine(DEMO / bundle.DECODER, LoadOptions("openvino"))
     assert loaded.nodes[OPENVINO] > 100
     assert (sum(loaded.nodes.values()) > loaded.nodes[OPENVINO]) == ("leaves" in caplog.text)
 
 
-def test_nodes_left_to_another_provider_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_nodes_that_a_provider_does_not_take_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "florence_onnx"):
         sessions.report_nodes(Path("decoder.onnx"), OPENVINO, {OPENVINO: 300, "CPUExecutionProvider": 2})
     assert "decoder.onnx: OpenVINOExecutionProvider takes 300 nodes and leaves 2 to CPUExecutionProvider" in caplog.text
@@ -225,11 +227,11 @@ def test_an_option_that_openvino_refuses_is_an_error_not_the_cpu(options: dict[s
 
 
 @needs_openvino
-def test_bf16_is_what_the_processor_can() -> None:
+def test_bf16_runs_where_the_cpu_has_it() -> None:
     if cpu.flags() & set(cpu.BF16_FLAGS):
         assert Florence2.from_bundle(fp32_demo(), LoadOptions(precision="bf16")).info()["precision"] == "bf16"
     else:
-        with pytest.raises(ProviderError, match="needs a processor with"):
+        with pytest.raises(ProviderError, match="needs a CPU with"):
             Florence2.from_bundle(fp32_demo(), LoadOptions(precision="bf16"))
 
 
@@ -237,10 +239,10 @@ def test_bf16_is_what_the_processor_can() -> None:
 
 
 class Driver:
-    """What is used of libcuda, of a machine whose driver knows CUDA 12.8."""
+    """The functions of libcuda that are used, on a machine whose driver supports CUDA 12.8."""
 
-    def __init__(self, status: int = 0, cards: int = 1) -> None:
-        self.status, self.cards = status, cards
+    def __init__(self, status: int = 0, gpus: int = 1) -> None:
+        self.status, self.gpus = status, gpus
 
     def cuInit(self, flags: int) -> int:  # noqa: N802 - the driver's own name
         return self.status
@@ -250,12 +252,12 @@ class Driver:
         return 0
 
     def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 - the driver's own name
-        count._obj.value = self.cards
+        count._obj.value = self.gpus
         return 0
 
 
 def machine(driver: Driver | None = None, *libraries: str) -> cuda.Load:
-    """Loads these libraries and no others."""
+    """A loader that finds these libraries and no others."""
 
     def load(name: str) -> Any:
         if name == cuda.DRIVER and driver is not None:
@@ -282,19 +284,19 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are loo
         (
             machine(Driver(), "libcudart.so.13", cuda.CUDNN),
             "13.0",
-            ["for CUDA 13, and libcublas.so.13", "up to CUDA 12"],
+            ["for CUDA 13, and libcublas.so.13", "it supports up to CUDA 12"],
         ),
-        (machine(Driver(status=100), *CUDA_12, cuda.CUDNN), "12.8", ["cuInit answers 100"]),
-        (machine(Driver(cards=0), *CUDA_12, cuda.CUDNN), "12.8", ["sees no card"]),
+        (machine(Driver(status=100), *CUDA_12, cuda.CUDNN), "12.8", ["cuInit returned 100"]),
+        (machine(Driver(gpus=0), *CUDA_12, cuda.CUDNN), "12.8", ["sees no GPU"]),
     ],
 )
-def test_what_cuda_lacks_is_named(load: cuda.Load, version: str, said: list[str]) -> None:
-    found = cuda.obstacles(version, load)
+def test_problems_of_cuda_are_named(load: cuda.Load, version: str, said: list[str]) -> None:
+    found = cuda.diagnose(version, load)
     assert len(found) == len(said)
-    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+    assert all(part in problem for part, problem in zip(said, found, strict=True))
 
 
-def test_cuda_without_its_package_says_what_to_install() -> None:
+def test_cuda_without_its_package_names_what_to_install() -> None:
     if has(CUDA):
         pytest.skip("the installed onnxruntime has CUDA")
     with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .*pip install 'florence-onnx\[gpu\]'"):
@@ -306,8 +308,8 @@ def test_cuda_without_its_package_says_what_to_install() -> None:
 @pytest.mark.parametrize(
     "asked", [{"device": "cuda"}, {"device": "tensorrt"}, {"providers": [CUDA, "CPUExecutionProvider"]}]
 )
-def test_cuda_without_a_card_is_an_error_that_says_what_is_missing(asked: dict[str, Any]) -> None:
-    if not cuda.obstacles(""):
-        pytest.skip("this machine has a card, or the libraries of one")
-    with pytest.raises(ProviderError, match=r"(no NVIDIA driver|driver does not start|sees no card|not found)"):
+def test_cuda_without_a_gpu_is_an_error_that_names_what_is_missing(asked: dict[str, Any]) -> None:
+    if not cuda.diagnose(""):
+        pytest.skip("this machine has a GPU, or its libraries")
+    with pytest.raises(ProviderError, match=r"(no NVIDIA driver|driver does not start|sees no GPU|not found)"):
         Florence2.from_pretrained("demo", **asked)

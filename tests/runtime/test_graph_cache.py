@@ -1,4 +1,4 @@
-"""The cache of optimised graphs: same answers, never stale, and whatever is wrong with it is made good and logged."""
+"""The cache of optimised graphs: same answers, never stale, and problems with it are repaired and logged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRAPH = DEMO / bundle.TEXT_ENCODER
 
 
 def entries(folder: Path) -> list[str]:
-    """Names of all that lies in the cache, half-written things included."""
+    """Names of everything in the cache folder, unfinished entries included."""
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -33,7 +33,7 @@ def load(folder: Path | None, path: Path = GRAPH, **arguments: Any) -> engine.On
 
 
 def run(loaded: engine.OnnxEngine) -> Sequence[np.ndarray[Any, Any]]:
-    """Outputs for fixed inputs."""
+    """Outputs of the text encoder for fixed inputs."""
     sizes = bundle.read(DEMO).sizes
     generator = np.random.default_rng(0)
     feeds = {
@@ -70,13 +70,15 @@ def test_an_entry_is_used_and_not_written_again(tmp_path: Path, caplog: pytest.L
         load(tmp_path)
     assert entries(tmp_path) == [name]
     assert (tmp_path / name / graph_cache.GRAPH).stat().st_mtime_ns == written
-    assert caplog.text.count("kept in") == 1
-    assert caplog.text.count(f"{bundle.TEXT_ENCODER} from") == 1
+    assert caplog.text.count("saved to") == 1
+    assert caplog.text.count(f"{bundle.TEXT_ENCODER} loaded from") == 1
 
 
 @pytest.mark.parametrize("file", [graph_cache.GRAPH, graph_cache.WEIGHTS, graph_cache.FACTS])
 @pytest.mark.parametrize("damage", ["missing", "shortened", "changed"])
-def test_a_damaged_entry_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str) -> None:
+def test_a_damaged_entry_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
     if (file, damage) == (graph_cache.WEIGHTS, "changed"):
         pytest.skip("as documented: gigabytes of weights are compared by size only")
     expected = run(load(tmp_path))
@@ -88,14 +90,12 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureF
         path.write_bytes(content[: len(content) // 2] if damage == "shortened" else b"\0" * len(content))
     for found, wanted in zip(run(load(tmp_path)), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
-    assert f"{bundle.TEXT_ENCODER} cannot be used and is made anew" in caplog.text
+    assert f"of {bundle.TEXT_ENCODER} is damaged and is written again" in caplog.text
     assert entries(tmp_path) == [name]
     assert path.stat().st_size == len(content)
 
 
-def test_another_bundle_option_version_or_processor_is_another_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_bundle_option_version_or_cpu_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Path(shutil.copytree(DEMO, tmp_path / "bundle"))
     graph = copy / bundle.TEXT_ENCODER
 
@@ -114,22 +114,24 @@ def test_another_bundle_option_version_or_processor_is_another_entry(
     assert len(same | set(others)) == 6
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_is_not_writable_is_logged_and_not_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     expected = run(load(None))
     np.testing.assert_array_equal(run(load(tmp_path / "file" / "below"))[0], expected[0])
-    assert f"{bundle.TEXT_ENCODER} cannot be kept" in caplog.text
+    assert f"{bundle.TEXT_ENCODER} cannot be cached" in caplog.text
 
 
-def test_a_full_disk_is_no_obstacle(
+def test_a_full_disk_is_logged_and_not_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(new: Path, entry: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(graph_cache, "_finish", full)
+    monkeypatch.setattr(graph_cache, "_commit", full)
     np.testing.assert_array_equal(run(load(tmp_path))[0], run(load(None))[0])
-    assert "cannot be kept: [Errno 28] No space left" in caplog.text
+    assert "cannot be cached: [Errno 28] No space left" in caplog.text
     assert entries(tmp_path) == []
 
 
@@ -140,7 +142,7 @@ def test_a_broken_graph_is_the_bundles_error(tmp_path: Path) -> None:
     assert entries(tmp_path / "kept") == []
 
 
-def test_many_may_make_the_same_entry_at_once(tmp_path: Path) -> None:
+def test_several_threads_may_write_one_entry_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(load, [tmp_path] * 4))
     assert len(entries(tmp_path)) == 1
@@ -148,7 +150,7 @@ def test_many_may_make_the_same_entry_at_once(tmp_path: Path) -> None:
     assert all(np.array_equal(run(each)[0], expected[0]) for each in loaded)
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(tmp_path)
     (first,) = entries(tmp_path)
     size = sum(path.stat().st_size for path in (tmp_path / first).iterdir())
@@ -156,7 +158,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     (second,) = set(entries(tmp_path)) - {first}
     for name, age in ((first, 100), (second, 200)):
         os.utime(tmp_path / name, (age, age))
-    load(tmp_path)  # the first is used again
+    load(tmp_path)  # uses the first entry again
     monkeypatch.setattr(graph_cache, "MAX_BYTES", 2 * size + 1000)
     load(tmp_path, session_options={"enable_mem_reuse": False})
     assert first in entries(tmp_path)
@@ -181,6 +183,6 @@ def test_the_folder_is_the_argument_else_the_environment_else_none(
         graph_cache.folder(3)  # type: ignore[arg-type]
 
 
-def test_two_who_write_the_optimised_graph_are_refused(tmp_path: Path) -> None:
+def test_two_options_that_save_the_optimised_graph_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exclude each other"):
         load(tmp_path, session_options={"optimized_model_filepath": str(tmp_path / "mine.onnx")})

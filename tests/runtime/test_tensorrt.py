@@ -1,4 +1,4 @@
-"""TensorRT engines: what they are built for and where they lie, and that TensorRT's parser takes every graph."""
+"""TensorRT engines: their targets and folders, building them, and that TensorRT's parser accepts every graph."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import pytest
 
 from florence_onnx import Florence2, InputError, ProviderError, loading
 from florence_onnx.bundles import bundle
+from florence_onnx.inference.decoder import FIRST_CAPACITY
 from florence_onnx.inference.decoder_call import TEXT_LENGTHS
-from florence_onnx.inference.resident_decoder import FIRST_CAPACITY
 from florence_onnx.runtime import cuda, engine, tensorrt
-from florence_onnx.runtime.cuda import Card
+from florence_onnx.runtime.cuda import Gpu
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.sessions import SINGLE_CUDA_GRAPH
 from florence_onnx.runtime.tensorrt import Target
@@ -29,34 +29,34 @@ from florence_onnx.runtime.tensorrt import Target
 pytest.importorskip("onnxruntime", reason="pip install 'florence-onnx[cpu]'")
 
 DEMO = bundle.read(bundle.DEMO_DIRECTORY)
-H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984)
 TARGET = Target(H100, "10.13.3", "1.31.1")
 RTX_BUNDLES = os.environ.get("FLORENCE_ONNX_TEST_ENGINES", str(bundle.DEMO_DIRECTORY)).split(os.pathsep)
-"""Bundles of which engines are built here, separated as in PATH."""
+"""Bundles of which engines are built in these tests, separated as in PATH."""
 
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Bundle:
-    """The demo bundle in a place that may be written to, and no other place for engines."""
+    """A copy of the demo bundle in a writable folder, with a temporary folder as the cache of engines."""
     monkeypatch.setenv(tensorrt.ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     return bundle.read(Path(shutil.copytree(bundle.DEMO_DIRECTORY, tmp_path / "bundle")))
 
 
 def pretend(graphs: Mapping[str, Path], options: Mapping[str, Mapping[str, str]]) -> None:
-    """Writes what ONNX Runtime's provider would."""
+    """Builds nothing, and writes the context models that ONNX Runtime's provider would."""
     for graph in graphs:
         Path(options[graph]["trt_ep_context_file_path"]).write_text(graph)
 
 
 def pretend_target(ort: Any, max_batch: int, provider_options: Mapping[str, object] | None = None) -> Target:
-    """What engines would be built for on a machine with that card."""
+    """The target on a machine with an H100."""
     return replace(TARGET, max_batch=max_batch, options=tensorrt.engine_options(provider_options))
 
 
-# -------------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------ targets and folders
 
 
-def test_a_folder_tells_what_its_engines_are_for() -> None:
+def test_a_folder_is_named_by_what_its_engines_are_for() -> None:
     name = TARGET.folder(DEMO)
     assert name.startswith("nvidia-h100-80gb-hbm3-sm90-trt10.13.3-ort1.31.1-fp16-b8-")
     assert len(name.rpartition("-")[2]) == 12
@@ -66,23 +66,23 @@ def test_a_folder_tells_what_its_engines_are_for() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        replace(TARGET, card=replace(H100, name="NVIDIA L4", compute_capability=(8, 9))),
-        replace(TARGET, card=replace(H100, compute_capability=(8, 7))),
+        replace(TARGET, gpu=replace(H100, name="NVIDIA L4", compute_capability=(8, 9))),
+        replace(TARGET, gpu=replace(H100, compute_capability=(8, 7))),
         replace(TARGET, tensorrt="10.13.2"),
         replace(TARGET, onnxruntime="1.31.2"),
         replace(TARGET, max_batch=16),
         replace(TARGET, options=(("trt_builder_optimization_level", "5"),)),
     ],
-    ids=["card", "capability", "tensorrt", "onnxruntime", "batch", "options"],
+    ids=["gpu", "capability", "tensorrt", "onnxruntime", "batch", "options"],
 )
-def test_whatever_changes_makes_another_folder(other: Target, copy: bundle.Bundle) -> None:
+def test_every_change_of_the_target_leads_to_another_folder(other: Target, copy: bundle.Bundle) -> None:
     assert other.folder(copy) != TARGET.folder(copy)
     tensorrt.build(copy, TARGET, pretend)
     assert tensorrt.find(copy, TARGET) is not None
     assert tensorrt.find(copy, other) is None
 
 
-def test_another_export_under_the_same_name_makes_another_folder(copy: bundle.Bundle) -> None:
+def test_another_export_to_the_same_bundle_leads_to_another_folder(copy: bundle.Bundle) -> None:
     tensorrt.build(copy, TARGET, pretend)
     path = copy.path / bundle.DESCRIPTION
     described = json.loads(path.read_text())
@@ -91,7 +91,7 @@ def test_another_export_under_the_same_name_makes_another_folder(copy: bundle.Bu
     assert tensorrt.find(copy, TARGET) is None
 
 
-def test_engines_for_more_prompts_serve_fewer(copy: bundle.Bundle) -> None:
+def test_engines_for_a_larger_batch_are_found(copy: bundle.Bundle) -> None:
     for batch in (4, 16):
         tensorrt.build(copy, replace(TARGET, max_batch=batch), pretend)
     for wanted, found in ((1, 16), (4, 16), (16, 16), (17, None)):
@@ -99,7 +99,7 @@ def test_engines_for_more_prompts_serve_fewer(copy: bundle.Bundle) -> None:
         assert (engines.max_batch if engines else None) == found
 
 
-def test_options_of_a_build_by_another_release_make_another_folder(
+def test_other_build_options_of_another_release_lead_to_another_folder(
     copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensorrt.build(copy, TARGET, pretend)
@@ -108,25 +108,25 @@ def test_options_of_a_build_by_another_release_make_another_folder(
     assert tensorrt.find(copy, TARGET) is None
 
 
-def test_options_that_only_say_how_to_run_need_no_other_engines() -> None:
+def test_options_that_do_not_change_what_is_built_need_no_other_engines() -> None:
     given = {"device_id": 1, "trt_context_memory_sharing_enable": 1, "trt_max_workspace_size": 1 << 30}
     assert tensorrt.engine_options(given) == (("trt_max_workspace_size", "1073741824"),)
 
 
-def test_the_card_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_id_chooses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    monkeypatch.setattr(cuda, "card", lambda index: replace(H100, name=f"card {index}"))
-    monkeypatch.setattr(cuda, "obstacles", lambda version: [])
-    monkeypatch.setattr(cuda, "tensorrt_obstacles", lambda ort: [])
-    assert tensorrt.target(onnxruntime, 1, {"device_id": "3"}).card.name == "card 3"
-    assert tensorrt.target(onnxruntime, 1).card.name == "card 0"
-    with pytest.raises(InputError, match="device_id must be the number of a card, got 'first'"):
+    monkeypatch.setattr(cuda, "find_gpu", lambda index: replace(H100, name=f"GPU {index}"))
+    monkeypatch.setattr(cuda, "diagnose", lambda version: [])
+    monkeypatch.setattr(cuda, "diagnose_tensorrt", lambda ort: [])
+    assert tensorrt.target(onnxruntime, 1, {"device_id": "3"}).gpu.name == "GPU 3"
+    assert tensorrt.target(onnxruntime, 1).gpu.name == "GPU 0"
+    with pytest.raises(InputError, match="device_id must be the number of a GPU, got 'first'"):
         tensorrt.target(onnxruntime, 1, {"device_id": "first"})
 
 
-def test_a_layout_without_engines_is_said_beside_engines_of_others(copy: bundle.Bundle, tmp_path: Path) -> None:
+def test_a_layout_without_engines_is_an_error_beside_engines_of_another(copy: bundle.Bundle, tmp_path: Path) -> None:
     (tmp_path / "cache" / TARGET.folder(copy)).mkdir(parents=True)
     with pytest.raises(ProviderError, match=r"layout of transformers\.js"):
         tensorrt.find(replace(copy, path=tmp_path / "elsewhere", layout="transformers.js"), TARGET)
@@ -135,7 +135,7 @@ def test_a_layout_without_engines_is_said_beside_engines_of_others(copy: bundle.
 # ------------------------------------------------------------------------------------------------------------ building
 
 
-def test_engines_appear_when_all_are_built(copy: bundle.Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_engines_are_found_when_all_are_built(copy: bundle.Bundle, caplog: pytest.LogCaptureFixture) -> None:
     engines = tensorrt.build(copy, TARGET, pretend)
     assert engines.folder.parent == copy.path / "engines"
     assert engines == tensorrt.find(copy, TARGET)
@@ -146,11 +146,11 @@ def test_engines_appear_when_all_are_built(copy: bundle.Bundle, caplog: pytest.L
     assert "engines built in" in caplog.text
 
 
-def test_engines_are_for_all_users_of_a_bundle(copy: bundle.Bundle) -> None:
+def test_engines_are_readable_by_all_users(copy: bundle.Bundle) -> None:
     assert tensorrt.build(copy, TARGET, pretend).folder.stat().st_mode & 0o777 == 0o755
 
 
-def test_engines_that_cannot_be_read_are_none(
+def test_engines_that_cannot_be_read_are_not_found(
     copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = tensorrt.build(copy, TARGET, pretend)
@@ -166,7 +166,7 @@ def test_engines_that_cannot_be_read_are_none(
     assert "cannot be read" in caplog.text
 
 
-def test_of_two_builds_at_once_the_slower_leaves_the_engines_of_the_faster(copy: bundle.Bundle) -> None:
+def test_the_slower_of_two_builds_keeps_the_engines_of_the_faster(copy: bundle.Bundle) -> None:
     made = []
 
     def build_as_the_faster_one_ends(graphs: Mapping[str, Path], options: Mapping[str, Mapping[str, str]]) -> None:
@@ -187,7 +187,7 @@ def test_engines_that_lack_a_file_are_replaced(copy: bundle.Bundle) -> None:
     assert tensorrt.find(copy, TARGET) == engines
 
 
-def test_a_build_that_fails_leaves_nothing(copy: bundle.Bundle) -> None:
+def test_a_failed_build_leaves_nothing(copy: bundle.Bundle) -> None:
     def fail(graphs: Mapping[str, Path], options: Mapping[str, Mapping[str, str]]) -> None:
         pretend({bundle.VISION_ENCODER: graphs[bundle.VISION_ENCODER]}, options)
         raise ProviderError("TensorRT refuses")
@@ -206,7 +206,7 @@ def test_a_graph_without_an_engine_is_an_error(copy: bundle.Bundle) -> None:
     assert tensorrt.find(copy, TARGET) is None
 
 
-def test_engines_go_to_the_cache_where_the_bundle_cannot_be_written_to(
+def test_engines_go_to_the_cache_where_the_bundle_is_not_writable(
     copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: copy.path not in Path(path).parents)
@@ -215,14 +215,16 @@ def test_engines_go_to_the_cache_where_the_bundle_cannot_be_written_to(
     assert tensorrt.find(copy, TARGET) == engines
 
 
-def test_no_place_at_all_is_said(copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_writable_folder_the_error_names_the_environment_variable(
+    copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ProviderError, match="FLORENCE_ONNX_ENGINE_CACHE"):
         tensorrt.build(copy, TARGET, pretend)
 
 
 @pytest.mark.parametrize("change", [{"precision": "int8"}, {"layout": "transformers.js"}])
-def test_bundles_without_engines(change: dict[str, Any]) -> None:
+def test_bundles_that_cannot_have_engines(change: dict[str, Any]) -> None:
     with pytest.raises(ProviderError, match="export it with --precision fp16"):
         tensorrt.graphs(replace(DEMO, **change))
 
@@ -243,7 +245,7 @@ def test_engines_are_opened_one_after_the_other_with_their_options(
     assert engines.max_batch == 4
     assert [name for name, _ in opened] == [bundle.VISION_ENCODER, bundle.TEXT_ENCODER, bundle.DECODER_TOP]
     assert {options["trt_builder_optimization_level"] for _, options in opened} == {5}
-    assert tensorrt.find(copy, replace(TARGET, max_batch=4)) is None, "these were built at another level"
+    assert tensorrt.find(copy, replace(TARGET, max_batch=4)) is None, "these were built at another optimization level"
 
 
 def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,20 +265,20 @@ def test_options_in_a_list_of_providers_reach_the_build(copy: bundle.Bundle, mon
     assert {options["device_id"] for options in opened} == {2}
 
 
-# ------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------------- shapes and options
 
 
-def test_shapes_cover_what_the_runtime_asks() -> None:
-    """Every padded length of prompts, every size of a cache that is likely, every number of images."""
+def test_profiles_cover_the_shapes_of_the_runtime() -> None:
+    """Every padded length of a prompt, every likely cache capacity, every number of images."""
     found = tensorrt.profiles(DEMO, 8)
     sizes = DEMO.sizes
-    room = sizes.max_positions - sizes.num_image_tokens
+    longest = sizes.max_positions - sizes.num_image_tokens
     for kinds in found.values():
         for name, least in kinds["min"].items():
             usual, most = kinds["opt"][name], kinds["max"][name]
             assert all(a <= b <= c for a, b, c in zip(least, usual, most, strict=True)), name
     text = [kind["input_ids"] for kind in found[bundle.TEXT_ENCODER].values()]
-    assert text == [(1, TEXT_LENGTHS[0]), (1, TEXT_LENGTHS[0]), (1, room)]
+    assert text == [(1, TEXT_LENGTHS[0]), (1, TEXT_LENGTHS[0]), (1, longest)]
     decoder = found[bundle.DECODER_TOP]
     assert decoder["min"]["visible"] == (1, 1, FIRST_CAPACITY)
     assert decoder["max"]["visible"] == (8, tensorrt.MAX_TOKENS, 4096)
@@ -284,7 +286,7 @@ def test_shapes_cover_what_the_runtime_asks() -> None:
     assert found[bundle.VISION_ENCODER]["max"]["pixel_values"] == (8, 3, 128, 128)
 
 
-def test_every_input_of_every_graph_has_shapes() -> None:
+def test_profiles_have_every_input_of_every_graph() -> None:
     model = Florence2.from_pretrained("demo", device="cpu", max_batch=1)
     text = model._text_model
     engines = (model._vision_encoder, text._text_encoder, text._decoder)  # type: ignore[attr-defined]
@@ -297,7 +299,9 @@ def test_options_of_a_build(tmp_path: Path) -> None:
     assert options["trt_fp16_enable"] == "1"
     assert options["trt_profile_max_shapes"] == "input_ids:1x959,attention_mask:1x959,image_features:1x65x128"
     assert options["trt_ep_context_file_path"] == str(tmp_path / "text_encoder_ctx.onnx")
-    assert "trt_engine_cache_path" not in options, "the provider wants none that is absolute beside a context model"
+    assert "trt_engine_cache_path" not in options, (
+        "the provider does not accept an absolute path beside a context model"
+    )
     assert (
         tensorrt.build_options(replace(DEMO, precision="fp32"), bundle.TEXT_ENCODER, tmp_path, 8)["trt_fp16_enable"]
         == "0"
@@ -317,7 +321,7 @@ def test_the_installed_provider_knows_the_options(tmp_path: Path) -> None:
 
 
 def test_the_installed_provider_of_tensorrt_knows_no_graph_ids() -> None:
-    """Why it may not capture CUDA graphs. When this fails, ONNX Runtime has learnt it, and `SINGLE_CUDA_GRAPH` can go to `CUDA_GRAPHS`."""
+    """Why it may not capture CUDA graphs. When this fails, ONNX Runtime reads the ids: move `SINGLE_CUDA_GRAPH` to `CUDA_GRAPHS`."""
     import onnxruntime
 
     folder = Path(onnxruntime.__file__).parent / "capi"
@@ -327,7 +331,7 @@ def test_the_installed_provider_of_tensorrt_knows_no_graph_ids() -> None:
         if not provider.is_file():
             pytest.skip("the installed onnxruntime has no TensorRT provider: pip install '.[gpu]' instead")
         contents[name] = provider.read_bytes()
-    # eight bytes: compilers put short strings into the code, in pieces of that size
+    # only eight bytes: compilers inline short strings in pieces of that size
     assert {name: b"gpu_grap" in content for name, content in contents.items()} == {"cuda": True, "tensorrt": False}
 
 
@@ -353,11 +357,11 @@ def test_sessions_of_tensorrt_are_opened_without_cuda_graphs(monkeypatch: pytest
 
     def open_session(ort: Any, path: Path, chosen: Any, overrides: Any, kept: Any) -> Any:
         opened.extend(chosen)
-        raise ProviderError("no card")
+        raise ProviderError("no GPU")
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
     monkeypatch.setattr(engine, "open_session", open_session)
-    with pytest.raises(ProviderError, match="no card"):
+    with pytest.raises(ProviderError, match="no GPU"):
         engine.OnnxEngine(DEMO.graph(bundle.TEXT_ENCODER), LoadOptions("tensorrt"), cuda_graphs=True)
     assert opened == [("TensorrtExecutionProvider", {})]
 
@@ -366,13 +370,13 @@ def test_sessions_of_tensorrt_are_opened_without_cuda_graphs(monkeypatch: pytest
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine with TensorRT, as far as can be seen without a session; what was loaded."""
-    loaded: list[str] = []
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices that `auto` tries on a machine whose onnxruntime has TensorRT and CUDA, and where neither starts."""
+    devices: list[str] = []
 
     def load(read: bundle.Bundle, options: LoadOptions) -> Any:
-        loaded.append(options.device)
-        raise ProviderError("no card") if len(loaded) < 3 and options.device != "cpu" else StopIteration
+        devices.append(options.device)
+        raise ProviderError("no GPU") if len(devices) < 3 and options.device != "cpu" else StopIteration
 
     import onnxruntime
 
@@ -380,49 +384,49 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(tensorrt, "target", pretend_target)
     monkeypatch.setattr(loading, "_load", load)
-    return loaded
+    return devices
 
 
-def test_auto_takes_engines_first_where_there_are_some(
-    copy: bundle.Bundle, card: list[str], caplog: pytest.LogCaptureFixture
+def test_auto_tries_tensorrt_first_where_there_are_engines(
+    copy: bundle.Bundle, tried: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     tensorrt.build(copy, TARGET, pretend)
     with pytest.raises(StopIteration):
         Florence2.from_bundle(copy)
-    assert card == ["tensorrt", "cuda", "cpu"]
-    assert "device auto: tensorrt is installed but cannot run: no card" in caplog.text
+    assert tried == ["tensorrt", "cuda", "cpu"]
+    assert "device auto: tensorrt is installed but cannot run: no GPU" in caplog.text
 
 
-def test_through_the_host_there_is_no_tensorrt(copy: bundle.Bundle, card: list[str]) -> None:
+def test_auto_does_not_try_tensorrt_through_the_host(copy: bundle.Bundle, tried: list[str]) -> None:
     tensorrt.build(copy, TARGET, pretend)
     with pytest.raises(StopIteration):
         Florence2.from_bundle(copy, LoadOptions(max_batch=0))
-    assert card == ["cuda", "cpu"]
+    assert tried == ["cuda", "cpu"]
 
 
 def test_tensorrt_through_the_host_is_refused(copy: bundle.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    with pytest.raises(InputError, match='take "cuda"'):
+    with pytest.raises(InputError, match='use device="cuda"'):
         Florence2.from_bundle(copy, LoadOptions(device="tensorrt", max_batch=0))
 
 
-def test_auto_builds_none(copy: bundle.Bundle, card: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_does_not_build_engines(copy: bundle.Bundle, tried: list[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(StopIteration):
         Florence2.from_bundle(copy)
-    assert card == ["cuda", "cpu"]
-    assert "no TensorRT engines for this card; build them with: florence-onnx build-engines" in caplog.text
+    assert tried == ["cuda", "cpu"]
+    assert "no TensorRT engines for this GPU; build them with: florence-onnx build-engines" in caplog.text
 
 
-# ------------------------------------------------------------------------------------- the parser and builder, no card
+# ----------------------------------------------------------------------------- the parser and builder, without a GPU
 
 
 @pytest.fixture(scope="module")
 def engines() -> dict[str, dict[str, Any]]:
-    """By bundle and graph: what TensorRT for RTX made of it, in processes of their own."""
+    """Facts about the engines that TensorRT for RTX built, in a process for each bundle, by bundle and graph."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("TensorRT's parser and builder, which need no card: pip install tensorrt-rtx")
+        pytest.skip("TensorRT's parser and builder, which need no GPU: pip install tensorrt-rtx")
     found = {}
     for folder in RTX_BUNDLES:
         command = [sys.executable, "-m", "tests.cuda.rtx_engines", folder]

@@ -424,7 +424,7 @@ def test_terminating_under_load_loses_nothing() -> None:
         assert client.get(f"{running.url}/ready").status_code == 503
         assert [client.get(each["response_url"]).json() for each in submitted] == [CAPTION] * 5
         assert running.process.wait(20) == 0
-        assert "finishing what was accepted" in running.stderr
+        assert "finishing accepted requests" in running.stderr
         assert "Traceback" not in running.stderr
 
 
@@ -485,9 +485,9 @@ def test_health_metrics_and_logs(client: Any, server: LiveServer) -> None:
     ("arguments_given", "message"),
     [
         (["--images", "jpeg"], "--images must be one of url, data, none"),
-        (["--api-key", " "], "the API key is blank"),
+        (["--api-key", " "], "the API key is blank; omit it"),
         (["--certificate", "x.pem"], "both a certificate and its private key"),
-        (["--public-url", "example.com"], "must begin with http"),
+        (["--public-url", "example.com"], "must start with http"),
         (["--log-format", "xml"], "must be one of json, text"),
         (["--allow-host", "http://x"], "http://x"),
     ],

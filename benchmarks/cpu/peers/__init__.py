@@ -1,4 +1,4 @@
-"""The runtimes that are compared, one module each, behind `protocol.Runner`."""
+"""The runtimes that are compared, one module each, behind the interface `protocol.Runner`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from benchmarks.cpu.jobs import Peer
 
 REFERENCE = "transformers-fp32"
-"""Whose tokens the exact peers must give."""
+"""The peer whose tokens the exact peers must reproduce."""
 
 RIVALS: tuple[Peer, ...] = (
     Peer(REFERENCE, "transformers, fp32", "pytorch", "checkpoint", "fp32", {"dtype": "float32"}, is_exact=True),
@@ -49,7 +49,7 @@ RIVALS: tuple[Peer, ...] = (
 
 
 def ours(precisions: Iterable[str]) -> list[Peer]:
-    """This runtime on the CPU provider, one peer per precision of its bundle."""
+    """Returns this runtime on the CPU provider, as one peer per precision of its bundle."""
     return [
         Peer(f"ours-{name}", f"ours, {name}", "ours", f"bundle:{name}", name, is_exact=name == "fp32")
         for name in precisions

@@ -1,8 +1,8 @@
-"""Our fp32 graphs in OpenVINO's own Python API, driven by our loop.
+"""Our fp32 graphs in OpenVINO's own Python API, with our generation loop.
 
-This is the strongest OpenVINO baseline there is: optimum-intel cannot export Florence-2, and our graphs compute the cross-attention
-keys and values once per prompt and fold the beams, which a plain export does not. The four-graph layout is no alternative: OpenVINO's CPU
-plugin refuses its merged decoder ("doesn't support If operation with dynamic rank").
+We know no faster OpenVINO baseline. optimum-intel cannot export Florence-2; our graphs compute the cross KV once per
+prompt and share it among the beams, which a plain export does not. The layout of transformers.js cannot be used:
+OpenVINO's CPU plugin rejects its merged decoder ("doesn't support If operation with dynamic rank").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from florence_onnx.bundles import bundle
 Array = npt.NDArray[Any]
 
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
-"""OpenVINO's names and ours."""
+"""OpenVINO's names of precisions to ours."""
 
 
 class OpenVinoEngine:
@@ -42,7 +42,7 @@ class OpenVinoEngine:
 
     @property
     def precision(self) -> str:
-        """In which the device really computes: a hint that it cannot follow is ignored without a word."""
+        """The precision in which the device computes. OpenVINO silently ignores an unsupported hint."""
         return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -56,7 +56,7 @@ class OpenVinoEngine:
 
 
 class OpenVinoBinding:
-    """Tensors over the caller's buffers; an output may lie where an input lies."""
+    """Tensors over the caller's buffers; an output may share the buffer of an input."""
 
     def __init__(self, engine: OpenVinoEngine, openvino: Any, request: Any) -> None:
         self._engine = engine
@@ -75,7 +75,7 @@ class OpenVinoBinding:
 
 
 class OpenVinoRunner(OnnxRunner):
-    """Our runtime with its engines exchanged."""
+    """Our runtime with OpenVINO's engines."""
 
     def _load(self) -> Florence2:
         properties = {

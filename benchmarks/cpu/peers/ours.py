@@ -1,4 +1,4 @@
-"""This runtime, on a bundle or on the plain four-graph layout of transformers.js."""
+"""This runtime, on a bundle or on the layout of transformers.js."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Features = npt.NDArray[np.float32]
 
 
 class OnnxRunner:
-    """`Florence2`; the stages are taken apart only to be timed."""
+    """Runs `Florence2` stage by stage."""
 
     keeps_features = True
 

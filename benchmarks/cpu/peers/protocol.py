@@ -1,4 +1,4 @@
-"""What a runtime must do to be compared."""
+"""The interface of a runtime that is compared."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from benchmarks.cpu.jobs import Job, Prompt
 
 
 class UnavailableError(Exception):
-    """The peer cannot run here, or it would make no sense; the message says why."""
+    """The peer cannot run here, or its times would be meaningless; the message says why."""
 
 
 class Runner(Protocol):
-    """A runtime in the process that was started for it. Its constructor only takes the `Job`."""
+    """A runtime, in a process of its own. The constructor only stores the `Job`."""
 
     keeps_features: bool
-    """Whether a second task can be asked without running the vision encoder again."""
+    """Whether a second task can be run without running the vision encoder again."""
 
     def load(self) -> None:
         """Imports the runtime and loads the model.
@@ -26,22 +26,22 @@ class Runner(Protocol):
         """
 
     def preprocess(self, image: str) -> Any:
-        """Pixel values of an image file."""
+        """Returns the pixel values of an image file."""
 
     def vision(self, pixel_values: Any) -> Any:
-        """Image features."""
+        """Returns the image features."""
 
     def encode_text(self, features: Any, prompt: Prompt) -> None:
-        """Runs the text encoder and forgets what it gave."""
+        """Runs the text encoder and discards its output."""
 
     def answer(self, features: Any, prompt: Prompt, num_beams: int, num_tokens: int) -> list[int]:
-        """The generated ids after the decoder start token, exactly `num_tokens` of them."""
+        """Returns the generated token ids after the decoder start token, exactly `num_tokens` of them."""
 
     def describe(self) -> dict[str, Any]:
-        """`versions` by library, `notes` (what a reader should know), `precision` if it is not what was asked for."""
+        """Returns `versions` by library, `notes` for the report, and `precision` if it is not the requested one."""
 
 
 class Factory(Protocol):
-    """The one name that a module of this package must have: `create`."""
+    """The signature of `create`, which every module of this package must have."""
 
     def __call__(self, job: Job) -> Runner: ...

@@ -1,7 +1,7 @@
 """transformers on PyTorch: fp32, bf16, and fp32 with a static cache and `torch.compile`.
 
-`generate` gets the encoder's output, so that a second task need not run the vision encoder again; transformers documents no way to do
-so. It computes what `generate(pixel_values=…)` computes.
+`generate` is given the encoder's output, so that a second task need not run the vision encoder again. transformers does
+not document this; it computes the same as `generate(pixel_values=…)`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from benchmarks.cpu.jobs import Job, Prompt
 from benchmarks.cpu.peers.protocol import UnavailableError
 
 MIN_BF16_SHARE = 0.2
-"""Of the fp32 rate: a CPU below it has no bf16 arithmetic, and emulates it."""
+"""Share of the fp32 rate below which bf16 counts as emulated."""
 
 
 class PyTorchRunner:
-    """`Florence2ForConditionalGeneration`."""
+    """Runs `Florence2ForConditionalGeneration` stage by stage."""
 
     keeps_features = True
 
@@ -49,7 +49,7 @@ class PyTorchRunner:
             self._compile()
 
     def _check(self) -> None:
-        """Refuses what would take minutes an answer because the CPU lacks the arithmetic, or a compiler."""
+        """Checks that there is a compiler, and that the CPU has the arithmetic and does not emulate it."""
         if self._is_compiled and shutil.which("g++") is None and shutil.which("clang++") is None:
             raise UnavailableError("torch.compile needs a C++ compiler, and there is none")
         if self._dtype is not self._torch.bfloat16:
@@ -62,17 +62,17 @@ class PyTorchRunner:
             return
         costs = Costs.read(Path(self._job.checkpoint))
         seconds = costs.answer_flops(self._job.workload.num_tokens) / rate
-        found = f"no bf16 arithmetic on this CPU (measured {rate / 1e9:.2g} GFLOP/s, estimated {seconds:.0f} s an answer or more)"
+        found = f"no bf16 arithmetic on this CPU (measured {rate / 1e9:.2g} GFLOP/s, estimated {seconds:.0f} s or more per answer)"
         if seconds > self._job.budget:
-            raise UnavailableError(f"skipped: {found}; --all runs it nevertheless")
+            raise UnavailableError(f"skipped: {found}; --all runs it anyway")
         self._notes.append(found)
 
     def _compile(self) -> None:
-        """Compiles what runs often; `generate` by itself compiles on CUDA only."""
-        # beyond its limit of variants (lengths of caches, numbers of beams) PyTorch would silently stop compiling
+        """Compiles the encoders and the decoder; `generate` itself compiles on CUDA only."""
+        # Every cache length and number of beams is a variant. Beyond this limit PyTorch silently runs uncompiled code.
         self._torch._dynamo.config.recompile_limit = 64
         model = self._model.model
-        # static shapes: what the cache is made for, and the same after one warm-up; dynamic ones go on recompiling
+        # Static shapes are all compiled after one warm-up; dynamic ones would go on recompiling.
         for part in (model.vision_tower, model.language_model.encoder, model.language_model.decoder):
             part.compile(dynamic=False)
 
@@ -85,7 +85,7 @@ class PyTorchRunner:
         return pixels.to(self._dtype)
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        """Refuses a smaller image than everybody else gets: CLIP's processor crops to 224 unless the checkpoint forbids it."""
+        """Checks the image's size: CLIP's processor crops to 224 pixels unless the checkpoint forbids it."""
         expected = Costs.read(Path(self._job.checkpoint)).image_size
         if size != expected:
             raise UnavailableError(

@@ -1,8 +1,8 @@
-// transformers.js in Node on our four-graph export: `node transformers_js.mjs JOB FOLDER` prints the line that child.py describes.
+// transformers.js in Node on our four-graph export: `node transformers_js.mjs JOB FOLDER` prints the line that worker.py describes.
 //
-// FOLDER is where `npm install @huggingface/transformers` ran. Greedy only: transformers.js takes num_beams and ignores it. Its generate()
-// has no way to keep image features, so a second task runs the vision encoder again. To time the stages of an answer apart, generate() is
-// handed features that were computed just before, in place of its own call of the vision encoder.
+// FOLDER is where `npm install @huggingface/transformers` ran. Greedy only: transformers.js accepts num_beams and ignores it. Its
+// generate() cannot take image features, so a second task runs the vision encoder again. To time the stages of an answer separately,
+// encode_image() is replaced by a function that returns features computed just before.
 import fs from 'node:fs';
 import path from 'node:path';
 import { createRequire } from 'node:module';
@@ -93,5 +93,5 @@ console.log(JSON.stringify({
         'transformers.js': version('@huggingface/transformers'),
         'onnxruntime-node': version('onnxruntime-node'),
     },
-    notes: ['no beam search: num_beams is ignored', 'resizes with sharp: its pixels are not quite those of the others, so its tokens are compared on an image resized before'],
+    notes: ['no beam search: num_beams is ignored', 'resizes with sharp, whose pixels differ slightly: its tokens are compared on an image that was resized beforehand'],
 }));

@@ -1,7 +1,8 @@
-"""The process of one peer: `python -m benchmarks.cpu.child JOB` prints one line of JSON.
+"""The process of one peer: `python -m benchmarks.cpu.worker JOB` prints one line of JSON.
 
-The line has `stages` (seconds, a list each), `tokens` by search, `load_s`, `cold_start_s` (from the start of the process to the first
-answer), `peak_rss_bytes`, `versions`, `notes`, and `precision` where it is not what was asked for; or `absent` with the reason.
+The line has `stages` (seconds, a list each), `tokens` by search, `load_s`, `cold_start_s` (from the start of the
+process to the first answer), `peak_rss_bytes`, `versions`, `notes`, and `precision` where it is not what was asked for;
+or `absent` with the reason.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ R = TypeVar("R")
 
 
 class Clock:
-    """Collects seconds by stage."""
+    """Collects the seconds of each stage."""
 
     def __init__(self) -> None:
         self.stages: dict[str, list[float]] = defaultdict(list)
 
     def time(self, stage: str, function: Callable[..., R], *arguments: Any) -> R:
-        """Calls a function and notes how long it took."""
+        """Calls a function, and records the seconds that it took."""
         start = time.perf_counter()
         result = function(*arguments)
         self.stages[stage].append(time.perf_counter() - start)
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Loads the peer, answers once from cold, and times what follows."""
+    """Loads the peer, answers once for the cold start, warms up, and times the stages."""
     runner: Runner = importlib.import_module(f"benchmarks.cpu.peers.{job.peer.module}").create(job)
     runner.load()
     loaded = time.time() - job.started
@@ -62,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _warm_up(runner: Runner, workload: Workload) -> None:
-    """Everything that is timed, once; a long greedy answer was the first."""
+    """Runs once everything that is timed, except the greedy answer, which the cold start has run."""
     _, features = _ask(runner, workload, Clock(), "beams")
     for num_beams in (1, workload.num_beams):
         runner.answer(features, workload.first, num_beams, NUM_FIRST_TOKENS)
@@ -87,7 +88,7 @@ def _beams(workload: Workload, search: str) -> int:
 
 
 def _ask(runner: Runner, workload: Workload, clock: Clock, search: str) -> tuple[list[int], Any]:
-    """From the file to the tokens, with the stages on the way; also returns the features."""
+    """Times an answer from the image file to the tokens, stage by stage; returns the tokens and the image features."""
     start = time.perf_counter()
     pixel_values = clock.time("preprocess", runner.preprocess, workload.image)
     features = clock.time("vision", runner.vision, pixel_values)
@@ -104,9 +105,10 @@ def _second_task(runner: Runner, workload: Workload, features: Any) -> None:
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process, in bytes.
+    """Returns the peak resident memory of this process in bytes.
 
-    Linux counts it anew for every program that is started; `ru_maxrss` would inherit the size of the parent.
+    On Linux from `VmHWM`, which starts anew with every exec; `ru_maxrss` also counts what the parent process held at
+    the fork.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,4 +1,4 @@
-"""The card and the software on it, its memory while something runs, what it can do, and the floor that follows."""
+"""The GPU: description of it and its software, peak memory, measured rates, and the floor that follows from them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ FACTS = (
     "compute_cap",
 )
 COPY_BYTES = 4 * 2**30
-"""Of the copy on a card; far more than its L2 holds."""
+"""Bytes of the array whose copy is timed; much more than the GPU's L2 cache."""
 GEMM_SIZE = 8192
+"""Rows, columns and depth of the products that are timed."""
 PROMPT_TOKENS = 12
-"""About what a task's prompt has."""
+"""Typical number of tokens of a task's prompt."""
 
 
 def describe() -> dict[str, Any]:
-    """What nvidia-smi, the packages and the libraries say; no session is created."""
+    """Describes machine, GPU, packages and libraries, without creating a session."""
     import onnxruntime
 
     return {
         "machine": machine.describe(),
-        "card": _nvidia_smi(FACTS),
+        "gpu": _nvidia_smi(FACTS),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "onnxruntime": [onnxruntime.__version__, getattr(onnxruntime, "cuda_version", "")],
@@ -69,7 +70,7 @@ def _nvidia_smi(fields: tuple[str, ...]) -> dict[str, str]:
 
 
 def find_tensorrt() -> str:
-    """The file name of TensorRT 10, which ONNX Runtime's provider needs, or nothing."""
+    """Returns the file name of TensorRT 10, which ONNX Runtime's provider needs; empty if it cannot be loaded."""
     name = "libnvinfer.so.10"
     try:
         ctypes.CDLL(name)
@@ -79,12 +80,12 @@ def find_tensorrt() -> str:
 
 
 def library_folders() -> list[str]:
-    """Where NVIDIA's wheels put CUDA and cuDNN, relative to the folder of packages."""
+    """Returns the folders of CUDA and cuDNN in NVIDIA's wheels, relative to the folder of packages."""
     return [str(Path(*path.parts[-3:])) for path in _library_paths()]
 
 
 def library_path() -> str:
-    """The same folders, for LD_LIBRARY_PATH."""
+    """Returns these folders as a value of LD_LIBRARY_PATH."""
     return ":".join(map(str, _library_paths()))
 
 
@@ -97,14 +98,14 @@ def _library_paths() -> list[Path]:
 
 
 class Memory:
-    """The most memory that the card had in use while this block ran, over what it had before.
+    """Measures the peak device memory during a block, minus the memory in use before it.
 
-    The driver is asked every few milliseconds: the CUDA context, libraries and every allocator are in the figure, and so is
-    whatever else runs on the card meanwhile.
+    The driver is polled every few milliseconds. The figure includes the CUDA context, libraries and every allocator,
+    and other processes on the same GPU.
     """
 
     INTERVAL = 0.005
-    """Seconds between two questions."""
+    """Seconds between two polls."""
 
     def __init__(self) -> None:
         self._read = _memory_reader()
@@ -131,7 +132,7 @@ class Memory:
             self._thread.join()
 
     def peak(self) -> dict[str, Any]:
-        """`peak_mb` so far, in 10**6 bytes, or the reason why it is not known."""
+        """Returns `peak_mb` so far, in 10**6 bytes, or the reason why it is `unknown`."""
         if self._read is None:
             return {"unknown": "no NVIDIA driver"}
         return {"peak_mb": (self._most - self._before) / 1e6, "before_mb": self._before / 1e6}
@@ -147,7 +148,7 @@ class _NvmlMemory(ctypes.Structure):
 
 
 def _memory_reader() -> Any:
-    """A function that returns the bytes in use on card 0; None without a driver."""
+    """Returns a function that reads the bytes in use on GPU 0; None without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -169,16 +170,16 @@ def _memory_reader() -> Any:
 def measure_rates(
     device: str, effort: Effort, *, copy_bytes: int = COPY_BYTES, size: int = GEMM_SIZE
 ) -> dict[str, Any]:
-    """What the device can do: `copy` in bytes a second, read and written, and products in fp16, bf16 and fp32 in operations.
+    """Measures `copy` in bytes per second (read plus written), and products in three dtypes in operations per second.
 
     Args:
-        device: `cpu`, or any other for the card.
-        effort: Of each measurement.
-        copy_bytes: Of the array that is copied.
+        device: `cpu`; anything else is the GPU.
+        effort: Warm-ups and repeats of each measurement.
+        copy_bytes: Bytes of the array that is copied.
         size: Rows, columns and depth of the products.
 
     Raises:
-        ImportError: There is no torch.
+        ImportError: torch is not installed.
     """
     import torch
 
@@ -205,7 +206,7 @@ def measure_rates(
 
 
 def costs(model: Costs, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
-    """Operations and bytes of the stages of one request in fp16."""
+    """Returns operations and bytes of the stages of one request in fp16."""
     past = 16
     steps = {
         name: model.step_bytes("fp16", prompt_tokens=prompt_tokens, past=past, num_beams=beams) or 0.0
@@ -220,13 +221,13 @@ def costs(model: Costs, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
 
 
 def floor_ms(needed: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, float]:
-    """The times that no version beats, in milliseconds.
+    """Returns lower bounds on the times of the stages, in milliseconds.
 
     Args:
         needed: What `costs` returned.
         rates: What `measure_rates` returned.
     """
     found = {stage: needed[f"{stage}_gflop"] * 1e9 / rates["float16"] for stage in ("vision", "text_encoder")}
-    # a copy reads as much as it writes, and a step only reads: the rate of both together is what the memory gives
+    # The copy rate counts bytes read and written; a decode step only reads, at the same total rate of the memory.
     found |= {name: megabytes * 1e6 / rates["copy"] for name, megabytes in needed["step_mb"].items()}
     return {name: round(seconds * 1e3, 4) for name, seconds in found.items()}

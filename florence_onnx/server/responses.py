@@ -1,4 +1,4 @@
-"""Reading requests and writing responses: JSON in, JSON out."""
+"""Parses requests and builds responses, for all routes: JSON in, JSON out."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.server.context import ServerContext
 
 LARGE = 1 << 18
-"""Bytes of JSON beyond which a thread reads it, so that other requests do not wait."""
+"""Bytes of JSON above which a thread parses it, so that the event loop is not blocked."""
 TIMEOUT_HEADER = "X-Fal-Request-Timeout"
+"""Request header with the start timeout in seconds."""
 EXTRA_HEADER = "X-Florence-Extra"
-"""Asks for what fal's JSON has no place for."""
+"""Request header: `1` asks for the field `extra`, see `florence_onnx.fal.service.make_extra`."""
 
 
 def get_context(request: Request) -> ServerContext:
-    """The server's shared state."""
+    """Returns the state that all routes share."""
     context: ServerContext = request.app.state.context
     return context
 
 
 def base_url(request: Request) -> str:
-    """How the client reaches us, without a slash at the end."""
+    """Returns the URL of this server as the client sees it, without a trailing slash."""
     public = get_context(request).settings.public_url
     return (public or str(request.base_url)).rstrip("/")
 
 
 async def read_json(request: Request) -> Any:
-    """The body, decoded.
+    """Parses the body of a request.
 
     Raises:
-        RequestError: 422, it is no JSON.
+        RequestError: 422, the body is not JSON.
     """
     content = await request.body()
     try:
@@ -45,14 +46,14 @@ async def read_json(request: Request) -> Any:
             return await asyncio.to_thread(json.loads, content)
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise problems.invalid([field_error([], f"The body is no JSON: {error}", "json_invalid")]) from None
+        raise problems.invalid([field_error([], f"The body is not JSON: {error}", "json_invalid")]) from None
 
 
 def read_start_timeout(request: Request) -> float | None:
-    """The caller's limit for waiting, in seconds.
+    """Returns the start timeout of a request in seconds, None if it has none.
 
     Raises:
-        RequestError: 400, it is no positive number.
+        RequestError: 400, the header is not a positive number.
     """
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
@@ -67,18 +68,19 @@ def read_start_timeout(request: Request) -> float | None:
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response; letters of all scripts stay as they are."""
+    """Builds a JSON response in UTF-8; non-ASCII characters are not escaped."""
+    # backslashreplace turns a lone surrogate, which UTF-8 cannot encode, into a JSON escape
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
     return Response(content, status, headers, "application/json")
 
 
 def problem_response(problem: RequestError) -> Response:
-    """A request that ended without an answer."""
+    """Builds the response of an error."""
     return json_response(problem.body, problem.status, dict(problem.headers))
 
 
-def answer_response(request: Request, job: Job) -> Response:
-    """The answer of an ended job, or its problem."""
+def job_response(request: Request, job: Job) -> Response:
+    """Builds the response of a job that has ended: its result or its error, and the seconds of its stages."""
     request.state.stages = {stage: round(seconds * 1000, 1) for stage, seconds in job.seconds.items()}
     timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in job.seconds.items())
     headers = {"x-fal-request-id": job.id, "Server-Timing": timing} if timing else {"x-fal-request-id": job.id}
@@ -90,26 +92,26 @@ def answer_response(request: Request, job: Job) -> Response:
 
 
 async def wait(request: Request, job: Job) -> bool:
-    """Waits for a job; a client that hangs up takes it back.
+    """Waits for a job to end; cancels it if the client disconnects.
 
     Returns:
-        Whether the client is still there.
+        Whether the client is still connected.
     """
     ended = job.ended()
-    hung_up = asyncio.ensure_future(_wait_for_hang_up(request))
-    first: set[asyncio.Future[Any]] = {ended, hung_up}
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    first: set[asyncio.Future[Any]] = {ended, disconnected}
     try:
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        is_there = ended.done()
-        hung_up.cancel()
+        is_connected = ended.done()
+        disconnected.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await hung_up
-        if not is_there:
+            await disconnected
+        if not is_connected:
             get_context(request).service.cancel(job)
-    return is_there
+    return is_connected
 
 
-async def _wait_for_hang_up(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Running a peer in a process of its own."""
+"""Running each peer in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ _PEERS = Path(__file__).parent / "peers"
 
 
 class FailedError(Exception):
-    """A process gave no result; the message says why."""
+    """A process returned no result; the message says why."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """How processes are started."""
+    """Starts the processes of the peers."""
 
     threads: int
     timeout: float
-    """Seconds until a process is given up."""
+    """Seconds after which a process is killed."""
     work: Path
-    """For compilers' caches."""
+    """Folder for the caches of compilers."""
     node: Path
-    """Where transformers.js was installed with npm."""
+    """Folder in which npm installed transformers.js."""
     interpreters: Mapping[str, str] = field(default_factory=dict)
-    """Python of peers that live in another environment."""
+    """Python interpreters, by peer, of peers in another environment."""
 
     def run(self, job: Job) -> dict[str, Any]:
-        """One run of one peer.
+        """Runs one peer once.
 
         Returns:
-            What `child.py` describes.
+            The result, see `worker.py`.
 
         Raises:
-            FailedError: It crashed, took too long, or printed no result.
+            FailedError: The process crashed, took too long, or printed no result.
         """
         command = self._command(job)
         job = replace(job, started=time.time())
@@ -55,7 +55,7 @@ class Launcher:
 
     def _command(self, job: Job) -> list[str]:
         if not job.peer.module.endswith(".mjs"):
-            return [self.interpreters.get(job.peer.name, sys.executable), "-m", "benchmarks.cpu.child", "JOB"]
+            return [self.interpreters.get(job.peer.name, sys.executable), "-m", "benchmarks.cpu.worker", "JOB"]
         node = shutil.which("node")
         if node is None:
             raise FailedError("Node is not installed")
@@ -64,7 +64,7 @@ class Launcher:
         return [node, str(_PEERS / job.peer.module), "JOB", str(self.node.resolve())]
 
     def call(self, command: Sequence[str]) -> dict[str, Any]:
-        """Runs a command that prints one line of JSON last, in the environment of the comparison."""
+        """Runs a command whose last line of output is JSON, in the environment of the comparison."""
         with subprocess.Popen(
             command,
             cwd=ROOT,
@@ -78,7 +78,7 @@ class Launcher:
                 output, errors = process.communicate(timeout=self.timeout)
             except subprocess.TimeoutExpired as error:
                 raise FailedError(f"gave up after {self.timeout:.0f} s") from error
-            finally:  # also on Ctrl-C, which does not reach another session
+            finally:  # also on Ctrl-C, which is not sent to processes of another session
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
