@@ -1,8 +1,8 @@
-"""Continuous batching: the prompts of all callers share one batch on the device, and may join or leave it at every step.
+"""Continuous batching: prompts of all callers share one batch on the device, which they join and leave at any step.
 
-One thread does everything that touches the device. ONNX Runtime keeps the CUDA graphs that a thread has captured for that
-thread alone, so several threads would capture every graph several times; and while one thread captures, CUDA must not be
-called from another (`cuda_memory.LOCK`).
+One thread does everything that touches the device. ONNX Runtime keeps the CUDA graphs that a thread has captured for
+that thread alone, so several threads would capture every graph several times; and while one thread captures, CUDA must
+not be called from another (`cuda_memory.LOCK`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.device_memory import DeviceArray
 
 SHRINK_AFTER = 256
-"""After how many consecutive prompts that would fit shorter buffers these are allocated: new buffers mean new CUDA graphs."""
+"""Number of consecutive prompts that fit shorter buffers after which such are allocated; not at once, because with new
+buffers all CUDA graphs are captured again."""
 T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
@@ -204,7 +205,7 @@ class ContinuousBatch:
                 self.notify()
 
     def _step_or_fail(self) -> bool:
-        """Runs a step; returns whether a request may be done. Errors end the requests that they concern, not the thread."""
+        """Runs a step and returns whether a request may be done; an error ends requests, and never the thread."""
         try:
             return self._step()
         except DeviceMemoryError as error:
