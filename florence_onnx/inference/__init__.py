@@ -4,9 +4,10 @@ In: images (or images that were encoded before) and the prompts' `input_ids`. Ou
 `GeneratedSequence` for each prompt (`answering.Answering.answer`). Called by `model` and `loading`; knows tokens, never
 text.
 
-The same graphs run in two ways. `HostAnswering` passes every tensor through numpy, with any execution provider and
-either layout. `DeviceAnswering` keeps tensors where the kernels are: the default on CUDA and TensorRT, and on a CPU,
-where that is host memory too, if `max_batch` asks for it.
+The same graphs run in two ways. `HostAnswering` passes every tensor through numpy: the default on CPU and OpenVINO, on
+CUDA with `max_batch=0`, and the only way for the transformers.js layout. `DeviceAnswering` keeps tensors where the
+kernels are: the default on CUDA, the only way for TensorRT engines, and with `max_batch` on a CPU, where device memory
+is host memory.
 
 ```text
                      HostAnswering                               DeviceAnswering
@@ -19,7 +20,7 @@ cross KV             new arrays for every call                   buffers that ar
   │ decoder          decoder.onnx                                decoder_top.onnx: the same weights, top-k outputs
 self KV              CachedDecoder: updated in place             ResidentDecoder: updated in place; for TensorRT
   │                                                              two sets, read and written by turns
-  │ full cache       is compacted, else doubled                  reuses free slots, else grows fourfold
+  │ full cache       is compacted, and doubled if need be        reuses free slots, or grows fourfold
 scores               AllScores: all logits                       TopScores: top 32 and log-sum; logits on demand
 loop                 generate.drive, in the caller's thread      ContinuousBatch, in the device thread
 batch                the prompts of one call; arrays shrink      the prompts of all callers, which join and leave

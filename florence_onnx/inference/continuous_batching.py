@@ -1,8 +1,7 @@
 """Continuous batching: prompts of all callers share one batch on the device, which they join and leave at any step.
 
-One thread does everything that touches the device. ONNX Runtime keeps the CUDA graphs that a thread has captured for
-that thread alone, so several threads would capture every graph several times; and while one thread captures, CUDA must
-not be called from another (`cuda_memory.LOCK`).
+One thread runs all graphs of the device. ONNX Runtime keeps captured CUDA graphs per thread, so that every further thread
+would capture all of them again. Callers' threads only allocate and copy tensors, under `cuda_memory.LOCK`.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class DecodeRequest:
 
 
 class ContinuousBatch:
-    """The requests in flight, those that wait, and the thread that owns the device and decodes them."""
+    """The requests in flight, those that wait, and the thread that runs the device's graphs."""
 
     def __init__(self, decoder: BatchDecoder, max_batch: int) -> None:
         """Args:
@@ -136,7 +135,7 @@ class ContinuousBatch:
             raise ProviderError("this model is closed: its device failed; load it again")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread that owns the device, between two steps, and waits for it.
+        """Calls a function in the device thread, between two steps, and waits for it.
 
         Returns:
             What the function returns.

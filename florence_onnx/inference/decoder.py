@@ -80,9 +80,8 @@ class TextModel:
         self._shape = shape
 
     def start(self, input_ids: Ids, attention_mask: Ids, image_features: Floats) -> DecoderSession:
-        # An int8 text encoder has one scale for the activations of the whole batch (DynamicQuantizeMatMul), so its
-        # outputs for a prompt depend, within that rounding, on the prompts beside it. The int8 decoder scales each row
-        # by itself.
+        # An int8 text encoder has one scale for the activations of the whole batch (DynamicQuantizeMatMul), so a prompt's
+        # outputs depend, within rounding, on the prompts beside it. The int8 decoder has a scale for each row.
         cross = self._text_encoder.run(
             {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": image_features}
         )

@@ -59,8 +59,8 @@ class GrowingDecoder:
         return {name: np.zeros(size, dtype=self._decoder.inputs[name]) for name in names}
 
     def step(self, token_ids: Ids) -> Floats:
-        # One token at a time, as transformers.js does: it is not known whether the graphs on the hub apply a causal
-        # mask to several new tokens, and one that does not would give wrong answers without an error.
+        # One token at a time, as transformers.js does: graphs on the hub may not apply a causal mask to several new tokens,
+        # and would then give wrong answers without an error.
         for column in range(token_ids.shape[1]):
             logits = self._step_one(token_ids[:, column : column + 1])
         return logits

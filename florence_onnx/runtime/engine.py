@@ -141,8 +141,8 @@ class OnnxEngine:
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
         with self._exclusive:
             self._session = self._open(path, chosen, options.session_options, options.graph_cache_folder)
-        # Stays true when capturing is given up later: the session still has CUDA graphs enabled, and a run without an
-        # id would be captured as graph 0 and replayed for other buffers.
+        # Stays true when capture is disabled later: the session still has CUDA graphs enabled, and would capture a run
+        # without an id as graph 0 and replay it for other buffers.
         self._needs_graph_id = self.can_capture
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
@@ -247,8 +247,7 @@ class OnnxEngine:
             DeviceMemoryError: There is not enough memory; all that was allocated before is still there.
             ProviderError: The provider failed.
         """
-        # A kernel that fails raises one of ONNX Runtime's classes in `run`, and a bare RuntimeError in
-        # `run_with_iobinding`.
+        # A failing kernel raises one of ONNX Runtime's classes in `run`, a bare RuntimeError in `run_with_iobinding`.
         expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError, MemoryError)
         try:
             with self._exclusive:
@@ -378,8 +377,7 @@ def load_engines(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    # The last graph first: it is the decoder, whose session needs the most memory beyond its weights while it is
-    # opened.
+    # The last graph first: it is the decoder, and to open its session needs the most memory beyond the weights.
     pairs = list(zip(paths, expected_inputs, strict=True))[::-1]
     # One after the other on accelerators: building engines in parallel would multiply the peak of device memory.
     num_workers = len(pairs) if options is not None and options.is_for_cpu else 1

@@ -54,8 +54,7 @@ PRESETS: dict[str, Preset] = {
             "cudnn_conv_algo_search": "HEURISTIC",
             # Sums of the fused layer normalisation in fp32: in fp16 their rounding is known to change beams.
             "enable_skip_layer_norm_strict_mode": "1",
-            # The default rounds each extension of the arena up to a power of two, in memory that other processes may
-            # need.
+            # By default each extension of the arena is rounded up to a power of two, which takes memory from others.
             "arena_extend_strategy": "kSameAsRequested",
         },
     ),

@@ -185,8 +185,7 @@ def build_options(bundle: Bundle, graph: str, folder: Path, max_batch: int) -> d
         # Sums of layer normalisation in fp32; the provider recognises it only as Pow and ReduceMean, not as one node.
         "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
-        # No trt_engine_cache_path: the engine is then written beside the context model, which names it by a relative
-        # path.
+        # Without trt_engine_cache_path the engine is written beside the context model, which names it by a relative path.
         "trt_engine_cache_prefix": Path(graph).stem,
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
