@@ -53,7 +53,7 @@ class Answering(Protocol):
             images: The image of each prompt.
             input_ids: `(P, T)`, padded on the right.
             attention_mask: `(P, T)`, 1 for tokens, 0 for padding.
-            new_search: Makes a search for some of the prompts, by their indices; called again when decoding starts over.
+            new_search: Makes a search for prompts by their indices; called again when decoding starts over.
 
         Returns:
             The encoded image and the tokens of each prompt.
@@ -95,8 +95,8 @@ class HostAnswering:
         return encoded, drive(session, new_search(range(len(images))))
 
     def _encode_all(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
-        # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a whole
-        # batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
+        # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a
+        # whole batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
         encoded = {key: self._encoded(images[indices[0]]) for key, indices in prompts_by_image(images).items()}
         return [encoded[image_key(image)] for image in images]
 

@@ -1,8 +1,7 @@
-"""Continuous batching: the prompts of all callers share one batch on the device, and may join or leave it at every step.
+"""Continuous batching: prompts of all callers share one batch on the device, which they join and leave at any step.
 
-One thread does everything that touches the device. ONNX Runtime keeps the CUDA graphs that a thread has captured for that
-thread alone, so several threads would capture every graph several times; and while one thread captures, CUDA must not be
-called from another (`cuda_memory.LOCK`).
+One thread runs all graphs of the device. ONNX Runtime keeps captured CUDA graphs per thread, so that every further thread
+would capture all of them again. Callers' threads only allocate and copy tensors, under `cuda_memory.LOCK`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.device_memory import DeviceArray
 
 SHRINK_AFTER = 256
-"""After how many consecutive prompts that would fit shorter buffers these are allocated: new buffers mean new CUDA graphs."""
+"""Number of consecutive prompts that fit shorter buffers after which such are allocated; not at once, because with new
+buffers all CUDA graphs are captured again."""
 T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
@@ -94,7 +94,7 @@ class DecodeRequest:
 
 
 class ContinuousBatch:
-    """The requests in flight, those that wait, and the thread that owns the device and decodes them."""
+    """The requests in flight, those that wait, and the thread that runs the device's graphs."""
 
     def __init__(self, decoder: BatchDecoder, max_batch: int) -> None:
         """Args:
@@ -135,7 +135,7 @@ class ContinuousBatch:
             raise ProviderError("this model is closed: its device failed; load it again")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread that owns the device, between two steps, and waits for it.
+        """Calls a function in the device thread, between two steps, and waits for it.
 
         Returns:
             What the function returns.
@@ -204,7 +204,7 @@ class ContinuousBatch:
                 self.notify()
 
     def _step_or_fail(self) -> bool:
-        """Runs a step; returns whether a request may be done. Errors end the requests that they concern, not the thread."""
+        """Runs a step and returns whether a request may be done; an error ends requests, and never the thread."""
         try:
             return self._step()
         except DeviceMemoryError as error:

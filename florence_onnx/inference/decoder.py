@@ -1,7 +1,7 @@
 """The text encoder and decoder with all tensors on the host: prefill, decode steps and the KV cache.
 
-`TextModel` runs this project's own pair of graphs; `transformers_js.TransformersJsTextModel` does the same for the layout
-of transformers.js.
+`TextModel` runs this project's own pair of graphs; `transformers_js.TransformersJsTextModel` does the same for the
+layout of transformers.js.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DecoderShape:
     vocab_size: int
 
     def key_value_names(self, prefix: str) -> list[str]:
-        """The graph's names for the keys and values of all layers: `past_key_values.0.key`, `past_key_values.0.value`, …"""
+        """Graph names of the keys and values of all layers: `past_key_values.0.key`, `past_key_values.0.value`, …"""
         return [f"{prefix}.{layer}.{part}" for layer in range(self.num_layers) for part in ("key", "value")]
 
 
@@ -80,8 +80,8 @@ class TextModel:
         self._shape = shape
 
     def start(self, input_ids: Ids, attention_mask: Ids, image_features: Floats) -> DecoderSession:
-        # An int8 text encoder has one scale for the activations of the whole batch (DynamicQuantizeMatMul), so its outputs
-        # for a prompt depend, within that rounding, on the prompts beside it. The int8 decoder scales each row by itself.
+        # An int8 text encoder has one scale for the activations of the whole batch (DynamicQuantizeMatMul), so a prompt's
+        # outputs depend, within rounding, on the prompts beside it. The int8 decoder has a scale for each row.
         cross = self._text_encoder.run(
             {"input_ids": input_ids, "attention_mask": attention_mask, "image_features": image_features}
         )
@@ -93,13 +93,13 @@ class CachedDecoder:
     """A decoder session whose self KV cache is written in place and never reordered.
 
     A prompt has one cache of C slots for all its rows (beams). A call writes its new tokens to the next free slots, the
-    same slot numbers for all prompts, and a mask says which slots each row attends. A row is therefore nothing but a set
-    of slots: beams share the slots of their common history, reordering beams reorders rows of the mask, and a rejected
-    draft token is a slot that no row attends. When the cache is full, the slots that no row attends any more are dropped;
-    if that frees too few, the cache grows.
+    same slot numbers for all prompts, and a mask says which slots each row attends. A row is therefore nothing but a
+    set of slots: beams share the slots of their common history, reordering beams reorders rows of the mask, and a
+    rejected draft token is a slot that no row attends. When the cache is full, the slots that no row attends any more
+    are dropped; if that frees too few, the cache grows.
 
-    Each cache array is bound as input and output of the graph. Arrays and bindings are replaced only when a prompt leaves,
-    when the capacity changes, or for a number of tokens that was not fed before.
+    Each cache array is bound as input and output of the graph. Arrays and bindings are replaced only when a prompt
+    leaves, when the capacity changes, or for a number of tokens that was not fed before.
     """
 
     def __init__(self, engine: Engine, shape: DecoderShape, encoded: Mapping[str, Array]) -> None:

@@ -1,4 +1,4 @@
-"""One decoder call on a device: the tensors that cross between host and device for it, and the bindings of its shape."""
+"""A decoder call on a device: the tensors that cross between host and device for it, and the bindings of its shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from florence_onnx.runtime.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
 
 TEXT_LENGTHS = (16, 32, 64, 128, 256)
-"""Lengths in tokens to which prompts are padded, so that few shapes occur; beyond them, to the longest that the model takes."""
+"""Lengths in tokens to which prompts are padded, so that few shapes occur; longer ones to the model's maximum."""
 ALIGNMENT = 256
 """Bytes to which tensors within a block are aligned, as `cudaMalloc` aligns its blocks."""
 

@@ -1,7 +1,8 @@
 """The small inputs of a decoder call: tokens, positions, slots and mask, the same for the host and a device.
 
-The graph takes S new tokens of each of P prompts. A prompt with K rows (beams) that are fed n tokens each has S = K·n of
-them, row after row. All its rows write to one KV cache of C slots; a row is told apart only by the slots that it attends.
+The graph takes S new tokens of each of P prompts. A prompt with K rows (beams) that are fed n tokens each has S = K·n
+of them, row after row. All its rows write to one KV cache of C slots; a row is told apart only by the slots that it
+attends.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class DecoderInputs:
         num_tokens = self.slots.shape[1]
         self.input_ids[batch_index] = self.positions[batch_index] = 0
         self.slots[batch_index] = np.arange(num_tokens) if slots is None else slots
-        # A softmax over no slot at all is NaN. It would be written to these slots as keys and values, and outlast the mask
-        # of the next prompt that has this batch index, since 0 · NaN is NaN.
+        # A softmax over no slot at all is NaN. It would be written to these slots as keys and values, and outlast the
+        # mask of the next prompt that has this batch index, since 0 · NaN is NaN.
         self.visible[batch_index] = False
         self.visible[batch_index, np.arange(num_tokens), self.slots[batch_index]] = True
 
@@ -80,7 +81,7 @@ def token_positions(lengths: Ids, num_tokens: int, max_positions: int) -> Ids:
 
 @lru_cache(maxsize=64)
 def causal_mask(num_rows: int, num_tokens: int) -> Bools:
-    """Which of a prompt's S new tokens attend which, `(S, S)`: a token attends itself and those before it in its own row.
+    """Which of a prompt's S new tokens attend which, `(S, S)`: each attends itself and those before it in its own row.
 
     Args:
         num_rows: K.

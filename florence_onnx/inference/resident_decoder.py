@@ -1,4 +1,4 @@
-"""The text encoder and decoder with their KV caches resident on a device: prompts share one batch and are stepped together.
+"""The text encoder and decoder with KV caches that stay on a device: prompts share one batch and are stepped together.
 
 The batch has `batch_size` entries, the first axis of every buffer. A prompt is added at a free `batch_index` and stays
 there until it is removed; other prompts come and go beside it. Between two steps nothing in the caches moves. A step
@@ -235,8 +235,8 @@ class ResidentDecoder:
         fields = dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64))
         self._prompt = PackedTensors(memory, fields)
         self._cross = self._new_cross(batch_size, encoder_length)
-        # TensorRT does not promise to read a cache before it writes an output to the same memory. There the two sets take
-        # turns: a step reads one and writes the other, at twice the memory.
+        # TensorRT does not promise to read a cache before it writes an output to the same memory. There the two sets
+        # take turns: a step reads one and writes the other, at twice the memory.
         num_sets = 1 if self._decoder.updates_in_place else 2
         self._caches = [self._new_caches(batch_size, FIRST_CAPACITY) for _ in range(num_sets)]
         # Encoder positions of batch indices without a prompt are all visible: a softmax over none would be NaN.

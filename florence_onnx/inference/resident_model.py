@@ -88,7 +88,7 @@ class _VisionBatch:
         self._binding.capture()
 
     def run(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Encodes at most `count` images, each `(1, 3, H, W)`; the rest of the batch is what earlier runs left there."""
+        """Encodes at most `count` images, each `(1, 3, H, W)`; the rest of the batch is left from earlier runs."""
         for at, pixels in enumerate(pixel_values):
             self._staging[at] = pixels[0]
         self._pixels.upload(self._staging)
@@ -139,7 +139,7 @@ class ResidentModel:
         return self._batch.call(lambda: self._vision.encode(pixel_values))
 
     def upload(self, image_features: Floats | DeviceArray) -> DeviceArray:
-        """Image features `(N, D)` float32 in this device's memory: the given array if it is there already, else a copy."""
+        """Features `(N, D)` float32 in this device's memory: the given array if it is there already, else a copy."""
         if isinstance(image_features, DeviceArray):
             if image_features.memory.is_same(self._memory):
                 return image_features

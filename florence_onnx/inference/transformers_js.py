@@ -1,7 +1,7 @@
 """The text graphs of the transformers.js layout (`onnx-community/Florence-2-*`), on the host only.
 
-The layout has a token embedding, an encoder, and a merged decoder whose self KV cache grows by one token a step and which
-returns the cross KV at its first step only.
+The layout has a token embedding, an encoder, and a merged decoder whose self KV cache grows by one token a step and
+which returns the cross KV at its first step only.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class GrowingDecoder:
         return {name: np.zeros(size, dtype=self._decoder.inputs[name]) for name in names}
 
     def step(self, token_ids: Ids) -> Floats:
-        # One token at a time, as transformers.js does: it is not known whether the graphs on the hub apply a causal mask to
-        # several new tokens, and one that does not would give wrong answers without an error.
+        # One token at a time, as transformers.js does: graphs on the hub may not apply a causal mask to several new tokens,
+        # and would then give wrong answers without an error.
         for column in range(token_ids.shape[1]):
             logits = self._step_one(token_ids[:, column : column + 1])
         return logits

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
-"""Flags in `/proc/cpuinfo` of instructions that multiply bf16. Without them OpenVINO accepts the hint `bf16` and computes
-in fp32 without saying so (tried on an AVX2 machine: outputs were equal to the bit)."""
+"""Flags in `/proc/cpuinfo` of instructions that multiply bf16. Without them OpenVINO accepts the hint `bf16` and
+silently computes in fp32 (tried on an AVX2 machine: outputs were equal to the bit)."""
 
 
 def num_cores(root: Path = Path("/")) -> int:

@@ -1,4 +1,4 @@
-"""NVIDIA hardware and libraries of this machine: the GPU, TensorRT's version, and why ONNX Runtime's providers cannot start."""
+"""NVIDIA's side of this machine: the GPU, the version of TensorRT, and why ONNX Runtime's providers cannot start."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """GPU memory through CUDA's runtime library (libcudart), which ONNX Runtime has loaded already.
 
-ONNX Runtime's own tensors on a GPU, `OrtValue`, round their size up to a power of two, are copied as a whole only, and not
-to rows of another pitch, which a growing cache needs.
+ONNX Runtime's own tensors on a GPU, `OrtValue`, round their size up to a power of two, are copied as a whole only, and
+not to rows of another pitch, which a growing cache needs.
 
-While one thread captures a CUDA graph, no other thread of the process may call CUDA, so every call is made under `LOCK`. A
-tensor may be garbage collected in any thread, also during a capture. Its memory is therefore not freed then, but goes to a
-free list: the next allocation of the same size takes it from there, or returns it to CUDA.
+While one thread captures a CUDA graph, no other thread of the process may call CUDA, so every call is made under
+`LOCK`. A tensor may be garbage collected in any thread, also during a capture. Its memory is therefore not freed then,
+but goes to a free list: the next allocation of the same size takes it from there, or returns it to CUDA.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class CudaMemory(DeviceMemory):
         return block
 
     def _reuse(self, size: int) -> int | None:
-        """Takes a block of exactly this size from the free list, and frees all others if they exceed `MAX_FREE_BYTES`."""
+        """Takes a block of this very size from the free list, and frees the others if they exceed `MAX_FREE_BYTES`."""
         blocks = self._pop_all()
         fitting = next((block for block in blocks if block[0] == size), None)
         if fitting is not None:
@@ -108,8 +108,8 @@ class CudaMemory(DeviceMemory):
         self._call("cudaSetDevice", self.index)
         status = int(self._library.cudaMalloc(ctypes.byref(pointer), size))
         if status == OUT_OF_MEMORY:
-            # CUDA keeps a failed call's status until it is read. ONNX Runtime reads it after its next kernel launch, and would
-            # report this failure, which is handled here, as that kernel's.
+            # CUDA keeps a failed call's status until it is read. ONNX Runtime reads it after its next kernel launch,
+            # and would report this failure, which is handled here, as that kernel's.
             self._library.cudaGetLastError()
             return False
         self._check(status)
@@ -131,7 +131,7 @@ class CudaMemory(DeviceMemory):
             self._call("cudaDeviceSynchronize")
 
     def pin(self, array: Array) -> None:
-        """Pins a host array (page-locked memory) until it is garbage collected, so that copies run at the speed of the bus.
+        """Pins (page-locks) a host array until it is garbage collected, so that copies run at the speed of the bus.
 
         Raises:
             ProviderError: CUDA refuses.

@@ -85,7 +85,7 @@ class DeviceMemory(ABC):
         Raises:
             DeviceMemoryError: There is not enough memory.
         """
-        # Zeros, because attention multiplies masked values by zero, and a NaN that was left in the memory would stay NaN.
+        # Zeros, because attention multiplies masked values by zero, and a NaN left in the memory would stay NaN.
         kind = np.dtype(dtype)
         block = self.new_block(max(1, math.prod(shape) * kind.itemsize))
         return DeviceArray(block, block.address, shape, kind)

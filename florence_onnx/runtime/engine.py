@@ -53,7 +53,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 HOST_PROVIDERS = (CPU, "OpenVINOExecutionProvider")
 NO_CAPTURE = "-1"
-"""Run config entry `gpu_graph_id` of a run that is neither captured nor replayed: the default, 0, is an id like any other."""
+"""Run config entry `gpu_graph_id` of a run that neither captures nor replays; the default, 0, is a valid id."""
 _log = logging.getLogger("florence_onnx")
 
 
@@ -64,7 +64,7 @@ class Binding(Protocol):
         """Lets the graph read `array` (C-contiguous, of the input's dtype) at every run."""
 
     def bind_output(self, name: str, array: Array) -> None:
-        """Lets the graph write to `array` at every run; to update a tensor in place, it is bound as input and output."""
+        """Lets the graph write to `array` at every run; a tensor that is bound as input too is updated in place."""
 
     def run(self) -> None:
         """Runs the graph once, on what the buffers hold now."""
@@ -82,7 +82,7 @@ class Engine(Protocol):
         """How often the graph was run."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the graph on host arrays, which are cast to its dtypes where they differ, and returns all outputs by name."""
+        """Runs the graph on host arrays, cast to its dtypes where they differ, and returns all outputs by name."""
 
     def bind(self) -> Binding:
         """A new binding without buffers, to be used by one thread at a time."""
@@ -105,7 +105,7 @@ class OnnxEngine:
             path: An ONNX file, with its external data beside it.
             options: Device, execution providers and their options; `max_batch` is ignored.
             expected_inputs: Names that must be among the graph's inputs.
-            cuda_graphs: Whether bindings may capture CUDA graphs, if the provider can; `provider_options` override this.
+            cuda_graphs: Whether bindings capture CUDA graphs if the provider can; `provider_options` override this.
 
         Raises:
             BundleFileMissingError: There is no such file.
@@ -141,8 +141,8 @@ class OnnxEngine:
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
         with self._exclusive:
             self._session = self._open(path, chosen, options.session_options, options.graph_cache_folder)
-        # Stays true when capturing is given up later: the session still has CUDA graphs enabled, and a run without an id would
-        # be captured as graph 0 and replayed for other buffers.
+        # Stays true when capture is disabled later: the session still has CUDA graphs enabled, and would capture a run
+        # without an id as graph 0 and replay it for other buffers.
         self._needs_graph_id = self.can_capture
         self._device_index = int(chosen[0][1].get("device_id", 0))
         self.provider: str = check_provider(ort, self._session.get_providers(), chosen)
@@ -198,7 +198,7 @@ class OnnxEngine:
 
     @property
     def updates_in_place(self) -> bool:
-        """Whether an output may be bound to the memory of an input: TensorRT may write an output before it has read the input."""
+        """Whether an output may be bound to an input's memory: TensorRT may write it before it has read the input."""
         return self.provider != "TensorrtExecutionProvider"
 
     @cached_property
@@ -247,7 +247,7 @@ class OnnxEngine:
             DeviceMemoryError: There is not enough memory; all that was allocated before is still there.
             ProviderError: The provider failed.
         """
-        # A kernel that fails raises one of ONNX Runtime's classes in `run`, and a bare RuntimeError in `run_with_iobinding`.
+        # A failing kernel raises one of ONNX Runtime's classes in `run`, a bare RuntimeError in `run_with_iobinding`.
         expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError, MemoryError)
         try:
             with self._exclusive:
@@ -290,7 +290,7 @@ class OnnxBinding:
         self._binding.bind_output(name, *_location(array))
 
     def capture(self) -> None:
-        """Lets the next run capture a CUDA graph, if the engine can, and further runs replay it; buffers must not be rebound."""
+        """Lets the next run capture a CUDA graph, if the engine can, and later runs replay it; nothing may be rebound."""
         if self._engine.can_capture:
             self._graph_id = self._engine.new_graph_id()
             self._options = self._engine.run_options(str(self._graph_id))
@@ -377,7 +377,7 @@ def load_engines(
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    # The last graph first: it is the decoder, whose session needs the most memory beyond its weights while it is opened.
+    # The last graph first: it is the decoder, and to open its session needs the most memory beyond the weights.
     pairs = list(zip(paths, expected_inputs, strict=True))[::-1]
     # One after the other on accelerators: building engines in parallel would multiply the peak of device memory.
     num_workers = len(pairs) if options is not None and options.is_for_cpu else 1

@@ -1,13 +1,13 @@
 """A cache of optimised graphs on disk, for a faster start; off by default.
 
-At every start ONNX Runtime optimises the graph and packs the weights for the kernels of this CPU. With the cache it does so
-once, and later starts map the result into memory: loading takes half the time if the files are in the page cache (and as
-long as before if they are not), and processes share one copy. The price is disk space: 2.0 GiB for Florence-2-base in fp32.
-Measurements: benchmarks/results/session_options.md.
+At every start ONNX Runtime optimises the graph and packs the weights for the kernels of this CPU. With the cache it
+does so once, and later starts map the result into memory: loading takes half the time if the files are in the page
+cache (and as long as before if they are not), and processes share one copy. The price is disk space: 2.0 GiB for
+Florence-2-base in fp32. Measurements: benchmarks/results/session_options.md.
 
-An entry is a directory, which is written under a temporary name and renamed, so that several processes may start at once.
-Its final name is a hash of everything that it depends on: an entry is never out of date, only unused. When all entries
-exceed `MAX_BYTES`, the least recently used are removed; the whole folder may be deleted at any time.
+An entry is a directory, which is written under a temporary name and renamed, so that several processes may start at
+once. Its final name is a hash of everything that it depends on: an entry is never out of date, only unused. When all
+entries exceed `MAX_BYTES`, the least recently used are removed; the whole folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def load(
 def key(graph: Path, options: Mapping[str, Any], runtime: str) -> str:
     """Name of a graph's entry: a hash of the bundle's files, the session options, the runtime and the CPU.
 
-    Of the files it takes the hashes in the bundle's description, and also size and modification time, which change when a
-    file is replaced and the description is not.
+    Of the files it takes the hashes in the bundle's description, and also size and modification time, which change when
+    a file is replaced and the description is not.
     """
     files = sorted(path for path in graph.parent.iterdir() if path.is_file() and path.suffix != ".json")
     description = graph.parent / DESCRIPTION
@@ -168,7 +168,7 @@ def _commit(new: Path, entry: Path) -> None:
 
 
 def _check(entry: Path) -> None:
-    """Checks that an entry is as it was written; weights by their size only, since hashing gigabytes would take too long.
+    """Checks that an entry is as it was written; weights by size only, since hashing gigabytes would take too long.
 
     Raises:
         ValueError: A file has changed.

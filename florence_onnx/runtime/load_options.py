@@ -30,7 +30,7 @@ class LoadOptions:
     session_options: SessionOptions | None = None
     """Attributes and config entries of `onnxruntime.SessionOptions`; they override this package's defaults."""
     graph_cache: bool | str | os.PathLike[str] | None = None
-    """Folder of the graph cache; True for the default folder, False for no cache, None for what the environment says."""
+    """Folder of the graph cache; True for the default folder, False for no cache, None for the environment's choice."""
     max_batch: int | None = None
     """Most prompts in flight on the device; None for the device's default, 0 for no continuous batching."""
 

@@ -17,7 +17,7 @@ from florence_onnx.runtime import cpu
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
 Options = Mapping[str, Any]
-"""Provider options by ONNX Runtime's names. A mapping as value is passed on as JSON, as OpenVINO's `load_config` needs it."""
+"""Provider options by ONNX Runtime's names. A mapping as value is passed as JSON, as for OpenVINO's `load_config`."""
 Provider = str | tuple[str, Options]
 ProviderList = list[tuple[str, dict[str, Any]]]
 
@@ -38,7 +38,7 @@ class Preset:
     threads_option: str = ""
     """Name of the provider option for the number of threads, if there is one."""
     precisions: tuple[str, ...] = ("fp16", "fp32")
-    """Precisions in order of preference, where there are several bundles: int8 and int4 have kernels on the CPU only."""
+    """Precisions in order of preference, if there are several bundles: int8 and int4 have kernels on the CPU only."""
     companions: tuple[str, ...] = ()
     """Devices whose providers take the nodes that this one does not support."""
     bf16: Options = field(default_factory=dict)
@@ -54,7 +54,7 @@ PRESETS: dict[str, Preset] = {
             "cudnn_conv_algo_search": "HEURISTIC",
             # Sums of the fused layer normalisation in fp32: in fp16 their rounding is known to change beams.
             "enable_skip_layer_norm_strict_mode": "1",
-            # The default rounds each extension of the arena up to a power of two, in memory that other processes may need.
+            # By default each extension of the arena is rounded up to a power of two, which takes memory from others.
             "arena_extend_strategy": "kSameAsRequested",
         },
     ),
@@ -76,9 +76,10 @@ PRESETS: dict[str, Preset] = {
 """By device name."""
 
 AUTO_ORDER: tuple[str, ...] = ("cuda", "openvino", "cpu")
-"""What `device="auto"` tries, in this order, where a bundle has no TensorRT engines for the GPU. OpenVINO precedes the CPU because
-its build of ONNX Runtime is only there if somebody chose it. It is not always faster: on an AVX2 machine its vision encoder took 1.1
-times as long as the CPU provider's, its decode step as long, with 1.9 times the memory (benchmarks/results/session_options.md)."""
+"""What `device="auto"` tries, in this order, where a bundle has no TensorRT engines for the GPU. OpenVINO precedes the
+CPU, because its build of ONNX Runtime is only there if somebody chose it. It is not always better: on an AVX2 machine
+its vision encoder took 1.1 times as long as the CPU provider's and its decode step as long, with 1.9 times the memory
+(benchmarks/results/session_options.md)."""
 AUTO_ORDER_BF16: tuple[str, ...] = ("openvino",)
 """The same for `precision="bf16"`, which only OpenVINO offers."""
 

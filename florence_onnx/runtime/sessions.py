@@ -27,10 +27,10 @@ CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 CUDA_PROVIDERS = ("CUDAExecutionProvider", TENSORRT)
 CUDA_GRAPHS = {"CUDAExecutionProvider": "enable_cuda_graph"}
-"""The option by which a provider captures CUDA graphs, as many as a session has bindings (told apart by `gpu_graph_id`)."""
+"""The option that lets a provider capture CUDA graphs: one for each `gpu_graph_id`, and so for each binding."""
 SINGLE_CUDA_GRAPH = "trt_cuda_graph_enable"
-"""TensorRT's option for CUDA graphs. Its provider (ONNX Runtime 1.31) keeps one graph a session and does not read `gpu_graph_id`:
-runs of all bindings would replay the graph that the first one captured, on the buffers of the first one."""
+"""TensorRT's option for CUDA graphs. Its provider (ONNX Runtime 1.31) keeps one graph a session and does not read
+`gpu_graph_id`: all bindings would replay the graph that the first one captured, on the buffers of the first one."""
 LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
@@ -73,10 +73,10 @@ def default_session_options(provider: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "intra_op_num_threads": cpu.num_cores(),
         "inter_op_num_threads": 1,
-        # Otherwise the threads of one session still spin, waiting for work, while the next session runs: 1.30 s instead of
-        # 1.15 s for 48 tokens of Florence-2-base in fp32 on two cores.
+        # Otherwise the threads of one session still spin, waiting for work, while the next session runs: 1.30 s instead
+        # of 1.15 s for 48 tokens of Florence-2-base in fp32 on two cores.
         "session.force_spinning_stop": "1",
-        # Memory patterns save no time here: Florence-2-base in fp32 peaks at 1376 MiB without them and at 1580 with them.
+        # Memory patterns save no time here, and Florence-2-base in fp32 peaks at 1580 MiB with them, 1376 without.
         "enable_mem_pattern": False,
     }
     if provider != CPU:
@@ -147,7 +147,8 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         errors += (RuntimeError, ValueError)
     try:
         if chosen[0][0] in CUDA_PROVIDERS:
-            # A CUDA kernel warns about duplicate indices at every ScatterND, whatever the session's own level; ours are distinct.
+            # A CUDA kernel warns about duplicate indices at every ScatterND, whatever the session's own log level; the
+            # indices of our graphs are distinct.
             ort.set_default_logger_severity(LOG_ERRORS)
         # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
         return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
@@ -208,7 +209,7 @@ def _diagnosis(ort: ModuleType, provider: str) -> str:
 
 
 def count_nodes(session: Any) -> dict[str, int]:
-    """Number of nodes by execution provider; empty where none are recorded (before ONNX Runtime 1.24, or `RECORD_NODES` off)."""
+    """Number of nodes by execution provider; empty before ONNX Runtime 1.24, and where `RECORD_NODES` is off."""
     if session.get_session_options().get_session_config_entry(RECORD_NODES) != "1":
         return {}
     counts: dict[str, int] = {}

@@ -1,14 +1,15 @@
 """TensorRT engines: the shapes that they are built for, the folders that they are kept in, and building them.
 
-ONNX Runtime's TensorRT provider builds and runs the engines, so everything else is as on CUDA. For each graph it writes an
-engine file and a small graph that names it (an EP context model), which is loaded instead of the original graph. An engine
-is only valid for one kind of GPU, one version of TensorRT and of ONNX Runtime, one bundle and one set of shapes. The name of
-its folder contains all of these, so that a change of any leads to another folder and never to a wrong engine.
+ONNX Runtime's TensorRT provider builds and runs the engines, so everything else is as on CUDA. For each graph it writes
+an engine file and a small graph that names it (an EP context model), which is loaded instead of the original graph. An
+engine is only valid for one kind of GPU, one version of TensorRT and of ONNX Runtime, one bundle and one set of shapes.
+The name of its folder contains all of these, so that a change of any leads to another folder and never to a wrong
+engine.
 
 The precision is the bundle's, fp16 or fp32, but not node by node: ONNX Runtime's provider (1.31) builds weakly typed
-networks, in which TensorRT may compute in fp16 what an fp16 graph has in fp32; only a run on a GPU shows what that does to
-answers. int8 and fp8 vision encoders are not offered: gains of 5 to 20 % were reported for such models, to be measured on a
-GPU before they are worth the errors of another precision.
+networks, in which TensorRT may compute in fp16 what an fp16 graph has in fp32; only a run on a GPU shows what that does
+to answers. int8 and fp8 vision encoders are not offered: gains of 5 to 20 % were reported for such models, to be
+measured on a GPU before they are worth the errors of another precision.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ ENVIRONMENT_VARIABLE = "FLORENCE_ONNX_ENGINE_CACHE"
 CONTEXT_SUFFIX = "_ctx.onnx"
 DEFAULT_MAX_BATCH = 8
 MAX_TOKENS = 16
-"""Most tokens of a prompt in one step: one for each beam, or one and the draft behind it. An engine reserves memory for all their
-logits."""
+"""Most tokens of a prompt in one step: one for each beam, or one and the draft behind it. An engine reserves memory for
+the logits of all."""
 CAPACITIES = (64, 4096)
 """Slots of a prompt's self KV cache: when it is new, and at most."""
 FIRST_TEXT_LENGTH = 16
@@ -71,7 +72,7 @@ class Target:
         return "-".join((*parts, f"b{self.max_batch}", self._fingerprint(bundle)))
 
     def _fingerprint(self, bundle: Bundle) -> str:
-        """Hash of everything else that engines depend on: the bundle's description (with its files' hashes), shapes and options."""
+        """Hash of all else: the bundle's description, which has its files' hashes, the shapes and the options."""
         digest = hashlib.sha256((bundle.path / DESCRIPTION).read_bytes())
         own = {graph: build_options(bundle, graph, Path(), self.max_batch) for graph in graphs(bundle)}
         digest.update(repr((own, self.options)).encode())
@@ -184,7 +185,7 @@ def build_options(bundle: Bundle, graph: str, folder: Path, max_batch: int) -> d
         # Sums of layer normalisation in fp32; the provider recognises it only as Pow and ReduceMean, not as one node.
         "trt_layer_norm_fp32_fallback": "1",
         "trt_engine_cache_enable": "1",
-        # No trt_engine_cache_path: the engine is then written beside the context model, which names it by a relative path.
+        # Without trt_engine_cache_path the engine is written beside the context model, which names it by a relative path.
         "trt_engine_cache_prefix": Path(graph).stem,
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": str(folder),
@@ -228,7 +229,7 @@ def graphs(bundle: Bundle) -> dict[str, Path]:
 
 
 def engine_folders(bundle: Bundle) -> list[Path]:
-    """The parent folders that engines of a bundle may be in: the bundle's, then, if that is not writable, the user's cache."""
+    """The parent folders that engines of a bundle may be in: the bundle's own, and the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "florence_onnx"
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     return [bundle.path / ENGINES, Path(chosen) if chosen else cache / ENGINES]
@@ -328,7 +329,7 @@ def build(bundle: Bundle, wanted: Target, build_engines: Build) -> Engines:
 
 
 def _commit(staging: Path, engines: Engines, bundle: Bundle) -> None:
-    """Gives a finished folder its final name, unless another process was faster: its engines are the same, and may be in use."""
+    """Gives a finished folder its final name, unless another process did so first, whose engines may be in use."""
     import shutil
 
     if _is_complete(engines, bundle):

@@ -1,7 +1,7 @@
-"""Which provider takes each node of a graph under `device="cuda"`: `python -m tests.cuda.cuda_placement GRAPH …` prints JSON.
+"""Providers of a graph's nodes under `device="cuda"`, as JSON: `python -m tests.cuda.cuda_placement GRAPH …`.
 
-Sessions are opened as `device="cuda"` opens them, and never run. On a machine without a GPU the process needs the libraries
-of `tests/cuda/cuda_stub.py` in its LD_LIBRARY_PATH.
+Sessions are opened as `device="cuda"` opens them, and never run. On a machine without a GPU the process needs the
+libraries of `tests/cuda/cuda_stub.py` in its LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def placement(graph: Path) -> dict[str, Any]:
     """Where ONNX Runtime places the nodes of a graph.
 
     Returns:
-        `nodes`, their number; `elsewhere`, the number of those that are not on CUDA, by operator; `copies`, the number of
-        copies between host and device that were inserted; `cuda_graph`, why the graph cannot be captured, empty if it can.
+        `nodes`, their number; `elsewhere`, the number of those that are not on CUDA, by operator; `copies`, the number
+        of copies between host and device that were inserted; `cuda_graph`, why the graph cannot be captured, empty if
+        it can.
     """
     with tempfile.TemporaryDirectory() as scratch:
         planned = Path(scratch) / "planned.onnx"

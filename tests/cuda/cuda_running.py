@@ -1,7 +1,8 @@
 """Calls to CUDA while a model runs, as JSON: `python -m tests.cuda.cuda_running STEP [BUNDLE…]`, under the stub.
 
-Kernels do nothing there, so answers mean nothing. Allocations, copies between host and device, and captured and replayed
-graphs are the same as on a GPU. cuDNN's convolutions cannot run under the stub, so image features come from the host.
+Kernels do nothing there, so answers mean nothing. Allocations, copies between host and device, and captured and
+replayed graphs are the same as on a GPU. cuDNN's convolutions cannot run under the stub, so image features come from
+the host.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def write_distinct_scores(harness: Harness) -> None:
 
 
 def steady() -> Any:
-    """A first and a second call with one prompt, both with equal scores, and a third with distinct scores; the same with eight."""
+    """Three calls with one prompt, the first two with equal and the third with distinct scores; the same with eight."""
     harness = Harness()
     found: dict[str, Any] = {}
     for count in (1, 8):

@@ -132,7 +132,7 @@ def plain() -> Any:
 
 
 def host_buffers() -> Any:
-    """Bytes copied, by direction, when a host input is bound, in a run, and in a run after it changed; then for a host output."""
+    """Bytes copied by direction: when a host input is bound, in a run, in a run after it changed; for a host output."""
     decoder, counters = Decoder(SIZES), Counters()
     ids, logits = np.zeros((2, 1), np.int64), np.zeros((2, 1, LOGITS), np.float32)
     found: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def captured() -> Any:
 
 
 def forbidden() -> Any:
-    """How many calls the stub counts as forbidden in a capture that allocates, copies asynchronously, and copies and waits."""
+    """Calls that the stub counts as forbidden in a capture with an allocation and two copies, of which one waits."""
     counters, library = Counters(), Counters().library
     pointer, graph, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p(1)
     library.cudaStreamBeginCapture(stream, 0)

@@ -1,11 +1,11 @@
-"""The CUDA stub: libraries that compute nothing, with which ONNX Runtime's CUDA provider starts on a machine without a GPU.
+"""The CUDA stub: libraries that compute nothing, but let ONNX Runtime's CUDA provider start on a machine without a GPU.
 
     python -m tests.cuda.cuda_stub        # builds them and prints the variable to set
 
-Sessions are planned as on a GPU: which provider takes which node, where copies between host and device are inserted, and
-whether ONNX Runtime captures a CUDA graph. Sessions can also be run: device memory is host memory, copies are made, kernels
-do nothing, so that outputs keep the content that their buffers had. All calls are counted, and the bytes of copies by
-direction. Kernels of a CUDA graph are counted when it is captured; launching it does nothing.
+Sessions are planned as on a GPU: which provider takes which node, where copies between host and device are inserted,
+and whether ONNX Runtime captures a CUDA graph. Sessions can also be run: device memory is host memory, copies are made,
+kernels do nothing, so that outputs keep the content that their buffers had. All calls are counted, and the bytes of
+copies by direction. Kernels of a CUDA graph are counted when it is captured; launching it does nothing.
 
 The dynamic loader reads LD_LIBRARY_PATH when a process starts, so a session needs a child process with `environment()`.
 """
@@ -42,7 +42,7 @@ CALLED_BY_CTYPES = {
 }
 """Functions of the runtime library that this package and its tests call; the provider may not import all of them."""
 NOT_CAPTURABLE = "calls that no capture allows"
-"""Counter of calls during a capture that fail on a GPU: allocations, copies that wait, and waits for the whole device."""
+"""Counter of calls in a capture that fail on a GPU: allocations, copies that wait, waits for the whole device."""
 KERNELS = re.compile(r"(__)?cu(da)?Launch\w*Kernel\w*|cu(blas|dnn)(?!\w*(Create|Destroy|Set|Get|Init|Finalize))\w+")
 """Functions that compute: kernel launches, and the functions of cuBLAS and cuDNN, which launch kernels themselves."""
 
@@ -53,10 +53,10 @@ long *stub_counter(const char *name);
 #define ADD(counter, amount) __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED)
 #define NOTE(name) do { static long *calls; if (!calls) calls = stub_counter(name); ADD(calls, 1); } while (0)
 size_t stub_memory(void);
-/* the first members of cudaPointerAttributes; the kinds are 0 for memory that CUDA does not know, 1 for pinned, 2 for device memory */
+/* the first members of cudaPointerAttributes; kinds: 0 memory that CUDA does not know, 1 pinned, 2 device memory */
 struct attributes { int kind, device; const void *on_device, *on_host; };
-/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the compute capability; between its alignments and
-   the number of multiprocessors CUDA 12 has one member more than CUDA 13; the last ones, various limits, only must not be 0 */
+/* the first members of cudaDeviceProp, the same in CUDA 12 and 13 up to the compute capability; between its alignments
+   and the number of multiprocessors CUDA 12 has one member more; the last ones, various limits, only must not be 0 */
 struct properties {
     char name[256], ids[24];
     unsigned node_mask;
@@ -232,7 +232,7 @@ BODIES: tuple[tuple[str, str], ...] = (
         "int {}(void **made) {{ *made = calloc(1, 4096); return 0; }}",
     ),
 )
-"""C functions by a pattern of their names; the first match is used. All other functions are counted and return 0, success."""
+"""C functions by a pattern of their names; the first match counts. All others are counted and return 0, success."""
 
 
 def unavailable() -> str:

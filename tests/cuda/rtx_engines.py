@@ -1,8 +1,8 @@
-"""TensorRT engines of a bundle, built without a GPU: `python -m tests.cuda.rtx_engines BUNDLE [GRAPH…]` prints facts as JSON.
+"""TensorRT engines of a bundle, built without a GPU; facts as JSON: `python -m tests.cuda.rtx_engines BUNDLE [GRAPH…]`.
 
-TensorRT for RTX parses and builds on the CPU. Its parser is TensorRT's; its engines are for RTX GPUs, and are thrown away. Its
-networks are strongly typed and those of ONNX Runtime's TensorRT provider are not, so this does not show in which types an
-engine computes.
+TensorRT for RTX parses and builds on the CPU. Its parser is TensorRT's; its engines are for RTX GPUs, and are thrown
+away. Its networks are strongly typed and those of ONNX Runtime's TensorRT provider are not, so this does not show in
+which types an engine computes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def build(bundle: bundles.Bundle, graph: str) -> dict[str, Any]:
     """Parses a graph and builds its engine with the profiles of `florence_onnx.runtime.tensorrt`.
 
     Returns:
-        `inputs` and `outputs`, the network's shapes, with -1 for dynamic axes; `layers`, their number; `profile`, the minimum,
-        optimum and maximum shape of each input; `bytes` of the engine; `seconds` for building it.
+        `inputs` and `outputs`, the network's shapes, with -1 for dynamic axes; `layers`, their number; `profile`, the
+        minimum, optimum and maximum shape of each input; `bytes` of the engine; `seconds` for building it.
     """
     begin = time.monotonic()
     logger = trt.Logger(trt.Logger.WARNING)

@@ -1,7 +1,7 @@
 """The CUDA provider takes all nodes of every graph: sessions are opened under the stub, on a machine without a GPU.
 
-`FLORENCE_ONNX_TEST_BUNDLES` names the bundles to test, separated as in PATH; the default is the built-in demo, in fp16. These
-tests show where nodes are placed, and nothing about what the kernels compute.
+`FLORENCE_ONNX_TEST_BUNDLES` names the bundles to test, separated as in PATH; the default is the built-in demo, in fp16.
+These tests show where nodes are placed, and nothing about what the kernels compute.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SHAPES_ON_CPU: dict[str, dict[str, int]] = {
     bundle.DECODER: SIZES_OF_A_STEP,
     bundle.DECODER_TOP: SIZES_OF_A_STEP,
 }
-"""Nodes that ONNX Runtime keeps on the CPU on purpose, the same in every model and precision: arithmetic on shapes, a few
-numbers that the host knows and reads."""
+"""Nodes that ONNX Runtime keeps on the CPU on purpose, the same in every model and precision: arithmetic on shapes,
+which are a few numbers on the host."""
 JS_SHAPES_ON_CPU = {
     "encoder_model": {"Gather", "Slice", "Concat"},
     "decoder_model_merged": {"Gather", "Slice", "Concat", "Add"},
 }
-"""The same in the layout of transformers.js, as torch exports it, where their numbers grow with the layers. In the smallest
-model, both in fp32 and fp16: 3, 14 and 8 in the encoder; 11, 48, 28 and 1 in the decoder; none in the other graphs."""
+"""The same in the layout of transformers.js, as torch exports it, where their numbers grow with the layers. In the
+smallest model, in fp32 and fp16: 3, 14 and 8 in the encoder; 11, 48, 28 and 1 in the decoder; none in other graphs."""
 JS_DECODER = "decoder_model_merged"
 """The decoder of that layout: it has an `If`, which cannot be captured, and whose condition must be on the host."""
 
@@ -93,7 +93,7 @@ def test_the_graph_can_be_captured(graph: tuple[str, dict[str, Any]]) -> None:
 
 
 def test_nodes_that_cuda_does_not_take_are_found(tmp_path: Path) -> None:
-    """CUDA has no Pad of integers: one in the middle of a graph is left to the CPU, with two copies, and forbids a capture."""
+    """CUDA has no Pad of integers: one in the middle of a graph goes to the CPU, with two copies, and forbids a capture."""
     onnx = pytest.importorskip("onnx", reason="builds a graph: pip install onnx")
     floating, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     node = onnx.helper.make_node

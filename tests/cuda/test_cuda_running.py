@@ -15,9 +15,9 @@ REASON = cuda_stub.unavailable()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON or "never")
 
 SENT = 4 * 256
-"""Bytes uploaded by a step of one prompt with three beams: ids, positions, slots and a mask of 64 slots, aligned to 256 each."""
+"""Bytes uploaded by a step of one prompt with three beams: ids, positions, slots, mask of 64 slots; aligned to 256."""
 RECEIVED = 512 + 768 + 256
-"""Bytes downloaded by the same step: values and ids of the top 32 tokens of each beam, and the log-sums, aligned likewise."""
+"""Bytes downloaded by the same step: values and ids of the top 32 tokens of each beam, and the log-sums."""
 
 
 def run(step: str, memory: int | None = None) -> Any:
@@ -34,7 +34,8 @@ def steady() -> dict[str, dict[str, int]]:
 def test_every_shape_is_captured_once(steady: dict[str, dict[str, int]]) -> None:
     """The text encoder, the step that opens an answer with two tokens, and that of three beams."""
     assert steady["first of 1"]["cudaStreamBeginCapture"] == steady["first of 1"]["cudaStreamEndCapture"] == 3
-    # the text encoder for each of eight batch indices, all anew since the buffers were replaced, and two shapes of a step
+    # the text encoder for each of eight batch indices, all anew since the buffers were replaced, and two shapes of a
+    # step
     assert steady["first of 8"]["cudaStreamBeginCapture"] == 8 + 2
     for name, calls in steady.items():
         assert name.startswith("first") or calls["cudaStreamBeginCapture"] == 0, name

@@ -1,14 +1,16 @@
 """Calls of ONNX Runtime to CUDA in one session, and its errors when memory is full, under the stub.
 
-These are the errors of onnxruntime-gpu 1.31.1 that `florence_onnx` translates to `DeviceMemoryError` (`F` stands for the path
-of `bfc_arena.cc` and `BFCArena::AllocateRawInternal(…)`):
+These are the errors of onnxruntime-gpu 1.31.1 that `florence_onnx` translates to `DeviceMemoryError` (`F` stands for
+the path of `bfc_arena.cc` and `BFCArena::AllocateRawInternal(…)`):
 
-* a session that does not open, `gpu_mem_limit`: `onnxruntime.capi.onnxruntime_pybind11_state.Fail`, `[ONNXRuntimeError] : 1 : FAIL :
-  Exception during initialization: F Available memory of 0 is smaller than requested bytes of N`;
-* `run_with_iobinding`, `gpu_mem_limit`: the builtin `RuntimeError`, `Error in execution: Non-zero status code returned while running
-  FusedMatMul node. Name:'…' Status Message: F Available memory of 0 is smaller than requested bytes of N`;
-* `OrtValue.ortvalue_from_shape_and_type`, full GPU: the builtin `RuntimeError`, `F Failed to allocate memory for requested buffer of
-  size N`;
+* a session that does not open, `gpu_mem_limit`: `onnxruntime.capi.onnxruntime_pybind11_state.Fail`,
+  `[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: F Available memory of 0 is smaller than requested
+  bytes of N`;
+* `run_with_iobinding`, `gpu_mem_limit`: the builtin `RuntimeError`, `Error in execution: Non-zero status code returned
+  while running FusedMatMul node. Name:'…' Status Message: F Available memory of 0 is smaller than requested bytes of
+  N`;
+* `OrtValue.ortvalue_from_shape_and_type`, full GPU: the builtin `RuntimeError`, `F Failed to allocate memory for
+  requested buffer of size N`;
 * `run`, full GPU: `Fail`, `[ONNXRuntimeError] : 1 : FAIL : F Failed to allocate memory for requested buffer of size N`.
 """
 

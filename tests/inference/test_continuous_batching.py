@@ -1,4 +1,4 @@
-"""Continuous batching: prompts get the answers that they get alone, from any thread, and errors end only what they concern."""
+"""Continuous batching: prompts get the answers that they get alone, and an error ends only the prompts it concerns."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ def test_libraries_from_pip_packages_are_preloaded_quietly_and_once(capsys: pyte
 
 @needs_stub
 def test_the_gpu_of_the_stub() -> None:
-    code = "import json; from florence_onnx.runtime import cuda; from dataclasses import asdict; print(json.dumps(asdict(cuda.find_gpu())))"
+    imports = "import json; from dataclasses import asdict; from florence_onnx.runtime import cuda; "
+    code = imports + "print(json.dumps(asdict(cuda.find_gpu())))"
     assert under_stub(code) == {"name": "stub", "compute_capability": [9, 0], "memory": 80 << 30}
 
 

@@ -1,4 +1,4 @@
-"""Sessions: the options that reach ONNX Runtime, the errors of providers that cannot run, and OpenVINO if it is installed."""
+"""Sessions: options that reach ONNX Runtime, errors of providers that cannot run, and OpenVINO if it is installed."""
 
 from __future__ import annotations
 
@@ -189,8 +189,8 @@ def test_openvino_gives_the_answers_of_the_cpu(openvino: Florence2, plain: Flore
 def test_openvino_reads_and_writes_caches_in_place(openvino: Florence2, plain: Florence2) -> None:
     """Logits of 100 forced tokens, during which the cache is updated in place and grows once.
 
-    The demo's files are fp16. The CPU provider rounds to fp16 between nodes and OpenVINO does not, hence the tolerance; a
-    cache that lost a token would differ by far more.
+    The demo's files are fp16. The CPU provider rounds to fp16 between nodes and OpenVINO does not, hence the tolerance;
+    a cache that lost a token would differ by far more.
     """
     answer = plain.run(tasks.OCR_WITH_REGION, SAMPLE, options=GenerationOptions(num_beams=1, min_new_tokens=99))
     scores = [model.score_tokens(tasks.OCR_WITH_REGION, SAMPLE, answer.token_ids[:100]) for model in (plain, openvino)]

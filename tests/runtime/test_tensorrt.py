@@ -321,7 +321,10 @@ def test_the_installed_provider_knows_the_options(tmp_path: Path) -> None:
 
 
 def test_the_installed_provider_of_tensorrt_knows_no_graph_ids() -> None:
-    """Why it may not capture CUDA graphs. When this fails, ONNX Runtime reads the ids: move `SINGLE_CUDA_GRAPH` to `CUDA_GRAPHS`."""
+    """Why it may not capture CUDA graphs.
+
+    When this fails, ONNX Runtime has learnt to read the ids, and `SINGLE_CUDA_GRAPH` can move to `CUDA_GRAPHS`.
+    """
     import onnxruntime
 
     folder = Path(onnxruntime.__file__).parent / "capi"
