@@ -13,6 +13,7 @@ import typer
 from florence_onnx import __version__
 from florence_onnx.commands.build_engines import build_engines
 from florence_onnx.commands.demo import demo
+from florence_onnx.commands.doctor import doctor
 from florence_onnx.commands.info import info
 from florence_onnx.commands.mcp import mcp
 from florence_onnx.commands.run import run
@@ -40,6 +41,7 @@ app.command()(demo)
 app.command()(run)
 app.command(name="tasks")(list_tasks)
 app.command()(info)
+app.command()(doctor)
 app.command(name="build-engines")(build_engines)
 app.command()(mcp)
 

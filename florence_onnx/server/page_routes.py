@@ -26,7 +26,7 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".png": "image/png",
 }
-_ANSWERS = {
+_OUTPUTS = {
     "TextOutput": "text",
     "BoundingBoxOutputWithLabels": "boxes",
     "OCRBoundingBoxOutputWithLabels": "quads",
@@ -72,8 +72,8 @@ async def static(name: str) -> Response:
 
 
 def _describe(task: Task[Any]) -> dict[str, str]:
-    answer = _ANSWERS[output_name(task)]
-    return {"slug": task.slug, "token": task.token, "needs": task.needs, "answer": answer}
+    output = _OUTPUTS[output_name(task)]
+    return {"slug": task.slug, "token": task.token, "needs": task.needs, "output": output}
 
 
 def _samples() -> list[dict[str, Any]]:

@@ -318,7 +318,7 @@ def test_an_encoded_image_is_used_again_until_there_is_no_room(model: Florence2)
     forgetful = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_image)
     for _ in range(2):
         forgetful.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
-    assert (forgetful.figures().encoded, forgetful.figures().reused) == (2, 0)
+    assert (forgetful.stats().encoded, forgetful.stats().reused) == (2, 0)
     forgetful.close()
 
 

@@ -139,7 +139,7 @@ def _drawn_boxes(page: Page) -> dict[int, Box]:
 
 
 def _row_labels(page: Page) -> list[str]:
-    return page.locator("#answer .row .label").all_text_contents()
+    return page.locator("#result .row .label").all_text_contents()
 
 
 def _assert_scene_is_found(page: Page, scene: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_a_file_is_uploaded_as_it_is(page: Page, server: LiveServer, tmp_path: P
         _ask(page, "caption")
     sent = request.value.post_data_json["image_url"]
     assert base64.b64decode(sent.removeprefix("data:image/png;base64,")) == image.read_bytes()
-    expect(page.locator("#answer .text-answer")).to_have_text(_post(server, "caption", image)["results"])
+    expect(page.locator("#result .text-result")).to_have_text(_post(server, "caption", image)["results"])
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
@@ -240,7 +240,7 @@ def test_a_photograph_taken_sideways_has_its_boxes_in_place(page: Page, tmp_path
 def test_another_image_clears_the_answer_and_another_task_keeps_it(page: Page) -> None:
     _ask(page, "object-detection")
     page.select_option("#task", "caption")
-    expect(page.locator("#answer-task")).to_have_text("Object detection")
+    expect(page.locator("#result-task")).to_have_text("Object detection")
     assert len(_drawn_boxes(page)) == 3
     page.get_by_role("button", name="Sample scene-2").click()
     expect(page.locator("#image-name")).to_contain_text("scene-2.png")
@@ -262,7 +262,7 @@ def test_a_region_drawn_with_the_mouse_is_asked_about(page: Page) -> None:
     assert request.value.post_data_json["region"] == {
         name: int(page.locator(f"#{name}").input_value()) for name in expected
     }
-    expect(page.locator("#answer .text-answer")).to_have_text(_starting_with("circle"))
+    expect(page.locator("#result .text-result")).to_have_text(_starting_with("circle"))
 
 
 def test_a_region_is_drawn_in_any_direction_and_cut_at_the_edge(page: Page) -> None:
@@ -338,11 +338,11 @@ def test_the_keyboard_is_enough(page: Page) -> None:
         _tab_to(page, f"#{name}")
         page.keyboard.type(str(value))
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#answer .text-answer")).to_have_text(_starting_with("circle"))
+    expect(page.locator("#result .text-result")).to_have_text(_starting_with("circle"))
     _tab_to(page, "#task", key="Shift+Tab")
     page.keyboard.type("Object")
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#answer .row")).to_have_count(3)
+    expect(page.locator("#result .row")).to_have_count(3)
     _tab_to(page, ".row")
     page.keyboard.press("ArrowDown")
     expect(page.locator(".row[data-index='1']")).to_be_focused()
@@ -438,7 +438,7 @@ def test_a_missing_region_or_text_is_asked_for(page: Page) -> None:
     page.select_option("#task", "open-vocabulary-detection")
     expect(page.locator("#problem")).to_be_empty()
     page.keyboard.press("Control+Enter")
-    expect(page.locator("#problem")).to_have_text("Type a text for this task first.")
+    expect(page.locator("#problem")).to_have_text("This task needs a text. Enter one first.")
     expect(page.locator("#text")).to_be_focused()
 
 
@@ -449,7 +449,7 @@ def test_a_broken_file_leaves_the_image_and_its_answer(page: Page, tmp_path: Pat
     page.set_input_files("#file", broken)
     expect(page.locator("#problem")).to_contain_text("“broken.png” is not an image")
     expect(page.locator("#image-name")).to_contain_text("scene-1.png")
-    expect(page.locator("#answer .row")).to_have_count(3)
+    expect(page.locator("#result .row")).to_have_count(3)
     _ask(page, "caption")
     expect(page.locator("#problem")).to_be_empty()
 
@@ -469,15 +469,15 @@ def test_what_the_server_refuses_is_said_plainly(page: Page, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (401, {"detail": "No user found for Key ID and Secret"}, "wants an API key"),
+        (401, {"detail": "No user found for Key ID and Secret"}, "requires an API key"),
         (404, {"detail": "Path /x not found"}, "does not have this task"),
         (413, {"detail": "too large"}, "image is too large"),
         (422, {"detail": [{"loc": ["body", "region"], "msg": "no", "type": "missing"}]}, "Draw a region"),
         (422, {"detail": [{"loc": ["body", "image_url"], "msg": "no", "type": "image_too_large"}]}, "too large"),
         (429, {"detail": "busy"}, "busy. Wait a moment"),
-        (500, {"detail": "Internal Server Error"}, "Its log says more under request abc"),
-        (502, None, "Something went wrong inside the server (HTTP 502)"),
-        (504, {"detail": "Request timed out", "error_type": "request_timeout"}, "longer than it may"),
+        (500, {"detail": "Internal Server Error"}, "Its log has the details under request abc"),
+        (502, None, "Something went wrong on the server (HTTP 502)"),
+        (504, {"detail": "Request timed out", "error_type": "request_timeout"}, "The request timed out"),
         (None, None, "cannot be reached"),
     ],
 )
@@ -488,7 +488,7 @@ def test_each_failure_says_what_to_do_and_keeps_the_last_answer(
     page.route(f"**/{PREFIX}/*", lambda route: _fail(route, status, body))
     page.click("#run")
     expect(page.locator("#problem")).to_contain_text(words)
-    expect(page.locator("#answer .row")).to_have_count(3)
+    expect(page.locator("#result .row")).to_have_count(3)
     page.unroute_all()
     _ask(page, "object-detection")
     expect(page.locator("#problem")).to_be_empty()
@@ -516,7 +516,7 @@ def test_a_key_is_asked_for_and_sent(browser: Browser) -> None:
         page = context.new_page()
         page.goto(locked.url)
         expect(page.locator("#image-name")).to_contain_text("scene-1.png")
-        for key, words in (("", "wants an API key"), ("wrong", "does not accept this API key")):
+        for key, words in (("", "requires an API key"), ("wrong", "does not accept this API key")):
             page.get_by_label("API key").fill(key)
             page.click("#run")
             expect(page.locator("#problem")).to_contain_text(words)
@@ -616,7 +616,7 @@ def test_nothing_sticks_out_in_any_width_and_scheme(open_page: Callable[..., Pag
     _ask(page, "object-detection")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert (_luminance(_style(page, "body", "backgroundColor")) > 0.5) == (scheme == "light")
-    for selector in ("#task-hint", "#answer .label", "#answer .place", "#status", "#json .string", "#run"):
+    for selector in ("#task-hint", "#result .label", "#result .place", "#status", "#json .string", "#run"):
         assert _contrast(page, selector) >= 4.5, selector
 
 

@@ -1,10 +1,10 @@
-/** The playground: one image, one task, one answer. */
+/** The playground: runs one task on one image and shows the result. */
 
-import { highlightRow, showAnswer, showTimings, summarize } from "./answer.js";
-import { ask, loadConfig } from "./client.js";
+import { highlightRow, showResult, showTimings, summarize } from "./result.js";
+import { loadConfig, runTask } from "./client.js";
 import { byId, copy, make } from "./dom.js";
 import * as json from "./json.js";
-import { explain, QuestionError } from "./messages.js";
+import { explain, InputError } from "./messages.js";
 import { Overlay } from "./overlay.js";
 import * as images from "./image.js";
 import { RegionTool, WHOLE } from "./region.js";
@@ -13,21 +13,21 @@ import { writeSnippets } from "./snippets.js";
 import { fillTabs } from "./tabs.js";
 import { fillTasks, hintOf, textHintOf, titleOf } from "./tasks.js";
 
-const DEMO_NOTE = "The demo model knows only drawn shapes and words: take a sample.";
+const DEMO_NOTE = "The demo model only knows drawn shapes and words: pick a sample.";
 const COPIED_FOR_MS = 1600;
 
 /** @type {import("./client.js").Config} */
 let config;
 /** @type {images.ChosenImage | null} */
 let image = null;
-/** @type {import("./client.js").Answer | null} */
-let answer = null;
-/** @type {AbortController | null} the question that is with the server */
-let asking = null;
+/** @type {import("./client.js").Result | null} */
+let result = null;
+/** @type {AbortController | null} the request in flight */
+let running = null;
 let isBusy = false;
-/** Counts choices, so that a slow one does not overtake a later one. */
+/** Counts the images that were chosen, so that one that loads slowly does not replace a later one. */
 let numChoices = 0;
-/** @type {Promise<void>} the last choice; a question waits for it */
+/** @type {Promise<void>} settles when the last chosen image is loaded; a request waits for it */
 let choosing = Promise.resolve();
 let language = "python";
 let hovered = null;
@@ -75,13 +75,13 @@ function listen() {
     event.preventDefault();
     run();
   });
-  byId("cancel").addEventListener("click", () => asking?.abort());
+  byId("cancel").addEventListener("click", () => running?.abort());
   byId("task").addEventListener("change", updateTask);
   byId("text").addEventListener("input", updateCode);
   byId("region-all").addEventListener("click", () => region.set(WHOLE));
   byId("region-clear").addEventListener("click", () => region.set(null));
   byId("show-labels").addEventListener("change", (event) => overlay.svg.classList.toggle("without-tags", !event.target.checked));
-  byId("copy-json").addEventListener("click", (event) => copyFrom(event.currentTarget, JSON.stringify(answer?.body, null, 2)));
+  byId("copy-json").addEventListener("click", (event) => copyFrom(event.currentTarget, JSON.stringify(result?.body, null, 2)));
   byId("copy-code").addEventListener("click", (event) => copyFrom(event.currentTarget, byId("code").textContent));
   listenForFiles();
 }
@@ -124,7 +124,7 @@ function chooseSample(sample) {
 }
 
 /**
- * Takes another image; where it cannot be loaded, the one before stays.
+ * Loads another image; if that fails, the current one stays.
  * @param {() => Promise<images.ChosenImage>} load
  * @param {string | null} sampleName
  */
@@ -140,7 +140,7 @@ async function choose(load, sampleName) {
 }
 
 function showImage(loaded, sampleName) {
-  asking?.abort();
+  running?.abort();
   if (image) images.release(image);
   image = loaded;
   const size = `${image.width} × ${image.height}`;
@@ -150,13 +150,13 @@ function showImage(loaded, sampleName) {
   overlay.svg.toggleAttribute("hidden", false);
   overlay.setSize(image);
   for (const button of byId("samples").children) button.setAttribute("aria-pressed", String(button.dataset.name === sampleName));
-  clearAnswer();
+  clearResult();
   region.set(null);
   showProblem(null);
   say(`${image.name} is ready.`);
 }
 
-// --- the question
+// --- the input
 
 const currentTask = () => config.tasks.find((task) => task.slug === byId("task").value) ?? config.tasks[0];
 
@@ -173,13 +173,13 @@ function updateTask() {
   updateCode();
 }
 
-/** @returns {{text_input?: string, region?: import("./client.js").Region}} what the task takes besides the image */
+/** @returns {{text_input?: string, region?: import("./client.js").Region}} the task's arguments besides the image */
 function readInput(task) {
-  if (!image) throw new QuestionError("Choose an image first: drop, paste or choose one, or take a sample.", "image");
+  if (!image) throw new InputError("Choose an image first: drop or paste one, choose a file, or pick a sample.", "image");
   if (task.needs === "region") return { region: region.read() };
   if (task.needs === "nothing") return {};
   const text = byId("text").value;
-  if (!text.trim()) throw new QuestionError("Type a text for this task first.", "text");
+  if (!text.trim()) throw new InputError("This task needs a text. Enter one first.", "text");
   return { text_input: text };
 }
 
@@ -190,17 +190,17 @@ async function run() {
   try {
     await choosing;
     showProblem(null);
-    say(`Asking: ${titleOf(task.slug)} …`);
-    asking = new AbortController();
-    const { signal } = asking;
+    say(`Running: ${titleOf(task.slug)} …`);
+    running = new AbortController();
+    const { signal } = running;
     const input = readInput(task);
     const image_url = await images.toDataUri(image);
-    showResult(task, await ask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
+    receive(task, await runTask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
   } catch (error) {
     say(error.name === "AbortError" ? "Cancelled." : "");
     if (error.name !== "AbortError") showProblem(explain(error, context()));
   } finally {
-    asking = null;
+    running = null;
     setBusy(false);
   }
 }
@@ -212,29 +212,29 @@ function setBusy(isNowBusy) {
   byId("cancel").hidden = !isBusy;
 }
 
-// --- the answer
+// --- the result
 
-function showResult(task, result) {
-  answer = result;
-  const shapes = shapesOf(answer);
+function receive(task, received) {
+  result = received;
+  const shapes = shapesOf(result);
   pinned = hovered = null;
   overlay.show(shapes);
-  showAnswer(byId("answer"), answer, shapes, { onHover: hover, onPick: pick });
-  showTimings(byId("timings"), answer);
-  byId("answer-task").textContent = titleOf(task.slug);
-  byId("json").replaceChildren(...json.colour(json.write(answer.body)));
+  showResult(byId("result"), result, shapes, { onHover: hover, onPick: pick });
+  showTimings(byId("timings"), result);
+  byId("result-task").textContent = titleOf(task.slug);
+  byId("json").replaceChildren(...json.colour(json.write(result.body)));
   byId("copy-json").disabled = false;
-  say(summarize(answer, shapes));
+  say(summarize(result, shapes));
 }
 
-function clearAnswer() {
-  answer = null;
+function clearResult() {
+  result = null;
   pinned = hovered = null;
   overlay.show([]);
-  byId("answer").replaceChildren(make("p", { className: "muted", textContent: "Nothing asked about this image yet." }));
+  byId("result").replaceChildren(make("p", { className: "muted", textContent: "No result for this image yet." }));
   byId("timings").replaceChildren();
-  byId("answer-task").textContent = "";
-  byId("json").replaceChildren(make("span", { className: "muted", textContent: "The answer's JSON will be here." }));
+  byId("result-task").textContent = "";
+  byId("json").replaceChildren(make("span", { className: "muted", textContent: "The JSON of the result will appear here." }));
   byId("copy-json").disabled = true;
 }
 
@@ -251,10 +251,10 @@ function pick(index) {
 function updateHighlight() {
   const active = hovered ?? pinned;
   overlay.highlight(active);
-  highlightRow(byId("answer"), active, pinned);
+  highlightRow(byId("result"), active, pinned);
 }
 
-// --- words and code
+// --- messages and code
 
 /** @param {import("./messages.js").Problem | null} problem */
 function showProblem(problem) {
@@ -262,7 +262,7 @@ function showProblem(problem) {
   if (problem?.detail) lines.push(make("p", { className: "detail", textContent: `The server said: ${problem.detail}` }));
   byId("problem").replaceChildren(...lines);
   const field = { text: "text", region: "x1", key: "key" }[problem?.field];
-  // on a touch screen focus would bring up a keyboard over the image
+  // on a touch screen, focus would open the keyboard over the image
   if (field && !byId(field).closest("[hidden]") && matchMedia("(pointer: fine)").matches) byId(field).focus();
 }
 
@@ -288,7 +288,7 @@ function updateCode() {
 
 async function copyFrom(button, text) {
   const isCopied = await copy(text);
-  say(isCopied ? "Copied." : "The browser did not allow copying: select the text and copy it by hand.");
+  say(isCopied ? "Copied." : "The browser blocked copying. Select the text and copy it manually.");
   button.classList.toggle("is-copied", isCopied);
   setTimeout(() => button.classList.remove("is-copied"), COPIED_FOR_MS);
 }

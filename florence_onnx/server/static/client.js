@@ -1,25 +1,25 @@
-/** Asking the server, in fal's way. */
+/** Requests to the server, in fal's format. */
 
 /**
  * @typedef {{x1: number, y1: number, x2: number, y2: number}} Region corners in thousandths of width and height
- * @typedef {{slug: string, token: string, needs: "nothing" | "text" | "region", answer: "boxes" | "quads" | "polygons" | "text"}} Task
+ * @typedef {{slug: string, token: string, needs: "nothing" | "text" | "region", output: "boxes" | "quads" | "polygons" | "text"}} Task
  * @typedef {{model: string, provider: string, precision: string, auth: boolean, prefix: string, tasks: Task[],
  *   samples: {name: string, url: string, width: number, height: number}[], max_bytes: number}} Config
  * @typedef {{x: number, y: number}} Point
  * @typedef {{quads: Point[][], polygons: {points: Point[], label: string}[], text: string, truncated: boolean}} Extra
  * @typedef {{name: string, ms: number}} Stage
- * @typedef {object} Answer
+ * @typedef {object} Result
  * @property {any} body fal's JSON
- * @property {Extra | undefined} extra what fal's JSON has no place for
- * @property {Stage[]} stages what the server says it spent its time on
- * @property {number} totalMs from the request to the last byte, as seen here
+ * @property {Extra | undefined} extra fields that fal's JSON does not have
+ * @property {Stage[]} stages the server's time by stage
+ * @property {number} totalMs from the request to the last byte of the response
  */
 
-/** An answer that is an error, or none at all. */
+/** An error response, or no response at all. */
 export class ServerError extends Error {
   /**
-   * @param {number} status HTTP status; 0 where the server could not be reached
-   * @param {any} body the JSON of the answer, if there was any
+   * @param {number} status HTTP status; 0 if the server could not be reached
+   * @param {any} body the JSON of the response; null if there is none
    * @param {string} [requestId]
    */
   constructor(status, body, requestId = "") {
@@ -38,13 +38,13 @@ export async function loadConfig() {
 }
 
 /**
- * Asks one task.
+ * Runs one task.
  * @param {string} endpoint such as "fal-ai/florence-2-large/ocr"
  * @param {{image_url: string, text_input?: string, region?: Region}} input
  * @param {{key: string, signal: AbortSignal}} options
- * @returns {Promise<Answer>}
+ * @returns {Promise<Result>}
  */
-export async function ask(endpoint, input, { key, signal }) {
+export async function runTask(endpoint, input, { key, signal }) {
   const headers = { "Content-Type": "application/json", "X-Florence-Extra": "1" };
   if (key) headers.Authorization = `Key ${key}`;
   const start = performance.now();
@@ -73,7 +73,7 @@ function rethrowAbort(error) {
 }
 
 /**
- * Reads `vision;dur=12.0, decode;dur=8.5`.
+ * Parses a `Server-Timing` header, such as `vision;dur=12.0, decode;dur=8.5`.
  * @param {string} header
  * @returns {Stage[]}
  */

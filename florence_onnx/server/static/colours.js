@@ -1,14 +1,14 @@
-/** Colours of labels: the same as in the image that the server draws (`florence_onnx/answers/draw.py`). */
+/** Colours of labels, the same as in the server's annotated images (`florence_onnx/answers/draw.py`). */
 
 const NUM_HUES = 24;
 const LIGHTNESSES = [46, 62];
 const GOLDEN_ANGLE = 0.381966;
 
 /**
- * The colour of a shape: a label has the same one in every image, shapes without a label get them in turn.
+ * Returns the colour of a shape. A label has the same colour in every image; shapes without a label are told apart by it.
  * @param {string} label
- * @param {number} index place among the answer's shapes
- * @returns {{colour: string, ink: string}} the colour, and black or white for letters on it
+ * @param {number} index position among the shapes of the result
+ * @returns {{colour: string, ink: string}} the colour, and black or white for text on it
  */
 export function colourOf(label, index) {
   if (!label) return colour(((index * GOLDEN_ANGLE) % 1) * 360, LIGHTNESSES[0]);

@@ -1,16 +1,16 @@
-/** Small ways to the page. */
+/** DOM helpers. */
 
 /**
- * The element with this id, which the page is known to have.
+ * Returns the element with an id that exists in index.html.
  * @param {string} id
  * @returns {any}
  */
 export const byId = (id) => document.getElementById(id);
 
 /**
- * Makes an element.
+ * Creates an element.
  * @param {string} tag
- * @param {Record<string, any>} [properties] set on the element; `data` fills its dataset, `aria-*` become attributes
+ * @param {Record<string, any>} [properties] set on the element; `data` fills its dataset, `role` and `aria-*` become attributes
  * @param {...(Node | string)} children
  * @returns {any}
  */
@@ -26,7 +26,7 @@ export function make(tag, properties = {}, ...children) {
 }
 
 /**
- * Makes an SVG element.
+ * Creates an SVG element.
  * @param {string} tag
  * @param {Record<string, string | number>} [attributes]
  * @param {...Node} children
@@ -40,7 +40,7 @@ export function makeSvg(tag, attributes = {}, ...children) {
 }
 
 /**
- * Puts text on the clipboard, also where the page has no secure context (plain http from another machine).
+ * Copies text to the clipboard, even if the page has no secure context (plain http from another machine).
  * @param {string} text
  * @returns {Promise<boolean>} whether it worked
  */

@@ -1,19 +1,19 @@
-/** The image that is asked about: from a file, the clipboard or a sample. */
+/** The input image: from a file, the clipboard or a sample. */
 
 /**
  * @typedef {object} ChosenImage
- * @property {string} name file name, for people and for the code to copy
- * @property {Blob} blob the bytes as they came
- * @property {string} url address of the bytes inside this page
- * @property {number} width in pixels, upright
- * @property {number} height in pixels, upright
+ * @property {string} name file name, shown on the page and used in the code
+ * @property {Blob} blob the file, unchanged
+ * @property {string} url object URL of the file
+ * @property {number} width in pixels, EXIF orientation applied
+ * @property {number} height in pixels, EXIF orientation applied
  */
 
-/** An image that cannot be used; the message is for the person at the page. */
+/** An image that cannot be used; the message is shown on the page. */
 export class ImageError extends Error {}
 
 /**
- * Loads what was chosen, dropped or pasted.
+ * Loads a file that was chosen, dropped or pasted.
  * @param {File} file
  * @param {number} maxBytes
  * @returns {Promise<ChosenImage>}
@@ -22,14 +22,14 @@ export async function fromFile(file, maxBytes) {
   if (file.size === 0) throw new ImageError(`“${file.name}” is empty. Choose another file.`);
   if (file.size > maxBytes) {
     throw new ImageError(
-      `“${file.name}” has ${megabytes(file.size)}; this server takes ${megabytes(maxBytes)} at most. Choose or make a smaller one.`,
+      `“${file.name}” is ${megabytes(file.size)}, and this server accepts at most ${megabytes(maxBytes)}. Choose a smaller image.`,
     );
   }
   return decode(file.name, file);
 }
 
 /**
- * Loads a sample of the server.
+ * Loads a sample image from the server.
  * @param {{name: string, url: string}} sample
  * @returns {Promise<ChosenImage>}
  */
@@ -44,7 +44,7 @@ export async function fromSample(sample) {
 export const release = (image) => URL.revokeObjectURL(image.url);
 
 /**
- * The image's bytes, untouched, as the `data:` URI that fal's `image_url` takes.
+ * Encodes the file, unchanged, as a `data:` URI for fal's `image_url`.
  * @param {ChosenImage} image
  * @returns {Promise<string>}
  */
@@ -52,7 +52,7 @@ export function toDataUri(image) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(String(reader.result));
-    reader.onerror = () => reject(new ImageError(`“${image.name}” could not be read again. Choose it once more.`));
+    reader.onerror = () => reject(new ImageError(`“${image.name}” can no longer be read. Choose it again.`));
     reader.readAsDataURL(image.blob);
   });
 }

@@ -1,4 +1,4 @@
-/** fal's JSON, made readable. */
+/** Formats and colours fal's JSON. */
 
 import { make } from "./dom.js";
 
@@ -6,7 +6,7 @@ const MAX_DATA_URI = 64;
 const TOKEN = /("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*/g;
 
 /**
- * Writes a value as indented JSON; images inside it are cut short, everything else is as it is.
+ * Writes a value as indented JSON; long `data:` URIs are shortened.
  * @param {any} value
  */
 export const write = (value) => JSON.stringify(value, (_, part) => shorten(part), 2);
@@ -15,7 +15,7 @@ const shorten = (part) =>
   typeof part === "string" && part.startsWith("data:") && part.length > MAX_DATA_URI ? `${part.slice(0, MAX_DATA_URI)}…` : part;
 
 /**
- * Colours JSON.
+ * Wraps the strings, names and literals of JSON in spans for the style sheet.
  * @param {string} json
  * @returns {(Node | string)[]}
  */

@@ -1,4 +1,4 @@
-/** The answer's shapes over the image: an SVG whose units are the image's pixels. */
+/** Draws the shapes of a result over the image, in an SVG whose units are the image's pixels. */
 
 import { makeSvg } from "./dom.js";
 
@@ -34,7 +34,7 @@ export class Overlay {
   show(shapes) {
     this.shapes = shapes;
     this.highlight(null);
-    // small shapes lie on top, so that each can be pointed at
+    // small shapes are drawn last, so that none is covered by a larger one
     const order = [...shapes.keys()].sort((a, b) => area(shapes[b]) - area(shapes[a]));
     this.outlines.replaceChildren(...order.map((index) => this.makeOutline(index)));
     this.tags.replaceChildren(...order.filter((index) => shapes[index].label).map((index) => this.makeTag(index)));
@@ -50,9 +50,9 @@ export class Overlay {
   }
 
   /**
-   * Where a pointer is on the image.
+   * Converts the position of a pointer to pixels of the image.
    * @param {{clientX: number, clientY: number}} event
-   * @returns {{x: number, y: number}} pixels of the image, possibly outside it
+   * @returns {{x: number, y: number}} may lie outside the image
    */
   toImage(event) {
     return new DOMPoint(event.clientX, event.clientY).matrixTransform(this.svg.getScreenCTM()?.inverse());
@@ -76,7 +76,7 @@ export class Overlay {
     return makeSvg("g", { class: "tag", "data-index": index }, makeSvg("rect", { height: TAG.height, rx: 4, fill: colour }), text);
   }
 
-  /** Tags keep their size on the screen; those of small shapes choose first. */
+  /** Places the labels, which have a fixed size on the screen; those of small shapes are placed first. */
   placeTags() {
     const scale = this.svg.getScreenCTM()?.a;
     if (!scale) return;
@@ -90,7 +90,7 @@ export class Overlay {
     }
   }
 
-  /** The first free place above the shape, inside at its top, below it; all inside the image. */
+  /** Finds the first free place: above the shape, inside at its top, below it, inside at its bottom; always inside the image. */
   findPlace(shape, width, height, taken) {
     const { left, top, bottom } = bounds(shape);
     const places = [top - height, top, bottom, bottom - height].map((y) => ({
@@ -103,7 +103,7 @@ export class Overlay {
   }
 }
 
-/** Upright boxes are `rect`, everything else is `polygon`. */
+/** Axis-aligned boxes become a `rect`, all other shapes a `polygon`. */
 function makeGeometry({ points, isBox }, className) {
   if (!isBox) return makeSvg("polygon", { class: className, points: points.map(({ x, y }) => `${x},${y}`).join(" ") });
   const [topLeft, , bottomRight] = points;

@@ -1,7 +1,7 @@
-/** The region that a question is about: drawn on the image, or typed. In thousandths of width and height. */
+/** The region argument, drawn on the image or typed, in thousandths of the image's width and height. */
 
 import { makeSvg } from "./dom.js";
-import { QuestionError } from "./messages.js";
+import { InputError } from "./messages.js";
 
 /** @typedef {import("./client.js").Region} Region */
 
@@ -44,29 +44,29 @@ export class RegionTool {
 
   /**
    * @returns {Region}
-   * @throws {QuestionError} there is none, or it is not a region
+   * @throws {InputError} the region is missing or invalid
    */
   read() {
     const texts = NAMES.map((name) => this.inputs[name].value);
     if (NAMES.every((name) => isBlank(this.inputs[name]))) {
-      throw new QuestionError("Draw a region on the image first, or type its four edges.", "region");
+      throw new InputError("Draw a region on the image first, or type its four edges.", "region");
     }
     if (!texts.every((text) => /^\d{1,3}$/.test(text))) {
-      throw new QuestionError("Each edge of the region must be a whole number from 0 to 999.", "region");
+      throw new InputError("Each edge of the region must be a whole number from 0 to 999.", "region");
     }
     const [x1, y1, x2, y2] = texts.map(Number);
     if (x1 > x2 || y1 > y2) {
-      throw new QuestionError("The region is inside out: left must not be more than right, nor top more than bottom.", "region");
+      throw new InputError("The region is inverted: left must not exceed right, and top must not exceed bottom.", "region");
     }
     return { x1, y1, x2, y2 };
   }
 
-  /** @returns {Region | null} the region where there is a valid one */
+  /** @returns {Region | null} the region, or null if it is missing or invalid */
   get value() {
     try {
       return this.read();
     } catch (error) {
-      if (error instanceof QuestionError) return null;
+      if (error instanceof InputError) return null;
       throw error;
     }
   }
@@ -79,7 +79,7 @@ export class RegionTool {
     this.onChange();
   }
 
-  /** A bin is a strip of the image, and the region has those at both of its ends. */
+  /** A bin is a strip of the image, and the region includes its last bin: hence x2 + 1 and y2 + 1. */
   drawFrame({ x1, y1, x2, y2 }) {
     const { width, height } = this.overlay.size;
     const box = {
@@ -140,5 +140,5 @@ export class RegionTool {
 
 const toBin = (pixel, size) => Math.max(0, Math.min(NUM_BINS - 1, Math.floor((pixel * NUM_BINS) / size)));
 
-/** An input of numbers hides from its value what is no number. */
+/** The value of a number input is also empty if the text in it is not a number. */
 const isBlank = (input) => input.value === "" && !input.validity.badInput;

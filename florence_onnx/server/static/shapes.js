@@ -1,23 +1,23 @@
-/** What an answer has to draw, whatever its task. */
+/** The shapes of a result, in one form for all tasks. */
 
 import { colourOf } from "./colours.js";
 
 /**
  * @typedef {import("./client.js").Point} Point
  * @typedef {object} Shape
- * @property {Point[]} points corners in pixels of the image; a box has four, from its top left clockwise
- * @property {boolean} isBox whether it is an upright box
- * @property {boolean} isFilled whether it is a mask rather than a frame
- * @property {string} label as the answer has it; may be empty
- * @property {string} name what to call it: the label, or its kind and number
- * @property {string} place where it is, in words
+ * @property {Point[]} points corners in pixels of the image; a box has four, clockwise from the top left
+ * @property {boolean} isBox whether it is an axis-aligned box
+ * @property {boolean} isFilled whether it is a filled outline (a mask) rather than a frame
+ * @property {string} label the label in the result; may be empty
+ * @property {string} name the label, or the kind of shape and its number if it has none
+ * @property {string} place its position and size as text
  * @property {string} colour
- * @property {string} ink black or white, whichever can be read on `colour`
+ * @property {string} ink black or white, whichever is readable on `colour`
  */
 
 /**
- * @param {import("./client.js").Answer} answer
- * @returns {Shape[]} in the order of the answer
+ * @param {import("./client.js").Result} result
+ * @returns {Shape[]} in the order of the result
  */
 export function shapesOf({ body, extra }) {
   const { bboxes = [], quad_boxes = [], polygons = extra?.polygons ?? [] } = body.results;

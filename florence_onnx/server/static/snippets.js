@@ -1,78 +1,78 @@
-/** The same question from Python, JavaScript and the shell. */
+/** The current request as code: Python, JavaScript and curl. */
 
 /** @typedef {{id: string, title: string, code: string}} Snippet */
 
 const PYTHON_KEY = "# FAL_KEY in the environment must be this server's API key";
 const PYTHON_NO_KEY = `import os
 
-# the client wants a key, this server does not
+# the client requires a key, this server does not
 os.environ.setdefault("FAL_KEY", "any")`;
 
 const EXAMPLE_REGION = { x1: 100, y1: 100, x2: 200, y2: 200 };
 
 /**
- * Writes the question as code, in four ways.
- * @param {object} question
- * @param {string} question.server address with a slash at the end
- * @param {string} question.endpoint such as "fal-ai/florence-2-large/ocr"
- * @param {string} question.model what the server runs
- * @param {boolean} question.auth whether the server wants a key
- * @param {string} question.fileName
- * @param {string} question.contentType
- * @param {string} [question.text] for a task that needs text
- * @param {import("./client.js").Region | null} [question.region] for a task that needs a region; null while there is none
+ * Writes a request as code.
+ * @param {object} request
+ * @param {string} request.server URL of the server, with a trailing slash
+ * @param {string} request.endpoint such as "fal-ai/florence-2-large/ocr"
+ * @param {string} request.model the model of the server
+ * @param {boolean} request.auth whether the server requires an API key
+ * @param {string} request.fileName
+ * @param {string} request.contentType
+ * @param {string} [request.text] for a task that needs text
+ * @param {import("./client.js").Region | null} [request.region] for a task that needs a region; null if none is given yet
  * @returns {Snippet[]}
  */
-export function writeSnippets(question) {
+export function writeSnippets(request) {
   return [
-    { id: "python", title: "Python", code: python(question) },
-    { id: "in-process", title: "Python, no server", code: inProcess(question) },
-    { id: "javascript", title: "JavaScript", code: javascript(question) },
-    { id: "curl", title: "curl", code: curl(question) },
+    { id: "python", title: "Python", code: python(request) },
+    { id: "in-process", title: "Python, no server", code: inProcess(request) },
+    { id: "javascript", title: "JavaScript", code: javascript(request) },
+    { id: "curl", title: "curl", code: curl(request) },
   ];
 }
 
-function python(question) {
-  const { server, endpoint, auth, fileName } = question;
+function python(request) {
+  const { server, endpoint, auth, fileName } = request;
   return `${auth ? PYTHON_KEY : PYTHON_NO_KEY}
 import fal_client
 
 # this server instead of fal.run
 fal_client.client.RUN_URL_FORMAT = ${quote(server)}
 
-answer = fal_client.run(
+result = fal_client.run(
     ${quote(endpoint)},
     arguments={
-        "image_url": fal_client.encode_file(${quote(fileName)}),${pythonInput(question)}
+        "image_url": fal_client.encode_file(${quote(fileName)}),${pythonInput(request)}
     },
 )
-print(answer["results"])
+print(result["results"])
 `;
 }
 
-function inProcess(question) {
+function inProcess(request) {
   return `from florence_onnx import fal
 
-# a bundle's folder, or a repository of the hub
-fal.configure(model=${quote(question.model)})
+# a bundle directory or a hub repository
+fal.configure(model=${quote(request.model)})
 
-answer = fal.run(
-    ${quote(question.endpoint)},
+result = fal.run(
+    ${quote(request.endpoint)},
     arguments={
-        "image_url": fal.encode_file(${quote(question.fileName)}),${pythonInput(question)}
+        "image_url": fal.encode_file(${quote(request.fileName)}),${pythonInput(request)}
     },
 )
-print(answer["results"])
+print(result["results"])
 `;
 }
 
-function javascript(question) {
-  const { server, endpoint, auth, fileName, contentType } = question;
+function javascript(request) {
+  const { server, endpoint, auth, fileName, contentType } = request;
   return `import { readFile } from "node:fs/promises";
 import { createFalClient } from "@fal-ai/client";
 
 const fal = createFalClient({
-  // ${auth ? "this server's API key" : "the client wants some, this server does not"}
+  // ${auth ? "this server's API key" : "the client requires credentials, this server does not"}
   credentials: ${auth ? "process.env.FAL_KEY" : '"any"'},
   requestMiddleware: async (request) => ({
     ...request,
@@ -83,19 +83,19 @@ const fal = createFalClient({
 const image = await readFile(${quote(fileName)}, "base64");
 const { data } = await fal.run(${quote(endpoint)}, {
   input: {
-    image_url: \`data:${contentType};base64,\${image}\`,${javascriptInput(question)}
+    image_url: \`data:${contentType};base64,\${image}\`,${javascriptInput(request)}
   },
 });
 console.log(data.results);
 `;
 }
 
-/** The body goes through stdin: images are longer than a command line may be. */
-function curl(question) {
-  const { server, endpoint, auth, fileName, contentType } = question;
+/** The body goes through stdin, because images exceed the maximum length of a command line. */
+function curl(request) {
+  const { server, endpoint, auth, fileName, contentType } = request;
   const fields = [
     `"image_url": "data:${contentType};base64,$(base64 < ${quoteForShell(fileName)} | tr -d '\\n')"`,
-    ...inputs(question).map(([name, value]) => `${quote(name)}: ${escapeInHeredoc(spaced(value))}`),
+    ...inputs(request).map(([name, value]) => `${quote(name)}: ${escapeInHeredoc(spaced(value))}`),
   ];
   return `curl ${quoteForShell(server + endpoint)} \\
 ${auth ? '  -H "Authorization: Key $FAL_KEY" \\\n' : ""}  -H "Content-Type: application/json" \\
@@ -105,17 +105,17 @@ JSON
 `;
 }
 
-/** What the task takes besides the image, as the API names it; examples where nothing was given yet. */
+/** The arguments besides the image, by their names in the API; an example if the region is not given yet. */
 function inputs({ text, region }) {
   if (text !== undefined) return [["text_input", text]];
   return region === undefined ? [] : [["region", region ?? EXAMPLE_REGION]];
 }
 
-const pythonInput = (question) => inputs(question).map(([name, value]) => `\n        ${quote(name)}: ${spaced(value)},`).join("");
+const pythonInput = (request) => inputs(request).map(([name, value]) => `\n        ${quote(name)}: ${spaced(value)},`).join("");
 
-const javascriptInput = (question) => inputs(question).map(([name, value]) => `\n    ${name}: ${spaced(value)},`).join("");
+const javascriptInput = (request) => inputs(request).map(([name, value]) => `\n    ${name}: ${spaced(value)},`).join("");
 
-/** A JSON string is a string of Python and JavaScript too. */
+/** A JSON string is a valid string literal in Python and JavaScript too. */
 const quote = (text) => JSON.stringify(text);
 
 const spaced = (value) =>

@@ -1,4 +1,4 @@
-/** A row of tabs over one panel, after the WAI-ARIA pattern: arrow keys move, one tab stop. */
+/** A tab list for one panel, after the WAI-ARIA tabs pattern: arrow keys move between tabs, Tab leaves the list. */
 
 import { make } from "./dom.js";
 

@@ -1,19 +1,19 @@
-/** What the page calls the tasks, and what it says about them. */
+/** Titles, groups and descriptions of the tasks. */
 
 import { make } from "./dom.js";
 
 /** @typedef {import("./client.js").Task} Task */
 
-const GROUPS = ["Find", "Outline", "Read", "Describe", "Ask about a region"];
+const GROUPS = ["Detection", "Segmentation", "OCR", "Captioning", "Region"];
 
 const HINTS = {
-  "object-detection": "Boxes of the objects, labelled with their category.",
-  "dense-region-caption": "Boxes of the objects, labelled with a short description.",
-  "region-proposal": "Boxes of whatever stands out, without labels.",
-  "open-vocabulary-detection": "Boxes of the one thing that the text names.",
-  "caption-to-phrase-grounding": "Boxes of the things that a caption mentions.",
-  "ocr-with-region": "Each line of text with its four corners.",
-  "referring-expression-segmentation": "The outline of what the text refers to.",
+  "object-detection": "Boxes around objects, labelled with their category.",
+  "dense-region-caption": "Boxes around objects, labelled with a short description.",
+  "region-proposal": "Boxes around anything that stands out, without labels.",
+  "open-vocabulary-detection": "Boxes around the thing that the text names.",
+  "caption-to-phrase-grounding": "Boxes around the things that the text mentions.",
+  "ocr-with-region": "The lines of text in the image, each with its four corners.",
+  "referring-expression-segmentation": "The outline of the thing that the text refers to.",
   "region-to-segmentation": "The outline of the object in a region.",
   "caption": "One sentence about the image.",
   "detailed-caption": "A few sentences about the image.",
@@ -25,13 +25,13 @@ const HINTS = {
 };
 
 const TEXT_HINTS = {
-  "open-vocabulary-detection": "One thing, such as “red circle”. All of the text is one name.",
+  "open-vocabulary-detection": "One thing, such as “red circle”: the whole text is taken as its name.",
   "caption-to-phrase-grounding": "A sentence, such as “A red circle beside a yellow star.”",
   "referring-expression-segmentation": "One thing, such as “the red circle”.",
 };
 
 /**
- * Fills the list of tasks.
+ * Fills the drop-down list of tasks.
  * @param {HTMLSelectElement} select
  * @param {Task[]} tasks
  */
@@ -43,10 +43,10 @@ export function fillTasks(select, tasks) {
 }
 
 /** @param {Task} task */
-export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Token\u00a0${token}.`;
+export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Task\u00a0token\u00a0${token}.`;
 
 /** @param {Task} task */
-export const textHintOf = ({ slug }) => TEXT_HINTS[slug] ?? "What the task asks for.";
+export const textHintOf = ({ slug }) => TEXT_HINTS[slug] ?? "The text for this task.";
 
 /** @param {string} slug */
 export const titleOf = (slug) => capitalize(slug.replaceAll("-", " ").replace(/\bocr\b/, "OCR"));
@@ -55,9 +55,9 @@ const makeOption = ({ slug }) => make("option", { value: slug, textContent: titl
 
 const capitalize = (text) => text[0].toUpperCase() + text.slice(1);
 
-function groupOf({ slug, needs, answer }) {
-  if (needs === "region") return "Ask about a region";
-  if (answer === "boxes") return "Find";
-  if (answer === "polygons") return "Outline";
-  return answer === "quads" || slug === "ocr" ? "Read" : "Describe";
+function groupOf({ slug, needs, output }) {
+  if (needs === "region") return "Region";
+  if (output === "boxes") return "Detection";
+  if (output === "polygons") return "Segmentation";
+  return output === "quads" || slug === "ocr" ? "OCR" : "Captioning";
 }

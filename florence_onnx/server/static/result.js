@@ -1,9 +1,9 @@
-/** The answer beside the image: rows or text, and where the time went. */
+/** The result panel: rows or text, and the time by stage. */
 
 import { make } from "./dom.js";
 
 /**
- * @typedef {import("./client.js").Answer} Answer
+ * @typedef {import("./client.js").Result} Result
  * @typedef {import("./shapes.js").Shape} Shape
  */
 
@@ -17,20 +17,20 @@ const STAGES = {
 const REST = "Network";
 
 /**
- * Shows an answer.
+ * Shows a result.
  * @param {HTMLElement} container
- * @param {Answer} answer
+ * @param {Result} result
  * @param {Shape[]} shapes
  * @param {{onHover: (index: number | null) => void, onPick: (index: number) => void}} listeners
  */
-export function showAnswer(container, answer, shapes, listeners) {
-  const { body, extra } = answer;
+export function showResult(container, result, shapes, listeners) {
+  const { body, extra } = result;
   const main = typeof body.results === "string" ? makeText(body.results) : makeRows(shapes, listeners);
   container.replaceChildren(main, ...makeExtras(extra));
 }
 
 /**
- * Lights up one row.
+ * Highlights one row.
  * @param {HTMLElement} container
  * @param {number | null} index
  * @param {number | null} pinned
@@ -45,19 +45,19 @@ export function highlightRow(container, index, pinned) {
 }
 
 /**
- * One line that says what came back.
- * @param {Answer} answer
+ * Summarizes a result in one line.
+ * @param {Result} result
  * @param {Shape[]} shapes
  */
 export function summarize({ body, totalMs }, shapes) {
-  const what = typeof body.results === "string" ? "a text" : count(shapes);
+  const what = typeof body.results === "string" ? "text" : count(shapes);
   return `Done: ${what} in ${milliseconds(totalMs)}.`;
 }
 
 /**
- * Shows the time per stage.
+ * Shows the time by stage.
  * @param {HTMLElement} container
- * @param {Answer} answer
+ * @param {Result} result
  */
 export function showTimings(container, { stages, totalMs }) {
   const known = stages.reduce((sum, { ms }) => sum + ms, 0);
@@ -70,13 +70,13 @@ export function showTimings(container, { stages, totalMs }) {
 
 function makeText(text) {
   return text
-    ? make("blockquote", { className: "text-answer", textContent: text })
-    : make("p", { className: "muted", textContent: "The model answered with an empty text." });
+    ? make("blockquote", { className: "text-result", textContent: text })
+    : make("p", { className: "muted", textContent: "The model returned an empty text." });
 }
 
 function makeRows(shapes, { onHover, onPick }) {
   if (!shapes.length) return make("p", { className: "muted", textContent: "Nothing found." });
-  const rows = make("ol", { className: "rows", "aria-label": "What was found" });
+  const rows = make("ol", { className: "rows", "aria-label": "Shapes found" });
   rows.append(...shapes.map((shape, index) => make("li", {}, makeRow(shape, index, onPick))));
   for (const row of rows.querySelectorAll(".row")) {
     const index = Number(row.dataset.index);
@@ -107,7 +107,7 @@ function moveFocus(event) {
   rows[rows.indexOf(document.activeElement) + step]?.focus();
 }
 
-/** Scrolls the list and never the page: a pointer over the image must not make the image move. */
+/** Scrolls the list and never the page, so that hovering over the image does not move the image. */
 function scrollIntoList(row) {
   const list = row.closest(".rows");
   const { top, bottom } = row.getBoundingClientRect();
@@ -118,9 +118,9 @@ function scrollIntoList(row) {
 
 function makeExtras(extra) {
   if (!extra) return [];
-  const raw = make("details", {}, make("summary", { textContent: "What the model wrote" }), make("code", { className: "raw", textContent: extra.text }));
+  const raw = make("details", {}, make("summary", { textContent: "Generated text" }), make("code", { className: "raw", textContent: extra.text }));
   if (!extra.truncated) return [raw];
-  const notice = "The answer was cut off at the limit of tokens; its last item may be missing or wrong.";
+  const notice = "The output was cut off at the token limit. Its last item may be missing or wrong.";
   return [make("p", { className: "notice", textContent: notice }), raw];
 }
 
