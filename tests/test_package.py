@@ -109,7 +109,7 @@ ROOMS = {
             "mcp_server",
             "model",
         ),
-        *("prediction", "runtime", "server", "tasks", "rich", "typer"),
+        *("prediction", "runtime", "server", "tasks", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
     "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
