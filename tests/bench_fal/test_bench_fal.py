@@ -29,7 +29,7 @@ from florence_onnx.bench_fal import agreement
 from florence_onnx.bench_fal.budget import Budget, BudgetSpentError
 from florence_onnx.bench_fal.journal import Finished, Journal
 from florence_onnx.bench_fal.plan import Call, Inputs, make_plan, read_inputs
-from florence_onnx.bench_fal.rate_limit import Pace
+from florence_onnx.bench_fal.rate_limit import RateLimiter
 from florence_onnx.bench_fal.runner import MAX_FAILURES, Runner, outstanding
 from florence_onnx.bench_fal.targets import ClientTarget, Reply, find_key, parse_targets, require_key
 from florence_onnx.bench_fal.transport import CallFailedError
@@ -364,7 +364,7 @@ def test_a_refused_key_ends_it_and_is_not_shown(serve: Callable[..., StandIn], t
     server = serve(lambda slug, arguments: (401, {"detail": f"No user found for {KEY}"}))
     result = _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 3)
     assert result.exit_code == 1 and len(server.requests) == 1
-    assert "it refuses us with 401" in result.stderr and "No user found for ***" in result.stderr
+    assert "it rejects the key or the account with 401" in result.stderr and "No user found for ***" in result.stderr
     assert KEY not in result.output and all(KEY not in path.read_text() for path in tmp_path.iterdir())
     server.respond = _caption  # with the right key it goes on
     assert _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 3).exit_code == 0
@@ -457,7 +457,7 @@ def test_the_key_is_read_as_fal_client_reads_it() -> None:
     assert find_key({"FAL_KEY": " abc\n"}) == "abc"
     assert find_key({"FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}) == "a:b"
     assert find_key({"FAL_KEY": "", "FAL_KEY_ID": "a"}) is None
-    with pytest.raises(InputError, match="copy the key anew") as caught:
+    with pytest.raises(InputError, match="copy the key again") as caught:
         require_key({"FAL_KEY": "geheim\nxyz"})
     assert "geheim" not in str(caught.value)
 
@@ -487,7 +487,7 @@ def test_calls_to_fal_keep_their_distance_over_resumptions(serve: Callable[..., 
 
     def ask(calls: Sequence[Call]) -> None:
         with Journal(tmp_path / JOURNAL) as journal:
-            budget = Budget(10, journal, Pace(20, clock, journal.last_sent), clock)
+            budget = Budget(10, journal, RateLimiter(20, clock, journal.last_sent), clock)
             target = ClientTarget("fal", server.url, KEY, timeout=10, budget=budget)
             Runner([target], journal, clock, lambda line: None).run(calls)
 
@@ -503,7 +503,7 @@ def test_calls_to_fal_keep_their_distance_over_resumptions(serve: Callable[..., 
 
 def test_a_wall_clock_that_was_set_back_costs_one_interval_at_most() -> None:
     clock = FakeClock()
-    pace = Pace(60, clock, clock.now() + datetime.timedelta(days=1))
+    pace = RateLimiter(60, clock, clock.now() + datetime.timedelta(days=1))
     pace.wait()
     assert clock.seconds == 1001
     clock.seconds += 5
@@ -515,7 +515,7 @@ def test_budget_counts_before_it_waits_for_nothing(tmp_path: Path) -> None:
     clock = FakeClock()
     (call,) = make_plan(SCENES[:1], ["caption"], Inputs(), 1)
     with Journal(tmp_path / JOURNAL) as journal:
-        budget = Budget(1, journal, Pace(1, clock), clock)
+        budget = Budget(1, journal, RateLimiter(1, clock), clock)
         budget.admit(call, "fal")
         with pytest.raises(BudgetSpentError):
             budget.admit(call, "fal")

@@ -63,7 +63,7 @@ def test_run_prints_readable_answers() -> None:
     assert f"{SCENES[0]}:\n" in result.stdout and f"{SCENES[1]}:\n" in result.stdout
     assert "red circle    x " in result.stdout
     assert result.stderr.splitlines() == [
-        "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
+        "The demo model only knows drawn shapes and words; for photographs, use run with --model."
     ]
 
 
@@ -145,7 +145,7 @@ def test_run_asks_every_kind_of_task(task: str, arguments: list[str]) -> None:
 @needs_demo
 def test_a_truncated_answer_is_marked() -> None:
     result = _run("run", "object-detection", SCENES[0], "--max-new-tokens", 8)
-    assert "cut off by the token limit" in result.stderr
+    assert "cut off at the token limit" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_truncated_answer_is_marked() -> None:
         (["run", "open-vocabulary-detection", "x.png", "--text", " "], "blank"),
         (["run", "caption", "x.png", "--draw", "folder"], "nothing to draw"),
         (["run", "caption", "x.png", "--model", "no-such-model"], "no-such-model"),
-        (["run", "object-detection", "x.png", "--draw", __file__], "cannot make the folder"),
+        (["run", "object-detection", "x.png", "--draw", __file__], "cannot create the folder"),
         (["info", "no-such-model"], "no-such-model"),
     ],
 )
