@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(name="bench-fal")
 def bench_fal(
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
     tasks: Annotated[
         str, typer.Option(help="Comma-separated slugs or tokens.", metavar="TASK,...")
     ] = "object-detection,ocr-with-region,caption",
@@ -51,7 +51,9 @@ def bench_fal(
     model: Annotated[
         str, typer.Option(help="For in-process: bundle directory, hub repository (owner/name), or demo.")
     ] = DEMO,
-    precision: Annotated[str | None, typer.Option(help="For in-process: fp32, fp16, int8, …")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="For in-process: fp32, fp16, int8.  [default: best for the device]")
+    ] = None,
     device: Annotated[str, typer.Option(help="For in-process: auto, cpu, cuda, tensorrt or openvino.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for journal and report; an existing journal is resumed.")] = Path(
         "bench-fal"

@@ -19,9 +19,9 @@ def build_engines(
         int, typer.Option(help="Largest batch of prompts that the engines can decode.", min=1)
     ] = DEFAULT_MAX_BATCH,
 ) -> None:
-    """Build the TensorRT engines of a model for the GPU of this machine, and print their folder.
+    """Build TensorRT engines for the GPU of this machine.
 
-    Takes minutes. `--device tensorrt` and `--device auto` use the engines afterwards.
+    Takes minutes, and prints the folder of the engines. `--device tensorrt` and `--device auto` use them afterwards.
     """
     from florence_onnx import loading
     from florence_onnx.bundles import hub

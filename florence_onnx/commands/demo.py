@@ -20,7 +20,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="File for the annotated image.")] = Path("florence-onnx-demo.png"),
     device: DeviceOption = "auto",
 ) -> None:
-    """Detect the shapes in a sample image with the built-in demo model."""
+    """Detect shapes in a sample image with the demo model."""
     sample = SAMPLES / json.loads((SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]["file"]
     with exit_on_error():
         model = Florence2.from_pretrained(DEMO, device=device)

@@ -66,9 +66,10 @@ _EXPECTED = (FlorenceError, ImportError, AttributeError, OSError, RuntimeError, 
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
-    """Examine this installation: versions, devices, extras, caches and a self-test with the demo model.
+    """Examine this installation, for bug reports.
 
-    Exits with 0 if the default device works, else with 1. Attach the output to bug reports: it contains no keys.
+    Shows versions, CPU and GPU, which devices work, extras, caches, environment variables (values of keys and tokens are
+    hidden), and a self-test with the demo model. The exit code is 0 if the default device works, and 1 otherwise.
     """
     report = examine()
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(format_report(report)))

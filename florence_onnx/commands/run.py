@@ -33,7 +33,7 @@ def run(
     task: Annotated[
         str, typer.Argument(help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`.")
     ],
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
     text: Annotated[str | None, typer.Option(help="Text input, for tasks that need one.")] = None,
     region: Annotated[
         str | None,
@@ -46,17 +46,17 @@ def run(
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     beams: Annotated[
-        int | None, typer.Option(help="Beam search width; 1 is greedy search. [default: the model's]")
+        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum tokens of an answer. [default: the model's]")
+        int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
 ) -> None:
     """Run one task on images.
 
-    An image that cannot be read does not stop the others; the exit code is then 1.
+    An image that cannot be read does not stop the others, but makes the exit code 1.
     """
     with exit_on_error():
         request = _Request(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))

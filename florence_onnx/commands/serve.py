@@ -40,7 +40,7 @@ def serve(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Batches in flight, all on the same model. [default: 4 on a GPU, 1 otherwise]", min=1),
+        typer.Option(help="Batches in flight, all on the same model.  [default: 4 on a GPU, 1 otherwise]", min=1),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Maximum requests in a batch.", min=1)] = 8,
     max_waiting: Annotated[
