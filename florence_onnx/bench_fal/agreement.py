@@ -1,7 +1,8 @@
 """The agreement of two raw answers to the same question.
 
-Both answers are normalised first, because fal's are known to contain `</s>` before the first OCR label, `<loc_…>` tokens
-at the end of region answers, and stray white space. Only `results` is compared; `image`, whose size differs, is ignored.
+Both answers are normalised first, because fal's are known to contain `</s>` before the first OCR label, `<loc_…>`
+tokens at the end of region answers, and stray white space. Only `results` is compared; `image`, whose size differs, is
+ignored.
 """
 
 from __future__ import annotations
@@ -139,11 +140,12 @@ def _unlabelled(boxes: Sequence[LabelledBox]) -> list[LabelledBox]:
 
 
 def _compare_outlines(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
-    """Returns the IoU of two unions of outlines. They are drawn into their common bounding box, as the image size is unknown."""
+    """Returns the IoU of two unions of outlines, drawn into their common bounding box: the image size is unknown."""
     flat = [value for outline in (*a, *b) for value in outline]
     if not flat:
         return None
     x0, y0, x1, y1 = quad_to_box(flat)
+    # the lower bound is for outlines that are a single point
     scale = _MASK_SIZE / max(x1 - x0, y1 - y0, 1e-6)
     size = (int((x1 - x0) * scale) + 1, int((y1 - y0) * scale) + 1)
     origin = (x0, y0)

@@ -13,7 +13,7 @@ class BudgetSpentError(FlorenceError):
 
 
 class Budget:
-    """Admits requests to fal one by one. A request is in the journal before it is sent, so that a crash cannot lose count."""
+    """Admits requests to fal one by one. Each is in the journal before it is sent, so that a crash cannot lose count."""
 
     def __init__(self, max_calls: int, journal: Journal, rate_limiter: RateLimiter, clock: Clock) -> None:
         """Limits all requests in the journal together, those of earlier processes included.

@@ -35,7 +35,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Row:
-    """The results of one target in one task. Times are seconds as seen by the caller, one call at a time; None if not measured."""
+    """The results of one target in one task. Times are in seconds, as seen by the caller; None if not measured."""
 
     target: str
     task: str
@@ -84,6 +84,7 @@ def timing_rows(plan: Sequence[Call], targets: Sequence[Target], journal: Journa
         for target in targets
         for slug in slugs
     ]
+    # prices and times of fal are the reference of the ratios, where fal is a target
     at_fal = {row.task: row for row in rows if row.target == FAL}
     return [_with_ratios(row, at_fal[row.task]) if row.task in at_fal and row.target != FAL else row for row in rows]
 
@@ -154,7 +155,7 @@ def _answers_by_question(target: Target, calls: Sequence[Call], journal: Journal
 
 
 def agreement_rows(plan: Sequence[Call], targets: Sequence[Target], journal: Journal) -> list[AgreementRow]:
-    """Compares every target with fal, or with the first target if fal is none of them, by the first answer to each question."""
+    """Compares the first answers of every target with those of fal, or of the first target if fal is none of them."""
     if len(targets) < 2:
         return []
     reference = next((target for target in targets if target.name == FAL), targets[0])

@@ -161,7 +161,7 @@ class Journal:
             self._repair(tail)
 
     def _repair(self, tail: bytes) -> None:
-        """Completes or removes a last line without a line break. Its writing was interrupted, so nothing was sent after it."""
+        """Completes or removes a last line without a line break: its writing was interrupted, so nothing was sent since."""
         try:
             self._parse(tail)
             self._file.write(b"\n")

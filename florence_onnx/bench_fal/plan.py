@@ -1,4 +1,4 @@
-"""The calls of a comparison: images x tasks x repeats, each with an id that is the same when the comparison is resumed."""
+"""The calls of a comparison: images x tasks x repeats, with ids by which a resumed comparison recognises them."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Runner:
             return
         if finished.status in _REFUSALS:
             self._stop(target, f"it rejects the key or the account with {finished.status}: {finished.error}")
-        if finished.is_final:
+        if finished.is_final:  # the arguments were rejected, which says nothing about the target
             return
         self._num_failures[target.name] += 1
         if self._num_failures[target.name] >= MAX_FAILURES:

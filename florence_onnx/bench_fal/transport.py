@@ -15,7 +15,7 @@ import httpx
 from florence_onnx.errors import FlorenceError
 
 _KEEPALIVE = 120.0
-"""Seconds for which an idle connection is kept: with httpx's 5, every time at a low rate would include a TLS handshake."""
+"""Seconds for which an idle connection is kept. With httpx's 5, times at a low rate would include a TLS handshake."""
 _MAX_ERROR = 2000
 """Most characters of an error response to keep."""
 
