@@ -122,7 +122,7 @@ def _system() -> Section:
 
 
 def _describe_gpu() -> str | None:
-    found = cuda.card()
+    found = cuda.find_gpu()
     if found is None:
         return None
     major, minor = found.compute_capability
@@ -219,7 +219,7 @@ def find_obstacles(device: str) -> tuple[list[str], list[str]]:
     if provider not in available:
         reasons = [f"the installed onnxruntime has no {provider}"]
         # another onnxruntime is of no use without a GPU
-        if is_nvidia and cuda.card() is None:
+        if is_nvidia and cuda.find_gpu() is None:
             return [*reasons, "no NVIDIA GPU was found: `nvidia-smi` must list it (in Docker: --gpus all)"], []
         return reasons, [fix]
     return _nvidia_obstacles(device, ort) if is_nvidia else ([], [])
@@ -227,9 +227,9 @@ def find_obstacles(device: str) -> tuple[list[str], list[str]]:
 
 def _nvidia_obstacles(device: str, ort: ModuleType) -> tuple[list[str], list[str]]:
     cuda.preload(ort)
-    reasons = cuda.obstacles(str(getattr(ort, "cuda_version", "")))
+    reasons = cuda.diagnose(str(getattr(ort, "cuda_version", "")))
     if device == "tensorrt":
-        reasons = [*reasons, *cuda.tensorrt_obstacles(ort)]
+        reasons = [*reasons, *cuda.diagnose_tensorrt(ort)]
     return reasons, [command for reason in reasons for command in _COMMAND.findall(reason)[:1]]
 
 
@@ -295,7 +295,7 @@ def _caches() -> Section:
             **attempt(lambda: measure(chosen or graph_cache.default_folder())),
             "enabled": chosen is not None,
         },
-        "engines": attempt(lambda: measure(tensorrt.places(hub.resolve(DEMO))[-1])),
+        "engines": attempt(lambda: measure(tensorrt.engine_folders(hub.resolve(DEMO))[-1])),
         "hub": attempt(lambda: measure(hub.default_cache())),
     }
 

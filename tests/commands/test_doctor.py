@@ -185,11 +185,11 @@ def _use_onnxruntime(monkeypatch: pytest.MonkeyPatch, *providers: str) -> None:
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_gpu_needs_another_onnxruntime_only_where_there_is_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _use_onnxruntime(monkeypatch, "CPUExecutionProvider")
-    monkeypatch.setattr(cuda, "card", lambda: None)
+    monkeypatch.setattr(cuda, "find_gpu", lambda: None)
     without = doctor.examine_device(device)
     assert not without["works"] and without["fix"] is None
     assert "onnxruntime has no" in without["reason"] and "no NVIDIA GPU was found" in without["reason"]
-    monkeypatch.setattr(cuda, "card", lambda: cuda.Card("NVIDIA H100", (9, 0), 80 * 2**30))
+    monkeypatch.setattr(cuda, "find_gpu", lambda: cuda.Gpu("NVIDIA H100", (9, 0), 80 * 2**30))
     with_gpu = doctor.examine_device(device)
     assert with_gpu["fix"] == "pip uninstall -y onnxruntime && pip install 'florence-onnx[gpu]'"
     assert "no NVIDIA GPU" not in with_gpu["reason"]
@@ -205,9 +205,9 @@ def test_a_provider_without_its_libraries_names_what_to_install(monkeypatch: pyt
             return Driver()
         raise OSError(name)
 
-    find = cuda.obstacles
+    find = cuda.diagnose
     _use_onnxruntime(monkeypatch, "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-    monkeypatch.setattr(cuda, "obstacles", lambda version: find(version, load))
+    monkeypatch.setattr(cuda, "diagnose", lambda version: find(version, load))
     section = doctor.examine_device("cuda")
     assert not section["works"]
     assert "libcudart.so.12" in section["reason"] and "no cuDNN 9" in section["reason"]
@@ -217,8 +217,8 @@ def test_a_provider_without_its_libraries_names_what_to_install(monkeypatch: pyt
 def test_tensorrt_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its engines would take minutes."""
     _use_onnxruntime(monkeypatch, "TensorrtExecutionProvider")
-    monkeypatch.setattr(cuda, "obstacles", lambda version: [])
-    monkeypatch.setattr(cuda, "tensorrt_obstacles", lambda ort: [])
+    monkeypatch.setattr(cuda, "diagnose", lambda version: [])
+    monkeypatch.setattr(cuda, "diagnose_tensorrt", lambda ort: [])
     section = doctor.examine_device("tensorrt")
     assert section["works"] and "build-engines" in section["note"]
     assert doctor._format_device(section).startswith("ok (not run")
