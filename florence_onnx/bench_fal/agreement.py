@@ -1,8 +1,8 @@
-"""How much two raw answers to the same question agree.
+"""The agreement of two raw answers to the same question.
 
-Before anything is compared, both sides are normalised in the same way, for what fal is known to add: `</s>` in front of
-the first label of OCR, `<loc_…>` tails of region answers, white space. What is compared is `results` only; `image`, a
-preview of another size, is not looked at.
+Both answers are normalised first, because fal's are known to contain `</s>` before the first OCR label, `<loc_…>`
+tokens at the end of region answers, and stray white space. Only `results` is compared; `image`, whose size differs, is
+ignored.
 """
 
 from __future__ import annotations
@@ -17,76 +17,76 @@ from rapidfuzz.distance import Levenshtein
 from florence_onnx.answers.matching import LabelledBox, draw_polygons, mask_iou, overlap, pair_boxes, quad_to_box
 
 THRESHOLDS = (0.5, 0.75, 0.9)
-"""From these overlaps (IoU) on a box counts as found."""
+"""IoU thresholds at which a pair of boxes counts as a match."""
 NORMALISATION = (
-    "Both sides are normalised alike before they are compared: special tokens (`</s>`, `<s>`, `<pad>`) and location "
-    "tokens (`<loc_…>`) are removed from texts and labels, and runs of white space become one space."
+    "Both answers are normalised before they are compared: special tokens (`</s>`, `<s>`, `<pad>`) and location "
+    "tokens (`<loc_…>`) are removed from texts and labels, and each run of white space becomes one space."
 )
-_MARKS = re.compile(r"</?s>|<pad>|<loc_\d+>")
-_FRAME = 1000
-"""Longer side of the frame in which outlines are compared, in pixels."""
+_SPECIAL_TOKENS = re.compile(r"</?s>|<pad>|<loc_\d+>")
+_MASK_SIZE = 1000
+"""Longer side in pixels of the masks that outlines are drawn into to compare them."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of any task, normalised."""
+    """The normalised answer of any task."""
 
     text: str
-    """The text, or all labels, one a line."""
+    """The text, or all labels, one per line."""
     boxes: tuple[LabelledBox, ...] = ()
-    """Labels and `(x0, y0, x1, y1)` in the image's pixels; outlines by the box around them."""
+    """Labels and `(x0, y0, x1, y1)` in pixels of the image; for outlines, their bounding boxes."""
     outlines: tuple[tuple[float, ...], ...] = ()
-    """Flat `(x, y, x, y, …)` in the image's pixels."""
+    """Polygons as flat `(x, y, x, y, …)` in pixels of the image."""
     is_text: bool = True
-    """Whether the task answers with text alone."""
+    """Whether the answer is text only."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One answer against the reference's."""
+    """One answer compared with that of the reference."""
 
     num_reference: int
-    """Boxes of the reference."""
+    """Boxes in the answer of the reference."""
     num_found: int
-    """Boxes of the other."""
+    """Boxes in the other answer."""
     num_matched: tuple[int, ...]
-    """Pairs one to one with equal labels, for each of `THRESHOLDS`."""
+    """One-to-one matches with equal labels, for each of `THRESHOLDS`."""
     num_matched_blind: tuple[int, ...]
-    """The same whatever the labels are."""
+    """One-to-one matches with any labels (class-agnostic), for each of `THRESHOLDS`."""
     mask_iou: float | None
-    """Of the union of all outlines; None where neither drew an area."""
+    """IoU of the unions of all outlines; None if neither answer has an area."""
     text_similarity: float | None
-    """1 - edit distance in characters / length of the longer; None where neither says anything."""
+    """1 - (edit distance in characters) / (length of the longer text); None if both are empty."""
     is_equal: bool
-    """Whether text and boxes are exactly equal."""
+    """Whether text, boxes and outlines are exactly equal."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Comparisons summed up; None where there was nothing to measure."""
+    """Comparisons summed up; None where there is nothing to measure."""
 
     num_answers: int
     num_reference: int
     num_found: int
     f1: dict[str, float | None] = field(default_factory=dict)
-    """By threshold: F1 of all boxes, labels equal."""
+    """By threshold: F1 over all boxes, with equal labels."""
     f1_blind: dict[str, float | None] = field(default_factory=dict)
-    """The same whatever the labels are."""
+    """By threshold: class-agnostic F1 over all boxes."""
     mask_iou: float | None = None
     """Mean over answers."""
     text_similarity: float | None = None
     """Mean over answers."""
     equal: float | None = None
-    """Share of answers that are exactly equal."""
+    """Share of answers that are exactly equal, 0 to 1."""
 
 
 def normalise(text: str) -> str:
-    """A text without special tokens, location tokens and superfluous white space."""
-    return " ".join(_MARKS.sub(" ", text).split())
+    """Removes special tokens and location tokens from a text, and reduces white space to single spaces."""
+    return " ".join(_SPECIAL_TOKENS.sub(" ", text).split())
 
 
 def read_answer(raw: Any) -> Answer | None:
-    """Reads fal's JSON of any task; None where it is something else."""
+    """Parses fal's JSON of any task; returns None if it has another form."""
     try:
         results = raw["results"]
         if isinstance(results, str):
@@ -117,15 +117,15 @@ def _read_polygons(polygons: Iterable[Any]) -> Answer:
 
 
 def compare(reference: Answer, answer: Answer) -> Comparison:
-    """Measures one answer against the reference's; the same with both exchanged, but for the names."""
-    spoken = reference.text.strip() or answer.text.strip()
+    """Compares one answer with that of the reference; symmetric except for the two box counts."""
+    has_text = reference.text.strip() or answer.text.strip()
     return Comparison(
         num_reference=len(reference.boxes),
         num_found=len(answer.boxes),
         num_matched=_count_pairs(answer.boxes, reference.boxes),
         num_matched_blind=_count_pairs(_unlabelled(answer.boxes), _unlabelled(reference.boxes)),
         mask_iou=_compare_outlines(reference.outlines, answer.outlines),
-        text_similarity=Levenshtein.normalized_similarity(reference.text, answer.text) if spoken else None,
+        text_similarity=Levenshtein.normalized_similarity(reference.text, answer.text) if has_text else None,
         is_equal=reference == answer,
     )
 
@@ -140,12 +140,13 @@ def _unlabelled(boxes: Sequence[LabelledBox]) -> list[LabelledBox]:
 
 
 def _compare_outlines(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
-    """IoU of two unions, drawn into the box around both: the image's size need not be known."""
+    """Returns the IoU of two unions of outlines, drawn into their common bounding box: the image size is unknown."""
     flat = [value for outline in (*a, *b) for value in outline]
     if not flat:
         return None
     x0, y0, x1, y1 = quad_to_box(flat)
-    scale = _FRAME / max(x1 - x0, y1 - y0, 1e-6)
+    # the lower bound is for outlines that are a single point
+    scale = _MASK_SIZE / max(x1 - x0, y1 - y0, 1e-6)
     size = (int((x1 - x0) * scale) + 1, int((y1 - y0) * scale) + 1)
     origin = (x0, y0)
     masks = [
@@ -156,7 +157,7 @@ def _compare_outlines(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]
 
 
 def summarise(comparisons: Sequence[Comparison]) -> Agreement:
-    """Sums up: every box weighs equally, other figures are means over answers."""
+    """Sums up comparisons: F1 over all boxes of all answers, everything else as a mean over answers."""
     num_reference = sum(each.num_reference for each in comparisons)
     num_found = sum(each.num_found for each in comparisons)
     total = num_reference + num_found

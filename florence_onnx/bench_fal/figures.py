@@ -1,4 +1,4 @@
-"""Times, prices and agreement of a comparison, worked out from the journal."""
+"""Times, prices and agreement of a comparison, computed from the journal."""
 
 from __future__ import annotations
 
@@ -16,73 +16,75 @@ from florence_onnx.bench_fal.plan import Call
 from florence_onnx.bench_fal.targets import FAL, Target
 
 ALL = "all"
-"""The row over all tasks."""
+"""Task name of the rows over all tasks."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What time costs."""
+    """Prices of time."""
 
     fal: float
-    """Dollars a compute second of fal."""
+    """Dollars per second of compute at fal."""
     own: float
-    """Dollars an hour of the machine that this package runs on."""
+    """Dollars per hour of the machine that this package runs on."""
 
     def per_second(self, target: str) -> float:
-        """Dollars a second of a target (its name)."""
+        """Returns the dollars per second of a target, by its name."""
         return self.fal if target == FAL else self.own / 3600
 
 
 @dataclass(frozen=True)
 class Row:
-    """One target and task. Times are seconds seen by the caller, one call at a time; None where nothing was measured."""
+    """The results of one target in one task. Times are in seconds, as seen by the caller; None if not measured."""
 
     target: str
     task: str
     num_planned: int
     num_answered: int
     num_failed: int
-    """Calls whose last outcome is an error."""
+    """Calls whose last attempt ended with an error."""
     cold: list[float]
-    """Each process's first answer."""
+    """Seconds of the first successful call of each process."""
     num_warm: int
+    """Successful calls that are not cold."""
     p50: float | None
     p95: float | None
-    """Of the warm calls, linear between the two nearest."""
+    """95th percentile of the warm calls, linearly interpolated."""
     mean: float | None
-    """Of the warm calls."""
+    """Mean of the warm calls."""
     price_per_1000: float | None
-    """Dollars: mean warm seconds x rate x 1000, the machine being paid for while one call runs at a time."""
+    """Dollars for 1000 calls: mean warm seconds x price per second x 1000, for calls one at a time."""
     repeatable: float | None
-    """Share of later repeats whose answer equals the first one of the same question."""
+    """Share of the repeats whose answer equals the first answer to the same question, 0 to 1."""
     price_ratio: float | None = None
-    """fal's price / this one's."""
+    """Price at fal / price at this target."""
     speed_ratio: float | None = None
-    """fal's p50 / this one's."""
+    """p50 of fal / p50 of this target."""
     billable_units: float | None = None
-    """Mean of the header `x-fal-billable-units`, where every answer had one."""
+    """Mean of the header `x-fal-billable-units`; None unless every response has it."""
 
 
 @dataclass(frozen=True)
 class AgreementRow:
-    """One target against the reference in one task."""
+    """The agreement of one target with the reference in one task."""
 
     reference: str
     target: str
     task: str
     num_unreadable: int
-    """Pairs of answers that could not be compared: one of them is not of fal's form."""
+    """Pairs that could not be compared because one answer is not in fal's format."""
     agreement: agreement.Agreement
 
 
 def timing_rows(plan: Sequence[Call], targets: Sequence[Target], journal: Journal, rates: Rates) -> list[Row]:
-    """A row for each target and task, and one for all tasks where there are several."""
+    """Returns a row for each target and task, and one over all tasks if there are several."""
     slugs = _slugs(plan)
     rows = [
         _row(target, slug, [call for call in plan if slug in (ALL, call.task.slug)], journal, rates)
         for target in targets
         for slug in slugs
     ]
+    # prices and times of fal are the reference of the ratios, where fal is a target
     at_fal = {row.task: row for row in rows if row.target == FAL}
     return [_with_ratios(row, at_fal[row.task]) if row.task in at_fal and row.target != FAL else row for row in rows]
 
@@ -143,7 +145,7 @@ def _repeatable(target: Target, calls: Sequence[Call], journal: Journal) -> floa
 
 
 def _answers_by_question(target: Target, calls: Sequence[Call], journal: Journal) -> dict[str, list[Any]]:
-    """Raw answers of each question, in the order of the repeats."""
+    """Returns the raw answers to each question, in the order of the repeats."""
     found: dict[str, list[Any]] = {}
     for call in calls:
         finished = journal.find(call, target.identity)
@@ -153,7 +155,7 @@ def _answers_by_question(target: Target, calls: Sequence[Call], journal: Journal
 
 
 def agreement_rows(plan: Sequence[Call], targets: Sequence[Target], journal: Journal) -> list[AgreementRow]:
-    """Every target against fal, or against the first one where fal was not asked; the first answer of each question."""
+    """Compares the first answers of every target with those of fal, or of the first target if fal is none of them."""
     if len(targets) < 2:
         return []
     reference = next((target for target in targets if target.name == FAL), targets[0])

@@ -1,7 +1,7 @@
-"""What was sent and what came back: JSON lines, written to the disk before anything else happens.
+"""The journal of a comparison: JSON lines, each synced to disk before the next step.
 
-Two kinds of line: `sent` before each request to fal, `finished` after each call of any target. A call to fal that was
-cut off has the first only: it is counted, and asked again.
+There are two kinds of lines: `sent`, before each request to fal, and `finished`, after each call to any target. An
+interrupted call to fal has a `sent` line only: it counts towards the limit and is repeated.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from florence_onnx.bench_fal.plan import Call
 from florence_onnx.errors import InputError
 from florence_onnx.images.url import is_data_uri
 
-_PASSING = frozenset({401, 402, 403, 408, 409, 425, 429})
-"""Client errors that may be gone the next time: the key, the account, the load."""
+_RETRYABLE = frozenset({401, 402, 403, 408, 409, 425, 429})
+"""Client errors that can go away: wrong key, no credit, timeout, rate limit."""
 _MIN_SECRET = 8
-"""Characters; shorter strings are no keys, and blotting them out would damage the answers."""
+"""Least characters of a secret that is redacted: shorter strings are not keys, and could occur in answers by chance."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One call and what became of it."""
+    """A call that has ended, with its answer or error."""
 
     call: str
     """`Call.id`."""
@@ -37,31 +37,31 @@ class Finished:
     task: str
     image: str
     status: int | None
-    """HTTP status; None where no answer came."""
+    """HTTP status; None if there was no response."""
     seconds: float
-    """From the call to the answer, seen by the caller."""
+    """Seconds from the call to its answer, as seen by the caller."""
     is_cold: bool
-    """Whether this target had not answered this process before."""
+    """Whether no earlier call to the target has succeeded in this process."""
     when: str
-    """End, UTC, ISO 8601."""
+    """Time of the end, in UTC and ISO 8601."""
     answer: Any = None
-    """The raw answer, but for an image inside it; see `without_image`."""
+    """The raw answer, with an embedded image removed; see `without_image`."""
     error: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    """The answer's `x-fal-…` headers."""
+    """The `x-fal-…` headers of the response."""
 
     @property
     def is_final(self) -> bool:
-        """Whether asking again would change nothing: answered, or refused for what was asked."""
+        """Whether a repetition would change nothing: it succeeded, or its arguments were rejected."""
         if self.error is None:
             return True
-        return self.status is not None and 400 <= self.status < 500 and self.status not in _PASSING
+        return self.status is not None and 400 <= self.status < 500 and self.status not in _RETRYABLE
 
 
 def without_image(answer: Any) -> Any:
-    """An answer whose annotated image, where it is a `data:` URI (ours; fal's is an address), is cut to its size.
+    """Replaces the annotated image of an answer by its size, if it is a `data:` URI (fal's is a URL).
 
-    A journal would otherwise grow by an image a call. Everything else is returned as it is.
+    Otherwise every call would add an image to the journal. Everything else is returned unchanged.
     """
     image = answer.get("image") if isinstance(answer, dict) else None
     if not isinstance(image, dict):
@@ -74,22 +74,23 @@ def without_image(answer: Any) -> Any:
 
 
 class Journal:
-    """An append-only file of a comparison. Only one process at a time may have it open."""
+    """The append-only file of a comparison, locked by one process at a time."""
 
     def __init__(self, path: Path, *, secrets: Sequence[str] = ()) -> None:
-        """Opens or makes the file, and reads what it holds.
+        """Opens or creates the file and reads it.
 
         Args:
-            path: The file; its folder is made.
-            secrets: Strings that are blotted out of every line.
+            path: The file; its folder is created.
+            secrets: Strings that are redacted in every line.
 
         Raises:
             InputError: The file is damaged, cannot be written, or another process has it open.
         """
         self.path = path
         self.num_sent = 0
-        """Requests to fal, over all processes, whatever became of them."""
+        """Requests sent to fal by all processes, successful or not."""
         self.last_sent: datetime.datetime | None = None
+        """Time of the last request to fal, in UTC."""
         self._secrets = [
             json.dumps(secret, ensure_ascii=False)[1:-1] for secret in secrets if len(secret) >= _MIN_SECRET
         ]
@@ -107,7 +108,7 @@ class Journal:
             raise
 
     def __enter__(self) -> Journal:
-        """The journal itself."""
+        """Returns the journal."""
         return self
 
     def __exit__(
@@ -117,31 +118,33 @@ class Journal:
         self._file.close()
 
     def find(self, call: Call, target: str) -> Finished | None:
-        """The last outcome of a call at a target (its identity), or None."""
+        """Returns the last attempt of a call at a target (its identity), or None."""
         return self._finished.get((call.id, target))
 
     def write_sent(self, call: Call, target: str, when: datetime.datetime) -> None:
-        """Notes a request to fal; to be called before it is sent."""
+        """Records a request to fal; must be called before it is sent."""
         self._write({"kind": "sent", "call": call.id, "target": target, "when": _format(when)})
         self.num_sent += 1
         self.last_sent = when
 
     def write_finished(self, finished: Finished) -> None:
-        """Notes the outcome of a call."""
+        """Records a call that has ended."""
         self._write({"kind": "finished", **dataclasses.asdict(finished)})
         self._finished[finished.call, finished.target] = finished
 
     def _write(self, line: dict[str, Any]) -> None:
-        text = self.blot(json.dumps(line, ensure_ascii=False))
+        text = self.redact(json.dumps(line, ensure_ascii=False))
         try:
             self._file.write(text.encode("utf-8", "backslashreplace") + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise InputError(f"cannot write the journal {self.path}: {error.strerror}; nothing more is sent") from None
+            raise InputError(
+                f"cannot write the journal {self.path}: {error.strerror}; no more calls are sent"
+            ) from None
 
-    def blot(self, text: str) -> str:
-        """A text without the secrets."""
+    def redact(self, text: str) -> str:
+        """Replaces the secrets in a text by `***`."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
@@ -151,22 +154,22 @@ class Journal:
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                self._take(line)
+                self._parse(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"line {number} of the journal {self.path} is damaged: {error}") from None
         if tail:
-            self._mend(tail)
+            self._repair(tail)
 
-    def _mend(self, tail: bytes) -> None:
-        """A last line without its end was cut off while it was written: nothing was sent after it."""
+    def _repair(self, tail: bytes) -> None:
+        """Completes or removes a last line without a line break: its writing was interrupted, so nothing was sent since."""
         try:
-            self._take(tail)
+            self._parse(tail)
             self._file.write(b"\n")
         except (ValueError, TypeError, KeyError):
             self._file.truncate(self._file.seek(0, os.SEEK_END) - len(tail))
         self._file.flush()
 
-    def _take(self, line: bytes) -> None:
+    def _parse(self, line: bytes) -> None:
         content = json.loads(line)
         kind = content.pop("kind")
         if kind == "finished":
@@ -184,7 +187,7 @@ def _format(when: datetime.datetime) -> str:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Two processes would each count only their own calls."""
+    """Locks the file: two processes would each count only their own calls."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock

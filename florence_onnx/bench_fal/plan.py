@@ -1,4 +1,4 @@
-"""Which calls a comparison makes: images x tasks x repeats, each with an id that stays the same over resumptions."""
+"""The calls of a comparison: images x tasks x repeats, with ids by which a resumed comparison recognises them."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from florence_onnx.fal.contract import APP
 from florence_onnx.images import decoding, url
 
 NOT_AT_FAL = frozenset({tasks.REGION_TO_OCR.slug})
-"""Tasks of the model for which fal has no endpoint."""
+"""Slugs of the tasks for which fal has no endpoint."""
 ANY = "*"
-"""In a file of inputs: every image, or every task."""
+"""Key in a file of inputs that matches every image or every task."""
 _INPUT_NAMES = ("text_input", "region")
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image, as all targets get it."""
+    """An image in the form that all targets get."""
 
     name: str
-    """For people: the file's name or the shortened address."""
+    """File name or shortened URL, for messages and reports."""
     address: str = field(repr=False)
-    """`image_url` of the calls: a `data:` URI of the file's bytes, or the URL as it was given."""
+    """`image_url` of the calls: the file as a `data:` URI, or the given URL."""
     digest: str
-    """SHA-256 of the file's bytes or of the address, hexadecimal."""
+    """SHA-256 of the file or of the URL, hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One question of one repeat; every target is asked it."""
+    """One repeat of one question (image, task, text and region), made to every target."""
 
     image: Image
     task: tasks.Task[Any]
     text_input: str | None
     region: Region | None
     repeat: int
-    """From 0."""
+    """Number of the repeat, from 0."""
 
     @property
     def question(self) -> str:
-        """Stable id of the question, the same for all repeats."""
+        """Id of the question, the same for all repeats and all processes."""
         region = None if self.region is None else list(_corners(self.region).values())
         parts = json.dumps([self.task.slug, self.image.digest, self.text_input, region])
         return f"{self.task.slug}/{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
     @property
     def id(self) -> str:
-        """Stable id of the call."""
+        """Id of the call, the same for all processes."""
         return f"{self.question}/{self.repeat}"
 
     @property
     def application(self) -> str:
-        """fal's endpoint."""
+        """fal's endpoint id."""
         return f"{APP}/{self.task.slug}"
 
     @property
@@ -75,24 +75,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Texts and regions of the tasks that need one."""
+    """Texts and regions for the tasks that need one."""
 
     text: str | None = None
-    """Where `by_image` has none."""
+    """Text for all images and tasks without one in `by_image`."""
     region: Region | None = None
-    """Where `by_image` has none."""
+    """Region for all images and tasks without one in `by_image`."""
     by_image: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Image (as given, its file name, or `*`) → task slug or `*` → `{"text_input": …}` or `{"region": …}`."""
+    """Image (as given, its file name, or `*`) to task slug (or `*`) to `{"text_input": …}` or `{"region": …}`."""
 
     def text_for(self, image: str, task: tasks.Task[Any]) -> str | None:
-        """The text for a task that needs one; None for others, or where there is none."""
+        """Returns the text for a task that needs one; None for other tasks, or if there is none."""
         if task.needs != "text":
             return None
         found = self._find(image, task.slug, "text_input")
         return self.text if found is None else str(found)
 
     def region_for(self, image: str, task: tasks.Task[Any]) -> Region | None:
-        """The region for a task that needs one; None for others, or where there is none."""
+        """Returns the region for a task that needs one; None for other tasks, or if there is none."""
         if task.needs != "region":
             return None
         found = self._find(image, task.slug, "region")
@@ -111,7 +111,7 @@ def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     """Reads `Inputs.by_image` from a JSON file.
 
     Raises:
-        InputError: The file cannot be read, or says something else.
+        InputError: The file cannot be read, or has another structure.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -134,16 +134,16 @@ def read_inputs(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
 
 
 def make_plan(images: Sequence[str], slugs: Sequence[str], inputs: Inputs, num_repeats: int) -> list[Call]:
-    """Lists the calls, repeat by repeat, so that a budget that ends early still saw every question.
+    """Lists the calls, repeat by repeat, so that a limit below the plan still covers every question.
 
     Args:
         images: Paths, `http(s)` URLs or `data:` URIs.
         slugs: Tasks by slug or token.
         inputs: Texts and regions.
-        num_repeats: How often each question is asked, at least 1.
+        num_repeats: Calls per question, at least 1.
 
     Returns:
-        The calls.
+        The calls, in the order in which they are made.
 
     Raises:
         InputError: An image cannot be read, a task is unknown, or its text or region is missing.
@@ -161,12 +161,12 @@ def make_plan(images: Sequence[str], slugs: Sequence[str], inputs: Inputs, num_r
             task.format_prompt(call.text_input, call.region)
             first.append(call)
     if len({call.id for call in first}) < len(first):
-        raise InputError("the same image or task was given twice; repeats are what --repeats is for")
+        raise InputError("the same image or task was given twice; use --repeats to repeat calls")
     return [Call(c.image, c.task, c.text_input, c.region, repeat) for repeat in range(num_repeats) for c in first]
 
 
 def read_image(address: str) -> Image:
-    """Reads a local image into a `data:` URI; URLs and `data:` URIs are kept as they are.
+    """Encodes a local image as a `data:` URI; keeps URLs and `data:` URIs unchanged.
 
     Raises:
         ImageError: The file is missing or not an image.
@@ -175,7 +175,7 @@ def read_image(address: str) -> Image:
         return Image(url.shorten(address), address, hashlib.sha256(address.encode()).hexdigest())
     from fal_client import encode_file
 
-    decoding.load(address)  # what no target can read is no question
+    decoding.load(address)  # fails now rather than at every target
     path = Path(address)
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A comparison as tables for people, on the terminal and as Markdown, and as JSON for machines."""
+"""The report of a comparison: tables on the terminal, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from florence_onnx.bench_fal.figures import AgreementRow, Rates, Row
 from florence_onnx.bench_fal.journal import Finished
 
 _MAX_ERRORS = 20
-"""Errors that are listed; all are in the journal."""
+"""Most errors to list; the journal has all of them."""
 
 FAIRNESS = (
-    "Every target gets the same arguments; a local image is the same `data:` URI for all. A URL is passed on, and each "
-    "target downloads it in its own time.",
-    "Targets take turns round by round, within a round question after question; one call at a time, each a single HTTP "
-    "request: nothing is repeated within a time, and waiting for the rate is not in it.",
-    "Times are the caller's: fal's hold the network, and our served ones do not where the server is on the same machine.",
-    "Cold is the first answer of a target in a process: in process it holds loading the model, over HTTP the connection; "
-    "whether fal's runner was cold cannot be told from outside.",
-    "A price is mean warm seconds x rate: for fal an upper bound, as it bills compute seconds and not the network; for "
-    "our machine what one call at a time costs, while an idle machine costs as much.",
-    "fal and this package draw an annotated image for the tasks with geometry, a server unless it runs with "
-    "`--images none`; drawing is in the times.",
-    "In process, no features of an image are kept from one question to the next: each time holds the vision encoder. A "
-    "server keeps them unless it runs with `--cache-mb 0`; with the cache, its times are those of further questions "
-    "about a known image. Whether fal keeps anything is unknown.",
+    "Every target gets the same arguments; a local image is the same `data:` URI for all of them. URLs are passed on, "
+    "and their download by the target is part of its time.",
+    "Targets take turns round by round. Calls are made one at a time, and each is a single HTTP request: no time includes "
+    "a retry or a wait for the rate limit.",
+    "Times are measured by the caller: those of fal include the network, those of a server on the same machine do not.",
+    "A call is cold if it is the first to its target in a process: in process it includes loading the model, over HTTP "
+    "the connection. Whether fal's runner was cold is not visible from outside.",
+    "Prices are mean warm seconds x price per second. For fal this is an upper bound, because it bills compute and not the "
+    "network; for our machine it is the price of one call at a time, without idle time.",
+    "fal and this package draw an annotated image for tasks with geometry, and a server does unless it runs with "
+    "`--images none`. The times include drawing.",
+    "In process, image features are not cached: every time includes the vision encoder. A server caches them unless it "
+    "runs with `--cache-mb 0`; with the cache, only the first call for an image includes the vision encoder. Whether fal "
+    "caches anything is unknown.",
     NORMALISATION,
-    "Boxes are paired one to one, greatest overlap first; outlines count by the box around them, and by the IoU of their "
-    "union. Any label means that labels are not looked at. Agreement is not correctness: fal is the reference, not the "
-    "truth. Whether fal turns images by their EXIF orientation is unknown: use images without one.",
+    "Boxes are matched one to one, largest IoU first. Outlines are compared by their bounding boxes and by the IoU of "
+    "their union. `any label` ignores the labels. Agreement is not correctness: fal is the reference, not the ground truth. "
+    "Whether fal applies the EXIF orientation is unknown: use images without one.",
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything about one comparison."""
+    """All results of one comparison."""
 
     settings: dict[str, Any]
-    """What was asked for."""
+    """The options of the command."""
     rates: Rates
     timing: list[Row]
     agreement: list[AgreementRow]
     errors: list[tuple[str, Finished]]
-    """Target's name and last outcome of each call without an answer."""
+    """Name of the target and last attempt, for each call that failed."""
     stopped: dict[str, str]
-    """Targets that were left alone before the end, and why."""
+    """Targets (by name) that were skipped before the end, and the reasons."""
     num_sent: int
-    """Requests to fal, over all processes."""
+    """Requests sent to fal by all processes."""
     num_missing: int
-    """Calls without an answer."""
+    """Calls that have no answer."""
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """JSON for machines."""
+    """Returns the report as JSON."""
     return {
         "format": 1,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -93,7 +93,7 @@ def write(result: Result, folder: Path) -> None:
 
 
 def print_to(console: Console, result: Result) -> None:
-    """Prints the tables and what went wrong."""
+    """Prints the tables and the problems."""
     for table in tables(result):
         console.print(table)
     for line in _problems(result):
@@ -101,7 +101,7 @@ def print_to(console: Console, result: Result) -> None:
 
 
 def markdown(result: Result) -> str:
-    """The same as a Markdown document, with the remarks."""
+    """Returns the report as a Markdown document, with the remarks on fairness."""
     parts = ["# fal and florence-onnx compared", _summary(result)]
     parts += [f"## {table.title}\n\n{_render(table)}" for table in tables(result)]
     if problems := _problems(result):
@@ -111,7 +111,7 @@ def markdown(result: Result) -> str:
 
 
 def tables(result: Result) -> list[Table]:
-    """Times and prices, and agreement where two targets can be compared."""
+    """Returns the table of times and prices, and that of the agreement if there are two targets."""
     return [_times(result), *([_agreement(result)] if result.agreement else [])]
 
 
@@ -165,19 +165,19 @@ def _summary(result: Result) -> str:
     return (
         f"{len(settings['images'])} images x {len(settings['tasks'])} tasks x {settings['repeats']} repeats; targets "
         f"{', '.join(settings['targets'].values())}. Calls sent to fal so far: {result.num_sent}. Rates: "
-        f"${result.rates.fal:g} a second at fal, ${result.rates.own:g} an hour for our machine. florence-onnx {__version__}."
+        f"${result.rates.fal:g} per second at fal, ${result.rates.own:g} per hour for our machine. florence-onnx {__version__}."
     )
 
 
 def _problems(result: Result) -> list[str]:
-    lines = [f"- {name} was left alone: {reason}" for name, reason in result.stopped.items()]
+    lines = [f"- {name} was skipped: {reason}" for name, reason in result.stopped.items()]
     for name, each in result.errors[:_MAX_ERRORS]:
         lines.append(f"- {name}, {each.task} of {each.image}: {each.status or 'no answer'}: {_one_line(each.error)}")
     if len(result.errors) > _MAX_ERRORS:
         lines.append(f"- and {len(result.errors) - _MAX_ERRORS} more errors, in the journal")
     if result.num_missing:
         lines.append(
-            f"- {result.num_missing} calls have no answer; the same command again asks what may still be answered"
+            f"- {result.num_missing} calls have no answer; run the same command again to repeat those that can succeed"
         )
     return lines
 

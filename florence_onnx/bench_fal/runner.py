@@ -1,4 +1,4 @@
-"""The loop: round by round, target by target, call by call; finished calls are skipped."""
+"""The loop over rounds, targets and calls; calls that have ended in an earlier process are skipped."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from florence_onnx.bench_fal.targets import Reply, Target
 from florence_onnx.bench_fal.transport import CallFailedError
 
 MAX_FAILURES = 5
-"""Failures in a row, of the kind that may pass, after which a target is left alone."""
+"""Consecutive failures, of the kind that can go away, after which a target is skipped."""
 _REFUSALS = (401, 402, 403)
-"""Statuses that every call after it would get too."""
+"""Statuses that all further calls would get too, after which a target is skipped."""
 
 Progress = Callable[[str], None]
+"""Called with a line for each call."""
 
 
 class Runner:
-    """One process's part of a comparison."""
+    """Makes the calls of a comparison in this process."""
 
     def __init__(self, targets: Sequence[Target], journal: Journal, clock: Clock, progress: Progress) -> None:
-        """Takes what it works with.
+        """Calls nothing yet.
 
         Args:
-            targets: Who is asked, in this order within a round.
-            journal: Knows what is finished, and is told.
-            clock: Takes the times.
-            progress: Is told about every call.
+            targets: The targets, in their order within a round.
+            journal: Has the calls that have ended, and records the new ones.
+            clock: Measures the times.
+            progress: Called with a line for each call.
         """
         self.stopped: dict[str, str] = {}
-        """Targets (by name) that were left alone before the end, and why."""
+        """Targets (by name) that were skipped before the end, and the reasons."""
         self._targets = targets
         self._journal = journal
         self._clock = clock
@@ -42,7 +43,7 @@ class Runner:
         self._num_failures = {target.name: 0 for target in targets}
 
     def run(self, plan: Sequence[Call]) -> None:
-        """Makes every call that is not finished."""
+        """Makes all calls that have not ended."""
         for _, calls in itertools.groupby(plan, key=lambda call: call.repeat):
             in_round = list(calls)
             for target in self._targets:
@@ -57,7 +58,7 @@ class Runner:
             except BudgetSpentError as error:
                 self._stop(target, str(error))
                 return
-            self._consider(target, self._ask(target, call))
+            self._update(target, self._ask(target, call))
 
     def _ask(self, target: Target, call: Call) -> Finished:
         error, start = None, self._clock.monotonic()
@@ -76,22 +77,23 @@ class Runner:
             is_cold=target.name not in self._warm,
             when=self._clock.now().isoformat(timespec="microseconds"),
             answer=without_image(reply.answer),
-            error=None if error is None else self._journal.blot(error),
+            error=None if error is None else self._journal.redact(error),
             headers=reply.headers,
         )
         self._journal.write_finished(finished)
-        said = finished.error or f"{seconds:.3f} s{' (cold)' if finished.is_cold else ''}"
-        self._progress(f"{target.name}: {call.task.slug} of {call.image.name}, repeat {call.repeat + 1}: {said}")
+        outcome = finished.error or f"{seconds:.3f} s{' (cold)' if finished.is_cold else ''}"
+        self._progress(f"{target.name}: {call.task.slug} of {call.image.name}, repeat {call.repeat + 1}: {outcome}")
         return finished
 
-    def _consider(self, target: Target, finished: Finished) -> None:
+    def _update(self, target: Target, finished: Finished) -> None:
+        """Counts failures in a row, and stops a target that has too many or refuses the key."""
         if finished.error is None:
             self._warm.add(target.name)
             self._num_failures[target.name] = 0
             return
         if finished.status in _REFUSALS:
-            self._stop(target, f"it refuses us with {finished.status}: {finished.error}")
-        if finished.is_final:
+            self._stop(target, f"it rejects the key or the account with {finished.status}: {finished.error}")
+        if finished.is_final:  # the arguments were rejected, which says nothing about the target
             return
         self._num_failures[target.name] += 1
         if self._num_failures[target.name] >= MAX_FAILURES:
@@ -104,7 +106,7 @@ class Runner:
 
 
 def outstanding(plan: Sequence[Call], target: Target, journal: Journal) -> list[Call]:
-    """The calls that a target has yet to answer: never asked, or failed in a way that may pass."""
+    """Returns the calls that a target still has to answer: never made, or failed in a way that can go away."""
     return [call for call in plan if not _is_finished(journal.find(call, target.identity))]
 
 

@@ -1,4 +1,4 @@
-"""Who is asked: fal, a server that speaks its API, and this package in the same process."""
+"""The targets of a comparison: fal, a server with its API, and this package in the same process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ IN_PROCESS = "in-process"
 FAL_URL = "https://fal.run/"
 _USER_AGENT = f"fal-client/{fal_client.__version__} (python)"
 _NO_KEY = (
-    "target fal needs a key: make one at https://fal.ai/dashboard/keys and put it into the environment, export "
-    "FAL_KEY=… (or FAL_KEY_ID and FAL_KEY_SECRET). Without one, leave fal out: --targets in-process,served=http://…"
+    "target fal needs a key: create one at https://fal.ai/dashboard/keys and set it in the environment: export "
+    "FAL_KEY=… (or FAL_KEY_ID and FAL_KEY_SECRET). To run without fal: --targets in-process,served=http://…"
 )
 
-
 Run = Callable[[str, dict[str, Any]], Any]
-"""fal's `run`: application and arguments to an answer."""
+"""The function `fal_client.run`: endpoint id and arguments to an answer."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Reply:
     """A raw answer."""
 
     answer: Any
-    """JSON as Python has it."""
+    """The decoded JSON."""
     status: int | None = 200
     """HTTP status."""
     headers: dict[str, str] = field(default_factory=dict)
@@ -45,37 +44,37 @@ class Reply:
 
 
 class Target(Protocol):
-    """One that answers calls, one at a time."""
+    """Answers calls, one at a time."""
 
     @property
     def name(self) -> str:
-        """For people; unique in a comparison."""
+        """Name in messages and reports; unique in a comparison."""
         ...
 
     @property
     def identity(self) -> str:
-        """Tells its answers in the journal from those of another model or address."""
+        """Identifies its answers in the journal, so that another model or URL does not reuse them."""
         ...
 
     def prepare(self, call: Call) -> None:
-        """Everything before a call that is not in its time.
+        """Does everything before a call that must not be part of its time.
 
         Raises:
-            BudgetSpentError: The call must not be made.
+            BudgetSpentError: The limit on calls is reached.
         """
         ...
 
     def ask(self, call: Call) -> Reply:
-        """Answers; this is timed.
+        """Makes a call; this is timed.
 
         Raises:
-            CallFailedError: There is no answer.
+            CallFailedError: The call failed.
         """
         ...
 
 
 class ClientTarget:
-    """fal or a server, asked by an unmodified `fal_client.SyncClient` over a transport of our own."""
+    """fal or a server, called through an unmodified `fal_client.SyncClient` with our own transport."""
 
     def __init__(
         self,
@@ -90,12 +89,12 @@ class ClientTarget:
         """Opens no connection yet.
 
         Args:
-            name: For people.
-            base_url: Where requests go, in place of `https://fal.run/`.
-            key: fal's key, or any for a server that asks for none.
-            timeout: Seconds without a byte until a call is given up.
-            budget: Admits each request; None for a server of one's own.
-            trust_env: As for `SingleRequestTransport`.
+            name: Name in messages and reports.
+            base_url: URL that replaces `https://fal.run/`.
+            key: API key; any string for a server that requires none.
+            timeout: Seconds without a byte after which a call fails.
+            budget: Limits the requests; None for a server of one's own.
+            trust_env: See `SingleRequestTransport`.
         """
         self.name = name
         self.identity = name if base_url == FAL_URL else f"{name} {base_url}"
@@ -104,22 +103,22 @@ class ClientTarget:
         self._transport = SingleRequestTransport(base_url, trust_env=trust_env)
         self._client = fal_client.SyncClient(key=key)
         headers = {"Authorization": f"Key {key}", "User-Agent": _USER_AGENT}
-        # the client builds its own where this is not set; the rest of it stays as it is
+        # `_client` is a cached property: setting it keeps the client from creating its own
         vars(self._client)["_client"] = httpx.Client(transport=self._transport, headers=headers, timeout=timeout)
 
     def prepare(self, call: Call) -> None:
-        """Has the budget admit the call, and permits one request."""
+        """Waits until the budget admits the call, and permits one request."""
         if self._budget is not None:
             self._budget.admit(call, self.identity)
         self._transport.allow_one()
 
     def ask(self, call: Call) -> Reply:
-        """`fal_client.run`."""
+        """Calls `fal_client.SyncClient.run`."""
         try:
             answer: Any = self._client.run(call.application, arguments=call.arguments, timeout=self._timeout)
         except CallFailedError:
             raise
-        except ValueError as error:  # no JSON
+        except ValueError as error:  # invalid JSON
             raise CallFailedError(f"the answer is not JSON: {error}", 200, self._transport.headers) from None
         except (fal_client.FalClientError, httpx.HTTPError) as error:
             raise CallFailedError(f"{type(error).__name__}: {error}") from None
@@ -127,20 +126,26 @@ class ClientTarget:
 
 
 class InProcessTarget:
-    """This package, without a server; the model is loaded by the first call."""
+    """This package in the same process; the first call loads the model."""
 
     def __init__(self, model: str, *, device: str = "auto", precision: str | None = None) -> None:
-        """Loads nothing yet; arguments as for `Florence2.from_pretrained`."""
+        """Loads nothing yet.
+
+        Args:
+            model: As for `Florence2.from_pretrained`.
+            device: As for `Florence2.from_pretrained`.
+            precision: As for `Florence2.from_pretrained`.
+        """
         self.name = IN_PROCESS
         self.identity = " ".join([IN_PROCESS, model, device, *([precision] if precision else [])])
         self._load: Callable[[], Run] = functools.partial(_load, model, device, precision)
         self._run: Run | None = None
 
     def prepare(self, call: Call) -> None:
-        """Nothing: the model's loading is part of the cold time."""
+        """Does nothing: loading the model is part of the first, cold call."""
 
     def ask(self, call: Call) -> Reply:
-        """The answer of the model, loaded first where it is not."""
+        """Runs the model, which the first call loads."""
         if self._run is None:
             self._run = self._load()
         try:
@@ -152,44 +157,44 @@ class InProcessTarget:
 
 
 def _load(model: str, device: str, precision: str | None) -> Run:
-    # features kept from one question to the next would leave the vision encoder out of all times but the first
+    # with cached image features, only the first call for an image would include the vision encoder
     settings = ServiceSettings(feature_cache_bytes=0)
     service = Service(Florence2.from_pretrained(model, device=device, precision=precision), settings)
     return fal.SyncClient(lambda: service).run
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A target that was asked for."""
+class TargetChoice:
+    """An entry of `--targets`."""
 
     name: str
     url: str | None = None
-    """Base URL of a server; None for fal and in process."""
+    """Base URL of a server; None for `fal` and `in-process`."""
 
 
-def parse_targets(text: str) -> list[Chosen]:
-    """Reads `in-process,served=http://127.0.0.1:8000,fal`; any name before a URL will do.
+def parse_targets(text: str) -> list[TargetChoice]:
+    """Parses the value of `--targets`, such as `in-process,served=http://127.0.0.1:8000,fal`.
 
     Raises:
-        InputError: A name is unknown or given twice, or a URL is none.
+        InputError: A name is unknown or given twice, or a URL is not an http(s) URL.
     """
     chosen = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, equals, base_url = entry.partition("=")
         if not equals and name in (FAL, IN_PROCESS):
-            chosen.append(Chosen(name))
+            chosen.append(TargetChoice(name))
         elif equals and name not in (FAL, IN_PROCESS, "") and base_url.startswith(("http://", "https://")):
-            chosen.append(Chosen(name, base_url))
+            chosen.append(TargetChoice(name, base_url))
         else:
             raise InputError(f"a target is {FAL}, {IN_PROCESS} or NAME=http://HOST:PORT, got {entry!r}")
     names = [each.name for each in chosen]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"targets must be at least one, each with a name of its own, got {text!r}")
+        raise InputError(f"there must be at least one target, and all names must differ; got {text!r}")
     return chosen
 
 
 def find_key(environment: Mapping[str, str] = os.environ) -> str | None:
-    """fal's key, as `fal_client` reads it from the environment; None where there is none."""
+    """Returns fal's key from the variables that `fal_client` reads; None if they are not set."""
     key = environment.get("FAL_KEY", "").strip()
     if key:
         return key
@@ -198,24 +203,25 @@ def find_key(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def require_key(environment: Mapping[str, str] = os.environ) -> str:
-    """fal's key.
+    """Returns fal's key.
 
     Raises:
-        InputError: There is none; the message says how to get on.
+        InputError: There is none, or it contains characters that no key has.
     """
     key = find_key(environment)
     if key is None:
         raise InputError(_NO_KEY)
-    if not key.isascii() or not key.isprintable() or " " in key:  # httpx would show it in its error
-        raise InputError("FAL_KEY holds white space or characters outside ASCII: copy the key anew")
+    # httpx cannot send such a key, and would show it in its error message
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError("FAL_KEY contains white space or non-ASCII characters: copy the key again")
     return key
 
 
-def find_own_key(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The key of our own server, from the variable that `florence-onnx serve` reads; None where there is none."""
+def find_server_key(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Returns the key for our own server, from the variable that `florence-onnx serve` reads; None if it is not set."""
     return environment.get("FLORENCE_ONNX_API_KEY", "").strip() or None
 
 
-def split_key(key: str | None) -> Sequence[str]:
-    """All strings that must not be written anywhere."""
+def secrets_of(key: str | None) -> Sequence[str]:
+    """Returns the strings that must not appear in any output: the key, and its parts `id` and `secret`."""
     return [] if key is None else [key, *key.split(":")]

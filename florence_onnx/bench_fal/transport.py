@@ -1,8 +1,8 @@
-"""The wire under `fal_client`: one request a call, to one host, and no silent repetition.
+"""The HTTP transport below `fal_client`: one request per call, to one host, without retries.
 
-`fal_client` repeats a request up to ten times after 408, 409, 429, gateway errors and broken connections, and then tries
-fal's backup domain. Here each of those would be a call too many, and the waiting before it would be in the time. So a
-failure leaves this transport as an error that `fal_client` does not know, and a second request is refused.
+`fal_client` retries up to ten times after 408, 409, 429, gateway errors and broken connections, and then tries fal's
+backup domain. In a comparison each retry would be a paid call, and its back-off would be part of the time. So this
+transport raises an error type that `fal_client` does not retry, and refuses a second request.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import httpx
 from florence_onnx.errors import FlorenceError
 
 _KEEPALIVE = 120.0
-"""Seconds that an idle connection stays open: at a low rate httpx's 5 would put a TLS handshake into every time."""
+"""Seconds for which an idle connection is kept. With httpx's 5, times at a low rate would include a TLS handshake."""
 _MAX_ERROR = 2000
-"""Characters of an error's body that are kept."""
+"""Most characters of an error response to keep."""
 
 
 class CallFailedError(FlorenceError):
-    """A call that got no answer."""
+    """A call that failed."""
 
     def __init__(self, message: str, status: int | None = None, headers: Mapping[str, str] | None = None) -> None:
-        """Keeps what is known.
+        """Creates the error.
 
         Args:
             message: What went wrong.
-            status: HTTP status, where one came.
-            headers: The `x-fal-…` headers.
+            status: HTTP status; None if there was no response.
+            headers: The `x-fal-…` headers of the response.
         """
         super().__init__(message)
         self.status = status
@@ -37,17 +37,17 @@ class CallFailedError(FlorenceError):
 
 
 class SingleRequestTransport(httpx.BaseTransport):
-    """Sends what `fal_client` means for fal.run to a base URL, once per permission."""
+    """Sends the requests of `fal_client` to a base URL instead of fal.run, one for each call of `allow_one`."""
 
     def __init__(self, base_url: str, *, trust_env: bool) -> None:
         """Opens no connection yet.
 
         Args:
-            base_url: Where requests go, in place of `https://fal.run/`.
-            trust_env: Whether proxies and certificates of the environment count, as they do in `fal_client`.
+            base_url: URL that replaces `https://fal.run/`.
+            trust_env: Whether to use the proxies and certificates of the environment, as `fal_client` does.
         """
         self.headers: dict[str, str] = {}
-        """The `x-fal-…` headers of the last answer."""
+        """The `x-fal-…` headers of the last response."""
         self._base_url = base_url.rstrip("/") + "/"
         self._prefix = str(httpx.URL(fal_client.client.RUN_URL_FORMAT))
         self._is_allowed = False
@@ -59,10 +59,10 @@ class SingleRequestTransport(httpx.BaseTransport):
         self._is_allowed = True
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Sends a request and reads the whole answer.
+        """Sends a request and reads the whole response.
 
         Raises:
-            CallFailedError: It is not permitted, no answer came, or its status is not 2xx.
+            CallFailedError: The request is not permitted, got no response, or one whose status is not 2xx.
         """
         if not self._is_allowed:
             raise CallFailedError("fal_client wanted to send a second request for one call; it was not sent")

@@ -66,6 +66,13 @@ def resolve(
     return _from_hub(text, precision, preferred, revision, cache_dir)
 
 
+def default_cache() -> Path:
+    """The folder in which the hub client keeps downloads unless `cache_dir` says otherwise."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
 def _from_hub(
     repository: str,
     precision: str | None,

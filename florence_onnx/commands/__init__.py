@@ -1,6 +1,6 @@
-"""The command line: one module a command.
+"""The command line, one module per command.
 
-In: arguments. Out: results on standard output, everything else on standard error, and an exit code. `main` assembles
-the commands, `arguments` has what they share. Called by `florence_onnx.__main__` alone; nothing imports it. `serve`
-and `bench_fal` are imported when they are asked for, because they need extras.
+In: arguments. Out: results on standard output, messages on standard error, and an exit code (see `main`). `main` puts
+the commands together, `arguments` has the options and the error handling that they share. `serve` and `bench_fal` need
+extras and are imported only when they are run. Only `florence_onnx.__main__` and tests import this room.
 """

@@ -1,4 +1,4 @@
-"""Annotated images as files."""
+"""Writing annotated images to files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from florence_onnx.tasks import Task
 
 
 @dataclass
-class Gallery:
-    """A folder for annotated images, none of which replaces another of the same run."""
+class ImageFolder:
+    """A folder of annotated images; no image overwrites another one of the same run."""
 
     folder: Path
     suffix: str
+    """Slug of the task, the second part of a file name: `car.object-detection.png`."""
     _names: set[str] = field(default_factory=set)
 
     def add(self, image: str, prediction: Prediction[Any]) -> None:
-        """Draws and writes one."""
+        """Draws a prediction and writes it to a file.
+
+        Args:
+            image: Path, URL or `data:` URI of the image, from which the file name is derived.
+            prediction: A prediction with geometry.
+        """
         name = f"{self._find_stem(image)}.{self.suffix}.png"
         self._names.add(name)
         save(prediction, self.folder / name)
@@ -39,20 +45,30 @@ class Gallery:
         return candidate
 
 
-def open_gallery(folder: Path | None, task: Task[Any]) -> Gallery | None:
+def open_folder(folder: Path | None, task: Task[Any]) -> ImageFolder | None:
+    """Creates the folder of `--draw`; returns None if the option was not given.
+
+    Raises:
+        typer.BadParameter: The task returns text only, or the folder cannot be created.
+    """
     if folder is None:
         return None
     if not task.has_image:
-        raise typer.BadParameter(f"{task.slug} answers with text: there is nothing to draw", param_hint="--draw")
+        raise typer.BadParameter(f"{task.slug} returns text: there is nothing to draw", param_hint="--draw")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"cannot make the folder {folder}: {error.strerror}", param_hint="--draw") from None
-    return Gallery(folder, task.slug)
+        raise typer.BadParameter(f"cannot create the folder {folder}: {error.strerror}", param_hint="--draw") from None
+    return ImageFolder(folder, task.slug)
 
 
 def save(prediction: Prediction[Any], path: Path) -> None:
+    """Draws a prediction and writes it to a file.
+
+    Raises:
+        InputError: The file cannot be written, or its suffix is not an image format.
+    """
     try:
         prediction.draw().save(path)
-    except (OSError, ValueError) as error:  # ValueError: a name whose ending is no image format
+    except (OSError, ValueError) as error:  # ValueError: the suffix is not an image format
         raise InputError(f"cannot write {path}: {error}") from None

@@ -1,4 +1,4 @@
-"""What the commands share: options, the region on the command line, and errors that end a command."""
+"""Options, argument parsing and error handling that the commands share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import typer
 from florence_onnx.answers.locations import Region
 from florence_onnx.errors import FlorenceError
 
-DEMO_NOTE = "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
+DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
+MODEL_HELP = "Bundle directory, hub repository (owner/name), or demo."
+PRECISION_HELP = "Precision to load if the model has several: fp32, fp16, int8.  [default: best for the device]"
+DEVICE_HELP = "auto, cpu, cuda, tensorrt or openvino."
 
-ModelOption = Annotated[str, typer.Option(help="Bundle directory, hub repository (owner/name), or demo.")]
-BundleArgument = Annotated[str, typer.Argument(help="Bundle directory, hub repository (owner/name), or demo.")]
-PrecisionOption = Annotated[
-    str | None, typer.Option(help="Which files to take where a model has several: fp32, fp16, …")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
+BundleArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
+PrecisionOption = Annotated[str | None, typer.Option(help=PRECISION_HELP)]
+DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
 
 
 def parse_region(value: str | None) -> Region | None:
-    """Reads the value of `--region`, such as 52,332,932,774; None stays None."""
+    """Parses the value of `--region`, such as `52,332,932,774`; returns None for None.
+
+    Raises:
+        typer.BadParameter: It is not four integers.
+        RegionError: They are not a region.
+    """
     if value is None:
         return None
     try:
@@ -36,7 +42,7 @@ def parse_region(value: str | None) -> Region | None:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Our errors end the command with their message instead of a traceback."""
+    """Turns a `FlorenceError` into its message on standard error and exit code 2."""
     try:
         yield
     except FlorenceError as error:

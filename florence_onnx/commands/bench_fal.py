@@ -1,4 +1,4 @@
-"""The command line of the comparison: `florence-onnx bench-fal` and `python -m benchmarks.serving.compare_fal`."""
+"""`florence-onnx bench-fal`, also `python -m benchmarks.serving.compare_fal`: compares fal and this package."""
 
 from __future__ import annotations
 
@@ -22,60 +22,75 @@ if TYPE_CHECKING:  # these need the extra
     from florence_onnx.bench_fal.journal import Journal
     from florence_onnx.bench_fal.plan import Call
     from florence_onnx.bench_fal.rate_limit import Clock
-    from florence_onnx.bench_fal.targets import Chosen, ClientTarget, Target
+    from florence_onnx.bench_fal.targets import ClientTarget, Target, TargetChoice
 
 JOURNAL = "journal.jsonl"
 _PACKAGES = {"fal_client": "fal-client", "rapidfuzz": "rapidfuzz"}
 _GUESSED_SECONDS = 5.0
-"""Of a call to fal, for the estimate before anything was measured."""
+"""Seconds of a call to fal, for the estimate before the first measurement."""
 _NO_KEY = "none"
-"""Where no key is needed, or none is there and nothing will be sent."""
+"""Key for a server that requires none, and for fal if nothing will be sent."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command(name="bench-fal")
 def bench_fal(
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE…")],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
     tasks: Annotated[
-        str, typer.Option(help="Slugs or tokens, comma-separated.", metavar="TASK,…")
+        str, typer.Option(help="Comma-separated slugs or tokens.", metavar="TASK,...")
     ] = "object-detection,ocr-with-region,caption",
-    repeats: Annotated[int, typer.Option(help="How often each question is asked.", min=1)] = 3,
+    repeats: Annotated[int, typer.Option(help="Calls per question (image, task, text and region).", min=1)] = 3,
     targets: Annotated[
         str,
         typer.Option(
-            help="fal, in-process, NAME=http://HOST:PORT (a `serve --cache-mb 0`); comma-separated.",
-            metavar="TARGET,…",
+            help="Comma-separated: fal, in-process, or NAME=http://HOST:PORT (a server run with --cache-mb 0).",
+            metavar="TARGET,...",
         ),
     ] = "in-process,fal",
-    model: Annotated[str, typer.Option(help="In process: bundle directory, hub repository, or demo.")] = DEMO,
-    precision: Annotated[str | None, typer.Option(help="In process: fp32, fp16, int8, …")] = None,
-    device: Annotated[str, typer.Option(help="In process: auto, cpu, cuda, …")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder of journal and report; the same one goes on.")] = Path("bench-fal"),
-    max_calls: Annotated[
-        int | None, typer.Option(help="Most requests to fal, over all runs with this --out. Needed for fal.", min=0)
+    model: Annotated[
+        str, typer.Option(help="For in-process: bundle directory, hub repository (owner/name), or demo.")
+    ] = DEMO,
+    precision: Annotated[
+        str | None, typer.Option(help="For in-process: fp32, fp16, int8.  [default: best for the device]")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Most calls a minute to fal.", min=0.01)] = 30.0,
-    timeout: Annotated[float, typer.Option(help="Seconds of silence until a call is given up.", min=1)] = 300.0,
-    text: Annotated[str | None, typer.Option(help="Text, for the tasks that need one.")] = None,
+    device: Annotated[str, typer.Option(help="For in-process: auto, cpu, cuda, tensorrt or openvino.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for journal and report; an existing journal is resumed.")] = Path(
+        "bench-fal"
+    ),
+    max_calls: Annotated[
+        int | None,
+        typer.Option(help="Maximum requests to fal, over all runs with this --out. Required for fal.", min=0),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Maximum calls per minute to fal.", min=0.01)] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds without a byte after which a call fails.", min=1)] = 300.0,
+    text: Annotated[str | None, typer.Option(help="Text input, for tasks that need one.")] = None,
     region: Annotated[
-        str | None, typer.Option(help="Region, for the tasks that need one: bins 0 to 999.", metavar="X1,Y1,X2,Y2")
+        str | None,
+        typer.Option(
+            help="Region, for tasks that need one, in thousandths of width and height (0 to 999).",
+            metavar="X1,Y1,X2,Y2",
+        ),
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(help='JSON: {"IMAGE or *": {"TASK or *": {"text_input": "…" or "region": [x1, y1, x2, y2]}}}.'),
+        typer.Option(
+            help='JSON file: {"IMAGE or *": {"TASK or *": {"text_input": "…" or "region": [x1, y1, x2, y2]}}}.'
+        ),
     ] = None,
-    fal_rate: Annotated[float, typer.Option(help="Dollars a second of compute at fal.", min=0)] = 0.00125,
-    own_rate: Annotated[float, typer.Option(help="Dollars an hour of our machine.", min=0)] = 0.50,
-    is_confirmed: Annotated[bool, typer.Option("--yes", help="Send to fal without asking.")] = False,
-    fal_url: Annotated[str, typer.Option(hidden=True, help="Stands in for fal, in tests.")] = "",
+    fal_rate: Annotated[float, typer.Option(help="Dollars per second of compute at fal.", min=0)] = 0.00125,
+    own_rate: Annotated[float, typer.Option(help="Dollars per hour of this machine.", min=0)] = 0.50,
+    is_confirmed: Annotated[
+        bool, typer.Option("--yes", help="Send calls to fal without asking for confirmation.")
+    ] = False,
+    fal_url: Annotated[str, typer.Option(hidden=True, help="URL that replaces fal's, for tests.")] = "",
 ) -> None:
-    """Ask fal and this package the same, and compare times, prices and answers.
+    """Make the same calls to fal and to this package, and compare times, prices and answers.
 
-    Calls to fal cost money: they need FAL_KEY in the environment, --max-calls, and a yes. Every answer is in
-    OUT/journal.jsonl before the next call; the same command again goes on where it was interrupted.
+    Calls to fal cost money: they require FAL_KEY in the environment, --max-calls, and a confirmation. Every answer is
+    written to OUT/journal.jsonl before the next call; to resume an interrupted comparison, run the same command again.
 
-    Exits with 1 if calls are left without an answer.
+    The exit code is 1 if calls are left without an answer.
     """
     with exit_on_error():
         _require_extra()
@@ -97,76 +112,76 @@ def bench_fal(
             rates=Rates(fal_rate, own_rate),
             fal_url=fal_url or FAL_URL,
         )
-        num_missing = compare(options, confirm=_yes if is_confirmed else _ask_person)
+        num_missing = compare(options, confirm=_print_and_agree if is_confirmed else _ask_user)
     if num_missing:
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a comparison was asked for."""
+    """The options of a comparison."""
 
     plan: Sequence[Call]
-    chosen: Sequence[Chosen]
+    chosen: Sequence[TargetChoice]
     out: Path
     model: str
     precision: str | None
     device: str
     max_calls: int | None
     rate: float
-    """Calls a minute to fal."""
+    """Most calls per minute to fal."""
     timeout: float
-    """Seconds."""
+    """Seconds without a byte after which a call fails."""
     rates: Rates
     fal_url: str
 
 
 def compare(options: Options, *, confirm: Callable[[str], bool], clock: Clock | None = None) -> int:
-    """Makes the calls that are not finished and writes the report.
+    """Makes the calls that have not ended and writes the report.
 
     Args:
-        options: What is compared.
-        confirm: Asked, with what it would cost, before anything is sent to fal.
-        clock: Takes the times; the machine's own by default.
+        options: The options.
+        confirm: Called with the estimated cost before anything is sent to fal; returns whether to send it.
+        clock: Measures the times; the clock of this machine by default.
 
     Returns:
-        How many calls have no answer.
+        The number of calls without an answer.
 
     Raises:
-        InputError: There is no key or no --max-calls, nobody agreed, or the journal cannot be used.
+        InputError: The key, --max-calls or the confirmation is missing, or the journal cannot be used.
     """
     from florence_onnx.bench_fal.journal import Journal
     from florence_onnx.bench_fal.rate_limit import SystemClock
     from florence_onnx.bench_fal.runner import Runner
-    from florence_onnx.bench_fal.targets import find_key, find_own_key, split_key
+    from florence_onnx.bench_fal.targets import find_key, find_server_key, secrets_of
 
     clock = clock or SystemClock()
-    secrets = [*split_key(find_key()), *split_key(find_own_key())]
+    secrets = [*secrets_of(find_key()), *secrets_of(find_server_key())]
     with Journal(options.out / JOURNAL, secrets=secrets) as journal:
         targets, fal, budget = _make_targets(options, journal, clock)
         if fal is not None:
-            _agree(options, fal, journal, budget, confirm)
+            _confirm_cost(options, fal, journal, budget, confirm)
         runner = Runner(targets, journal, clock, lambda line: typer.echo(line, err=True))
         try:
             runner.run(options.plan)
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on from here", err=True)
+            typer.echo("interrupted; run the same command again to resume", err=True)
         return _report(options, targets, journal, runner.stopped)
 
 
 def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[list[Target], ClientTarget | None, Budget]:
-    """All targets, fal among them by itself, and what limits it; nothing is loaded or connected yet."""
+    """Creates all targets; returns them, the one that is fal, and its budget. Nothing is loaded or connected yet."""
     from florence_onnx.bench_fal.budget import Budget
-    from florence_onnx.bench_fal.rate_limit import Pace
-    from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key, find_own_key
+    from florence_onnx.bench_fal.rate_limit import RateLimiter
+    from florence_onnx.bench_fal.targets import FAL, FAL_URL, ClientTarget, InProcessTarget, find_key, find_server_key
 
     # without --max-calls nothing can be sent at all
-    budget = Budget(options.max_calls or 0, journal, Pace(options.rate, clock, journal.last_sent), clock)
+    budget = Budget(options.max_calls or 0, journal, RateLimiter(options.rate, clock, journal.last_sent), clock)
     targets: list[Target] = []
     fal = None
     for chosen in options.chosen:
         if chosen.url is not None:
-            targets.append(ClientTarget(chosen.name, chosen.url, find_own_key() or _NO_KEY, timeout=options.timeout))
+            targets.append(ClientTarget(chosen.name, chosen.url, find_server_key() or _NO_KEY, timeout=options.timeout))
         elif chosen.name == FAL:
             fal = ClientTarget(
                 FAL,
@@ -182,10 +197,10 @@ def _make_targets(options: Options, journal: Journal, clock: Clock) -> tuple[lis
     return targets, fal, budget
 
 
-def _agree(
+def _confirm_cost(
     options: Options, fal: ClientTarget, journal: Journal, budget: Budget, confirm: Callable[[str], bool]
 ) -> None:
-    """Makes sure that whoever pays wants it, where there is anything left to send."""
+    """Checks key, limit and confirmation, if there are calls left to send to fal."""
     from florence_onnx.bench_fal.plan import NOT_AT_FAL
     from florence_onnx.bench_fal.runner import outstanding
     from florence_onnx.bench_fal.targets import require_key
@@ -199,12 +214,10 @@ def _agree(
         )
     require_key()
     if options.max_calls is None:
-        raise InputError(
-            f"calls to fal cost money: say with --max-calls how many may be sent; {len(left)} are left to do"
-        )
+        raise InputError(f"calls to fal cost money: pass --max-calls to limit them; {len(left)} calls are outstanding")
     num_calls = min(len(left), budget.num_left)
     if num_calls and not confirm(_estimate(options, fal, journal, num_calls, len(left))):
-        raise InputError("nothing was sent: calls to fal need a yes (or --yes)")
+        raise InputError("nothing was sent: calls to fal need a confirmation (or --yes)")
 
 
 def _estimate(options: Options, fal: ClientTarget, journal: Journal, num_calls: int, num_left: int) -> str:
@@ -214,17 +227,17 @@ def _estimate(options: Options, fal: ClientTarget, journal: Journal, num_calls: 
     price = num_calls * seconds * options.rates.fal
     return (
         f"{num_calls} of {num_left} outstanding calls will be sent to fal ({journal.num_sent} were sent before, "
-        f"--max-calls {options.max_calls}): about ${price:.3f} at ${options.rates.fal:g} a second and {seconds:.1f} s a call "
-        f"({'measured' if known else 'a guess'}), one every {60 / options.rate:.1f} s or slower."
+        f"--max-calls {options.max_calls}): about ${price:.3f} at ${options.rates.fal:g} per second and {seconds:.1f} s per call "
+        f"({'measured' if known else 'a guess'}), at most one every {60 / options.rate:.1f} s."
     )
 
 
-def _yes(question: str) -> bool:
+def _print_and_agree(question: str) -> bool:
     typer.echo(question, err=True)
     return True
 
 
-def _ask_person(question: str) -> bool:
+def _ask_user(question: str) -> bool:
     typer.echo(question, err=True)
     return sys.stdin.isatty() and typer.confirm("Send them?", err=True)
 

@@ -1,4 +1,4 @@
-"""`florence-onnx build-engines`: TensorRT engines for the card of this machine."""
+"""`florence-onnx build-engines`: builds TensorRT engines for the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ def build_engines(
     model: BundleArgument = DEMO,
     precision: PrecisionOption = None,
     max_batch: Annotated[
-        int, typer.Option(help="Most prompts that the engines take together.", min=1)
+        int, typer.Option(help="Largest batch of prompts that the engines can decode.", min=1)
     ] = DEFAULT_MAX_BATCH,
 ) -> None:
-    """Build the TensorRT engines of a bundle for the card of this machine, for `--device tensorrt` and `auto`."""
+    """Build TensorRT engines for the GPU of this machine.
+
+    Takes minutes, and prints the folder of the engines. `--device tensorrt` and `--device auto` use them afterwards.
+    """
     from florence_onnx import loading
     from florence_onnx.bundles import hub
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # what is being built: it takes minutes
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # progress: each engine takes minutes
     with exit_on_error():
         found = hub.resolve(model, precision=precision, preferred=("fp16", "fp32"))
         engines = loading.build_engines(found, max_batch)

@@ -1,7 +1,7 @@
 """`florence-onnx doctor`: what a bug report needs, and why something does not start.
 
-Every section of the report is built by one function that returns JSON. A section that fails becomes its error message and
-does not end the report: the installation that `doctor` examines may be broken at any place.
+Every section of the report is built by one function that returns JSON. A section that fails becomes its error message
+and does not end the report: the installation that `doctor` examines may be broken at any place.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ _EXPECTED = (FlorenceError, ImportError, AttributeError, OSError, RuntimeError, 
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
-    """Examine this installation: versions, devices, extras, caches and a self-test with the demo model.
+    """Examine this installation, for bug reports.
 
-    Exits with 0 if the default device works, else with 1. Attach the output to bug reports: it contains no keys.
+    Shows versions, CPU and GPU, which devices work, extras, caches, environment variables (values of keys and tokens
+    are hidden), and a self-test with the demo model. The exit code is 0 if the default device works, and 1 otherwise.
     """
     report = examine()
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(format_report(report)))
@@ -191,7 +192,7 @@ def _devices() -> Section:
 def examine_device(device: str) -> Section:
     """Returns whether a device works, and if not why, and the command that fixes it.
 
-    The demo model runs on every device that nothing speaks against, except TensorRT, whose engines take minutes to build.
+    If no obstacle is found, the demo model is run, except with TensorRT, whose engines take minutes to build.
 
     Args:
         device: A key of `DEVICE_EXTRAS`.
@@ -295,14 +296,8 @@ def _caches() -> Section:
             "enabled": chosen is not None,
         },
         "engines": attempt(lambda: measure(tensorrt.engine_folders(hub.resolve(DEMO))[-1])),
-        "hub": attempt(_measure_hub_cache),
+        "hub": attempt(lambda: measure(hub.default_cache())),
     }
-
-
-def _measure_hub_cache() -> Section:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return measure(Path(HF_HUB_CACHE))
 
 
 def measure(folder: Path) -> Section:

@@ -1,4 +1,4 @@
-"""`florence-onnx info`: what a bundle is, and what it needs."""
+"""`florence-onnx info`: the properties of a model, and the memory that it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def info(
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Show a model's sizes, precision, origin, what its verification measured and what memory it needs on a card, as JSON."""
+    """Show a model's properties and memory needs as JSON.
+
+    Sizes, precision, origin, the results of its verification, and the device memory that it needs on a GPU.
+    """
     with exit_on_error():
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         typer.echo(json.dumps(florence.info(), indent=2, ensure_ascii=False))

@@ -1,7 +1,8 @@
-"""The command line: `demo`, `run`, `tasks`, `info`, `build-engines` and those of other packages, `serve` and `bench-fal`.
+"""The command line `florence-onnx`: puts the commands together.
 
-Results go to standard output, everything else (progress, notes, errors) to standard error. Exit codes: 0 all well, 1
-some images could not be read, 2 stopped because of the arguments, the model or the disk.
+Results go to standard output; progress, notes and errors go to standard error. Exit codes: 0 success; 1 a part failed
+(some images could not be read, some calls have no answer, the default device does not work); 2 nothing was done because
+of the arguments, the model or the disk.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def _print_version(is_asked: bool) -> None:
 @app.callback()
 def florence_onnx(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Florence-2 on ONNX Runtime: captions, boxes, outlines and text of images."""
+    """Florence-2 on ONNX Runtime: captioning, detection, segmentation and OCR."""
 
 
 app.command()(demo)
@@ -46,24 +47,24 @@ app.command(name="build-engines")(build_engines)
 app.command()(mcp)
 
 
-_ELSEWHERE: dict[str, Any] = {
+_FORWARDED: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
-"""Of a command whose options are declared in a package of its own, which is imported when it is asked for."""
+"""Settings of a command that passes its arguments on to a module that is imported only when the command is run."""
 
 
-@app.command(**_ELSEWHERE)
+@app.command(**_FORWARDED)
 def serve(context: typer.Context) -> None:
-    """Serve fal's API, and a page to try it; needs the extra `serve`."""
+    """Serve fal's API and a web page to try it. Needs the extra `serve`."""
     from florence_onnx.commands import serve as command
 
     raise typer.Exit(command.app(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
 
 
-@app.command(name="bench-fal", **_ELSEWHERE)
+@app.command(name="bench-fal", **_FORWARDED)
 def bench_fal(context: typer.Context) -> None:
-    """Compare fal and this package: times, prices and answers; needs the extra `fal`."""
+    """Compare fal and this package: times, prices and answers. Needs the extra `fal`."""
     from florence_onnx.commands import bench_fal as command
 
     raise typer.Exit(command.app(context.args, prog_name=context.command_path, standalone_mode=False) or 0)

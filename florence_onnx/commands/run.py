@@ -1,4 +1,4 @@
-"""`florence-onnx run`: one task about many images."""
+"""`florence-onnx run`: one task on any number of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.annotated_images import Gallery, open_gallery
+from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
     DeviceOption,
@@ -30,67 +30,79 @@ from florence_onnx.images import url
 
 
 def run(
-    task: Annotated[str, typer.Argument(help="Slug (object-detection) or token (<OD>); `tasks` lists them.")],
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE…")],
-    text: Annotated[str | None, typer.Option(help="Text, for the tasks that need one.")] = None,
+    task: Annotated[
+        str, typer.Argument(help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`.")
+    ],
+    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
+    text: Annotated[str | None, typer.Option(help="Text input, for tasks that need one.")] = None,
     region: Annotated[
         str | None,
         typer.Option(
-            help="Region for the tasks that need one: bins 0 to 999 of width and height.", metavar="X1,Y1,X2,Y2"
+            help="Region, for tasks that need one, in thousandths of width and height (0 to 999).",
+            metavar="X1,Y1,X2,Y2",
         ),
     ] = None,
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
-    beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: as the model says.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and image.")] = False,
-    draw: Annotated[Path | None, typer.Option(help="Folder for the annotated images.", metavar="DIR")] = None,
+    beams: Annotated[
+        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
 ) -> None:
-    """Ask one task about many images; one that cannot be read does not stop the rest."""
+    """Run one task on images.
+
+    An image that cannot be read does not stop the others, but makes the exit code 1.
+    """
     with exit_on_error():
-        question = _Question(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
-        question.task.format_prompt(text_input=question.text, region=question.region)
-        gallery = open_gallery(draw, question.task)
+        request = _Request(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
+        request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
+        folder = open_folder(draw, request.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        num_failed = _answer_all(florence, question, images, _JsonReport() if as_json else _TextReport(), gallery)
+        num_failed = _run_all(florence, request, images, _JsonReport() if as_json else _TextReport(), folder)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Request:
+    """The arguments of `Florence2.run` that are the same for all images."""
+
     task: tasks.Task[Any]
     text: str | None
     region: Region | None
     options: GenerationOptions
 
-    def ask(self, model: Florence2, image: str) -> Prediction[Any]:
+    def run(self, model: Florence2, image: str) -> Prediction[Any]:
         return model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
 
 
-def _answer_all(
+def _run_all(
     model: Florence2,
-    question: _Question,
+    request: _Request,
     images: Sequence[str],
     report: _JsonReport | _TextReport,
-    gallery: Gallery | None,
+    folder: ImageFolder | None,
 ) -> int:
-    """Returns how many images could not be read."""
+    """Runs the request on all images; returns the number of images that could not be read."""
     num_failed = 0
     for image in _with_progress(images):
         try:
-            prediction = question.ask(model, image)
+            prediction = request.run(model, image)
         except ImageError as error:
             num_failed += 1
             report.failure(image, error)
             continue
         report.answer(image, prediction)
-        if gallery is not None:
-            gallery.add(image, prediction)
+        if folder is not None:
+            folder.add(image, prediction)
     return num_failed
 
 
@@ -100,14 +112,15 @@ def _with_progress(images: Sequence[str]) -> Iterator[str]:
         yield from images
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # rich sends redirected output to the bar's stream: right where both are the same terminal, lost where a file waits
+    # rich redirects standard output to the stream of the bar: needed if both are the same terminal, but answers that
+    # are piped into a file must not end up on the terminal
     is_shared = sys.stdout.isatty()
     with Progress(*columns, console=console, transient=True, redirect_stdout=is_shared) as progress:
         yield from progress.track(images, description="images")
 
 
 class _JsonReport:
-    """One JSON object a line."""
+    """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
         """Writes `{"image": …, "results": …}`."""
@@ -120,19 +133,19 @@ class _JsonReport:
 
     def _write(self, line: dict[str, Any]) -> None:
         typer.echo(json.dumps(line, ensure_ascii=False))
-        sys.stdout.flush()  # whoever reads the pipe sees each answer when it is there
+        sys.stdout.flush()  # a reader of the pipe gets each answer at once
 
 
 class _TextReport:
-    """Answers for people."""
+    """Prints answers for people."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes the image's name and one line for each thing found."""
+        """Writes the image's name, and one line for each box, outline or line of text."""
         typer.echo(f"{url.shorten(image)}:")
         for line in _describe(prediction.results):
             typer.echo(f"  {line}")
         if prediction.truncated:
-            typer.echo("  (cut off by the token limit: raise --max-new-tokens)", err=True)
+            typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
 
     def failure(self, image: str, error: ImageError) -> None:
         """Writes the error to standard error."""

@@ -1,4 +1,4 @@
-"""`florence-onnx serve`: from the command line's words to a running server."""
+"""`florence-onnx serve`: turns the options into settings and starts the server."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Annotated, Any, get_args
 import typer
 
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.arguments import exit_on_error
+from florence_onnx.commands.arguments import DeviceOption, ModelOption, PrecisionOption, exit_on_error
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
 from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
+# the import that fails is not always that of the package itself
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "pythonjsonlogger", "starlette", "anyio")
 _LOG_FORMATS = ("json", "text")
 
@@ -26,47 +27,55 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(name="serve")
 def serve(
-    model: Annotated[str, typer.Option(help="Bundle directory, hub repository (owner/name), or demo.")] = DEMO,
-    precision: Annotated[str | None, typer.Option(help="Which files to take where a model has several.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    model: ModelOption = DEMO,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
     host: Annotated[
-        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+        str, typer.Option(help="Address to listen on. The default can only be reached from this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(help="What clients must send as Authorization: Key …", envvar="FLORENCE_ONNX_API_KEY")
+        str | None,
+        typer.Option(help="Key that clients must send as `Authorization: Key …`.", envvar="FLORENCE_ONNX_API_KEY"),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Batches at a time, in this process, with one model. Default: 4 on a card, else 1.", min=1),
+        typer.Option(help="Batches in flight, all on the same model.  [default: 4 on a GPU, 1 otherwise]", min=1),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Waiting requests that run together.", min=1)] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=1)] = 256,
-    cache_mb: Annotated[
-        int, typer.Option(help="MiB of encoded images to keep for further questions; 0 keeps none.", min=0)
+    max_batch: Annotated[int, typer.Option(help="Maximum requests in a batch.", min=1)] = 8,
+    max_waiting: Annotated[
+        int, typer.Option(help="Maximum waiting requests; further ones get status 429.", min=1)
     ] = 256,
-    images: Annotated[str, typer.Option(help="Annotated images in answers: url, data or none.")] = "url",
-    public_url: Annotated[str | None, typer.Option(help="How clients reach the server, behind a proxy.")] = None,
+    cache_mb: Annotated[
+        int, typer.Option(help="MiB of image features to cache for further requests; 0 disables the cache.", min=0)
+    ] = 256,
+    images: Annotated[str, typer.Option(help="Annotated images in results: url, data (a data: URI) or none.")] = "url",
+    public_url: Annotated[
+        str | None, typer.Option(help="URL of the server as clients see it, if it is behind a proxy.")
+    ] = None,
     allow_origin: Annotated[
-        list[str] | None, typer.Option(help="Web pages of this origin may call; repeatable.")
+        list[str] | None, typer.Option(help="Origin whose web pages may call the server (CORS); repeatable.")
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="HOST[:PORT] that images may come from though it is not public; repeatable."),
+        typer.Option(help="HOST[:PORT] in a private network that images may be downloaded from; repeatable."),
     ] = None,
-    certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
-    private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds after SIGTERM in which results can still be fetched.")] = 30.0,
-    log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
+    certificate: Annotated[str | None, typer.Option(help="PEM file with the certificate, for https.")] = None,
+    private_key: Annotated[str | None, typer.Option(help="PEM file with the private key of the certificate.")] = None,
+    grace: Annotated[
+        float, typer.Option(help="Seconds after SIGTERM in which results of the queue can still be fetched.")
+    ] = 30.0,
+    log_format: Annotated[str, typer.Option(help="Format of the log: json or text.")] = "json",
 ) -> None:
-    """Serve fal's API, and a page to try it."""
+    """Serve fal's API and a web page to try it."""
     with exit_on_error():
         limits = replace(default_limits(), allowed_hosts=tuple(allow_host or ()))
         settings = ServerSettings(
             host=host,
             port=port,
             api_key=api_key,
-            model_name=Path(model).resolve().name if Path(model).is_dir() else model,  # strangers need no path of ours
+            # the page shows it to everybody, so never a whole path
+            model_name=Path(model).resolve().name if Path(model).is_dir() else model,
             images=_choose("--images", images, get_args(Images)),
             public_url=public_url,
             origins=tuple(allow_origin or ()),
@@ -88,7 +97,7 @@ def serve(
         florence.warm_up()
         scheme = "https" if certificate else "http"
         address = f"{scheme}://{host}:{port}/" if port else "a free port of " + host
-        _say(f"serving {model} on {address} (Ctrl-C finishes what was accepted and ends)")
+        _print(f"serving {model} on {address} (Ctrl-C finishes the accepted requests and exits)")
         run(florence, settings, chosen_format)
 
 
@@ -111,10 +120,10 @@ def _import_serve() -> Callable[..., None]:
 
 def _warn(settings: ServerSettings, model: str) -> None:
     if not settings.is_loopback and settings.api_key is None:
-        _say(f"everybody who reaches {settings.host} can use this server: pass --api-key to keep strangers out")
+        _print(f"anyone who can reach {settings.host} can use this server; pass --api-key to require a key")
     if model == DEMO:
-        _say("the demo model knows drawn shapes and words only; for photographs, pass --model")
+        _print("the demo model only knows drawn shapes and words; for photographs, pass --model")
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     sys.stderr.write(f"{message}\n")

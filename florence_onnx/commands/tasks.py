@@ -1,4 +1,4 @@
-"""`florence-onnx tasks`: what can be asked."""
+"""`florence-onnx tasks`: the table of tasks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from florence_onnx import tasks
 
 
 def list_tasks() -> None:
-    """List the tasks and what each needs."""
+    """List the tasks with their tokens, inputs and prompts."""
     table = Table("task", "token", "needs", "prompt", box=None, header_style="bold", pad_edge=False)
     for task in tasks.TASKS.values():
         needs = {"nothing": "", "text": "--text", "region": "--region"}[task.needs]
         table.add_row(task.slug, task.token, needs, task.prompt)
-    # when piped, rich would fold the rows at 80 columns
+    # without a terminal, rich wraps rows at 80 columns
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)

@@ -10,11 +10,11 @@ fal.run("fal-ai/florence-2-large/object-detection", arguments={"image_url": "htt
 Names, arguments and return values are those of `fal_client` 1.0.3, for everything that these endpoints offer. The model
 is loaded once, by the first request.
 
-In: an endpoint id and fal's arguments (`image_url`, `text_input` or `region`). Out: fal's JSON as a dict, or fal's errors
-(`FalClientHTTPError`, `FalClientTimeoutError`). `contract` validates the arguments, `service` is the bounded queue in
-front of one `Florence2`, `jobs` is the state of a request, `problems` holds fal's errors, and `client` wraps all of it in
-the interface of `fal_client`. User code may call everything in `__all__`; `server` and `bench_fal` may also use the
-modules, above all `service`. Nothing here opens a port: `server` does.
+In: an endpoint id and fal's arguments (`image_url`, `text_input` or `region`). Out: fal's JSON as a dict, or fal's
+errors (`FalClientHTTPError`, `FalClientTimeoutError`). `contract` validates the arguments, `service` is the bounded
+queue in front of one `Florence2`, `jobs` is the state of a request, `problems` holds fal's errors, and `client` wraps
+all of it in the interface of `fal_client`. User code may call everything in `__all__`; `server` and `bench_fal` may
+also use the modules, above all `service`. Nothing here opens a port: `server` does.
 """
 
 from __future__ import annotations

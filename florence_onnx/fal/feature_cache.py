@@ -31,7 +31,7 @@ class FeatureCache:
             return found
 
     def put(self, digest: bytes, encoded: EncodedImage) -> None:
-        """Caches the features of an image, evicting the least recently used; does nothing for one that alone is too large."""
+        """Caches the features of an image and evicts the least recently used; ignores an image larger than the cache."""
         size = _num_bytes(encoded)
         with self._lock:
             if size > self._max_bytes or digest in self._kept:

@@ -1,8 +1,8 @@
 """The errors of a request in fal's form: an HTTP status, headers, and a JSON body with `detail`.
 
-The in-process client raises them as `FalClientHTTPError`; the server sends them as responses. The types and URLs of the
-422 errors are from fal's documentation (https://docs.fal.ai/errors/); where fal's wording is not public, the messages are
-ours.
+The in-process client raises them as `FalClientHTTPError`; the server sends them as responses. The types and URLs of
+the 422 errors are from fal's documentation (https://docs.fal.ai/errors/); where fal's wording is not public, the
+messages are ours.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ submit ─▶ waiting ─load threads: fetch and decode the image─▶ ready �
 running ─draw threads: draw the annotated image, build fal's JSON─▶ Job.future
 ```
 
-A batch is whatever is ready when a run thread becomes free. No request is held back to fill a batch, so batching adds no
-latency to a lone request.
+A batch is whatever is ready when a run thread becomes free. No request is held back to fill a batch, so batching adds
+no latency to a lone request.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class ServerContext:
         self.service.close(timeout=0)
         self.files.close()
 
-    # --------------------------------------------------------------------------------------------------------- responses
+    # -------------------------------------------------------------------------------------------------------- responses
 
     def status(self, job: Job, base_url: str, *, with_logs: bool) -> dict[str, Any]:
         """Builds fal's status JSON of a queue request.

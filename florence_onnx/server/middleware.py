@@ -84,7 +84,7 @@ class RequestMiddleware:
             await request.send_error(problems.internal())
 
     def _check_origin(self, scope: Scope) -> None:
-        """Rejects web pages of other origins: their visitors' browsers can reach servers that the page itself cannot."""
+        """Rejects web pages of other origins: a visitor's browser can reach servers that the page itself cannot."""
         origin = header(scope, "origin")
         if origin is None or origin in self._context.settings.origins:
             return

@@ -89,8 +89,8 @@ class ServerSettings:
     def trusted_hosts(self) -> tuple[str, ...]:
         """Accepted values of the `Host` header; `*` accepts any.
 
-        On loopback, only names that an attacker cannot register. This stops DNS rebinding: a web page whose own host name
-        resolves to 127.0.0.1 sends that name as `Host`, and is rejected.
+        On loopback, only names that an attacker cannot register. This stops DNS rebinding: a web page whose own host
+        name resolves to 127.0.0.1 sends that name as `Host`, and is rejected.
         """
         if not self.is_loopback:
             return ("*",)

@@ -1,4 +1,4 @@
-"""fal and this package compared, with servers on loopback standing in for fal and for our own."""
+"""The comparison of fal and this package; servers on loopback stand in for fal and for our own server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from florence_onnx.bench_fal import agreement
 from florence_onnx.bench_fal.budget import Budget, BudgetSpentError
 from florence_onnx.bench_fal.journal import Finished, Journal
 from florence_onnx.bench_fal.plan import Call, Inputs, make_plan, read_inputs
-from florence_onnx.bench_fal.rate_limit import Pace
+from florence_onnx.bench_fal.rate_limit import RateLimiter
 from florence_onnx.bench_fal.runner import MAX_FAILURES, Runner, outstanding
 from florence_onnx.bench_fal.targets import ClientTarget, Reply, find_key, parse_targets, require_key
 from florence_onnx.bench_fal.transport import CallFailedError
@@ -53,9 +53,9 @@ class StandIn:
 
     def __init__(self, respond: Callable[[str, dict[str, Any]], Answer], headers: dict[str, str] | None = None) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
-        """Path and body of each."""
+        """Path and body of each request."""
         self.keys: list[str | None] = []
-        """Authorization of each."""
+        """Header `Authorization` of each request."""
         self.respond = respond
         outer = self
 
@@ -102,7 +102,7 @@ def _answer_with(model: Florence2) -> Callable[[str, dict[str, Any]], Answer]:
 
 @pytest.fixture
 def stand_in(model: Florence2) -> Iterator[StandIn]:
-    """The demo model behind fal's API: the one place to put `tests.live_server.serve("--model", "demo")`."""
+    """The demo model behind fal's API."""
     server = StandIn(_answer_with(model))
     yield server
     server.close()
@@ -110,7 +110,7 @@ def stand_in(model: Florence2) -> Iterator[StandIn]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., StandIn]]:
-    """Servers that answer as a test wants."""
+    """Starts servers with the responses of a test."""
     servers = []
 
     def start(respond: Callable[[str, dict[str, Any]], Answer], headers: dict[str, str] | None = None) -> StandIn:
@@ -141,7 +141,7 @@ def _bench(*arguments: object) -> Result:
 
 
 def _fal(server: StandIn, out: Path, *arguments: object, max_calls: int = 100) -> Result:
-    """Fal alone, played by a server, as fast as it can."""
+    """Runs the command with fal as the only target, replaced by a server, and without a rate limit."""
     common = ("--fal-url", server.url, "--out", out, "--rate", 1e9, "--yes", "--max-calls", max_calls)
     return _bench(*common, "--targets", "fal", *arguments)
 
@@ -156,7 +156,7 @@ def _report(out: Path) -> dict[str, Any]:
 
 
 class FakeClock:
-    """Time passes only where somebody waits, and by `per_call` when it is asked for."""
+    """A clock that only `sleep` advances."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0
@@ -172,7 +172,7 @@ class FakeClock:
         self.seconds += seconds
 
 
-# --------------------------------------------------------------------------------------------------- the whole of it
+# --------------------------------------------------------------------------------------------------- whole comparisons
 
 
 def test_our_server_stands_in_for_fal(tmp_path: Path) -> None:
@@ -248,10 +248,10 @@ def test_raw_answers_and_headers_are_kept(serve: Callable[..., StandIn], tmp_pat
     assert not _report(tmp_path)["agreement"]
 
 
-# ------------------------------------------------------------------------------------------- resuming and the budget
+# ------------------------------------------------------------------------------------------- resuming and limits
 
 
-def test_an_interrupted_run_goes_on_and_sends_nothing_twice(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed_and_sends_nothing_twice(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     def interrupt(slug: str, arguments: dict[str, Any]) -> Answer:
         if len(server.requests) == 4:
             server.respond = _caption
@@ -260,7 +260,7 @@ def test_an_interrupted_run_goes_on_and_sends_nothing_twice(serve: Callable[...,
 
     server, raise_in_main = serve(interrupt), threading.Event()
     plan_arguments = (*SCENES, "--tasks", "caption,detailed-caption", "--repeats", 2)
-    # Ctrl-C between two calls, as the loop sees it
+    # Ctrl-C between two calls
     with pytest.MonkeyPatch.context() as patch:
         original = Journal.write_finished
 
@@ -280,13 +280,15 @@ def test_an_interrupted_run_goes_on_and_sends_nothing_twice(serve: Callable[...,
     asked = [(path, body["image_url"]) for path, body in server.requests]
     assert len(asked) == 8 and all(asked.count(each) == 2 for each in asked)  # two repeats
     row = next(row for row in _report(tmp_path)["timing"] if row["task"] == "all")
-    assert (row["num_answered"], len(row["cold"]), row["num_warm"]) == (8, 2, 6)  # one cold call a process
+    assert (row["num_answered"], len(row["cold"]), row["num_warm"]) == (8, 2, 6)  # one cold call per process
 
     third = _bench(*plan_arguments, "--targets", "fal", "--fal-url", server.url, "--out", tmp_path)
-    assert third.exit_code == 0 and len(server.requests) == 8  # nothing left: neither a limit nor a yes is needed
+    assert (
+        third.exit_code == 0 and len(server.requests) == 8
+    )  # nothing left: neither a limit nor a confirmation is needed
 
 
-def test_a_call_that_was_cut_off_is_counted_and_asked_again(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_an_interrupted_call_is_counted_and_repeated(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(_caption)
     assert _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 1, max_calls=2).exit_code == 0
     path = tmp_path / JOURNAL
@@ -301,12 +303,12 @@ def test_a_call_that_was_cut_off_is_counted_and_asked_again(serve: Callable[...,
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
-def test_what_fal_client_would_repeat_stays_within_the_budget(
+def test_retries_of_fal_client_stay_within_the_budget(
     status: int, serve: Callable[..., StandIn], tmp_path: Path
 ) -> None:
-    """fal_client alone would send each of these up to ten times."""
+    """By itself, fal_client would send each of these up to ten times."""
     server = serve(lambda slug, arguments: (status, b"<html>nginx</html>"))
-    for _ in range(4):  # resumed again and again
+    for _ in range(4):  # resumed several times
         result = _fal(server, tmp_path, *SCENES, "--tasks", "caption", "--repeats", 2, max_calls=7)
         assert result.exit_code == 1
     assert len(server.requests) == 7 == sum(line["kind"] == "sent" for line in _lines(tmp_path))
@@ -316,18 +318,18 @@ def test_what_fal_client_would_repeat_stays_within_the_budget(
     assert report["stopped"]["fal"] == "7 calls were sent to fal, --max-calls is 7"
 
 
-def test_a_budget_below_the_plan_sees_every_question_first(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_a_budget_below_the_plan_covers_every_question(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(_caption)
     result = _fal(server, tmp_path, *SCENES, "--tasks", "caption,ocr", "--repeats", 5, max_calls=4)
     assert result.exit_code == 1 and "4 of 20 outstanding calls" in result.stderr
     assert len({(path, body["image_url"]) for path, body in server.requests}) == len(server.requests) == 4
 
 
-def test_connections_that_break_are_not_repeated(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_broken_connections_are_not_retried(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     accepted = []
 
-    def hang_up() -> None:
+    def disconnect() -> None:
         while True:
             try:
                 connection, _ = listener.accept()
@@ -337,7 +339,7 @@ def test_connections_that_break_are_not_repeated(serve: Callable[..., StandIn], 
             accepted.append(connection)
             connection.close()
 
-    threading.Thread(target=hang_up, daemon=True).start()
+    threading.Thread(target=disconnect, daemon=True).start()
     server = serve(_caption)
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     result = _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 2, max_calls=10)
@@ -353,20 +355,20 @@ def test_a_redirect_is_not_followed(serve: Callable[..., StandIn], tmp_path: Pat
     assert len(server.requests) == 1 and not elsewhere.requests
 
 
-def test_a_target_that_fails_all_the_time_is_left_alone(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_a_target_that_keeps_failing_is_skipped(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(lambda slug, arguments: (503, {"detail": "runner is gone"}))
     _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 20)
     assert len(server.requests) == MAX_FAILURES
     assert "runner is gone" in _report(tmp_path)["stopped"]["fal"]
 
 
-def test_a_refused_key_ends_it_and_is_not_shown(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_a_rejected_key_stops_the_target_and_is_not_shown(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(lambda slug, arguments: (401, {"detail": f"No user found for {KEY}"}))
     result = _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 3)
     assert result.exit_code == 1 and len(server.requests) == 1
-    assert "it refuses us with 401" in result.stderr and "No user found for ***" in result.stderr
+    assert "it rejects the key or the account with 401" in result.stderr and "No user found for ***" in result.stderr
     assert KEY not in result.output and all(KEY not in path.read_text() for path in tmp_path.iterdir())
-    server.respond = _caption  # with the right key it goes on
+    server.respond = _caption  # with the right key the comparison resumes
     assert _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 3).exit_code == 0
 
 
@@ -390,13 +392,13 @@ def test_errors_are_reported_and_what_fal_rejects_is_not_sent_again(
     assert "image_too_small" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_an_answer_that_is_no_json_is_an_error(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_an_answer_that_is_not_json_is_an_error(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(lambda slug, arguments: (200, b"<html>"))
     assert _fal(server, tmp_path, SCENES[0], "--tasks", "caption", "--repeats", 1).exit_code == 1
     assert "not JSON" in _report(tmp_path)["errors"][0]["error"]
 
 
-def test_each_question_in_process_encodes_its_image_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_call_in_process_runs_the_vision_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoded, original = [], HostAnswering.encode
 
     def count(self: HostAnswering, image: Any) -> Any:
@@ -423,11 +425,11 @@ def test_in_process_errors_are_recorded(tmp_path: Path) -> None:
     assert all(line["status"] == 422 and "not an image" in line["error"] for line in _lines(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------ money and key
+# ------------------------------------------------------------------------------------------------------ cost and keys
 
 
 @pytest.mark.parametrize("names", [(), ("FAL_KEY_ID",), ("FAL_KEY_SECRET",)])
-def test_without_a_key_it_says_what_it_needs(
+def test_a_missing_key_is_explained(
     names: Sequence[str], serve: Callable[..., StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FAL_KEY")
@@ -439,16 +441,16 @@ def test_without_a_key_it_says_what_it_needs(
     assert "FAL_KEY=…" in result.stderr and "fal.ai/dashboard/keys" in result.stderr and "--targets" in result.stderr
 
 
-def test_nothing_is_sent_without_a_limit_or_a_yes(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_nothing_is_sent_without_a_limit_or_a_confirmation(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server = serve(_caption)
     common = (SCENES[0], "--tasks", "caption", "--targets", "fal", "--fal-url", server.url, "--out", tmp_path)
     no_limit = _bench(*common, "--yes")
     assert no_limit.exit_code == 2 and "--max-calls" in no_limit.stderr
-    no_yes = _bench(*common, "--max-calls", 3)
-    assert no_yes.exit_code == 2 and "nothing was sent" in no_yes.stderr
+    unconfirmed = _bench(*common, "--max-calls", 3)
+    assert unconfirmed.exit_code == 2 and "nothing was sent" in unconfirmed.stderr
     price = 3 * 5 * 0.00125
     assert f"3 of 3 outstanding calls will be sent to fal (0 were sent before, --max-calls 3): about ${price:.3f}" in (
-        no_yes.stderr
+        unconfirmed.stderr
     )
     assert not server.requests
 
@@ -457,7 +459,7 @@ def test_the_key_is_read_as_fal_client_reads_it() -> None:
     assert find_key({"FAL_KEY": " abc\n"}) == "abc"
     assert find_key({"FAL_KEY_ID": "a", "FAL_KEY_SECRET": "b"}) == "a:b"
     assert find_key({"FAL_KEY": "", "FAL_KEY_ID": "a"}) is None
-    with pytest.raises(InputError, match="copy the key anew") as caught:
+    with pytest.raises(InputError, match="copy the key again") as caught:
         require_key({"FAL_KEY": "geheim\nxyz"})
     assert "geheim" not in str(caught.value)
 
@@ -478,16 +480,16 @@ def test_a_task_that_fal_does_not_have_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "fal has no endpoint for region-to-ocr" in result.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------- the pace
+# ----------------------------------------------------------------------------------------------------------- the rate limit
 
 
-def test_calls_to_fal_keep_their_distance_over_resumptions(serve: Callable[..., StandIn], tmp_path: Path) -> None:
+def test_the_rate_limit_holds_when_a_comparison_is_resumed(serve: Callable[..., StandIn], tmp_path: Path) -> None:
     server, clock = serve(_caption), FakeClock()
     plan = make_plan(SCENES, ["caption"], Inputs(), 2)
 
     def ask(calls: Sequence[Call]) -> None:
         with Journal(tmp_path / JOURNAL) as journal:
-            budget = Budget(10, journal, Pace(20, clock, journal.last_sent), clock)
+            budget = Budget(10, journal, RateLimiter(20, clock, journal.last_sent), clock)
             target = ClientTarget("fal", server.url, KEY, timeout=10, budget=budget)
             Runner([target], journal, clock, lambda line: None).run(calls)
 
@@ -496,14 +498,14 @@ def test_calls_to_fal_keep_their_distance_over_resumptions(serve: Callable[..., 
     ask(plan)
     whens = [datetime.datetime.fromisoformat(line["when"]) for line in _lines(tmp_path) if line["kind"] == "sent"]
     gaps = [(b - a).total_seconds() for a, b in itertools.pairwise(whens)]
-    assert gaps == pytest.approx([3.0, 3.0, 3.0])  # 20 a minute
-    # waiting is not in the times
+    assert gaps == pytest.approx([3.0, 3.0, 3.0])  # 20 per minute
+    # the times do not include the wait for the rate limit
     assert [line["seconds"] for line in _lines(tmp_path) if line["kind"] == "finished"] == [0.0] * 4
 
 
 def test_a_wall_clock_that_was_set_back_costs_one_interval_at_most() -> None:
     clock = FakeClock()
-    pace = Pace(60, clock, clock.now() + datetime.timedelta(days=1))
+    pace = RateLimiter(60, clock, clock.now() + datetime.timedelta(days=1))
     pace.wait()
     assert clock.seconds == 1001
     clock.seconds += 5
@@ -511,18 +513,18 @@ def test_a_wall_clock_that_was_set_back_costs_one_interval_at_most() -> None:
     assert clock.seconds == 1006
 
 
-def test_budget_counts_before_it_waits_for_nothing(tmp_path: Path) -> None:
+def test_a_spent_budget_does_not_wait(tmp_path: Path) -> None:
     clock = FakeClock()
     (call,) = make_plan(SCENES[:1], ["caption"], Inputs(), 1)
     with Journal(tmp_path / JOURNAL) as journal:
-        budget = Budget(1, journal, Pace(1, clock), clock)
+        budget = Budget(1, journal, RateLimiter(1, clock), clock)
         budget.admit(call, "fal")
         with pytest.raises(BudgetSpentError):
             budget.admit(call, "fal")
         assert clock.seconds == 1000 and journal.num_sent == 1
 
 
-def test_one_permission_is_one_request(serve: Callable[..., StandIn]) -> None:
+def test_one_permission_allows_one_request(serve: Callable[..., StandIn]) -> None:
     server = serve(_caption)
     (call,) = make_plan(SCENES[:1], ["caption"], Inputs(), 1)
     target = ClientTarget("served", server.url, "none", timeout=10)
@@ -547,7 +549,7 @@ def test_a_half_written_line_is_tolerated(num_bytes: int, serve: Callable[..., S
     *whole, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + last[:num_bytes])
     assert _fal(server, tmp_path, *arguments).exit_code == 0
-    assert len(server.requests) == (2 if num_bytes == -1 else 3)  # only the line's end was missing: nothing is lost
+    assert len(server.requests) == (2 if num_bytes == -1 else 3)  # only the line break was missing: nothing is lost
     assert _report(tmp_path)["num_sent_to_fal"] == len(server.requests)
     assert [line["kind"] for line in _lines(tmp_path)].count("finished") == 2
 
@@ -571,7 +573,7 @@ def test_a_journal_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "cannot write the journal" in result.stderr
 
 
-def test_answers_of_another_model_are_not_taken_for_this_ones(tmp_path: Path) -> None:
+def test_answers_of_another_model_are_not_reused(tmp_path: Path) -> None:
     class Target:
         name = "in-process"
 
@@ -624,7 +626,7 @@ def test_shifted_boxes_give_the_f1_worked_out_by_hand(serve: Callable[..., Stand
     assert re.search(r"served +\| object-detection \| +1 \| +0 \| +4/4 \| +0.750 \| +0.500 \| +0.250 ", result.stdout)
 
 
-def test_what_fal_adds_is_normalised_away() -> None:
+def test_tokens_in_fals_answers_are_normalised() -> None:
     raw = _boxes((1, 2, 30, 40, "</s>EXPLORE."), (5, 60, 7, 8, " two  words\n"), kind="quad_boxes")
     clean = _boxes((1, 2, 30, 40, "EXPLORE."), (5, 60, 7, 8, "two words"), kind="quad_boxes")
     fal, ours = agreement.read_answer(raw), agreement.read_answer(clean)
@@ -651,7 +653,7 @@ def _polygon(*points: tuple[float, float]) -> dict[str, Any]:
     return {"points": [{"x": x, "y": y} for x, y in points], "label": ""}
 
 
-def test_outlines_are_compared_by_area_and_by_the_box_around_them() -> None:
+def test_outlines_are_compared_by_area_and_by_bounding_box() -> None:
     square = _polygon((0, 0), (100, 0), (100, 100), (0, 100))
     triangle = _polygon((0, 0), (100, 0), (100, 100))
     found = _compare({"results": {"polygons": [square]}}, {"results": {"polygons": [triangle]}})
@@ -660,7 +662,7 @@ def test_outlines_are_compared_by_area_and_by_the_box_around_them() -> None:
     assert empty.mask_iou is None and empty.f1["0.5"] is None and empty.equal == 1
 
 
-def test_one_box_has_one_partner() -> None:
+def test_boxes_are_matched_one_to_one() -> None:
     twice, once = _boxes((0, 0, 10, 10, "a"), (0, 0, 10, 10, "a")), _boxes((0, 0, 10, 10, "a"))
     assert _compare(twice, once).f1["0.5"] == pytest.approx(2 / 3)
     assert _compare(once, twice).f1["0.5"] == pytest.approx(2 / 3)
@@ -699,7 +701,7 @@ def test_ids_are_stable_and_depend_on_what_is_asked(tmp_path: Path) -> None:
     assert not ids(SCENES[0]) & ids(SCENES[1]) and not ids(SCENES[0]) & ids(SCENES[0], "star")
 
 
-def test_inputs_of_a_file_come_before_those_for_all(tmp_path: Path) -> None:
+def test_inputs_of_a_file_override_those_for_all_images(tmp_path: Path) -> None:
     path = tmp_path / "inputs.json"
     content = {
         "scene-1.png": {"open-vocabulary-detection": {"text_input": "star"}},
@@ -724,7 +726,7 @@ def test_a_wrong_file_of_inputs_is_refused(content: str, tmp_path: Path) -> None
         read_inputs(path)
 
 
-def test_a_plan_that_cannot_be_asked_is_refused() -> None:
+def test_an_impossible_plan_is_refused() -> None:
     with pytest.raises(UnknownTaskError):
         make_plan(SCENES, ["no-such-task"], Inputs(), 1)
     with pytest.raises(TextInputError):
@@ -750,7 +752,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, monkeypatch: 
     assert result.exit_code == 2 and "pip install 'florence-onnx[fal]'" in result.stderr
 
 
-def test_the_commands_help_is_its_own() -> None:
+def test_the_command_has_its_own_help() -> None:
     result = _bench("--help")
     assert result.exit_code == 0 and "--max-calls" in result.stdout and "--fal-url" not in result.stdout
     assert _bench(SCENES[0], "--nonsense").exit_code == 2

@@ -63,7 +63,7 @@ def test_run_prints_readable_answers() -> None:
     assert f"{SCENES[0]}:\n" in result.stdout and f"{SCENES[1]}:\n" in result.stdout
     assert "red circle    x " in result.stdout
     assert result.stderr.splitlines() == [
-        "The demo model knows drawn shapes and words only; for photographs, pass --model to run."
+        "The demo model only knows drawn shapes and words; for photographs, use run with --model."
     ]
 
 
@@ -96,7 +96,7 @@ def test_a_bad_image_is_reported_and_does_not_stop_the_rest(tmp_path: Path) -> N
 
 @needs_demo
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are a POSIX thing")
-def test_answers_go_to_the_file_while_the_bar_goes_to_the_terminal() -> None:
+def test_answers_go_to_the_pipe_and_the_progress_bar_to_the_terminal() -> None:
     import pty
 
     terminal, error_stream = pty.openpty()
@@ -134,7 +134,7 @@ def test_run_draws_every_image_into_a_folder(tmp_path: Path) -> None:
         ("region-to-category", ["--region", "430,364,592,539"]),
     ],
 )
-def test_run_asks_every_kind_of_task(task: str, arguments: list[str]) -> None:
+def test_run_prints_every_kind_of_result(task: str, arguments: list[str]) -> None:
     readable = _run("run", task, SCENES[0], *arguments)
     assert readable.exit_code == 0, readable.output
     assert len(readable.stdout.splitlines()) > 1 and "nothing found" not in readable.stdout
@@ -145,7 +145,7 @@ def test_run_asks_every_kind_of_task(task: str, arguments: list[str]) -> None:
 @needs_demo
 def test_a_truncated_answer_is_marked() -> None:
     result = _run("run", "object-detection", SCENES[0], "--max-new-tokens", 8)
-    assert "cut off by the token limit" in result.stderr
+    assert "cut off at the token limit" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_truncated_answer_is_marked() -> None:
         (["run", "open-vocabulary-detection", "x.png", "--text", " "], "blank"),
         (["run", "caption", "x.png", "--draw", "folder"], "nothing to draw"),
         (["run", "caption", "x.png", "--model", "no-such-model"], "no-such-model"),
-        (["run", "object-detection", "x.png", "--draw", __file__], "cannot make the folder"),
+        (["run", "object-detection", "x.png", "--draw", __file__], "cannot create the folder"),
         (["info", "no-such-model"], "no-such-model"),
     ],
 )

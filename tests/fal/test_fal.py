@@ -1,4 +1,4 @@
-"""The in-process twin of fal_client: same names, same answers, same errors; and the queue behind it."""
+"""The in-process client: the names, results and errors of fal_client; and the service with its queue."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def service(model: Florence2) -> Iterator[Service]:
 
 
 def arguments(task: tasks.Task[Any], image: Path = SAMPLE) -> dict[str, Any]:
-    """What an endpoint takes."""
+    """Valid arguments for the endpoint of a task."""
     needed: dict[str, Any] = {"text": {"text_input": "red circle"}, "region": {"region": REGION}}.get(task.needs, {})
     return {"image_url": fal.encode_file(image), **needed}
 
 
 class SlowModel:
-    """A real model that waits at a gate, so that requests pile up behind it; notes its batches."""
+    """A real model whose encoder waits at a gate, so that requests queue up behind it; records the sizes of its batches."""
 
     max_batch = 0
 
@@ -83,7 +83,7 @@ def slow(model: Florence2) -> Iterator[SlowModel]:
 
 
 def occupy(service: Service, slow: SlowModel) -> Job:
-    """A request that the model is at, and stays at until the gate opens."""
+    """Submits a request that the model runs until the gate opens."""
     job = service.submit(f"{APP}/caption", arguments(tasks.CAPTION, SAMPLES / "scene-2.png"))
     assert slow.entered.wait(10)
     return job
@@ -93,7 +93,7 @@ def occupy(service: Service, slow: SlowModel) -> Job:
 
 
 @pytest.mark.parametrize("task", tasks.TASKS.values(), ids=lambda task: task.slug)
-def test_every_endpoint_answers_as_the_model_does(task: tasks.Task[Any], model: Florence2) -> None:
+def test_every_endpoint_returns_the_result_of_the_model(task: tasks.Task[Any], model: Florence2) -> None:
     asked = arguments(task)
     direct = model.run(
         task, SAMPLE, text_input=asked.get("text_input"), region=Region(**REGION) if "region" in asked else None
@@ -146,7 +146,7 @@ def test_submit_and_path() -> None:
     assert fal.SyncClient.get_handle(fal.run.__self__, APP, handle.request_id).get() == handle.get()  # type: ignore[attr-defined]
 
 
-def test_async_twins() -> None:
+def test_async_variants() -> None:
     async def ask() -> None:
         seen: list[fal.Status] = []
 
@@ -167,12 +167,12 @@ def test_async_twins() -> None:
     asyncio.run(ask())
 
 
-def test_uploads_give_an_address_that_endpoints_take() -> None:
+def test_uploads_return_a_url_that_endpoints_accept() -> None:
     address = fal.upload_file(SAMPLE)
     assert fal.run(f"{APP}/caption", {"image_url": address}) == fal.run(f"{APP}/caption", arguments(tasks.CAPTION))
 
 
-def test_the_model_is_loaded_once_and_named_by_the_environment(
+def test_the_model_is_loaded_once_and_chosen_by_the_environment(
     monkeypatch: pytest.MonkeyPatch, model: Florence2
 ) -> None:
     monkeypatch.setenv("FLORENCE_ONNX_MODEL", "demo")
@@ -223,7 +223,7 @@ def test_the_model_is_loaded_once_and_named_by_the_environment(
         ("region-to-category", {"image_url": "x", "region": {**REGION, "x1": 900}}, [("region", "value_error")]),
     ],
 )
-def test_wrong_arguments_have_fals_422(slug: str, sent: dict[str, Any], found: list[tuple[str, str]]) -> None:
+def test_invalid_arguments_give_fals_422(slug: str, sent: dict[str, Any], found: list[tuple[str, str]]) -> None:
     with pytest.raises(fal.FalClientHTTPError) as caught:
         fal.run(f"{APP}/{slug}", sent)
     error = caught.value
@@ -274,7 +274,7 @@ def test_unknown_endpoints_are_404(application: str) -> None:
     assert caught.value.status_code == 404
 
 
-def test_what_is_not_offered_says_so() -> None:
+def test_unsupported_features_are_refused() -> None:
     with pytest.raises(fal.FalClientHTTPError, match="webhooks are not supported"):
         fal.submit(f"{APP}/caption", {}, webhook_url="https://example.com")
     with pytest.raises(fal.FalClientHTTPError, match="not found"):
@@ -292,7 +292,7 @@ def test_a_start_timeout_beyond_the_client_timeout_warns() -> None:
 # --------------------------------------------------------------------------------------------------------------- queue
 
 
-def test_what_waits_together_runs_as_one_batch_and_an_image_is_encoded_once(slow: SlowModel) -> None:
+def test_waiting_requests_run_as_one_batch_and_an_image_is_encoded_once(slow: SlowModel) -> None:
     service = Service(slow, ServiceSettings(max_batch=8), publish=without_image)  # type: ignore[arg-type]
     first = occupy(service, slow)
     slugs = ["caption", "object-detection", "ocr", "region-to-category"]
@@ -309,17 +309,17 @@ def test_what_waits_together_runs_as_one_batch_and_an_image_is_encoded_once(slow
     assert service.close(timeout=30)
 
 
-def test_an_encoded_image_is_used_again_until_there_is_no_room(model: Florence2) -> None:
+def test_image_features_are_cached_within_the_limit(model: Florence2) -> None:
     service = Service(model, publish=without_image)
     for _ in range(2):
         service.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
     assert (service.stats().encoded, service.stats().reused) == (1, 1)
     service.close()
-    forgetful = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_image)
+    uncached = Service(model, ServiceSettings(feature_cache_bytes=0), publish=without_image)
     for _ in range(2):
-        forgetful.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
-    assert (forgetful.stats().encoded, forgetful.stats().reused) == (2, 0)
-    forgetful.close()
+        uncached.submit(f"{APP}/caption", arguments(tasks.CAPTION)).future.result(60)
+    assert (uncached.stats().encoded, uncached.stats().reused) == (2, 0)
+    uncached.close()
 
 
 def test_low_priority_waits_for_normal(slow: SlowModel) -> None:
@@ -350,27 +350,27 @@ def test_a_full_queue_refuses_and_accepts_again(slow: SlowModel) -> None:
     assert service.close(timeout=30)
 
 
-def test_waiting_ends_at_its_limit_and_by_cancelling(slow: SlowModel) -> None:
+def test_a_waiting_request_ends_at_its_start_timeout_and_when_cancelled(slow: SlowModel) -> None:
     service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     first = occupy(service, slow)
     late = service.submit(f"{APP}/caption", arguments(tasks.CAPTION), start_timeout=0.2)
-    taken_back = service.submit(f"{APP}/caption", arguments(tasks.CAPTION))
-    assert service.cancel(taken_back)
-    assert not service.cancel(taken_back)
+    cancelled = service.submit(f"{APP}/caption", arguments(tasks.CAPTION))
+    assert service.cancel(cancelled)
+    assert not service.cancel(cancelled)
     with pytest.raises(RequestError) as caught:
         late.future.result(10)
     assert (caught.value.status, caught.value.headers[problems.TIMEOUT_TYPE_HEADER]) == (504, "user")
     with pytest.raises(RequestError) as caught:
-        taken_back.future.result(1)
+        cancelled.future.result(1)
     assert caught.value.status == 499
-    assert service.cancel(first)  # in progress: what the model finds is thrown away
+    assert service.cancel(first)  # in progress: its result is discarded
     slow.gate.set()
     assert service.close(timeout=30)
     assert slow.batches == []
 
 
-def test_waiting_ends_at_its_limit_while_the_image_is_still_on_its_way(model: Florence2) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+def test_the_start_timeout_holds_while_the_image_is_downloaded(model: Florence2) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never responds
         service = Service(model, ServiceSettings(image_limits=ImageLimits(timeout=3.0)), publish=without_image)
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
         begin = time.monotonic()
@@ -382,7 +382,7 @@ def test_waiting_ends_at_its_limit_while_the_image_is_still_on_its_way(model: Fl
         assert service.close(timeout=30)
 
 
-def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:
+def test_a_client_timeout_frees_the_place_in_the_queue(slow: SlowModel) -> None:
     fal.configure(slow)  # type: ignore[arg-type]
     client: fal.SyncClient = fal.run.__self__  # type: ignore[attr-defined]
     client._service = Service(slow, publish=without_image)  # type: ignore[arg-type]
@@ -402,7 +402,7 @@ def test_a_client_that_gives_up_frees_its_place(slow: SlowModel) -> None:
     slow.gate.set()
 
 
-def test_closing_finishes_what_was_accepted(slow: SlowModel) -> None:
+def test_closing_finishes_accepted_requests(slow: SlowModel) -> None:
     service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     jobs = [occupy(service, slow), *(service.submit(f"{APP}/ocr", arguments(tasks.OCR)) for _ in range(5))]
     closing = threading.Thread(target=service.close)
@@ -417,7 +417,7 @@ def test_closing_finishes_what_was_accepted(slow: SlowModel) -> None:
     assert not any(thread.is_alive() for thread in service._threads)
 
 
-def test_closing_in_time_fails_the_rest_and_says_so(slow: SlowModel) -> None:
+def test_closing_with_a_timeout_fails_the_rest(slow: SlowModel) -> None:
     service = Service(slow, publish=without_image)  # type: ignore[arg-type]
     jobs = [occupy(service, slow), service.submit(f"{APP}/ocr", arguments(tasks.OCR))]
     assert not service.close(timeout=0.1)
@@ -459,8 +459,8 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    """Returns once something holds."""
+    """Waits until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""fal's own clients, unmodified, against our server: Python over TLS and http, JavaScript, and a fuzzer with the OpenAPI document."""
+"""fal's unmodified clients against our server: Python over https and http, JavaScript, curl; and fuzzing by the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def server() -> Iterator[LiveServer]:
         yield running
 
 
-def beside_the_image() -> dict[str, dict[str, Any]]:
-    """What each endpoint takes besides `image_url`."""
+def other_arguments() -> dict[str, dict[str, Any]]:
+    """The arguments of each endpoint besides `image_url`."""
     return {
         task.slug: {name: value for name, value in arguments(task).items() if name != "image_url"}
         for task in tasks.TASKS.values()
@@ -43,7 +43,7 @@ def beside_the_image() -> dict[str, dict[str, Any]]:
 
 
 def run_python(code: str, environment: dict[str, str], *arguments_given: str) -> Any:
-    """What a script prints, as JSON, run in a process that knows nothing of this package."""
+    """Runs a script in another process and returns the JSON that it prints."""
     command = [sys.executable, "-c", code, *arguments_given]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "FAL_KEY": KEY, **environment}
@@ -106,7 +106,7 @@ def test_the_unmodified_client_over_tls_by_environment_alone(certificate: tuple[
     with serve(*options, environment=ONE_THREAD, authority=trust) as running:
         host = f"127.0.0.1:{running.port}"
         environment = {"FAL_RUN_HOST": host, "FAL_QUEUE_RUN_HOST": f"{host}/queue", "SSL_CERT_FILE": trust}
-        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(beside_the_image()))
+        found = run_python(_OVER_TLS, environment, APP, str(SAMPLE), json.dumps(other_arguments()))
     fal.configure("demo", device="cpu")
     for task in tasks.TASKS.values():
         assert found[task.slug] == fal.run(f"{APP}/{task.slug}", arguments(task)), task.slug
@@ -200,7 +200,7 @@ console.log(JSON.stringify(found));
 
 
 def run_node(script: str, *arguments_given: str) -> Any:
-    """What a script prints, as JSON."""
+    """Runs a script with Node and returns the JSON that it prints."""
     if shutil.which("node") is None or not (NODE_FOLDER / "node_modules" / "@fal-ai" / "client").is_dir():
         pytest.skip(NO_NODE)
     command = ["node", "--input-type=module", "-", *arguments_given]
@@ -210,7 +210,7 @@ def run_node(script: str, *arguments_given: str) -> Any:
 
 
 def test_the_javascript_client(server: LiveServer) -> None:
-    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION), json.dumps(beside_the_image()))
+    found = run_node(_JAVASCRIPT, server.url, APP, str(SAMPLE), json.dumps(REGION), json.dumps(other_arguments()))
     fal.configure("demo", device="cpu")
     expected = {task.slug: fal.run(f"{APP}/{task.slug}", arguments(task)) for task in tasks.TASKS.values()}
     assert found["all"] == expected
@@ -242,7 +242,7 @@ done
 
 
 def test_curl_on_every_endpoint(server: LiveServer, tmp_path: Path) -> None:
-    """As fal's documentation has it: submit, status, result; and directly."""
+    """The commands of fal's documentation: submit, status and result through the queue; and direct."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     for task in tasks.TASKS.values():
@@ -289,5 +289,5 @@ def test_the_openapi_document_holds_under_fuzzing(
     command += ["--exclude-checks", left_out, "--seed", "1", "--no-color"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )  # it leaves a cache behind
+    )  # schemathesis writes a cache into it
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -35,7 +35,7 @@ SCENES: dict[str, dict[str, Any]] = {
 }
 PREFIX = "fal-ai/florence-2-large"
 RED_CIRCLE = {"x1": 430, "y1": 364, "x2": 592, "y2": 539}
-"""The red circle of scene-1, in thousandths of its sides."""
+"""The red circle of scene-1, in thousandths of width and height."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 
@@ -56,8 +56,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens the page with the first sample on it; no test may leave a fault of its code or its policy behind."""
-    faults: list[str] = []
+    """Opens the page with the first sample; a script error or a violation of the page's content security policy fails the test."""
+    errors: list[str] = []
     contexts = []
 
     def open_one(**options: Any) -> Page:
@@ -66,9 +66,11 @@ def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Pa
         context.set_default_timeout(20_000)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
         page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if _is_fault(message.text) else None)
-        page.on("request", lambda request: faults.append(request.url) if _leaves(request.url, server.url) else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if _is_error(message.text) else None)
+        page.on(
+            "request", lambda request: errors.append(request.url) if _is_external(request.url, server.url) else None
+        )
         page.goto(server.url)
         expect(page.locator("#image-name")).to_contain_text("scene-1.png")
         return page
@@ -77,7 +79,7 @@ def open_page(server: LiveServer, browser: Browser) -> Iterator[Callable[..., Pa
     yield open_one
     for context in contexts:
         context.close()
-    assert faults == []
+    assert errors == []
 
 
 @pytest.fixture
@@ -85,16 +87,16 @@ def page(open_page: Callable[..., Page]) -> Page:
     return open_page()
 
 
-def _is_fault(message: str) -> bool:
+def _is_error(message: str) -> bool:
     return "Content Security Policy" in message or "Uncaught" in message
 
 
-def _leaves(url: str, home: str) -> bool:
-    """Whether a request goes to another server than ours."""
+def _is_external(url: str, home: str) -> bool:
+    """Whether a request goes to another server."""
     return not url.startswith((f"{home}/", "data:", f"blob:{home}/"))
 
 
-def _ask(page: Page, slug: str, *, text: str | None = None, region: dict[str, int] | None = None) -> None:
+def _run(page: Page, slug: str, *, text: str | None = None, region: dict[str, int] | None = None) -> None:
     page.select_option("#task", slug)
     if text is not None:
         page.fill("#text", text)
@@ -128,7 +130,7 @@ def _iou(a: Box, b: Box) -> float:
 
 
 def _drawn_boxes(page: Page) -> dict[int, Box]:
-    """What the overlay's frames enclose, in pixels of the image, by the number of the row."""
+    """The boxes of the overlay in pixels of the image, by the index of the row."""
     frames = page.locator("#overlay .shape .line").evaluate_all(
         """lines => lines.map(line => {
             const {x, y, width, height} = line.getBBox();
@@ -157,15 +159,15 @@ def _assert_scene_is_found(page: Page, scene: dict[str, Any]) -> None:
 def test_the_boxes_of_a_sample_are_listed_and_drawn(page: Page, name: str) -> None:
     page.get_by_role("button", name=f"Sample {name.removesuffix('.png')}").click()
     expect(page.locator("#image-name")).to_contain_text(name)
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     _assert_scene_is_found(page, SCENES[name])
     assert page.locator("#overlay rect.line:visible").count() == len(SCENES[name]["objects"])
     assert sorted(page.locator("#overlay .tag text").all_text_contents()) == sorted(_row_labels(page))
 
 
 def test_the_overlay_lies_on_the_image(page: Page) -> None:
-    """What the browser shows inside a frame is what the image has there, pixel for pixel."""
-    _ask(page, "object-detection")
+    """The browser shows the same pixels inside a box as the image has there."""
+    _run(page, "object-detection")
     star = _row_labels(page).index("yellow star")
     on_screen = page.locator(f"#overlay .shape[data-index='{star}'] .line").evaluate(
         """line => {
@@ -182,13 +184,13 @@ def test_the_overlay_lies_on_the_image(page: Page) -> None:
     assert max(difference) < 6
 
 
-def test_a_file_is_uploaded_as_it_is(page: Page, server: LiveServer, tmp_path: Path) -> None:
+def test_a_file_is_uploaded_unchanged(page: Page, server: LiveServer, tmp_path: Path) -> None:
     image = tmp_path / "my shapes.png"
     image.write_bytes((SAMPLES / "scene-6.png").read_bytes())
     page.set_input_files("#file", image)
     expect(page.locator("#image-name")).to_have_text("my shapes.png · 384 × 384")
     with page.expect_request(f"**/{PREFIX}/caption") as request:
-        _ask(page, "caption")
+        _run(page, "caption")
     sent = request.value.post_data_json["image_url"]
     assert base64.b64decode(sent.removeprefix("data:image/png;base64,")) == image.read_bytes()
     expect(page.locator("#result .text-result")).to_have_text(_post(server, "caption", image)["results"])
@@ -212,7 +214,7 @@ def test_an_image_is_dropped_or_pasted(page: Page, way: str) -> None:
     expect(page.locator("#image-name")).to_have_text("given.png · 320 × 320")
 
 
-def test_a_question_waits_for_the_image_that_was_chosen_before_it(page: Page) -> None:
+def test_a_request_waits_for_the_chosen_image(page: Page) -> None:
     held: list[Route] = []
     page.route("**/samples/scene-2.png", lambda route: held.append(route))
     with page.expect_request("**/samples/scene-2.png"):
@@ -227,18 +229,18 @@ def test_a_question_waits_for_the_image_that_was_chosen_before_it(page: Page) ->
 def test_a_photograph_taken_sideways_has_its_boxes_in_place(page: Page, tmp_path: Path) -> None:
     image = tmp_path / "sideways.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     Image.open(SAMPLES / "scene-1.png").convert("RGB").transpose(Image.Transpose.ROTATE_90).save(
         image, exif=exif, quality=95
     )
     page.set_input_files("#file", image)
     expect(page.locator("#image-name")).to_have_text("sideways.jpg · 384 × 355")
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     _assert_scene_is_found(page, SCENES["scene-1.png"])
 
 
-def test_another_image_clears_the_answer_and_another_task_keeps_it(page: Page) -> None:
-    _ask(page, "object-detection")
+def test_another_image_clears_the_result_and_another_task_keeps_it(page: Page) -> None:
+    _run(page, "object-detection")
     page.select_option("#task", "caption")
     expect(page.locator("#result-task")).to_have_text("Object detection")
     assert len(_drawn_boxes(page)) == 3
@@ -248,10 +250,10 @@ def test_another_image_clears_the_answer_and_another_task_keeps_it(page: Page) -
     expect(page.locator("#copy-json")).to_be_disabled()
 
 
-# --- questions
+# --- input
 
 
-def test_a_region_drawn_with_the_mouse_is_asked_about(page: Page) -> None:
+def test_a_region_drawn_with_the_mouse_is_sent(page: Page) -> None:
     page.select_option("#task", "region-to-category")
     left, top, right, bottom = _draw_region(page, SCENES["scene-1.png"]["objects"][1]["box"])
     expected = {"x1": left, "y1": top, "x2": right, "y2": bottom}
@@ -265,18 +267,18 @@ def test_a_region_drawn_with_the_mouse_is_asked_about(page: Page) -> None:
     expect(page.locator("#result .text-result")).to_have_text(_starting_with("circle"))
 
 
-def test_a_region_is_drawn_in_any_direction_and_cut_at_the_edge(page: Page) -> None:
+def test_a_region_is_drawn_in_any_direction_and_clipped_at_the_edge(page: Page) -> None:
     page.select_option("#task", "region-to-category")
     _draw_region(page, (300, 300, 400, -30))
     assert [page.locator(f"#{name}").input_value() for name in ("x1", "y1", "x2", "y2")] == ["781", "0", "999", "845"]
     frame = page.locator("#overlay .region .line")
     expect(frame).to_be_visible()
     assert float(frame.get_attribute("y") or "-1") == 0
-    page.mouse.click(*_on_screen(page, (50, 50)))  # a click draws nothing, and forgets nothing
+    page.mouse.click(*_on_screen(page, (50, 50)))  # a click draws no region and keeps the last one
     assert page.locator("#x2").input_value() == "999"
 
 
-def test_escape_brings_back_the_region_before(page: Page) -> None:
+def test_escape_restores_the_previous_region(page: Page) -> None:
     page.select_option("#task", "region-to-category")
     page.get_by_role("button", name="Whole image").click()
     page.mouse.move(*_on_screen(page, (50, 50)))
@@ -301,7 +303,7 @@ def test_a_region_is_drawn_with_a_finger(open_page: Callable[..., Page]) -> None
 
 
 def _on_screen(page: Page, point: tuple[float, float]) -> tuple[float, float]:
-    """Where a pixel of the 384 x 355 sample is: the stage shows it whole, in its middle."""
+    """The screen position of a pixel of the 384 x 355 sample, which is centred in the stage."""
     stage = page.locator("#image").bounding_box()
     assert stage is not None
     scale = min(stage["width"] / 384, stage["height"] / 355)
@@ -311,7 +313,7 @@ def _on_screen(page: Page, point: tuple[float, float]) -> tuple[float, float]:
 
 
 def _draw_region(page: Page, box: Any) -> tuple[int, ...]:
-    """Drags from one corner to the other; returns the bins that these pixels are in."""
+    """Drags from one corner to the other; returns the bins of these pixels."""
     page.mouse.move(*_on_screen(page, (box[0], box[1])))
     page.mouse.down()
     page.mouse.move(*_on_screen(page, (box[2], box[3])), steps=4)
@@ -319,19 +321,19 @@ def _draw_region(page: Page, box: Any) -> tuple[int, ...]:
     return tuple(math.floor(value * 1000 / size) for value, size in zip(box, (384, 355, 384, 355), strict=True))
 
 
-def test_text_is_asked_and_a_quad_and_a_polygon_are_drawn(page: Page) -> None:
+def test_text_is_sent_and_a_quad_and_a_polygon_are_drawn(page: Page) -> None:
     scene = SCENES["scene-1.png"]
-    _ask(page, "ocr-with-region")
+    _run(page, "ocr-with-region")
     assert _row_labels(page) == [scene["word"]["text"]]
     assert page.locator("#overlay polygon.line").count() == 1
     assert _iou(_drawn_boxes(page)[0], tuple(scene["word"]["box"])) > 0.5
-    _ask(page, "referring-expression-segmentation", text="the yellow star")
+    _run(page, "referring-expression-segmentation", text="the yellow star")
     assert _row_labels(page) == ["Outline 1"]
     assert page.locator("#overlay .is-filled polygon.line").count() == 1
     assert _iou(_drawn_boxes(page)[0], tuple(scene["objects"][2]["box"])) > 0.5
 
 
-def test_the_keyboard_is_enough(page: Page) -> None:
+def test_the_page_works_with_the_keyboard_alone(page: Page) -> None:
     _tab_to(page, "#task")
     page.keyboard.type("Region to c")
     for name, value in RED_CIRCLE.items():
@@ -353,7 +355,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 
 def _tab_to(page: Page, selector: str, key: str = "Tab") -> None:
-    """Presses Tab until the focus is there, and fails if it never gets there or the focus cannot be seen."""
+    """Presses Tab until an element has the focus; fails if it is never reached or its focus is not visible."""
     for _ in range(40):
         page.keyboard.press(key)
         if page.locator(f"{selector}:focus").count():
@@ -363,11 +365,11 @@ def _tab_to(page: Page, selector: str, key: str = "Tab") -> None:
     pytest.fail(f"{selector} cannot be reached with {key}")
 
 
-# --- answers
+# --- results
 
 
-def test_rows_and_shapes_light_up_together(page: Page) -> None:
-    _ask(page, "object-detection")
+def test_rows_and_shapes_are_highlighted_together(page: Page) -> None:
+    _run(page, "object-detection")
     row, shape = page.locator(".row[data-index='1']"), page.locator(".shape[data-index='1']")
     expect(row).to_have_accessible_name(re.compile(r"^red circle x \d+, y \d+, \d+ × \d+ px$"))
     row.hover()
@@ -389,7 +391,7 @@ def _has(name: str) -> re.Pattern[str]:
 
 
 def test_a_label_has_the_colour_of_the_drawn_image(page: Page) -> None:
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     colours = page.locator(".row .swatch").evaluate_all(
         "all => all.map(each => getComputedStyle(each).backgroundColor)"
     )
@@ -397,7 +399,7 @@ def test_a_label_has_the_colour_of_the_drawn_image(page: Page) -> None:
 
 
 def test_the_json_is_what_the_server_gives_without_extras(page: Page, server: LiveServer) -> None:
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     shown = json.loads(page.locator("#json").text_content() or "")
     direct = _post(server, "object-detection", SAMPLES / "scene-1.png")
     assert shown["results"] == direct["results"]
@@ -412,12 +414,12 @@ def test_the_json_is_what_the_server_gives_without_extras(page: Page, server: Li
 
 
 def test_the_time_is_shown_per_stage(page: Page) -> None:
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     names = page.locator("#timings dt").all_text_contents()
     assert {"Vision encoder", "Decoder", "Network", "Total"} <= set(names)
     values = [_to_ms(text) for text in page.locator("#timings dd").all_text_contents()]
     assert sum(values[:-1]) == pytest.approx(values[-1], rel=0.02, abs=5)
-    assert values[names.index("Decoder")] > 0  # the vision encoder may rest: the server remembers images
+    assert values[names.index("Decoder")] > 0  # the vision encoder may be 0: its output is cached
 
 
 def _to_ms(text: str) -> float:
@@ -442,20 +444,20 @@ def test_a_missing_region_or_text_is_asked_for(page: Page) -> None:
     expect(page.locator("#text")).to_be_focused()
 
 
-def test_a_broken_file_leaves_the_image_and_its_answer(page: Page, tmp_path: Path) -> None:
-    _ask(page, "object-detection")
+def test_a_broken_file_keeps_the_image_and_its_result(page: Page, tmp_path: Path) -> None:
+    _run(page, "object-detection")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     page.set_input_files("#file", broken)
     expect(page.locator("#problem")).to_contain_text("“broken.png” is not an image")
     expect(page.locator("#image-name")).to_contain_text("scene-1.png")
     expect(page.locator("#result .row")).to_have_count(3)
-    _ask(page, "caption")
+    _run(page, "caption")
     expect(page.locator("#problem")).to_be_empty()
 
 
-def test_what_the_server_refuses_is_said_plainly(page: Page, tmp_path: Path) -> None:
-    """A browser shows SVG, the server does not read it: a real 422."""
+def test_a_rejected_image_is_explained(page: Page, tmp_path: Path) -> None:
+    """A real 422: browsers can show SVG, the server cannot read it."""
     drawing = tmp_path / "drawing.svg"
     drawing.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><circle r="9"/></svg>')
     page.set_input_files("#file", drawing)
@@ -481,16 +483,16 @@ def test_what_the_server_refuses_is_said_plainly(page: Page, tmp_path: Path) -> 
         (None, None, "cannot be reached"),
     ],
 )
-def test_each_failure_says_what_to_do_and_keeps_the_last_answer(
+def test_each_failure_says_what_to_do_and_keeps_the_last_result(
     page: Page, status: int | None, body: object, words: str
 ) -> None:
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     page.route(f"**/{PREFIX}/*", lambda route: _fail(route, status, body))
     page.click("#run")
     expect(page.locator("#problem")).to_contain_text(words)
     expect(page.locator("#result .row")).to_have_count(3)
     page.unroute_all()
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     expect(page.locator("#problem")).to_be_empty()
 
 
@@ -502,7 +504,7 @@ def _fail(route: Route, status: int | None, body: object) -> None:
     route.fulfill(status=status, body=text, headers={"x-fal-request-id": "abc"})
 
 
-def test_a_question_is_cancelled(page: Page) -> None:
+def test_a_request_is_cancelled(page: Page) -> None:
     page.route(f"**/{PREFIX}/*", lambda _: None)  # never answered
     page.click("#run")
     page.get_by_role("button", name="Cancel").click()
@@ -522,7 +524,7 @@ def test_a_key_is_asked_for_and_sent(browser: Browser) -> None:
             expect(page.locator("#problem")).to_contain_text(words)
             expect(page.get_by_label("API key")).to_be_focused()
         page.get_by_label("API key").fill("secret")
-        _ask(page, "object-detection")
+        _run(page, "object-detection")
         assert len(_row_labels(page)) == 3
         for tab in page.get_by_role("tab").all():
             tab.click()
@@ -557,7 +559,7 @@ TRICKY = 'a "red" circle, $HOME `date` \\n it\'s Ünïcode'
 
 
 def test_the_curl_command_works(page: Page, server: LiveServer, tmp_path: Path) -> None:
-    """With a file name and a text that a shell would gladly misread."""
+    """With a file name and a text that need quoting in a shell."""
     if not (shutil.which("curl") and shutil.which("bash")):
         pytest.skip("needs curl and bash")
     image = tmp_path / "it's $one.png"
@@ -590,7 +592,7 @@ def test_the_python_code_works(page: Page, server: LiveServer) -> None:
     assert run.stdout.decode().strip() == str(direct["results"])
 
 
-def test_the_javascript_code_is_javascript(page: Page, tmp_path: Path) -> None:
+def test_the_javascript_code_is_valid(page: Page, tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node")
@@ -602,18 +604,18 @@ def test_the_javascript_code_is_javascript(page: Page, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr.decode()
 
 
-# --- looks and access
+# --- layout and accessibility
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_nothing_sticks_out_in_any_width_and_scheme(open_page: Callable[..., Page], scheme: str, width: int) -> None:
+def test_nothing_overflows_at_any_width_and_scheme(open_page: Callable[..., Page], scheme: str, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 740}, color_scheme=scheme)
     for slug in ("object-detection", "open-vocabulary-detection", "region-to-segmentation"):
         page.select_option("#task", slug)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, slug
     page.select_option("#task", "object-detection")
-    _ask(page, "object-detection")
+    _run(page, "object-detection")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert (_luminance(_style(page, "body", "backgroundColor")) > 0.5) == (scheme == "light")
     for selector in ("#task-hint", "#result .label", "#result .place", "#status", "#json .string", "#run"):
@@ -626,7 +628,7 @@ def _style(page: Page, selector: str, name: str) -> str:
 
 
 def _contrast(page: Page, selector: str) -> float:
-    """WCAG's ratio between a text and what lies behind it."""
+    """WCAG's contrast ratio of a text and its background."""
     behind = page.locator(selector).first.evaluate(
         """element => {
             while (getComputedStyle(element).backgroundColor === "rgba(0, 0, 0, 0)") element = element.parentElement;

@@ -1,4 +1,4 @@
-"""A real server on loopback, asked over HTTP: fal's protocol, and what keeps it safe."""
+"""A real server on loopback, over HTTP: fal's protocol, limits, security and shutdown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def guarded() -> Iterator[LiveServer]:
 
 
 def metric(client: Any, name: str, **labels: str) -> float:
-    """A figure of /metrics, summed over the labels that are not named."""
+    """The value of a metric, summed over the labels that are not given."""
     found = 0.0
     for line in client.get("/metrics").text.splitlines():
         match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
@@ -91,14 +91,14 @@ def test_stages_and_extras(client: Any) -> None:
     assert set(client.post(f"/{APP}/ocr-with-region", json=asked).json()) == {"results", "image"}
 
 
-def test_annotated_images_are_served_under_whole_addresses(guarded: LiveServer) -> None:
+def test_annotated_images_have_absolute_urls(guarded: LiveServer) -> None:
     headers = {"Authorization": "Key id:secret"}
     response = httpx.post(
         f"{guarded.url}/{APP}/object-detection", json=arguments(tasks.OBJECT_DETECTION), headers=headers
     )
     image = response.json()["image"]
     assert image["url"].startswith(f"{guarded.url}/files/")
-    served = httpx.get(image["url"])  # an <img> sends no key
+    served = httpx.get(image["url"])  # the browser sends no key for an <img>
     assert served.headers["content-type"] == image["content_type"] == "image/png"
     assert len(served.content) == image["file_size"]
     assert "sandbox" in served.headers["content-security-policy"]
@@ -200,7 +200,7 @@ def test_both_ways_of_uploading(client: Any) -> None:
         assert client.post(f"/{APP}/caption", json={"image_url": address}).json() == CAPTION
 
 
-def test_an_uploaded_page_is_no_page(client: Any) -> None:
+def test_an_uploaded_page_is_served_as_a_download(client: Any) -> None:
     headers = {"X-Fal-File-Name": "x.html", "Content-Type": "text/html"}
     address = client.post("/files/upload", content=b"<script>alert(1)</script>", headers=headers).json()["access_url"]
     served = client.get(address)
@@ -271,7 +271,7 @@ def test_other_names_for_a_loopback_server_are_refused(client: Any) -> None:
         "file:///etc/passwd",
     ],
 )
-def test_addresses_inside_are_not_fetched(address: str, client: Any, server: LiveServer) -> None:
+def test_private_addresses_are_not_fetched(address: str, client: Any, server: LiveServer) -> None:
     response = client.post(f"/{APP}/caption", json={"image_url": address.format(port=server.port)})
     assert response.status_code == 422
     assert response.json()["detail"][0]["type"] == "file_download_error"
@@ -287,19 +287,19 @@ def test_bodies(client: Any, server: LiveServer) -> None:
     chunk = b"%x\r\n" % 2**20 + b"x" * 2**20 + b"\r\n"
     with socket.create_connection((server.host, server.port)) as connection:
         connection.sendall((head + "Transfer-Encoding: chunked\r\n\r\n").encode())
-        with pytest.raises(OSError):  # the server hangs up long before 200 MiB
+        with pytest.raises(OSError):  # the server closes the connection long before 200 MiB
             for _ in range(200):
                 connection.sendall(chunk)
 
 
 def raw(server: LiveServer, text: str) -> bytes:
-    """The beginning of what a server says to some bytes."""
+    """Sends bytes to a server and returns the first 1000 of its response."""
     with socket.create_connection((server.host, server.port), timeout=30) as connection:
         connection.sendall(text.encode())
         return connection.recv(1000)
 
 
-def test_errors_have_fals_shapes(client: Any) -> None:
+def test_errors_have_fals_form(client: Any) -> None:
     unknown = client.get("/no/such/path")
     assert (unknown.status_code, unknown.json()) == (404, {"detail": "Path /no/such/path not found"})
     assert client.post(f"/{APP}/no-such-task", json={}).status_code == 404
@@ -315,7 +315,7 @@ def test_errors_have_fals_shapes(client: Any) -> None:
     assert client.get("/playground/..%2f..%2fcli.py").status_code == 404
 
 
-def test_a_bomb_is_refused(client: Any) -> None:
+def test_a_decompression_bomb_is_refused(client: Any) -> None:
     import io
 
     from PIL import Image
@@ -364,7 +364,7 @@ def test_a_client_that_never_finishes_its_request_does_not_keep_the_server_alive
         assert running.process.wait(20) == 0
 
 
-def test_a_client_that_hangs_up_frees_its_work(client: Any, server: LiveServer) -> None:
+def test_the_request_of_a_client_that_disconnects_is_cancelled(client: Any, server: LiveServer) -> None:
     body = json.dumps(arguments(tasks.MORE_DETAILED_CAPTION)).encode()
     head = f"POST /{APP}/more-detailed-caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
     before = metric(client, "florence_requests_total", status="499")
@@ -376,7 +376,7 @@ def test_a_client_that_hangs_up_frees_its_work(client: Any, server: LiveServer) 
     assert client.post(f"/{APP}/caption", json=arguments(tasks.CAPTION)).json() == CAPTION
 
 
-def test_requests_that_wait_together_share_a_batch(client: Any) -> None:
+def test_waiting_requests_share_a_batch(client: Any) -> None:
     before = metric(client, "florence_batches_total"), metric(client, "florence_stage_seconds_count", stage="decode")
     slugs = ["caption", "ocr", "object-detection", "region-proposal"] * 6
     with ThreadPoolExecutor(24) as pool:
@@ -405,7 +405,7 @@ def test_terminating_under_load_loses_nothing() -> None:
                     try:
                         response = own.post(f"{running.url}/{APP}/caption", json=arguments(tasks.CAPTION))
                     except httpx.ConnectError:
-                        return  # not accepted: the server has ended
+                        return  # not accepted: the server has exited
                     outcomes.append(response.status_code)
                     if response.status_code == 200:
                         assert response.json() == CAPTION
@@ -503,8 +503,7 @@ def test_bad_options_end_the_command(arguments_given: list[str], message: str) -
     assert "Traceback" not in done.stderr
 
 
-def test_the_load_of_one_does_not_wait_for_company(client: Any) -> None:
-    """A lone request is not held back to fill a batch: it is a batch of one, at once."""
+def test_a_lone_request_is_not_held_back_to_fill_a_batch(client: Any) -> None:
     body = arguments(tasks.CAPTION)
     client.post(f"/{APP}/caption", json=body)
     before = metric(client, "florence_stage_seconds_sum", stage="queue"), time.monotonic()

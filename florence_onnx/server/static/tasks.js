@@ -43,7 +43,7 @@ export function fillTasks(select, tasks) {
 }
 
 /** @param {Task} task */
-export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Task\u00a0token\u00a0${token}.`;
+export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Task token\u00a0${token}.`;
 
 /** @param {Task} task */
 export const textHintOf = ({ slug }) => TEXT_HINTS[slug] ?? "The text for this task.";
