@@ -35,7 +35,7 @@ from florence_onnx.bundles import bundle
 from florence_onnx.errors import FlorenceError
 from florence_onnx.runtime import cpu
 
-IMAGE = ROOT / "export" / "photograph.jpg"
+IMAGE = ROOT / "export" / "verification" / "photograph.jpg"
 _console = Console(stderr=True)
 _LARGE_IMAGE = 512
 """Pixels of a side from which a model is no toy: only then is memory read far beyond the caches."""

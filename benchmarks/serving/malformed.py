@@ -25,7 +25,7 @@ from florence_onnx import tasks
 from florence_onnx.fal.contract import APP
 
 IMAGE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
-JPEG = (ROOT / "export" / "photograph.jpg").read_bytes()
+JPEG = (ROOT / "export" / "verification" / "photograph.jpg").read_bytes()
 ADDRESSES = (
     *(
         "http://127.0.0.1/",

@@ -348,7 +348,7 @@ def test_a_preprocessor_that_crops_is_refused(tiny: Exported, tmp_path: Path) ->
 
 def make_job(checkpoint: str) -> Job:
     prompt = Prompt("<OD>", "Locate the objects with category name in the image.")
-    image = str(ROOT / "export" / "photograph.jpg")
+    image = str(ROOT / "export" / "verification" / "photograph.jpg")
     workload = Workload(image, image, prompt, prompt, NUM_TOKENS, 2, 1, 1, {})
     peer = Peer("transformers-fp32", "transformers, fp32", "pytorch", "checkpoint", "fp32", {"dtype": "float32"})
     return Job(peer, checkpoint, checkpoint, workload, time.time(), 60.0)
