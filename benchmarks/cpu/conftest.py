@@ -18,6 +18,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=0, help="threads of ONNX Runtime; 0 means its own choice")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """No workers, of which the tests have one for each core: what is timed runs alone."""
+    return 0
+
+
 @pytest.fixture(scope="session")
 def model(request: pytest.FixtureRequest) -> Florence2:
     bundle, device, threads = (request.config.getoption(f"--{name}") for name in ("bundle", "device", "threads"))

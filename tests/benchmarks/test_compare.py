@@ -307,7 +307,7 @@ def test_an_interrupted_run_keeps_what_it_has(tiny: Exported, work: Path, tmp_pa
     command += ["--ours", f"fp32={tiny.bundle}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("*.json")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.terminate()
         output, errors = process.communicate(timeout=60)

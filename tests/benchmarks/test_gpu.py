@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ def test_every_step_on_the_cpu(step: Step, settings: Settings, tmp_path: Path) -
         assert found["transformers fp32 against ours on the cpu"]["logits"]["relative"] < 0.01
 
 
-def test_plain_graphs_of_a_skeleton(tiny: Exported, settings: Settings, tmp_path: Path) -> None:
+def test_plain_graphs_of_a_skeleton(
+    export_of: Callable[[str, str], Exported], settings: Settings, tmp_path: Path
+) -> None:
     """A tiny model under the name of the skeleton that the step reads."""
-    from export.transformers_js.writer import export_transformers_js
-
-    export_transformers_js(tiny.checkpoint, tmp_path / "plain", precision="fp16")
-    packed = skeleton.pack(tmp_path / "plain", tmp_path / "demo-plain.tar", tiny.bundle.parent / "checkpoint")
+    plain = export_of("tiny", "transformers-js-fp16").bundle
+    packed = skeleton.pack(plain, tmp_path / "demo-plain.tar", plain.parent / "checkpoint")
     prepare.write_archive([packed], Path(settings.carried) / MODELS)
     found = run_here(Step("plain:demo", "plain", "demo"), settings, tmp_path).found
     assert found["info"]["layout"] == "transformers.js"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from florence_onnx import BundleFileMissingError, Region, tasks
 from florence_onnx.bundles import bundle
 from florence_onnx.bundles.tokenizer import PromptTokenizer
-from tests.shared_data import FOLDER, rows
+from tests.shared_data import FOLDER, NO_SHARED, rows
 
 LOC_0 = 50269
 """Id of `<loc_0>` in Florence-2's vocabulary."""
@@ -23,7 +23,7 @@ LOC_0 = 50269
 def tokenizer() -> PromptTokenizer:
     path = FOLDER / "tokenizer" / "tokenizer.json"
     if not path.exists():
-        pytest.skip("Florence-2's tokenizer is not beside this checkout")
+        pytest.skip(NO_SHARED)
     return PromptTokenizer(path, pad_token_id=1)
 
 

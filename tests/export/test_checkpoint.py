@@ -23,6 +23,7 @@ from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests import checkpoints  # noqa: E402
 from tests.local_hub import COMMIT, LocalHub  # noqa: E402
 from tests.microsoft_layout import write_microsoft  # noqa: E402
+from tests.shared_data import NO_SHARED  # noqa: E402
 
 TOKENIZER = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizer"
 TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
@@ -439,7 +440,7 @@ def test_extra_tokens_of_a_fine_tune_are_kept(native_folders: dict[str, Path], t
     assert load_checkpoint(folder).tokenizer.token_to_id("<mine>") == checkpoints.num_tokens()
 
 
-needs_real_tokenizer = pytest.mark.skipif(not TOKENIZER.is_dir(), reason=f"{TOKENIZER} is absent")
+needs_real_tokenizer = pytest.mark.skipif(not TOKENIZER.is_dir(), reason=NO_SHARED)
 
 
 @pytest.fixture

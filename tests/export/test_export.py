@@ -15,10 +15,12 @@ import pytest
 
 from florence_onnx import BundleNotFoundError, CheckpointError, Florence2, ImageNotFoundError, VerificationError
 from florence_onnx.bundles import bundle
+from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
+from export.__main__ import main  # noqa: E402
 from export.bundles import directories, writer  # noqa: E402
 from export.graphs.plans import plans  # noqa: E402
 from export.precisions.recipes import PRECISIONS, Recipe  # noqa: E402
@@ -28,8 +30,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "export", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """The command line in this process."""
+    return run_here(main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_line_writes_a_verified_bundle(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = run_export(source, output)
+    command = [sys.executable, "-m", "export", str(source), str(output)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(output)
     names = {path.name for path in output.iterdir()}

@@ -18,7 +18,7 @@ from florence_onnx.images import preprocessing
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.tasks import TASKS
 from tests.conftest import NO_TORCH
-from tests.shared_data import FOLDER
+from tests.shared_data import FOLDER, NO_SHARED
 
 pytest.importorskip("torch", reason=NO_TORCH)
 pytest.importorskip("transformers", reason=NO_TORCH)
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = GenerationOptions(max_new_tokens=16)
 
 
-@pytest.mark.skipif(not FOLDER.exists(), reason="Florence-2's tokenizer is not beside this checkout")
+@pytest.mark.skipif(not FOLDER.exists(), reason=NO_SHARED)
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_all_tasks_give_the_tokens_of_transformers(size: str, tmp_path: Path, photographs: list[Image.Image]) -> None:
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from florence_onnx.bundles import bundle
 from florence_onnx.runtime.engine import OnnxEngine
 from florence_onnx.runtime.load_options import LoadOptions
-from tests.conftest import NO_TORCH, Exported, _export
+from tests.conftest import NO_TORCH, Exported
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
@@ -19,8 +20,8 @@ from export.graphs.top_k import NUM_TOP, add_top_k  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return _export(tmp_path_factory.mktemp("top"), "tiny_config", request.param)
+def exported(request: pytest.FixtureRequest, export_of: Callable[[str, str], Exported]) -> Exported:
+    return export_of("tiny", request.param)
 
 
 def graph(exported: Exported, name: str) -> onnx.GraphProto:

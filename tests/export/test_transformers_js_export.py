@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ onnx = pytest.importorskip("onnx", reason="needs the export extra")
 
 import onnxruntime  # noqa: E402
 
-from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from export.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from export.graphs.exporter import export_graph  # noqa: E402
 from export.transformers_js.writer import export_transformers_js  # noqa: E402
 from florence_onnx.bundles import bundle  # noqa: E402
 from florence_onnx.errors import CheckpointError, VerificationError  # noqa: E402
-from tests import checkpoints  # noqa: E402
+from tests import exported_bundles  # noqa: E402
+from tests.conftest import Exported  # noqa: E402
 
 LAYERS, HEADS, HEAD_SIZE = 2, 4, 16
 INPUTS = {
@@ -52,20 +54,18 @@ INTEGERS = {"input_ids", "attention_mask", "encoder_attention_mask"}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return load_checkpoint(checkpoints.build_checkpoint(tmp_path_factory.mktemp("js") / "tiny"))
+def checkpoint(tiny: Exported) -> Checkpoint:
+    return tiny.checkpoint
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def exported(
-    request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, export_of: Callable[[str, str], Exported]
 ) -> tuple[str, Path, dict[str, Any]]:
     """Precision, directory, and the result of the export's own verification."""
-    output = tmp_path_factory.mktemp("out") / request.param
-    steps: list[str] = []
-    written = export_transformers_js(checkpoint, output, precision=request.param, progress=steps.append)
-    assert any("decoder_model_merged" in step for step in steps)
-    return request.param, output, dict(written.verification)
+    output = export_of("tiny", f"transformers-js-{request.param}").bundle
+    assert any("decoder_model_merged" in step for step in exported_bundles.steps(output))
+    return request.param, output, dict(bundle.read(output, request.param).verification)
 
 
 def session(directory: Path, name: str, precision: str) -> onnxruntime.InferenceSession:

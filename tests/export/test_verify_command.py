@@ -15,10 +15,12 @@ from PIL import Image
 
 from florence_onnx import BundleFormatError, Florence2, GenerationOptions, InputError, tasks
 from florence_onnx.bundles import bundle
+from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
 
 pytest.importorskip("rapidfuzz", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
+from export.__main__ import main  # noqa: E402
 from export.verification.agreement import Answer, words  # noqa: E402
 from export.verification.answerers import is_bundle, open_reference  # noqa: E402
 from export.verification.questions import (  # noqa: E402
@@ -36,6 +38,11 @@ SAMPLES = bundle.DEMO_DIRECTORY.parent / "samples"
 DEMO_CHECKPOINT = REPOSITORY / "export" / "demo" / "checkpoint"
 SHORT = ("--max-new-tokens", "12")
 SHARES = ("exact", "token_agreement", "token_similarity")
+
+
+def run_verify_here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported torch already."""
+    return run_here(main, "verify", *arguments)
 
 
 def run_verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -80,7 +87,7 @@ def test_an_fp32_bundle_agrees_fully_with_its_checkpoint(tiny: Exported, tmp_pat
     output = tmp_path / "[report].json"
     source = tiny.bundle.parent / "checkpoint"
     bars = ("--min-token-agreement", "1", "--min-text-similarity", "1", "--max-logit-error", "0.002")
-    done = run_verify(tiny.bundle, "--reference", source, *SHORT, *bars, "--json", output)
+    done = run_verify_here(tiny.bundle, "--reference", source, *SHORT, *bars, "--json", output)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report["reference"] == {"name": str(source), "kind": "checkpoint"}
@@ -102,7 +109,7 @@ def test_the_demo_agrees_fully_with_its_checkpoint(tmp_path_factory: pytest.Temp
     output = tmp_path_factory.mktemp("demo") / "fp32"
     export_bundle(load_checkpoint(DEMO_CHECKPOINT), output)
     arguments = ("--reference", DEMO_CHECKPOINT, "--images", SAMPLES, "--limit", "1", "--beams", "1", "--json", "-")
-    done = run_verify(output, *arguments, "--min-box-f1", "1")
+    done = run_verify_here(output, *arguments, "--min-box-f1", "1")
     assert done.returncode == 0, done.stderr
     assert "all tasks" in done.stderr, "JSON on standard output leaves the table to standard error"
     check_full_agreement(json.loads(done.stdout))
@@ -151,7 +158,7 @@ def test_the_reference_may_be_a_bundle_without_torch_installed(tiny: Exported) -
     ],
 )
 def test_bad_arguments_end_with_2_and_a_reason(tiny: Exported, arguments: tuple[str, str], message: str) -> None:
-    done = run_verify(tiny.bundle, "--reference", tiny.bundle, *arguments)
+    done = run_verify_here(tiny.bundle, "--reference", tiny.bundle, *arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 

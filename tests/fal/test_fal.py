@@ -20,6 +20,7 @@ from florence_onnx.fal.images import ImageLimits
 from florence_onnx.fal.jobs import Job
 from florence_onnx.fal.problems import RequestError
 from florence_onnx.fal.service import Service, ServiceSettings, without_image
+from tests.shared_data import NO_SHARED
 
 APP = "fal-ai/florence-2-large"
 SAMPLES = Path(fal.__file__).parents[1] / "demo" / "samples"
@@ -449,7 +450,7 @@ def test_a_failure_of_the_model_is_a_500_and_the_next_request_works(
 def test_endpoints_are_those_of_fal_and_one_more() -> None:
     slugs = (SHARED / "reference" / "fal.md").read_text(encoding="utf-8") if SHARED.is_dir() else None
     if slugs is None:
-        pytest.skip("needs ../shared beside the checkout")
+        pytest.skip(NO_SHARED)
     for slug in tasks.TASKS:
         assert slug == "region-to-ocr" or f"`{slug}`" in slugs
         assert contract.find_task(f"{APP}/{slug}").slug == slug

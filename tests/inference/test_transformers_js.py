@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,13 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def directory(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(export_of: Callable[[str, str], Exported], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of `tiny` in both precisions of the layout, in one directory as on the hub."""
-    from export.transformers_js.writer import export_transformers_js
-
     output = tmp_path_factory.mktemp("js") / "florence"
-    export_transformers_js(tiny.checkpoint, output)
-    half = output.parent / "half"
-    export_transformers_js(tiny.checkpoint, half, precision="fp16")
+    shutil.copytree(export_of("tiny", "transformers-js-fp32").bundle, output)
+    half = export_of("tiny", "transformers-js-fp16").bundle
     for path in (half / "onnx").iterdir():
-        shutil.move(path, output / "onnx" / path.name)
+        shutil.copy(path, output / "onnx" / path.name)
     return output
 
 

@@ -595,7 +595,7 @@ def test_the_python_code_works(page: Page, server: LiveServer) -> None:
 def test_the_javascript_code_is_valid(page: Page, tmp_path: Path) -> None:
     node = shutil.which("node")
     if node is None:
-        pytest.skip("needs node")
+        pytest.skip("needs Node: apt-get install nodejs")
     page.select_option("#task", "open-vocabulary-detection")
     page.fill("#text", TRICKY)
     program = tmp_path / "ask.mjs"
