@@ -1,4 +1,5 @@
-"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE` measures what was exported."""
+"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE` measures what was exported, and
+`doctor CHECKPOINT` says beforehand what is peculiar about a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ _EXTRA_PACKAGES = (
 def main() -> None:
     """Runs the command line; without the packages of the extra it says how to install them and exits with 2.
 
-    A first argument `verify` is the command; a checkpoint of that name is `./verify`.
+    A first argument `verify` or `doctor` is the command; a checkpoint of that name is `./verify`.
     """
     try:
         if sys.argv[1:2] == ["verify"]:  # needs no torch where the reference is a bundle
             from .commands.verify import main as run
+        elif sys.argv[1:2] == ["doctor"]:
+            from .commands.doctor import main as run
         else:
             from .commands.export import main as run
     except ImportError as error:

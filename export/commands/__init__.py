@@ -1,1 +1,1 @@
-"""The command line: `florence-onnx-export CHECKPOINT OUT` and `florence-onnx-export verify`."""
+"""The command line: `florence-onnx-export CHECKPOINT OUT`, `florence-onnx-export verify` and `florence-onnx-export doctor`."""

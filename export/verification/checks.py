@@ -31,10 +31,15 @@ For integers this catches broken conversions only: how good one is, `python -m e
 EXACT = ("fp32",)
 """Precisions whose tokens must equal the checkpoint's."""
 
+_COMMON: dict[str, Any] = {"max_new_tokens": 48}
+if "do_sample" in GenerationOptions.__dataclass_fields__:
+    _COMMON["do_sample"] = False  # a checkpoint that samples by default is compared without chance
+
 SEARCHES = {
-    "greedy": GenerationOptions(num_beams=1, max_new_tokens=48),
-    "beam-3": GenerationOptions(num_beams=3, max_new_tokens=48),
+    "greedy": GenerationOptions(num_beams=1, **_COMMON),
+    "beam-3": GenerationOptions(num_beams=3, **_COMMON),
 }
+"""All other settings are the checkpoint's own on both sides."""
 TASKS = (tasks.OBJECT_DETECTION, tasks.DETAILED_CAPTION)
 
 

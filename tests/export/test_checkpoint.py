@@ -317,25 +317,21 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- generation and preprocessing
 
 
-def test_native_generation_fills_gaps_from_text_config(folder: Path) -> None:
+def test_a_native_generation_config_counts_alone(folder: Path) -> None:
+    """As for transformers, which completes it from nowhere; what generate cannot start without is taken from config.json."""
     (folder / "generation_config.json").write_text(json.dumps({"num_beams": 5, "early_stopping": False}))
     edit_json(folder / "config.json", lambda config: config["text_config"].update(num_beams=2, no_repeat_ngram_size=4))
-    generation = load_checkpoint(folder).generation
+    loaded = load_checkpoint(folder)
+    generation = loaded.generation
     assert generation["num_beams"] == 5
     assert generation["early_stopping"] is False
-    assert generation["no_repeat_ngram_size"] == 4
+    assert generation["no_repeat_ngram_size"] == 0 == loaded.reference.generation_config.no_repeat_ngram_size
     assert generation["forced_eos_token_id"] is None
+    assert [generation[name] for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id")] == [2, 0, 2]
+    assert "lacks decoder_start_token_id, eos_token_id" in loaded.notes[0]
     (folder / "generation_config.json").unlink()
     generation = load_checkpoint(folder).generation
-    assert (generation["num_beams"], generation["forced_eos_token_id"]) == (2, 2)
-
-
-def test_generation_keeps_what_departs_from_the_defaults(microsoft: Path) -> None:
-    extras = {"repetition_penalty": 1.2, "max_length": 20, "do_sample": False}
-    edit_json(microsoft / "config.json", lambda config: config["text_config"].update(extras))
-    generation = load_checkpoint(microsoft).generation
-    assert generation["repetition_penalty"] == 1.2
-    assert not generation.keys() & {"max_length", "do_sample"}
+    assert (generation["num_beams"], generation["no_repeat_ngram_size"], generation["forced_eos_token_id"]) == (2, 4, 2)
 
 
 def test_preprocessing_from_processor_config(folder: Path) -> None:
