@@ -167,7 +167,10 @@ def read_settings(
     filled = {} if file == "config.json" else _fill(stated, config)
     effective.update(**filled)
     values, refused = _sort(stated | filled)
-    notes = [*_fill_notes(folder, filled), *_ignored_notes(folder, own if is_microsoft else None, values)]
+    missing = dict(filled)
+    if stated.get("bos_token_id") is not None:
+        missing.pop("decoder_start_token_id", None)  # transformers itself then starts with `bos_token_id`
+    notes = [*_fill_notes(folder, missing), *_ignored_notes(folder, own if is_microsoft else None, values)]
     notes += [
         f"{folder.name}/{file} says {name} {stated[name]}; it is not taken over: a call's limit is max_new_tokens, 1024 by default"
         for name in sorted(_NOT_INHERITED)

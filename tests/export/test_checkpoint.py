@@ -21,6 +21,7 @@ from export.checkpoints.preprocessing import count_image_tokens  # noqa: E402
 from export.checkpoints.tokenizer import ADDED_TOKENS, load_tokenizer  # noqa: E402
 from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests import checkpoints  # noqa: E402
+from tests.export.conftest import edit_json, edit_weights  # noqa: E402
 from tests.local_hub import COMMIT, LocalHub  # noqa: E402
 from tests.microsoft_layout import write_microsoft  # noqa: E402
 
@@ -30,39 +31,6 @@ TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 SHARED = "model.language_model.shared.weight"
 ENCODER_EMBEDDING = "model.language_model.encoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-
-@pytest.fixture(scope="session")
-def native_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("native")
-    return {
-        "tiny": checkpoints.build_checkpoint(root / "tiny", checkpoints.tiny_config()),
-        "odd": checkpoints.build_checkpoint(root / "odd", checkpoints.odd_config(), seed=1),
-    }
-
-
-@pytest.fixture
-def folder(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A native checkpoint that a test may spoil."""
-    return Path(shutil.copytree(native_folders["tiny"], tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def microsoft(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """The same in Microsoft's layout."""
-    return write_microsoft(native_folders["tiny"], tmp_path / "microsoft")
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
 
 
 def state(checkpoint: Checkpoint) -> dict[str, Any]:
