@@ -7,6 +7,7 @@ and every kind of adapter that PEFT can merge mean what they meant in training. 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,14 +141,18 @@ def attach_adapter(
     config = _read_config(peft, adapter)
     try:
         tuned = peft.PeftModel(tree, config)
-        found = {_PREFIX + name.removeprefix(_PREFIX) for name in peft.get_peft_model_state_dict(tuned)}
-        _check_names(adapter, found)
+        needed = set(peft.get_peft_model_state_dict(tuned, save_embedding_layers=False))
+        # where an embedding or the head is trained, PEFT stores the base model's embeddings beside the adapter
+        allowed = {name.replace(f".{_NAME}", "", 1) for name in tuned.state_dict()}
+        _check_names(adapter, needed, allowed)
         peft.set_peft_model_state_dict(tuned, adapter.weights)
         tuned.eval()
         result = tuned.merge_and_unload() if merge else tuned.get_base_model()
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         raise CheckpointError(
-            f"PEFT cannot apply the adapter {adapter.folder}: {type(error).__name__}: {error}"
+            f"PEFT cannot apply the adapter {adapter.folder}: {type(error).__name__}: {textwrap.shorten(str(error), 400)}"
         ) from error
     for native, name in names.items():
         parent, _, last = native.rpartition(".")
@@ -174,8 +179,8 @@ def _read_config(peft: Any, adapter: Adapter) -> Any:
     return config
 
 
-def _check_names(adapter: Adapter, found: set[str]) -> None:
-    unknown, missing = sorted(adapter.weights.keys() - found), sorted(found - adapter.weights.keys())
+def _check_names(adapter: Adapter, needed: set[str], allowed: set[str]) -> None:
+    unknown, missing = sorted(adapter.weights.keys() - needed - allowed), sorted(needed - adapter.weights.keys())
     for fault, names in (("has weights that the base model has no place for", unknown), ("lacks weights", missing)):
         if names:
             rest = " …" if len(names) > 5 else ""

@@ -188,20 +188,20 @@ def _load(source: Source, folder: Path, processor: Source | None, places: list[P
     dtype = _common_dtype(stored)
     layout = microsoft.LAYOUT if is_microsoft else NATIVE
 
-    def build() -> Florence2ForConditionalGeneration:
-        model = build_model(config, stored, layout)
+    def build(weights: Weights) -> Florence2ForConditionalGeneration:
+        model = build_model(config, weights, layout)
         # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any token will
         # do that does not occur in text: byte-level BPE has no use for <unk>.
         model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
         model.generation_config = settings.effective
         return model
 
-    model = build()
-    reference: Callable[[], Florence2ForConditionalGeneration | None] = lambda: None  # noqa: E731
+    model = build(stored)
+    reference: Callable[[], Florence2ForConditionalGeneration | None] = _no_model
     notes = [*settings.notes, *token_notes(folder, settings, tokenizer), *_prefix_notes(folder, prefixes)]
     if adapter is not None:
-        live, found = build, adapter
-        reference = lambda: attach_adapter(live(), found, merge=False)  # noqa: E731
+        # read again, because merging changes the weights in place
+        reference = functools.partial(_load_unmerged, folder, build)
         model = attach_adapter(model, adapter, merge=True)
         notes.append(f"{adapter.kind} adapter in the weights of {folder.name} is merged")
     elif not is_microsoft and not prefixes and not (folder / ADAPTER_CONFIG).is_file():
@@ -217,6 +217,17 @@ def _load(source: Source, folder: Path, processor: Source | None, places: list[P
         "transformers_version": transformers.__version__,
     }
     return Checkpoint(model, tokenizer, settings.values, preprocessing, origin, tuple(notes), reference)
+
+
+def _no_model() -> None:
+    """What loads the reference of a checkpoint that no library but this one reads."""
+
+
+def _load_unmerged(
+    folder: Path, build: Callable[[Weights], Florence2ForConditionalGeneration]
+) -> Florence2ForConditionalGeneration:
+    base, adapter = split_unmerged(folder, strip_prefixes(read_weights(folder))[0])
+    return attach_adapter(build(base), adapter, merge=False)
 
 
 def _load_original(
