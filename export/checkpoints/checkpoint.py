@@ -83,7 +83,9 @@ class Checkpoint:
         it. Microsoft's layout, whose own class is remote code that is never run, and weights under a prefix that `from_pretrained`
         would not find, are `model` itself.
         """
-        return self.load_reference() or self.model
+        # Parameters that are made in inference mode could never be used outside of it.
+        with torch.inference_mode(mode=False):
+            return self.load_reference() or self.model
 
 
 def load_checkpoint(
