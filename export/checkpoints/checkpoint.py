@@ -235,11 +235,9 @@ def _load_unmerged(
 def _load_original(
     folder: Path, model: Florence2ForConditionalGeneration, settings: GenerationSettings
 ) -> Florence2ForConditionalGeneration | None:
-    original = load_original(folder)
+    original = load_original(folder, settings.effective)
     if original is not None:
         share_weights(original, model)
-        for name, value in settings.filled.items():  # without them transformers' generate refuses to start
-            setattr(original.generation_config, name, value)
     return original
 
 

@@ -196,14 +196,12 @@ def _single(value: Any) -> Any:
 
 def _fill(stated: Mapping[str, Any], config: Florence2Config) -> dict[str, Any]:
     """The token ids without which `generate` cannot start, or never ends, from config.json."""
-    needed = dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"))
     # generate begins with the start token, or else with `bos_token_id`
-    if stated.get("decoder_start_token_id") is None:
-        needed["decoder_start_token_id"] = stated.get("bos_token_id")
+    own = {"decoder_start_token_id": stated.get("bos_token_id")}
     found = {}
-    for name in needed:
+    for name in TOKEN_IDS:
         if stated.get(name) is None:
-            given = needed[name], getattr(config, name, None), getattr(config.text_config, name, None)
+            given = own.get(name), getattr(config, name, None), getattr(config.text_config, name, None)
             found[name] = next((_single(value) for value in given if value is not None), GENERATION_DEFAULTS[name])
     return found
 

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import Florence2ForConditionalGeneration
+from transformers import Florence2ForConditionalGeneration, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from florence_onnx.errors import CheckpointError
@@ -18,8 +18,13 @@ from florence_onnx.errors import CheckpointError
 _log = logging.getLogger("florence_onnx")
 
 
-def load_original(folder: Path) -> Florence2ForConditionalGeneration | None:
+def load_original(folder: Path, effective: GenerationConfig) -> Florence2ForConditionalGeneration | None:
     """Loads a folder in the native layout with transformers' own `from_pretrained`, including its generation_config.json.
+
+    Args:
+        folder: The checkpoint.
+        effective: All of its generation settings, for what that file has as null or not at all: transformers 4.57 cannot generate
+            with a null that stands for a number, nor without a start token.
 
     Returns:
         The model in float32 on the CPU, in eval mode; None where transformers does not find all weights in the folder, because they
@@ -32,7 +37,11 @@ def load_original(folder: Path) -> Florence2ForConditionalGeneration | None:
     transformers_logging.set_verbosity_error()  # it announces every weight that it does not find
     try:
         model, info = Florence2ForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            generation_config=None if _can_be_read(folder) else effective,
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(
@@ -45,7 +54,20 @@ def load_original(folder: Path) -> Florence2ForConditionalGeneration | None:
     if strange:
         _log.info("transformers misses %d weights in %s, first %s", len(strange), folder, strange[0])
         return None
+    for name, value in effective.to_dict().items():
+        if getattr(model.generation_config, name, None) is None and not name.startswith("_"):
+            setattr(model.generation_config, name, value)
     return model.eval().requires_grad_(False)
+
+
+def _can_be_read(folder: Path) -> bool:
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except TypeError:  # a null is compared with a number
+        return False
+    except OSError:  # there is no such file
+        return True
+    return True
 
 
 def share_weights(original: Florence2ForConditionalGeneration, model: Florence2ForConditionalGeneration) -> None:
