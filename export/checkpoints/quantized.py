@@ -23,6 +23,7 @@ _BY_NAMES: tuple[tuple[str, Callable[[str], bool]], ...] = (
         lambda name: name.endswith((".SCB", ".weight_format")) or ".absmax" in name or "bitsandbytes__" in name,
     ),
     ("GPTQ", lambda name: name.endswith(".g_idx")),
+    ("MLX", lambda name: name.endswith(".biases")),
     ("AWQ", lambda name: name.endswith(".qweight")),
     ("compressed-tensors", lambda name: name.endswith((".weight_packed", ".weight_shape"))),
     ("fp8", lambda name: name.endswith((".weight_scale_inv", ".weight_scale"))),

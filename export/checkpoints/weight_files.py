@@ -30,6 +30,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         for path in _shards(folder, name):
             weights.update(read_named_weights(path.parent, path.name))
         return weights
+    if (folder / "onnx").is_dir():
+        raise CheckpointError(
+            f"{folder} holds no PyTorch weights but ONNX graphs, in the layout of transformers.js; nothing is to be exported: load them "
+            "with Florence2.from_pretrained"
+        )
     is_adapter = (folder / "adapter_config.json").is_file()
     hint = "; it has the config of a LoRA adapter, but no adapter_model.safetensors" if is_adapter else ""
     raise CheckpointError(f"{folder} has no weights ({SAFETENSORS} or {PICKLED}, whole or sharded){hint}")

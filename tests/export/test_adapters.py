@@ -13,12 +13,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("transformers", reason="needs the export extra")
 peft = pytest.importorskip("peft", reason="pip install 'florence-onnx[peft]'")
+import typer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Florence2ForConditionalGeneration  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
-from export.bundles.writer import export_bundle  # noqa: E402
 from export.checkpoints.adapters import attach_adapter, read_adapter  # noqa: E402
 from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from export.commands.export import export  # noqa: E402
+from florence_onnx.bundles import bundle  # noqa: E402
 from florence_onnx.errors import CheckpointError, MissingExtraError  # noqa: E402
 from tests import checkpoints  # noqa: E402
 from tests.export.conftest import edit_json  # noqa: E402
@@ -121,12 +124,20 @@ def test_an_adapter_is_exported_and_verified(native_folders: dict[str, Path], tm
     edit_json(
         tmp_path / "adapter" / "adapter_config.json", lambda config: config.update(base_model_name_or_path="/gone/away")
     )
-    loaded = load_checkpoint(tmp_path / "adapter", base=native_folders["tiny"])
-    assert loaded.model.lm_head.weight is not loaded.model.model.language_model.shared.weight
-    written = export_bundle(loaded, tmp_path / "out")
+    application = typer.Typer()
+    application.command()(export)
+    out, base = tmp_path / "out", str(native_folders["tiny"])
+    answer = CliRunner().invoke(application, [str(tmp_path / "adapter"), str(out), "--base", base, "--processor", base])
+    assert answer.exit_code == 0, answer.output
+    assert "LORA adapter adapter is merged into tiny" in " ".join(answer.stderr.split())
+    written = bundle.read(out)
+    assert (written.source["name"], written.source["adapter"]) == ("adapter", "adapter")
     for tokens in written.verification["tokens"].values():
         assert tokens["equal"] == tokens["total"] > 0
-    assert written.source["adapter"] == "adapter"
+    plain = (tmp_path / "out" / bundle.WEIGHTS).stat().st_size
+    assert plain > 4 * sum(
+        tensor.numel() for tensor in load_file(native_folders["tiny"] / "model.safetensors").values()
+    ), "the head was trained and the embedding was not: they are no longer one"
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])

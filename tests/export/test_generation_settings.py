@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("transformers", reason="needs the export extra")
 from transformers import GenerationConfig  # noqa: E402
 
-from export.bundles.writer import export_bundle  # noqa: E402
 from export.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from export.checkpoints.generation import _WITHOUT_EFFECT  # noqa: E402
 from export.verification import checks, reference  # noqa: E402
@@ -164,13 +163,14 @@ def test_several_end_tokens_are_read_or_refused_by_name(folder: Path) -> None:
         assert found.generation["eos_token_id"] == [2, 77]
 
 
-def test_a_checkpoint_that_ends_at_a_list_is_exported(folder: Path, tiny: Exported, tmp_path: Path) -> None:
-    """As transformers' Trainer saves it, from the command's function to the tokens."""
+def test_a_checkpoint_that_ends_at_a_list_is_verified(folder: Path, tiny: Exported) -> None:
+    """As transformers' Trainer saves it: the bundle is that of the single token, and transformers gives its tokens for the list."""
     set_generation(folder, eos_token_id=[2], forced_eos_token_id=[2])
     edit_json(folder / "config.json", lambda config: config.update(eos_token_id=[2]))
-    written = export_bundle(load_checkpoint(folder), tmp_path / "out")
-    assert bundle.read(written.path).generation == bundle.read(tiny.bundle).generation
-    for tokens in written.verification["tokens"].values():
+    loaded, written = load_checkpoint(folder), bundle.read(tiny.bundle)
+    assert bundle.generation_defaults(loaded.generation, written.sizes, folder) == written.generation
+    assert loaded.reference.generation_config.eos_token_id == [2]
+    for tokens in checks.check_tokens(loaded, written).values():
         assert tokens["equal"] == tokens["total"] > 0
 
 
