@@ -38,6 +38,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
 
 TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
 
+_TOKENS = (*TOKEN_IDS, "forced_bos_token_id", "forced_eos_token_id")
 _MAY_BE_SEVERAL = ("eos_token_id", "forced_eos_token_id")
 """Of which transformers takes a list."""
 
@@ -163,7 +164,7 @@ def read_settings(
             effective = _from_values(_stated(own))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{folder / file}: transformers refuses its generation settings: {error}") from error
-    stated = {name: _single(value) for name, value in effective.to_dict().items()}
+    stated = {name: _single(value) if name in _TOKENS else value for name, value in effective.to_dict().items()}
     filled = {} if file == "config.json" else _fill(stated, config)
     effective.update(**filled)
     values, refused = _sort(stated | filled)
