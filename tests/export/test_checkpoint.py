@@ -128,7 +128,9 @@ def test_sharded_weights(folder: Path, native_folders: dict[str, Path], suffix: 
 @pytest.mark.parametrize("name", [HEAD, ENCODER_EMBEDDING, "model.language_model.decoder.embed_tokens.weight"])
 def test_embedding_under_any_of_its_names(folder: Path, native_folders: dict[str, Path], name: str) -> None:
     edit_weights(folder, lambda weights: weights.update({name: weights.pop(SHARED)}))
-    assert_same_weights(load_checkpoint(folder), load_checkpoint(native_folders["tiny"]))
+    loaded = load_checkpoint(folder)
+    assert_same_weights(loaded, load_checkpoint(native_folders["tiny"]))
+    assert loaded.reference is loaded.model  # transformers would not find it
 
 
 def test_no_embedding_at_all(folder: Path) -> None:
@@ -144,6 +146,11 @@ def test_separate_output_layer(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
     loaded = load_checkpoint(folder)
     assert torch.equal(loaded.model.lm_head.weight, loaded.model.model.language_model.shared.weight + 1)
+    with pytest.raises(CheckpointError, match=r"transformers ties them and ignores the head.*text_config too"):
+        _ = loaded.reference
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=False))
+    loaded = load_checkpoint(folder)
+    assert torch.equal(loaded.reference.lm_head.weight, loaded.model.model.language_model.shared.weight + 1)
 
 
 def test_two_input_embeddings(folder: Path) -> None:
