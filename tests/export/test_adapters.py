@@ -20,12 +20,14 @@ from typer.testing import CliRunner  # noqa: E402
 
 from export.checkpoints.adapters import attach_adapter, read_adapter  # noqa: E402
 from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from export.checkpoints.diagnosis import diagnose  # noqa: E402
 from export.commands.export import export  # noqa: E402
 from florence_onnx.bundles import bundle  # noqa: E402
 from florence_onnx.errors import CheckpointError, MissingExtraError  # noqa: E402
 from tests import checkpoints  # noqa: E402
 from tests.export.conftest import edit_json  # noqa: E402
 from tests.export.test_checkpoint import logits  # noqa: E402
+from tests.local_hub import LocalHub  # noqa: E402
 from tests.microsoft_layout import original_names  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc2", "qkv", "lm_head"]
@@ -198,6 +200,41 @@ def test_adapters_that_do_not_fit(
     has_base = "base" not in message
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(adapter, base=native_folders["tiny"] if has_base else None)
+
+
+def test_an_adapter_on_the_hub(
+    native_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = train(native_folders["tiny"], tmp_path / "adapter", target_modules=["q_proj"])
+    with LocalHub(tmp_path / "adapter", tmp_path / "cache", monkeypatch):
+        loaded = load_checkpoint("owner/model", base=native_folders["tiny"])
+    assert_equal_logits(logits(loaded), peft_logits(loaded, tuned))
+    assert loaded.source["name"] == "owner/model"
+
+
+def test_a_base_on_the_hub(native_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = train(native_folders["tiny"], tmp_path / "adapter", target_modules=["q_proj"])
+    edit_json(
+        tmp_path / "adapter" / "adapter_config.json",
+        lambda config: config.update(base_model_name_or_path="owner/model"),
+    )
+    with LocalHub(native_folders["tiny"], tmp_path / "cache", monkeypatch):
+        loaded = load_checkpoint(tmp_path / "adapter")
+        assert_equal_logits(logits(loaded), peft_logits(loaded, tuned))
+
+
+def test_the_doctor_examines_an_adapter(
+    native_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(native_folders["tiny"], tmp_path / "adapter", target_modules=["q_proj"])
+    found = diagnose(tmp_path / "adapter")
+    assert found.can_be_exported
+    (note,) = [each.text for each in found.findings if each.topic == "adapter"]
+    assert "LORA, 12 tensors, trained on transformers' class: r 4, lora_alpha 16, target_modules ['q_proj']" in note
+    monkeypatch.setattr("export.checkpoints.diagnosis.find_spec", lambda name: None)
+    found = diagnose(native_folders["tiny"], adapter=tmp_path / "adapter")
+    assert not found.can_be_exported
+    assert any("pip install 'florence-onnx[export,peft]'" in each.text for each in found.findings)
 
 
 def test_a_base_for_what_is_no_adapter(native_folders: dict[str, Path]) -> None:
