@@ -1,8 +1,8 @@
 """Loading a checkpoint into transformers' native Florence-2 class.
 
 In: a folder or a hub id, in transformers' native layout or in Microsoft's. Out: a `Checkpoint` with the PyTorch model,
-the tokenizer, and the preprocessing and generation settings (`checkpoint.load_checkpoint`). No code of the checkpoint is
-run. Every other room of `export` may import this one.
+the tokenizer, and the preprocessing and generation settings (`checkpoint.load_checkpoint`). No code of the checkpoint
+is run. Every other room of `export` may import this one.
 
     folder          a local folder, or a snapshot downloaded from the hub
     json_files      the configs

@@ -1,8 +1,9 @@
 """Adapters of PEFT (LoRA and its relatives): merged into their base model by PEFT itself.
 
-An adapter names the modules of the model that it was trained on, which may have been Microsoft's class or transformers' native one.
-So PEFT is given a tree of the native model's own layers under the names of that class: patterns, ranks per layer, `modules_to_save`
-and every kind of adapter that PEFT can merge mean what they meant in training. The layers are then put back.
+An adapter names the modules of the model that it was trained on, which may have been Microsoft's class or transformers'
+native one. So PEFT is given a tree of the native model's own layers under the names of that class: patterns, ranks per
+layer, `modules_to_save` and every kind of adapter that PEFT can merge mean what they meant in training. The layers are
+then put back.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Adapter:
     config: dict[str, Any]
     """adapter_config.json."""
     weights: Weights
-    """By PEFT's names, such as `base_model.model.language_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight`."""
+    """By PEFT's names, such as
+    `base_model.model.language_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight`."""
 
     @property
     def kind(self) -> str:
@@ -97,8 +99,10 @@ def split_unmerged(folder: Path, stored: Weights) -> tuple[Weights, Adapter]:
     config = read_json(folder, ADAPTER_CONFIG)
     if config is None:
         raise CheckpointError(
-            f"{folder} holds an adapter that is not merged (such as {next(n for n in stored if '.lora_' in n or 'base_layer' in n)}), "
-            f"and no {ADAPTER_CONFIG}, which tells its scale. Copy the {ADAPTER_CONFIG} of the training into the folder, or merge "
+            f"{folder} holds an adapter that is not merged (such as "
+            f"{next(n for n in stored if '.lora_' in n or 'base_layer' in n)}), "
+            f"and no {ADAPTER_CONFIG}, which tells its scale. Copy the {ADAPTER_CONFIG} of the training into the "
+            "folder, or merge "
             "before saving: model = model.merge_and_unload(); model.save_pretrained(…)"
         )
     base: Weights = {}
@@ -119,10 +123,11 @@ def attach_adapter(
     """Applies an adapter to a model, in place.
 
     Args:
-        model: The base model. Its embeddings and its head become separate parameters, because an adapter may change one of them.
+        model: The base model. Its embeddings and its head become separate parameters, because an adapter may change one
+            of them.
         adapter: What to apply.
-        merge: Whether its weights are added to the base model's, which leaves plain layers; otherwise PEFT's own layers compute
-            both, as in training.
+        merge: Whether its weights are added to the base model's, which leaves plain layers; otherwise PEFT's own layers
+            compute both, as in training.
 
     Returns:
         `model`.
@@ -152,7 +157,8 @@ def attach_adapter(
         raise
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, NotImplementedError) as error:
         raise CheckpointError(
-            f"PEFT cannot apply the adapter {adapter.folder}: {type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+            f"PEFT cannot apply the adapter {adapter.folder}: {type(error).__name__}: "
+            f"{textwrap.shorten(str(error), 400)}"
         ) from error
     for native, name in names.items():
         parent, _, last = native.rpartition(".")
@@ -170,7 +176,8 @@ def _read_config(peft: Any, adapter: Adapter) -> Any:
     config = peft.PeftConfig.from_pretrained(str(adapter.folder))
     if config.is_prompt_learning or getattr(config, "peft_type", None) == "CPT":
         raise CheckpointError(
-            f"{adapter.folder} is an adapter of type {adapter.kind}, which adds tokens instead of changing weights and cannot be "
+            f"{adapter.folder} is an adapter of type {adapter.kind}, which adds tokens instead of changing weights and "
+            "cannot be "
             "merged; florence_onnx exports adapters that PEFT can merge, such as LORA"
         )
     # of the wrappers by task, which want a transformers model, none is needed to merge

@@ -1,7 +1,8 @@
 """Loading a Florence-2 checkpoint of either layout into transformers' native class.
 
-No code of the checkpoint is run: its config and the names of its weights are mapped, and pickles are read as plain tensors.
-A missing or unknown weight is an error. transformers' own `from_pretrained` only warns, and initialises a missing one at random.
+No code of the checkpoint is run: its config and the names of its weights are mapped, and pickles are read as plain
+tensors. A missing or unknown weight is an error. transformers' own `from_pretrained` only warns, and initialises a
+missing one at random.
 """
 
 from __future__ import annotations
@@ -56,10 +57,10 @@ class Checkpoint:
     """The checkpoint's effective generation defaults, see `generation.GenerationSettings.values`."""
     preprocessing: Preprocessing
     source: dict[str, Any]
-    """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without its path),
-    `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the hub; None for a folder),
-    `adapter` (the name of an adapter that was merged, or None) and `transformers_version` (of the library that the graphs are
-    verified against)."""
+    """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without
+    its path), `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the
+    hub; None for a folder), `adapter` (the name of an adapter that was merged, or None) and `transformers_version` (of
+    the library that the graphs are verified against)."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint, each a sentence for the user."""
     load_reference: Callable[[], Florence2ForConditionalGeneration | None] = field(default=lambda: None, repr=False)
@@ -77,11 +78,12 @@ class Checkpoint:
 
     @functools.cached_property
     def reference(self) -> Florence2ForConditionalGeneration:
-        """What an export is verified against, with all generation settings of the checkpoint, also those that are not exported.
+        """What an export is verified against, with all generation settings of the checkpoint, also those that are not
+        exported.
 
-        A folder in the native layout is loaded by transformers' `from_pretrained`, an adapter is applied by PEFT without merging
-        it. Microsoft's layout, whose own class is remote code that is never run, and weights under a prefix that `from_pretrained`
-        would not find, are `model` itself.
+        A folder in the native layout is loaded by transformers' `from_pretrained`, an adapter is applied by PEFT
+        without merging it. Microsoft's layout, whose own class is remote code that is never run, and weights under a
+        prefix that `from_pretrained` would not find, are `model` itself.
         """
         # Parameters that are made in inference mode could never be used outside of it.
         with torch.inference_mode(mode=False):
@@ -96,24 +98,26 @@ def load_checkpoint(
     adapter: Source | None = None,
     base: Source | None = None,
 ) -> Checkpoint:
-    """Loads a Florence-2 checkpoint in transformers' native or in Microsoft's original layout, or an adapter of PEFT with its base.
+    """Loads a Florence-2 checkpoint in transformers' native or in Microsoft's original layout, or an adapter of PEFT
+    with its base.
 
     Args:
-        source: A folder or a hub id. safetensors are preferred to a pickled state dict; both may be sharded. An adapter as PEFT
-            writes it (adapter_config.json and adapter_model.safetensors) is merged into its base model.
+        source: A folder or a hub id. safetensors are preferred to a pickled state dict; both may be sharded. An adapter
+            as PEFT writes it (adapter_config.json and adapter_model.safetensors) is merged into its base model.
         revision: Branch, tag or commit of a hub id.
         processor: Folder or hub id of the tokenizer and the preprocessing, for checkpoints without them.
         adapter: Folder or hub id of an adapter to merge into `source`.
-        base: Folder or hub id of the base model, where `source` is an adapter; by default what adapter_config.json names.
+        base: Folder or hub id of the base model, where `source` is an adapter; by default what adapter_config.json
+            names.
 
     Returns:
         The model in float32 with everything that an export needs.
 
     Raises:
-        CheckpointError: The checkpoint cannot be found or downloaded, is not a Florence-2, or its weights, config and tokenizer
-            do not fit each other; its weights are quantized or not finite; it generates with settings that the runtime does not
-            know. A non-zero `final_logits_bias` is refused, because the native class has no such bias (it is zero in all published
-            checkpoints).
+        CheckpointError: The checkpoint cannot be found or downloaded, is not a Florence-2, or its weights, config and
+            tokenizer do not fit each other; its weights are quantized or not finite; it generates with settings that
+            the runtime does not know. A non-zero `final_logits_bias` is refused, because the native class has no such bias (it is
+            zero in all published checkpoints).
         MissingExtraError: There is an adapter, and PEFT is not installed.
     """
     folder = find_folder(source, revision)
@@ -192,8 +196,8 @@ def _load(source: Source, folder: Path, processor: Source | None, places: list[P
 
     def build(weights: Weights) -> Florence2ForConditionalGeneration:
         model = build_model(config, weights, layout)
-        # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any token will
-        # do that does not occur in text: byte-level BPE has no use for <unk>.
+        # Microsoft's embedding has no row for `<image>`. Image features overwrite the placeholder's embeddings, so any
+        # token will do that does not occur in text: byte-level BPE has no use for <unk>.
         model.config.image_token_id = tokenizer.token_to_id("<unk>") if is_microsoft else config.image_token_id
         model.generation_config = settings.effective
         return model
@@ -266,7 +270,8 @@ def token_notes(folder: Path, settings: GenerationSettings, tokenizer: Tokenizer
         return []
     return [
         f"{folder.name}/{settings.file} says {', '.join(other)}, which are other tokens than the tokenizer's "
-        f"{', '.join(SPECIAL_TOKENS.values())}. transformers' native class obeys that, and so does the export. If answers run on to "
+        f"{', '.join(SPECIAL_TOKENS.values())}. transformers' native class obeys that, and so does the export. If "
+        "answers run on to "
         "the limit, correct that file and export again"
     ]
 

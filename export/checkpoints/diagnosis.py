@@ -1,7 +1,7 @@
 """What is peculiar about a checkpoint, found in seconds, before the minutes of an export.
 
-It reads a checkpoint with the same functions as `load_checkpoint`, one after the other, and goes on after a fault: the table names all
-faults, where an export stops at the first.
+It reads a checkpoint with the same functions as `load_checkpoint`, one after the other, and goes on after a fault: the
+table names all faults, where an export stops at the first.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _first(has: Callable[[Path], bool], places: list[Path], folder: Path) -> Pat
 def _describe_sizes(config: Florence2Config) -> str:
     vision, text = config.vision_config, config.text_config
     return (
-        f"vision {'-'.join(map(str, vision.embed_dim))} wide, {'-'.join(map(str, vision.depths))} deep, window {vision.window_size}; "
+        f"vision {'-'.join(map(str, vision.embed_dim))} wide, {'-'.join(map(str, vision.depths))} deep, window "
+        f"{vision.window_size}; "
         f"text {text.d_model} wide, {text.encoder_layers} + {text.decoder_layers} layers, "
         f"{text.max_position_embeddings} positions, vocabulary {text.vocab_size}"
     )
@@ -185,7 +186,8 @@ def _describe_images(config: Florence2Config, preprocessing: Preprocessing, *, i
     largest = max(size for size in range(step, step * 200, step) if _fits(config, size))
     shapes = "squares" if is_microsoft else "squares and rectangles"
     return (
-        f"{width} x {height} pixels, {count_image_tokens(config, preprocessing.image_size)} image tokens; the checkpoint's own class "
+        f"{width} x {height} pixels, {count_image_tokens(config, preprocessing.image_size)} image tokens; the "
+        "checkpoint's own class "
         f"takes {shapes} of {step} to {largest} pixels"
     )
 

@@ -1,8 +1,8 @@
 """How a checkpoint generates: the settings that its own `generate` would obey, and which of them the runtime can.
 
-The settings are those that transformers reads, and the runtime is asked which of them it knows: the fields of `GenerationOptions`
-have transformers' names. Whatever else `generate` would obey is refused by name, so that a bundle never answers otherwise than its
-checkpoint in silence.
+The settings are those that transformers reads, and the runtime is asked which of them it knows: the fields of
+`GenerationOptions` have transformers' names. Whatever else `generate` would obey is refused by name, so that a bundle
+never answers otherwise than its checkpoint in silence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _MAY_BE_SEVERAL = ("eos_token_id", "forced_eos_token_id")
 """Of which transformers takes a list."""
 
 _NOT_INHERITED = {"max_length", "max_new_tokens"}
-"""Kept for information: the checkpoints that carry one mean a sample, not a limit. A call's limit is `max_new_tokens`, 1024 by default."""
+"""Kept for information: the checkpoints that carry one mean a sample, not a limit. A call's limit is `max_new_tokens`,
+1024 by default."""
 
 _WITHOUT_EFFECT = {
     "assistant_confidence_threshold",
@@ -97,8 +98,8 @@ class GenerationSettings:
     """
 
     values: dict[str, Any]
-    """All keys of `GENERATION_DEFAULTS`, and those other settings that the runtime knows and that depart from transformers'
-    defaults. A list with a single token id is that id."""
+    """All keys of `GENERATION_DEFAULTS`, and those other settings that the runtime knows and that depart from
+    transformers' defaults. A list with a single token id is that id."""
     file: str
     """Where they come from, for messages."""
     refused: dict[str, Any]
@@ -114,12 +115,14 @@ class GenerationSettings:
         """Refuses what the runtime would not obey.
 
         Raises:
-            CheckpointError: There is such a setting, or a value that the runtime does not take; the message names it and the file.
+            CheckpointError: There is such a setting, or a value that the runtime does not take; the message names it
+                and the file.
         """
         if self.refused:
             said = ", ".join(f"{name} = {value!r}" for name, value in self.refused.items())
             raise CheckpointError(
-                f"{folder / self.file} sets {said}, which transformers' generate obeys and florence_onnx does not know. "
+                f"{folder / self.file} sets {said}, which transformers' generate obeys and florence_onnx does not "
+                "know. "
                 f"If the answers without it are good enough, remove it from {self.file} and export again"
             )
         several = [name for name in self.values if isinstance(self.values[name], list) and name in _MAY_BE_SEVERAL]
@@ -141,8 +144,9 @@ def read_settings(
     """Reads the settings that the checkpoint's own `generate` would use.
 
     In Microsoft's layout `generate` is that of the inner language model. It follows `text_config` and never reads
-    generation_config.json, which in Microsoft's repositories says `early_stopping: false` where `true` is in effect. In the native
-    layout it follows generation_config.json alone; where there is no such file, transformers takes the settings from config.json.
+    generation_config.json, which in Microsoft's repositories says `early_stopping: false` where `true` is in effect. In
+    the native layout it follows generation_config.json alone; where there is no such file, transformers takes the
+    settings from config.json.
 
     Args:
         folder: The checkpoint.
@@ -173,7 +177,8 @@ def read_settings(
         missing.pop("decoder_start_token_id", None)  # transformers itself then starts with `bos_token_id`
     notes = [*_fill_notes(folder, missing), *_ignored_notes(folder, own if is_microsoft else None, values)]
     notes += [
-        f"{folder.name}/{file} says {name} {stated[name]}; it is not taken over: a call's limit is max_new_tokens, 1024 by default"
+        f"{folder.name}/{file} says {name} {stated[name]}; it is not taken over: a call's limit is max_new_tokens, "
+        "1024 by default"
         for name in sorted(_NOT_INHERITED)
         if stated.get(name) not in (None, 20)
     ]
@@ -225,7 +230,8 @@ def _ignored_notes(folder: Path, ignored: Mapping[str, Any] | None, values: Mapp
     said = ", ".join(f"{name} {value}" for name, value in other.items())
     effect = ", ".join(f"{name} {values[name]}" for name in other)
     return [
-        f"{folder.name}/{GENERATION_CONFIG} says {said}; Microsoft's class never reads that file, and neither does the export: "
+        f"{folder.name}/{GENERATION_CONFIG} says {said}; Microsoft's class never reads that file, and neither does the "
+        "export: "
         f"{effect} of config.json is in effect"
     ]
 

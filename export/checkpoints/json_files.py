@@ -20,7 +20,8 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
-                f"{path} is a git-lfs pointer, not the file itself: get it with `git lfs install && git lfs pull` in that folder, or "
+                f"{path} is a git-lfs pointer, not the file itself: get it with `git lfs install && git lfs pull` in "
+                "that folder, or "
                 "download the checkpoint by its hub id"
             )
 

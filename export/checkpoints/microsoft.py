@@ -1,7 +1,8 @@
 """Microsoft's original layout (`microsoft/Florence-2-*` and their fine-tunes) in terms of transformers' native one.
 
-Only the names of weights and the config are mapped; the Python code in such a repository is never run. Both implementations compute
-the same function. `native_config` refuses settings of the original layout that the native class does not support.
+Only the names of weights and the config are mapped; the Python code in such a repository is never run. Both
+implementations compute the same function. `native_config` refuses settings of the original layout that the native class
+does not support.
 """
 
 from __future__ import annotations

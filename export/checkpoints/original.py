@@ -1,7 +1,7 @@
 """The checkpoint as transformers itself loads it: what an export is verified against.
 
-This model is read independently of `weights` and `generation`. Whatever those would drop or misread is therefore not missing on both
-sides of a comparison.
+This model is read independently of `weights` and `generation`. Whatever those would drop or misread is therefore not
+missing on both sides of a comparison.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ _log = logging.getLogger("florence_onnx")
 
 
 def load_original(folder: Path, effective: GenerationConfig) -> Florence2ForConditionalGeneration | None:
-    """Loads a folder in the native layout with transformers' own `from_pretrained`, including its generation_config.json.
+    """Loads a folder in the native layout with transformers' own `from_pretrained`, including its
+    generation_config.json.
 
     Args:
         folder: The checkpoint.
-        effective: All of its generation settings, for what that file has as null or not at all: transformers 4.57 cannot generate
+        effective: All of its generation settings, for what that file has as null or not at all: transformers 4.57
+            cannot generate
             with a null that stands for a number, nor without a start token.
 
     Returns:
-        The model in float32 on the CPU, in eval mode; None where transformers does not find all weights in the folder, because they
-        are stored under a prefix that only this package reads.
+        The model in float32 on the CPU, in eval mode; None where transformers does not find all weights in the folder,
+        because they are stored under a prefix that only this package reads.
 
     Raises:
         CheckpointError: transformers cannot load the folder.
@@ -88,11 +90,13 @@ def share_weights(original: Florence2ForConditionalGeneration, model: Florence2F
             continue
         if name == "lm_head.weight":
             raise CheckpointError(
-                "lm_head.weight is stored apart from the token embedding, and config.json says tie_word_embeddings false, but its "
+                "lm_head.weight is stored apart from the token embedding, and config.json says tie_word_embeddings "
+                "false, but its "
                 "text_config does not: transformers ties them and ignores the head. Set it false in text_config too"
             )
         raise CheckpointError(
-            f"{name} is not what transformers' from_pretrained reads from the same folder. This is a defect of florence_onnx; please "
+            f"{name} is not what transformers' from_pretrained reads from the same folder. This is a defect of "
+            "florence_onnx; please "
             "report it with the list of the folder's weights"
         )
     for name, parameter in original.named_parameters():

@@ -1,4 +1,5 @@
-"""How an image becomes `pixel_values`, as the checkpoint's processor config says, and how many image tokens that gives."""
+"""How an image becomes `pixel_values`, as the checkpoint's processor config says, and how many image tokens that
+gives."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     """Reads preprocessor_config.json, or processor_config.json, where transformers 5 keeps the same values.
 
     Raises:
-        CheckpointError: Neither file exists, a value is missing, or the config asks for a step that Florence-2 does not have.
+        CheckpointError: Neither file exists, a value is missing, or the config asks for a step that Florence-2 does not
+            have.
     """
     name = "preprocessor_config.json"
     values = read_json(folder, name)

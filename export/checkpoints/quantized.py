@@ -1,4 +1,5 @@
-"""Checkpoints whose weights are no longer floats, by the tool that quantized them. None can be exported; each has a way out."""
+"""Checkpoints whose weights are no longer floats, by the tool that quantized them. None can be exported; each has a way
+out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from florence_onnx.errors import CheckpointError
 from .weights import Weights
 
 _WAY_OUT = (
-    "florence_onnx exports from float weights. Give the checkpoint that was quantized (fp32, fp16 or bf16), and choose the size of "
+    "florence_onnx exports from float weights. Give the checkpoint that was quantized (fp32, fp16 or bf16), and choose "
+    "the size of "
     "the export with --precision int8 or int4"
 )
 
@@ -82,6 +84,8 @@ def check_not_quantized(folder: Path, config_json: Mapping[str, Any], stored: We
     if config:
         method = config.get("quant_method", "an unknown method") if isinstance(config, Mapping) else config
         raise CheckpointError(
-            f"{folder}/config.json has a quantization_config ({method}), but all weights are floats: they were merged or converted "
-            "back. transformers would quantize them again when it loads them; remove quantization_config from config.json"
+            f"{folder}/config.json has a quantization_config ({method}), but all weights are floats: they were merged "
+            "or converted "
+            "back. transformers would quantize them again when it loads them; remove quantization_config from "
+            "config.json"
         )

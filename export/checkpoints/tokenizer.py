@@ -50,15 +50,18 @@ SPECIAL_TOKENS = {"bos_token_id": "<s>", "pad_token_id": "<pad>", "eos_token_id"
 
 
 def load_tokenizer(folder: Path, vocab_size: int, token_ids: Mapping[str, int | Sequence[int]]) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids that the weights were trained with.
+    """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids that the weights were trained
+    with.
 
     Args:
         folder: Has tokenizer.json, or vocab.json and merges.txt, with or without added_tokens.json.
         vocab_size: Rows of the embedding. All ids must be smaller, except that of `<image>`, which is never embedded.
-        token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`; of several, one must be the tokenizer's.
+        token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`; of several, one must be the
+            tokenizer's.
 
     Returns:
-        A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are kept.
+        A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are
+        kept.
 
     Raises:
         CheckpointError: There is no tokenizer, it cannot be read, or its ids do not fit the config.
@@ -132,7 +135,8 @@ def _add_missing(tokenizer: Tokenizer, folder: Path) -> None:
     missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
     if len(missing) not in (0, len(ADDED_TOKENS)):
         raise CheckpointError(
-            f"the tokenizer in {folder} has some of Florence-2's tokens but lacks {len(missing)}: {', '.join(missing[:10])}"
+            f"the tokenizer in {folder} has some of Florence-2's tokens but lacks {len(missing)}: "
+            f"{', '.join(missing[:10])}"
         )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
 
@@ -147,7 +151,8 @@ def _check_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
         )
     if vocab_size >= _BART_ENTRIES + len(ADDED_TOKENS) and first != _BART_ENTRIES:
         raise CheckpointError(
-            f"the tokenizer in {folder} has <od> at {first}, but a vocabulary of {vocab_size} has it at {_BART_ENTRIES}; "
+            f"the tokenizer in {folder} has <od> at {first}, but a vocabulary of {vocab_size} has it at "
+            f"{_BART_ENTRIES}; "
             "use the tokenizer of the checkpoint's base model"
         )
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= vocab_size and token != "<image>"]

@@ -21,7 +21,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Reads all tensors, by stored name and in their stored dtype, from safetensors or else from a pickled state dict.
 
     Raises:
-        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than tensors.
+        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than
+            tensors.
     """
     for name in (SAFETENSORS, PICKLED):
         if not has_weights(folder, name):
@@ -32,7 +33,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return weights
     if (folder / "onnx").is_dir():
         raise CheckpointError(
-            f"{folder} holds no PyTorch weights but ONNX graphs, in the layout of transformers.js; nothing is to be exported: load them "
+            f"{folder} holds no PyTorch weights but ONNX graphs, in the layout of transformers.js; nothing is to be "
+            "exported: load them "
             "with Florence2.from_pretrained"
         )
     is_adapter = (folder / "adapter_config.json").is_file()

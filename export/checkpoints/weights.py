@@ -1,4 +1,5 @@
-"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class; none may be missing or left over."""
+"""Mapping the stored tensors of a checkpoint to the weights of transformers' native class; none may be missing or left
+over."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def strip_prefixes(stored: Weights) -> tuple[Weights, list[str]]:
     stripped = {short: stored[name] for name, short in names.items()}
     if len(stripped) != len(stored):
         raise CheckpointError(
-            f"the checkpoint has weights that are the same name without the prefix {' '.join(found)}: save the model once more, "
+            f"the checkpoint has weights that are the same name without the prefix {' '.join(found)}: save the model "
+            "once more, "
             "unwrapped"
         )
     return stripped, found
@@ -89,7 +91,8 @@ def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: La
         float32 tensors by native name; the token embedding is one tensor under all its names.
 
     Raises:
-        CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message lists them.
+        CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message
+            lists them.
     """
     _refuse_not_finite(stored)
     _check_logits_bias(stored)
@@ -109,8 +112,10 @@ def _refuse_not_finite(stored: Weights) -> None:
     if faults:
         rest = " …" if len(faults) > 10 else ""
         raise CheckpointError(
-            f"the checkpoint has weights that are not finite ({len(faults)}): {', '.join(faults[:10])}{rest}. The training diverged, "
-            "or they were too large for the type that they were saved in: take an earlier checkpoint, or save it in float32 or bfloat16"
+            f"the checkpoint has weights that are not finite ({len(faults)}): {', '.join(faults[:10])}{rest}. The "
+            "training diverged, "
+            "or they were too large for the type that they were saved in: take an earlier checkpoint, or save it in "
+            "float32 or bfloat16"
         )
 
 
@@ -118,7 +123,8 @@ def find_not_finite(weights: Weights) -> list[str]:
     """Names the tensors that hold NaN or infinity, and how many of each."""
     found = []
     for name, tensor in weights.items():
-        # a sum is finite only if all its terms are, and much faster than a mask; float64 so that it cannot overflow itself
+        # a sum is finite only if all its terms are, and much faster than a mask; float64 so that it cannot overflow
+        # itself
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
             num_nan, num_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             counts = [f"{count} {kind}" for count, kind in ((num_nan, "NaN"), (num_inf, "infinite")) if count]
@@ -154,15 +160,18 @@ def _check_logits_bias(stored: Weights) -> None:
     bias = stored.get(LOGITS_BIAS)
     if bias is not None and bool(bias.count_nonzero()):
         raise CheckpointError(
-            f"{LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias to "
+            f"{LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias "
+            "to "
             "the logits, so this checkpoint cannot be reproduced"
         )
 
 
 def _embeddings(stored: Weights, names: Mapping[str, str], *, is_tied: bool) -> Weights:
-    """The token embedding under its three names, and the language model head, from whichever of the four names are stored.
+    """The token embedding under its three names, and the language model head, from whichever of the four names are
+    stored.
 
-    BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its names.
+    BART's encoder, decoder and (where tied) head share one tensor. A checkpoint may store it once, under any of its
+    names.
     """
     inputs = [names[native] for native in _EMBEDDINGS if names[native] in stored]
     head = names[_HEAD]

@@ -79,8 +79,8 @@ def export(
 
     Exits with 1, leaving nothing behind, when the graphs do not reproduce the checkpoint.
 
-    With `verify` as the first argument, measures instead how much bundles agree with fp32: see `verify --help`. With `doctor`, says
-    beforehand what is unusual about a checkpoint and what would be refused: see `doctor --help`.
+    With `verify` as the first argument, measures instead how much bundles agree with fp32: see `verify --help`. With
+    `doctor`, says beforehand what is unusual about a checkpoint and what would be refused: see `doctor --help`.
     """
     try:
         if tensorrt:

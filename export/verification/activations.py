@@ -33,8 +33,10 @@ def check_activations(checkpoint: Checkpoint, images: Sequence[ImageInput]) -> N
             reference.score(checkpoint, encoded, (checkpoint.reference.generation_config.decoder_start_token_id, 0, 0))
         if watch.first is not None:
             raise CheckpointError(
-                f"the checkpoint overflows: in float32 the output of its layer {watch.first}. PyTorch gives no usable answers "
-                "either: the training diverged, or the weights of that layer and of those before it are damaged; take an earlier "
+                f"the checkpoint overflows: in float32 the output of its layer {watch.first}. PyTorch gives no usable "
+                "answers "
+                "either: the training diverged, or the weights of that layer and of those before it are damaged; take "
+                "an earlier "
                 "checkpoint"
             )
 

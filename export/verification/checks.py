@@ -86,7 +86,8 @@ def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) ->
     output, largest = max(errors.items(), key=lambda item: item[1].max_rel)
     if not largest.max_rel <= MAX_RELATIVE_ERROR[precision]:
         raise VerificationError(
-            f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by {largest.max_abs:.3g}, "
+            f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by "
+            f"{largest.max_abs:.3g}, "
             f"{largest.max_rel:.3g} of its largest value; allowed is {MAX_RELATIVE_ERROR[precision]:g}"
         )
     return {"max_abs": max(error.max_abs for error in errors.values()), "max_rel": largest.max_rel}

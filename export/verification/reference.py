@@ -81,8 +81,9 @@ def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompt
 def search(checkpoint: Checkpoint, encoded: Encoded, options: GenerationOptions | None = None) -> list[tuple[int, ...]]:
     """What `generate` returns, for what was encoded before.
 
-    Nothing but `options` is passed: all else is what the checkpoint's own generation config says, so that a setting that is lost on
-    the way into a bundle shows as other tokens. Without `max_new_tokens` the limit is 1024, as in a bundle.
+    Nothing but `options` is passed: all else is what the checkpoint's own generation config says, so that a setting
+    that is lost on the way into a bundle shows as other tokens. Without `max_new_tokens` the limit is 1024, as in a
+    bundle.
     """
     model = checkpoint.reference
     with torch.inference_mode():
@@ -119,7 +120,8 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
 
 
 def _arguments(options: GenerationOptions) -> dict[str, Any]:
-    """Keyword arguments, which transformers obeys, unlike fields of a GenerationConfig that equal its defaults (4.57)."""
+    """Keyword arguments, which transformers obeys, unlike fields of a GenerationConfig that equal its defaults
+    (4.57)."""
     known = GenerationConfig().to_dict().keys() - {"prompt_lookup_num_tokens"}  # which changes no token
     given = {name: _as_list(value) for name, value in vars(options).items() if value is not None and name in known}
     merged = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS} | given

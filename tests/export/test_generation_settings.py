@@ -132,7 +132,7 @@ def test_what_transformers_refuses_names_the_file(folder: Path, values: dict[str
         load_checkpoint(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ end tokens
+# -------------------------------------------------------------------------------------------------- end tokens
 
 
 @pytest.mark.parametrize("place", ["generation_config.json", "config.json", "text_config", "microsoft"])
@@ -164,7 +164,8 @@ def test_several_end_tokens_are_read_or_refused_by_name(folder: Path) -> None:
 
 
 def test_a_checkpoint_that_ends_at_a_list_is_verified(folder: Path, tiny: Exported) -> None:
-    """As transformers' Trainer saves it: the bundle is that of the single token, and transformers gives its tokens for the list."""
+    """As transformers' Trainer saves it: the bundle is that of the single token, and transformers gives its tokens for
+    the list."""
     set_generation(folder, eos_token_id=[2], forced_eos_token_id=[2])
     edit_json(folder / "config.json", lambda config: config.update(eos_token_id=[2]))
     loaded, written = load_checkpoint(folder), bundle.read(tiny.bundle)
@@ -189,7 +190,8 @@ def test_other_ids_are_obeyed_in_the_native_layout_and_named(folder: Path, tiny:
     (note,) = loaded.notes
     assert "generation_config.json says bos_token_id 2 (</s>), pad_token_id 0 (<s>), eos_token_id 1 (<pad>)" in note
     assert loaded.reference.generation_config.eos_token_id == 1
-    # the weights are those of the fixture: only what ends an answer differs, which the tokens of transformers' generate decide
+    # the weights are those of the fixture: only what ends an answer differs, which the tokens of transformers' generate
+    # decide
     copy = Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
     (copy / bundle.GENERATION_CONFIG).write_text(json.dumps(loaded.generation))
     description = json.loads((copy / bundle.DESCRIPTION).read_text())
@@ -210,7 +212,7 @@ def test_other_ids_are_ignored_in_microsofts_layout_and_named(microsoft: Path) -
     assert "says bos_token_id 2, pad_token_id 0, eos_token_id 1; Microsoft's class never reads that file" in note
 
 
-# --------------------------------------------------------------------------------------------------------- the reference
+# ----------------------------------------------------------------------------------------------- the reference
 
 
 def test_a_setting_lost_on_the_way_is_not_reported_as_verified(folder: Path, tiny: Exported) -> None:

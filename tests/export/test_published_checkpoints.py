@@ -1,6 +1,7 @@
 """The forms in which Florence-2 is published: each loads as its own library would, or is refused by name.
 
-No weights are downloaded: `published_checkpoints.json` has the facts, from which folders with random tiny weights are made.
+No weights are downloaded: `published_checkpoints.json` has the facts, from which folders with random tiny weights are
+made.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ NUM_PARAMETERS = {"base": 231_414_016, "large": 770_173_952, "large-4096": 776_4
 
 
 def all_defaults() -> dict[str, Any]:
-    """What save_pretrained of a remote class wrote into text_config: every setting of a config, at its default or null."""
+    """What save_pretrained of a remote class wrote into text_config: every setting of a config, at its default or
+    null."""
     values = transformers.PretrainedConfig()._get_global_generation_defaults()
     return {
         **values,

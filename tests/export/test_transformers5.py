@@ -1,6 +1,7 @@
 """Checkpoints as transformers 5 saves them, and its `generate` as the reference.
 
-The export is verified with transformers 4.57 in the same process. This one asks transformers 5, in an environment of its own:
+The export is verified with transformers 4.57 in the same process. This one asks transformers 5, in an environment of
+its own:
 
     python -m venv .venv-transformers5
     .venv-transformers5/bin/pip install torch==2.13.0 transformers==5.24.0 pillow
@@ -68,7 +69,8 @@ def test_tokens_equal_those_of_transformers_5(
 
 
 def test_the_files_of_transformers_5(folder: Path) -> None:
-    """What 5.24 writes otherwise than 4.57: token ids and types within text_config, nulls, another class of tokenizer."""
+    """What 5.24 writes otherwise than 4.57: token ids and types within text_config, nulls, another class of
+    tokenizer."""
     expected = load_checkpoint(folder)
     text = {
         "bos_token_id": 0,

@@ -1,4 +1,5 @@
-"""Checkpoints that are stored, damaged or quantized in ways that people have: read, or refused by name with the way out."""
+"""Checkpoints that are stored, damaged or quantized in ways that people have: read, or refused by name with the way
+out."""
 
 from __future__ import annotations
 
@@ -250,7 +251,8 @@ def test_the_doctor_of_a_sound_checkpoint(folder: Path, microsoft: Path) -> None
         said = texts(found, "ok")
         for part in (
             f"layout: {layout}",
-            "sizes: vision 16-32-64-64 wide, 1-1-1-1 deep, window 4; text 64 wide, 2 + 2 layers, 1024 positions, vocabulary 1399",
+            "sizes: vision 16-32-64-64 wide, 1-1-1-1 deep, window 4; text 64 wide, 2 + 2 layers, 1024 positions",
+            "vocabulary 1399",
             "images: 128 x 128 pixels, 17 image tokens",
             "of 32 to 992 pixels",
             "tokens: decoder_start_token_id 2, bos_token_id 0, pad_token_id 1, eos_token_id 2",
