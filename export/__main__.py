@@ -1,4 +1,5 @@
-"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE…` measures bundles."""
+"""`python -m export` and `florence-onnx-export`: `CHECKPOINT OUT` exports, `verify BUNDLE…` measures bundles, and
+`doctor CHECKPOINT` examines a checkpoint before an export."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ _EXTRA_PACKAGES = (
 def main() -> None:
     """Runs the command line. If a package of the extra is missing, says how to install it and exits with 2.
 
-    `verify` as the first argument is the command; a checkpoint of that name is written as `./verify`.
+    `verify` or `doctor` as the first argument is the command; a checkpoint of that name is written as `./verify`.
     """
     try:
         if sys.argv[1:2] == ["verify"]:  # needs no torch where the reference is a bundle
             from .commands.verify import main as run
+        elif sys.argv[1:2] == ["doctor"]:
+            from .commands.doctor import main as run
         else:
             from .commands.export import main as run
     except ImportError as error:

@@ -14,7 +14,7 @@ import transformers
 
 import florence_onnx
 from florence_onnx.bundles import bundle as bundles
-from florence_onnx.bundles.bundle import Bundle, ModelSizes
+from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.bundles.memory import ITEMSIZES
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
@@ -22,10 +22,12 @@ from florence_onnx.images.decoding import ImageInput
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
+from ..checkpoints.sizes import model_sizes
 from ..graphs.plans import OPSET, export_graphs, plans
 from ..graphs.top_k import add_top_k
 from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
 from ..verification import checks
+from ..verification.activations import check_activations
 from ..verification.photograph import PHOTOGRAPH
 from .directories import new_directory
 from .memory import measure
@@ -122,6 +124,8 @@ def _write_exact(
     checkpoint: Checkpoint, directory: Path, images: Sequence[ImageInput], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes and verifies the fp32 graphs; returns the errors of each graph and the token agreement of each search."""
+    progress("running the checkpoint in PyTorch")
+    check_activations(checkpoint, images)
     checkpoint.tokenizer.save(str(directory / bundles.TOKENIZER))
     write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
     graphs = _write_graphs(checkpoint, directory, progress)
@@ -192,20 +196,7 @@ def _add_top_k(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[
 
 
 def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:
-    text = checkpoint.model.config.text_config
-    pixels = checkpoint.preprocessing
-    sizes = ModelSizes(
-        image_size=pixels.image_size,
-        image_mean=pixels.image_mean,
-        image_std=pixels.image_std,
-        decoder_layers=text.decoder_layers,
-        decoder_heads=text.decoder_attention_heads,
-        head_dim=text.d_model // text.decoder_attention_heads,
-        max_positions=text.max_position_embeddings,
-        vocab_size=checkpoint.model.lm_head.weight.shape[0],
-        num_image_tokens=checkpoint.num_image_tokens,
-        pad_token_id=text.pad_token_id,
-    )
+    sizes = model_sizes(checkpoint.config, checkpoint.preprocessing)
     generation = bundles.generation_defaults(checkpoint.generation, sizes, directory)
     return Bundle(directory, "florence_onnx", precision, sizes, generation, checkpoint.source)
 

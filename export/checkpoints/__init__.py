@@ -12,5 +12,10 @@ is run. Every other room of `export` may import this one.
     tokenizer       BART's byte-level BPE with Florence-2's 1024 added tokens
     generation      the defaults that the checkpoint's own `generate` would use
     preprocessing   how an image becomes `pixel_values`
+    sizes           what a bundle states about the model, from the config
+    quantized       weights that are no floats any more, by the tool that made them so
+    adapters        PEFT's adapters, merged by PEFT
+    original        the checkpoint as transformers itself loads it, which an export is verified against
     checkpoint      all of the above together
+    diagnosis       the same for `doctor`: all that is peculiar about a checkpoint, in one table
 """

@@ -12,12 +12,13 @@ from .weight_files import PICKLED, SAFETENSORS, has_weights
 _TEXT_FILES = ("*.json", "*.txt")
 
 
-def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+def find_folder(source: str | os.PathLike[str], revision: str | None, *, with_weights: bool = True) -> Path:
     """Returns the folder of a checkpoint; a hub id is downloaded first.
 
     Args:
         source: An existing folder, or a hub id such as `microsoft/Florence-2-base`.
         revision: Branch, tag or commit of a hub id.
+        with_weights: Whether to download weights too, or only configs and the tokenizer.
 
     Raises:
         CheckpointError: `source` is neither a folder nor a hub id, or the download failed.
@@ -30,10 +31,10 @@ def find_folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     name = os.fspath(source)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"no folder {name}; give an existing folder, or a hub id like microsoft/Florence-2-base")
-    return _download(name, revision)
+    return _download(name, revision, with_weights=with_weights)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -52,8 +53,12 @@ def _download(repo_id: str, revision: str | None) -> Path:
         )
 
     try:
-        folder = fetch(f"{Path(SAFETENSORS).stem}*.safetensors")
-        return folder if has_weights(folder, SAFETENSORS) else fetch(f"{Path(PICKLED).stem}*.bin")
+        if not with_weights:
+            return fetch()
+        folder = fetch(f"{Path(SAFETENSORS).stem}*.safetensors", "adapter_model.safetensors")
+        if has_weights(folder, SAFETENSORS) or (folder / "adapter_model.safetensors").is_file():
+            return folder
+        return fetch(f"{Path(PICKLED).stem}*.bin", "adapter_model.bin")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(_download_advice(repo_id, revision, error)) from error
 

@@ -8,16 +8,34 @@ from typing import Any
 
 from florence_onnx.errors import CheckpointError
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuses a file of a repository that was cloned without git-lfs: a few lines that stand for the real content.
+
+    Raises:
+        CheckpointError: It is such a pointer.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path} is a git-lfs pointer, not the file itself: get it with `git lfs install && git lfs pull` in "
+                "that folder, or "
+                "download the checkpoint by its hub id"
+            )
+
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """Reads a JSON object; returns None if there is no such file.
 
     Raises:
-        CheckpointError: The file is not JSON, or does not hold an object.
+        CheckpointError: The file is not JSON, does not hold an object, or is a git-lfs pointer.
     """
     path = folder / name
     if not path.is_file():
         return None
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -35,6 +35,13 @@ class Preprocessing:
     """Factor from 0..255 to 0..1."""
 
 
+def has_preprocessing(folder: Path) -> bool:
+    """Whether a folder says how images are prepared."""
+    name = "processor_config.json"
+    is_own = (folder / "preprocessor_config.json").is_file()
+    return is_own or isinstance((read_json(folder, name) or {}).get("image_processor"), dict)
+
+
 def read_preprocessing(folder: Path) -> Preprocessing:
     """Reads preprocessor_config.json, or processor_config.json, where transformers 5 keeps the same values.
 
@@ -50,7 +57,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     if not isinstance(values, dict):
         raise CheckpointError(
             f"{folder} has no preprocessor_config.json (nor a processor_config.json with an image_processor); "
-            "copy it from the base model, e.g. microsoft/Florence-2-base"
+            "take it from the base model: --processor microsoft/Florence-2-base"
         )
     _check_steps(name, values)
     side = _side(name, values)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from florence_onnx.errors import CheckpointError
 
-from .json_files import read_json
+from .json_files import read_json, refuse_pointer
 
 NUM_LOCATIONS = 1000
 
@@ -44,15 +45,18 @@ ADDED_TOKENS: tuple[str, ...] = (
 _BART_ENTRIES = 50265
 """Entries of BART's vocabulary; in full-size checkpoints the added tokens follow them."""
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+SPECIAL_TOKENS = {"bos_token_id": "<s>", "pad_token_id": "<pad>", "eos_token_id": "</s>"}
+"""Which token of the tokenizer each id of a config means."""
 
 
-def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int, token_ids: Mapping[str, int | Sequence[int]]) -> Tokenizer:
     """Loads the tokenizer of a checkpoint, with all of Florence-2's tokens at the ids used in training.
 
     Args:
         folder: Has tokenizer.json, or vocab.json and merges.txt, with or without added_tokens.json.
         vocab_size: Rows of the embedding. All ids must be smaller, except that of `<image>`, which is never embedded.
-        token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`.
+        token_ids: The config's `bos_token_id`, `pad_token_id` and `eos_token_id`; of several, one must be the
+            tokenizer's.
 
     Returns:
         A tokenizer without padding and truncation that wraps a prompt as `<s>…</s>`. Extra tokens of a fine-tune are
@@ -70,9 +74,18 @@ def load_tokenizer(folder: Path, vocab_size: int, token_ids: dict[str, int]) -> 
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer."""
+    has_parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return has_parts or (folder / "tokenizer.json").is_file()
+
+
 def _read(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    for file in (path, vocab, merges):
+        if file.is_file():
+            refuse_pointer(file)
     try:
         if path.is_file():
             return Tokenizer.from_file(str(path))
@@ -84,8 +97,8 @@ def _read(folder: Path) -> Tokenizer:
             raise
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
     raise CheckpointError(
-        f"{folder} has no tokenizer.json (nor vocab.json and merges.txt); copy it from the base model, "
-        "e.g. microsoft/Florence-2-base"
+        f"{folder} has no tokenizer.json (nor vocab.json and merges.txt); take it from the base model: "
+        "--processor microsoft/Florence-2-base"
     )
 
 
@@ -121,7 +134,8 @@ def _add_missing(tokenizer: Tokenizer, folder: Path) -> None:
     missing = [token for token in ADDED_TOKENS if tokenizer.token_to_id(token) is None]
     if len(missing) not in (0, len(ADDED_TOKENS)):
         raise CheckpointError(
-            f"the tokenizer in {folder} has some of Florence-2's tokens but lacks {len(missing)}: {', '.join(missing[:10])}"
+            f"the tokenizer in {folder} has some of Florence-2's tokens but lacks {len(missing)}: "
+            f"{', '.join(missing[:10])}"
         )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
 
@@ -136,7 +150,8 @@ def _check_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
         )
     if vocab_size >= _BART_ENTRIES + len(ADDED_TOKENS) and first != _BART_ENTRIES:
         raise CheckpointError(
-            f"the tokenizer in {folder} has <od> at {first}, but a vocabulary of {vocab_size} has it at {_BART_ENTRIES}; "
+            f"the tokenizer in {folder} has <od> at {first}, but a vocabulary of {vocab_size} has it at "
+            f"{_BART_ENTRIES}; "
             "use the tokenizer of the checkpoint's base model"
         )
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= vocab_size and token != "<image>"]
@@ -147,13 +162,13 @@ def _check_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
         )
 
 
-def _check_wrapping(tokenizer: Tokenizer, folder: Path, token_ids: dict[str, int]) -> None:
-    for name, token in (("bos_token_id", "<s>"), ("pad_token_id", "<pad>"), ("eos_token_id", "</s>")):
-        if tokenizer.token_to_id(token) != token_ids[name]:
-            raise CheckpointError(
-                f"config.json says {name} {token_ids[name]}, the tokenizer in {folder} has {token} at "
-                f"{tokenizer.token_to_id(token)}"
-            )
+def _check_wrapping(tokenizer: Tokenizer, folder: Path, token_ids: Mapping[str, int | Sequence[int]]) -> None:
+    for name, token in SPECIAL_TOKENS.items():
+        stated = token_ids[name]
+        found = tokenizer.token_to_id(token)
+        if found not in ([stated] if isinstance(stated, int) else stated):
+            raise CheckpointError(f"config.json says {name} {stated}, the tokenizer in {folder} has {token} at {found}")
+    bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     ids = tokenizer.encode("a").ids
-    if ids[:1] != [token_ids["bos_token_id"]] or ids[-1:] != [token_ids["eos_token_id"]] or len(ids) < 3:
+    if ids[:1] != [bos] or ids[-1:] != [eos] or len(ids) < 3:
         raise CheckpointError(f"the tokenizer in {folder} does not wrap a prompt as <s>…</s>: 'a' becomes {ids}")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from florence_onnx.errors import CheckpointError
 
-from .json_files import read_json
+from .json_files import read_json, refuse_pointer
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
@@ -29,14 +29,28 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             continue
         weights: dict[str, torch.Tensor] = {}
         for path in _shards(folder, name):
-            weights.update(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path))
+            weights.update(read_named_weights(path.parent, path.name))
         return weights
-    hint = "; it is a LoRA adapter: merge it into its base model first" if _is_adapter(folder) else ""
+    if (folder / "onnx").is_dir():
+        raise CheckpointError(
+            f"{folder} holds no PyTorch weights but ONNX graphs, in the layout of transformers.js; nothing is to be "
+            "exported: load them "
+            "with Florence2.from_pretrained"
+        )
+    is_adapter = (folder / "adapter_config.json").is_file()
+    hint = "; it has the config of a LoRA adapter, but no adapter_model.safetensors" if is_adapter else ""
     raise CheckpointError(f"{folder} has no weights ({SAFETENSORS} or {PICKLED}, whole or sharded){hint}")
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+def read_named_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Reads all tensors of one file, by stored name and in their stored dtype.
+
+    Raises:
+        CheckpointError: It is damaged, or a pickle that holds more than tensors.
+    """
+    path = folder / name
+    refuse_pointer(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
 
 
 def has_weights(folder: Path, name: str) -> bool:

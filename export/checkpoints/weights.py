@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,12 @@ _EMBEDDINGS = (
 _HEAD = "lm_head.weight"
 
 
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+"""What DistributedDataParallel, torch.compile and PEFT put before every name."""
+_COMPILED = "_orig_mod."
+"""torch.compile of a part of the model puts it inside the names of that part."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a checkpoint names and stores the weights.
@@ -38,6 +44,37 @@ class Layout:
 
 NATIVE = Layout(stored_name=str)
 """transformers' native layout."""
+
+
+def strip_prefixes(stored: Weights) -> tuple[Weights, list[str]]:
+    """Removes what wrappers of a model put before the names of its weights.
+
+    Returns:
+        The weights, and the prefixes that were removed, outermost first.
+
+    Raises:
+        CheckpointError: Two weights have the same name without it.
+    """
+    found: list[str] = []
+    names = {name: name for name in stored}
+    while prefix := _common_prefix(names.values()):
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+        found.append(prefix)
+    if any(_COMPILED in short for short in names.values()):
+        names = {name: short.replace(_COMPILED, "") for name, short in names.items()}
+        found.append(_COMPILED)
+    stripped = {short: stored[name] for name, short in names.items()}
+    if len(stripped) != len(stored):
+        raise CheckpointError(
+            f"the checkpoint has weights that are the same name without the prefix {' '.join(found)}: save the model "
+            "once more, "
+            "unwrapped"
+        )
+    return stripped, found
+
+
+def _common_prefix(names: Collection[str]) -> str | None:
+    return next((each for each in _PREFIXES if names and all(name.startswith(each) for name in names)), None)
 
 
 def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: Layout, *, is_tied: bool) -> Weights:
@@ -56,6 +93,7 @@ def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: La
         CheckpointError: Weights are missing, unknown, of the wrong shape or type, or contradict each other. The message
             lists them.
     """
+    _refuse_not_finite(stored)
     _check_logits_bias(stored)
     names = {native: layout.stored_name(native) for native in shapes}
     required = {native: name for native, name in names.items() if native not in (*_EMBEDDINGS, _HEAD)}
@@ -66,6 +104,31 @@ def native_weights(stored: Weights, shapes: Mapping[str, torch.Size], layout: La
     for native, name in required.items():
         weights[native] = _float32(stored[name].T if native in layout.transposed else stored[name])
     return {**weights, **_embeddings(stored, names, is_tied=is_tied)}
+
+
+def _refuse_not_finite(stored: Weights) -> None:
+    faults = find_not_finite(stored)
+    if faults:
+        rest = " …" if len(faults) > 10 else ""
+        raise CheckpointError(
+            f"the checkpoint has weights that are not finite ({len(faults)}): {', '.join(faults[:10])}{rest}. The "
+            "training diverged, "
+            "or they were too large for the type that they were saved in: take an earlier checkpoint, or save it in "
+            "float32 or bfloat16"
+        )
+
+
+def find_not_finite(weights: Weights) -> list[str]:
+    """Names the tensors that hold NaN or infinity, and how many of each."""
+    found = []
+    for name, tensor in weights.items():
+        # a sum is finite only if all its terms are, and much faster than a mask; float64 so that it cannot overflow
+        # itself
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            num_nan, num_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+            counts = [f"{count} {kind}" for count, kind in ((num_nan, "NaN"), (num_inf, "infinite")) if count]
+            found.append(f"{name} ({', '.join(counts)} of {tensor.numel()})")
+    return found
 
 
 def _refuse(fault: str, names: Sequence[str]) -> None:
@@ -96,7 +159,8 @@ def _check_logits_bias(stored: Weights) -> None:
     bias = stored.get(LOGITS_BIAS)
     if bias is not None and bool(bias.count_nonzero()):
         raise CheckpointError(
-            f"{LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias to "
+            f"{LOGITS_BIAS} is not zero (up to {float(bias.abs().max()):.3g}); transformers' Florence-2 adds no bias "
+            "to "
             "the logits, so this checkpoint cannot be reproduced"
         )
 

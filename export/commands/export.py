@@ -49,6 +49,20 @@ def export(
         Layout, typer.Option(help="Three graphs for this package, or four as in onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    processor: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer and preprocessing, for a checkpoint that has none.", metavar="DIR|HUB"),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter to merge into CHECKPOINT.", metavar="DIR|HUB")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model, where CHECKPOINT is a PEFT adapter. Default: what its adapter_config.json names.",
+            metavar="DIR|HUB",
+        ),
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="Image to verify on; may be repeated. Default: a built-in photograph."),
@@ -65,13 +79,16 @@ def export(
 
     Exits with 1 and writes nothing if the graphs do not reproduce the checkpoint.
 
-    `verify` as the first argument measures instead how much bundles agree with fp32: see `verify --help`.
+    `verify` as the first argument measures instead how much bundles agree with fp32, and `doctor` examines a checkpoint
+    before an export: see `verify --help` and `doctor --help`.
     """
     try:
         if tensorrt:
             check_tensorrt(precision or ["fp32"], layout is Layout.BUNDLE, max_batch)
         with _console.status(f"loading {checkpoint}") as status:
-            loaded = load_checkpoint(checkpoint, revision=revision)
+            loaded = load_checkpoint(checkpoint, revision=revision, processor=processor, adapter=adapter, base=base)
+            for note in loaded.notes:
+                _console.log(f"note: {note}", markup=False)
 
             def progress(step: str) -> None:
                 _console.log(step)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from florence_onnx import tasks
 from florence_onnx.bundles.bundle import Bundle
@@ -15,12 +17,14 @@ from florence_onnx.images import decoding, preprocessing
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.model import Florence2
 from florence_onnx.runtime.load_options import LoadOptions
+from florence_onnx.tasks import Task
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..graphs.comparison import OutputError, compare, worst
 from ..graphs.plans import GraphPlan
 from . import reference
 from .photograph import PHOTOGRAPH
+from .reference import Encoded
 
 MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 5e-2, "int8": 0.5, "int4": 0.9}
 """Bound on `OutputError.max_rel` of every output of a graph, by precision.
@@ -34,11 +38,15 @@ conversion is.
 EXACT = ("fp32",)
 """Precisions in which every token must equal the checkpoint's. Others may differ where two logits are close."""
 
+_COMMON: dict[str, Any] = {"max_new_tokens": 48}
+if "do_sample" in GenerationOptions.__dataclass_fields__:
+    _COMMON["do_sample"] = False  # a checkpoint that samples by default is compared without chance
+
 SEARCHES = {
-    "greedy": GenerationOptions(num_beams=1, max_new_tokens=48),
-    "beam-3": GenerationOptions(num_beams=3, max_new_tokens=48),
+    "greedy": GenerationOptions(num_beams=1, **_COMMON),
+    "beam-3": GenerationOptions(num_beams=3, **_COMMON),
 }
-"""The searches that `check_tokens` compares."""
+"""The searches that `check_tokens` compares; all other settings are the checkpoint's own on both sides."""
 TASKS = (tasks.OBJECT_DETECTION, tasks.DETAILED_CAPTION)
 """The tasks that `check_tokens` compares: location tokens, and text."""
 
@@ -55,6 +63,9 @@ class TokenAgreement:
     def is_exact(self) -> bool:
         """Whether the answers are the same."""
         return self.equal == self.total
+
+    def __add__(self, other: TokenAgreement) -> TokenAgreement:
+        return TokenAgreement(self.equal + other.equal, self.total + other.total)
 
 
 def compare_graph(plan: GraphPlan, path: Path) -> dict[str, OutputError]:
@@ -84,7 +95,8 @@ def check_graph(name: str, errors: Mapping[str, OutputError], precision: str) ->
     # "not <=" instead of ">": an error that is NaN must not pass.
     if not largest.max_rel <= MAX_RELATIVE_ERROR[precision]:
         raise VerificationError(
-            f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by {largest.max_abs:.3g}, "
+            f"{name} does not reproduce the checkpoint in {precision}: output {output} is off by "
+            f"{largest.max_abs:.3g}, "
             f"{largest.max_rel:.3g} of its largest value; allowed is {MAX_RELATIVE_ERROR[precision]:g}"
         )
     return {"max_abs": max(error.max_abs for error in errors.values()), "max_rel": largest.max_rel}
@@ -107,28 +119,30 @@ def check_tokens(
         VerificationError: Tokens differ although the precision is in `EXACT`.
     """
     model = Florence2.from_bundle(bundle, LoadOptions(device="cpu"))
-    found = {}
-    for name, options in SEARCHES.items():
-        agreement = _token_agreement(checkpoint, bundle, model, images, options)
+    found = {name: TokenAgreement(0, 0) for name in SEARCHES}
+    for image in map(decoding.load, images):
+        # encoded once for all searches: at full size that is most of the time
+        encoded = model.encode(image)
+        for task, inputs in _encode(checkpoint, bundle, image):
+            for name, options in SEARCHES.items():
+                expected = reference.search(checkpoint, inputs, options)[0]
+                found[name] += _compare(expected, model.run(task, encoded, options=options).token_ids)
+    for name, agreement in found.items():
         if bundle.precision in EXACT and not agreement.is_exact:
             raise VerificationError(
                 f"{name} decoding of {bundle.path} gives other tokens than transformers: "
                 f"{agreement.equal} of {agreement.total} agree"
             )
-        found[name] = asdict(agreement)
-    return found
+    return {name: asdict(agreement) for name, agreement in found.items()}
 
 
-def _token_agreement(
-    checkpoint: Checkpoint, bundle: Bundle, model: Florence2, images: Sequence[ImageInput], options: GenerationOptions
-) -> TokenAgreement:
+def _encode(checkpoint: Checkpoint, bundle: Bundle, image: Image.Image) -> Iterator[tuple[Task[Any], Encoded]]:
+    """One image and the prompt of every task, after the encoder of transformers."""
     sizes = bundle.sizes
-    equal = total = 0
-    for image in map(decoding.load, images):
-        pixels = preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
-        for task in TASKS:
-            expected = reference.generate(checkpoint, pixels, [task.format_prompt()], options)[0]
-            answer = model.run(task, image, options=options).token_ids
-            equal += sum(a == b for a, b in zip(expected, answer, strict=False))
-            total += max(len(expected), len(answer))
-    return TokenAgreement(equal, total)
+    pixels = preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
+    for task in TASKS:
+        yield task, reference.encode(checkpoint, pixels, [task.format_prompt()])
+
+
+def _compare(expected: Sequence[int], answer: Sequence[int]) -> TokenAgreement:
+    return TokenAgreement(sum(a == b for a, b in zip(expected, answer, strict=False)), max(len(expected), len(answer)))

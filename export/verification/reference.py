@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.options import DEFAULT_MAX_NEW_TOKENS, GenerationOptions
 
 from ..checkpoints.checkpoint import Checkpoint
 
@@ -19,7 +20,7 @@ from ..checkpoints.checkpoint import Checkpoint
 def image_features(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32]) -> torch.Tensor:
     """Runs the vision encoder: `pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`."""
     with torch.inference_mode():
-        features: torch.Tensor = checkpoint.model.get_image_features(torch.from_numpy(pixel_values))
+        features: torch.Tensor = checkpoint.reference.get_image_features(torch.from_numpy(pixel_values))
     return features
 
 
@@ -51,11 +52,13 @@ class Encoded:
     """`(B, N + T, D)`."""
     attention_mask: torch.Tensor
     """`(B, N + T)`, 1 for tokens and 0 for padding."""
+    input_ids: torch.Tensor
+    """`(B, N + T)`, with the image token's id in the positions of the image."""
 
 
 def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompts: Sequence[str]) -> Encoded:
     """Runs both encoders; the result serves any number of searches. The arguments are those of `generate`."""
-    model = checkpoint.model
+    model = checkpoint.reference
     ids = [encoding.ids for encoding in checkpoint.tokenizer.encode_batch(list(prompts))]
     pad = model.config.text_config.pad_token_id
     longest = max(map(len, ids))
@@ -63,31 +66,36 @@ def encode(checkpoint: Checkpoint, pixel_values: npt.NDArray[np.float32], prompt
         [model.config.image_token_id] * checkpoint.num_image_tokens + row + [pad] * (longest - len(row)) for row in ids
     ]
     mask = [[1] * (checkpoint.num_image_tokens + len(row)) + [0] * (longest - len(row)) for row in ids]
-    attention_mask = torch.tensor(mask)
+    attention_mask, input_ids = torch.tensor(mask), torch.tensor(rows)
     with torch.inference_mode():
         # The decoder runs too, and its output is not used. Its input is given because transformers' own default reads
         # text_config.decoder_start_token_id, which a checkpoint need not have.
         outputs = model.model(
-            input_ids=torch.tensor(rows),
+            input_ids=input_ids,
             attention_mask=attention_mask,
             pixel_values=torch.from_numpy(pixel_values),
             decoder_input_ids=torch.full((len(rows), 1), model.generation_config.decoder_start_token_id),
         )
-    return Encoded(outputs.encoder_last_hidden_state, attention_mask)
+    return Encoded(outputs.encoder_last_hidden_state, attention_mask, input_ids)
 
 
 def search(checkpoint: Checkpoint, encoded: Encoded, options: GenerationOptions | None = None) -> list[tuple[int, ...]]:
-    """Generates from encoded prompts; returns what `generate` returns."""
-    model = checkpoint.model
+    """Generates from encoded prompts; returns what `generate` returns.
+
+    Nothing but `options` is passed: all else is what the checkpoint's own generation config says, so that a setting
+    that is lost on the way into a bundle shows as other tokens. Without `max_new_tokens` the limit is 1024, as in a
+    bundle.
+    """
+    model = checkpoint.reference
     with torch.inference_mode():
         tokens = model.generate(
+            input_ids=encoded.input_ids,  # for settings that look at the prompt; it is not encoded again
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_states),
             attention_mask=encoded.attention_mask,
-            do_sample=False,
-            **_arguments(checkpoint, options or GenerationOptions()),
+            **_arguments(options or GenerationOptions()),
         )
     end = model.generation_config.eos_token_id
-    return [_until_end(row, end) for row in tokens.tolist()]
+    return [_until_end(row, end if isinstance(end, list) else [end]) for row in tokens.tolist()]
 
 
 def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -102,7 +110,7 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
         `(L - 1, V)` float32: row i holds the logits after the first i + 1 tokens.
     """
     with torch.inference_mode():
-        outputs = checkpoint.model(
+        outputs = checkpoint.reference(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden_states),
             attention_mask=encoded.attention_mask,
             decoder_input_ids=torch.tensor([list(token_ids[:-1])]),
@@ -112,19 +120,20 @@ def score(checkpoint: Checkpoint, encoded: Encoded, token_ids: Sequence[int]) ->
     return logits
 
 
-def _arguments(checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
-    """Arguments of `generate`: the options over the checkpoint's defaults.
-
-    Keyword arguments, and not a `GenerationConfig`: transformers 4.57 replaces those fields of a config that have
-    transformers' default value by the model's own.
-    """
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    known = {name: checkpoint.generation[name] for name in vars(options) if checkpoint.generation.get(name) is not None}
-    merged = {"max_new_tokens": 1024} | known | given
+def _arguments(options: GenerationOptions) -> dict[str, Any]:
+    """Keyword arguments, which transformers obeys, unlike fields of a GenerationConfig that equal its defaults
+    (4.57)."""
+    known = GenerationConfig().to_dict().keys() - {"prompt_lookup_num_tokens"}  # which changes no token
+    given = {name: _as_list(value) for name, value in vars(options).items() if value is not None and name in known}
+    merged = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS} | given
     return {name: None if name.startswith("forced_") and value == -1 else value for name, value in merged.items()}
 
 
-def _until_end(row: list[int], end: int) -> tuple[int, ...]:
-    """Cuts off padding. The search starts at the second token: Florence-2's decoder start token is its end token."""
-    length = row.index(end, 1) + 1 if end in row[1:] else len(row)
+def _as_list(value: Any) -> Any:
+    return [_as_list(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _until_end(row: list[int], ends: Sequence[int]) -> tuple[int, ...]:
+    """Cuts padding. The decoder start token equals the end token in Florence-2, hence the search from the second."""
+    length = next((place + 1 for place, token in enumerate(row) if place and token in ends), len(row))
     return tuple(row[:length])

@@ -21,6 +21,7 @@ from export.checkpoints.preprocessing import count_image_tokens  # noqa: E402
 from export.checkpoints.tokenizer import ADDED_TOKENS, load_tokenizer  # noqa: E402
 from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests import checkpoints  # noqa: E402
+from tests.export.conftest import edit_json, edit_weights  # noqa: E402
 from tests.local_hub import COMMIT, LocalHub  # noqa: E402
 from tests.microsoft_layout import write_microsoft  # noqa: E402
 from tests.shared_data import NO_SHARED  # noqa: E402
@@ -31,39 +32,6 @@ TOKEN_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 SHARED = "model.language_model.shared.weight"
 ENCODER_EMBEDDING = "model.language_model.encoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-
-@pytest.fixture(scope="session")
-def native_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("native")
-    return {
-        "tiny": checkpoints.build_checkpoint(root / "tiny", checkpoints.tiny_config()),
-        "odd": checkpoints.build_checkpoint(root / "odd", checkpoints.odd_config(), seed=1),
-    }
-
-
-@pytest.fixture
-def folder(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a native checkpoint, which a test may modify."""
-    return Path(shutil.copytree(native_folders["tiny"], tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def microsoft(native_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """The same checkpoint in Microsoft's layout."""
-    return write_microsoft(native_folders["tiny"], tmp_path / "microsoft")
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
 
 
 def state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -161,7 +129,9 @@ def test_sharded_weights(folder: Path, native_folders: dict[str, Path], suffix: 
 @pytest.mark.parametrize("name", [HEAD, ENCODER_EMBEDDING, "model.language_model.decoder.embed_tokens.weight"])
 def test_embedding_under_any_of_its_names(folder: Path, native_folders: dict[str, Path], name: str) -> None:
     edit_weights(folder, lambda weights: weights.update({name: weights.pop(SHARED)}))
-    assert_same_weights(load_checkpoint(folder), load_checkpoint(native_folders["tiny"]))
+    loaded = load_checkpoint(folder)
+    assert_same_weights(loaded, load_checkpoint(native_folders["tiny"]))
+    assert loaded.reference is loaded.model  # transformers would not find it
 
 
 def test_no_embedding_at_all(folder: Path) -> None:
@@ -177,6 +147,11 @@ def test_separate_output_layer(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=False))
     loaded = load_checkpoint(folder)
     assert torch.equal(loaded.model.lm_head.weight, loaded.model.model.language_model.shared.weight + 1)
+    with pytest.raises(CheckpointError, match=r"transformers ties them and ignores the head.*text_config too"):
+        _ = loaded.reference
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=False))
+    loaded = load_checkpoint(folder)
+    assert torch.equal(loaded.reference.lm_head.weight, loaded.model.model.language_model.shared.weight + 1)
 
 
 def test_two_input_embeddings(folder: Path) -> None:
@@ -321,25 +296,21 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- generation and preprocessing
 
 
-def test_native_generation_fills_gaps_from_text_config(folder: Path) -> None:
+def test_a_native_generation_config_counts_alone(folder: Path) -> None:
+    """As for transformers, which completes it from nowhere; what generate cannot start without is taken from config.json."""
     (folder / "generation_config.json").write_text(json.dumps({"num_beams": 5, "early_stopping": False}))
     edit_json(folder / "config.json", lambda config: config["text_config"].update(num_beams=2, no_repeat_ngram_size=4))
-    generation = load_checkpoint(folder).generation
+    loaded = load_checkpoint(folder)
+    generation = loaded.generation
     assert generation["num_beams"] == 5
     assert generation["early_stopping"] is False
-    assert generation["no_repeat_ngram_size"] == 4
+    assert generation["no_repeat_ngram_size"] == 0 == loaded.reference.generation_config.no_repeat_ngram_size
     assert generation["forced_eos_token_id"] is None
+    assert [generation[name] for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id")] == [2, 0, 2]
+    assert "lacks decoder_start_token_id, eos_token_id" in loaded.notes[0]
     (folder / "generation_config.json").unlink()
     generation = load_checkpoint(folder).generation
-    assert (generation["num_beams"], generation["forced_eos_token_id"]) == (2, 2)
-
-
-def test_generation_keeps_what_departs_from_the_defaults(microsoft: Path) -> None:
-    extras = {"repetition_penalty": 1.2, "max_length": 20, "do_sample": False}
-    edit_json(microsoft / "config.json", lambda config: config["text_config"].update(extras))
-    generation = load_checkpoint(microsoft).generation
-    assert generation["repetition_penalty"] == 1.2
-    assert not generation.keys() & {"max_length", "do_sample"}
+    assert (generation["num_beams"], generation["no_repeat_ngram_size"], generation["forced_eos_token_id"]) == (2, 4, 2)
 
 
 def test_preprocessing_from_processor_config(folder: Path) -> None:
