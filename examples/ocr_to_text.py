@@ -40,6 +40,8 @@ def main() -> int:
     parser.add_argument("--model", default="demo", help="bundle directory, hub repository or demo (%(default)s)")
     parser.add_argument("--json", action="store_true", help="write a JSON file with positions beside each text file")
     arguments = parser.parse_args()
+    if len({path.stem for path in arguments.images}) < len(arguments.images):
+        parser.error("two images have the same name, and so would their text files")
 
     model = Florence2.from_pretrained(arguments.model)
     arguments.output.mkdir(parents=True, exist_ok=True)
