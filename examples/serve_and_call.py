@@ -40,8 +40,9 @@ def serve(model: str) -> Iterator[str]:
     with socket.socket() as probe:  # freed before the server takes it: another process could be faster
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "florence_onnx", "serve", "--model", model, "--port", str(port), "--grace", "0"]
-    process = subprocess.Popen([*command, "--log-format", "text"], stdout=sys.stderr)
+    command = [sys.executable, "-m", "florence_onnx", "serve", "--model", model, "--port", str(port)]
+    # annotated images would be URLs of this server, which has stopped by the time they are printed
+    process = subprocess.Popen([*command, "--images", "none", "--log-format", "text"], stdout=sys.stderr)
     try:
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + READY_WITHIN_S

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from florence_onnx import Florence2, tasks
+from florence_onnx import EncodedImage, Florence2, tasks
 from florence_onnx.tasks import Task
 
 TASKS = ("caption", "object-detection", "ocr-with-region")
@@ -35,14 +35,23 @@ class Agreement:
     """Share of positions where both models have the same most likely token."""
 
 
-def compare(reference: Florence2, candidate: Florence2, task: Task[object], images: list[Path]) -> Agreement:
-    """Runs a task with both models on all images; at least one image."""
+def compare(
+    reference: Florence2, candidate: Florence2, task: Task[object], images: list[tuple[EncodedImage, EncodedImage]]
+) -> Agreement:
+    """Runs a task with both models on all images.
+
+    Args:
+        reference: The model whose answers are taken to be right.
+        candidate: The model to check.
+        task: A task that needs neither text nor region.
+        images: At least one image, each as encoded by the reference and by the candidate.
+    """
     num_equal, differences, same_top = 0, [], []
-    for path in images:
-        expected = reference.run(task, path)
-        num_equal += candidate.run(task, path).token_ids == expected.token_ids
-        logits = reference.score_tokens(task, path, expected.token_ids)  # (L - 1, V)
-        others = candidate.score_tokens(task, path, expected.token_ids)
+    for for_reference, for_candidate in images:
+        expected = reference.run(task, for_reference)
+        num_equal += candidate.run(task, for_candidate).token_ids == expected.token_ids
+        logits = reference.score_tokens(task, for_reference, expected.token_ids)  # (L - 1, V)
+        others = candidate.score_tokens(task, for_candidate, expected.token_ids)
         differences.append(float(np.abs(logits - others).max()))
         same_top.append(logits.argmax(axis=1) == others.argmax(axis=1))
     return Agreement(len(images), num_equal, max(differences), float(np.concatenate(same_top).mean()))
@@ -56,12 +65,13 @@ def main() -> int:
     parser.add_argument("--images", type=Path, required=True, help="folder with png and jpg images")
     parser.add_argument("--min-equal", type=float, default=0.0, help="lowest share of equal answers (%(default)s)")
     arguments = parser.parse_args()
-    images = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in {".jpeg", ".jpg", ".png"})
-    if not images:
+    paths = sorted(path for path in arguments.images.iterdir() if path.suffix.lower() in {".jpeg", ".jpg", ".png"})
+    if not paths:
         parser.error(f"{arguments.images} has no images")
 
     reference = Florence2.from_pretrained(arguments.reference)
     candidate = Florence2.from_pretrained(arguments.model)
+    images = [(reference.encode(path), candidate.encode(path)) for path in paths]
     is_below = False
     print(f"{'task':20} {'equal':>9} {'logits max abs':>15} {'top-1':>7}")
     for slug in TASKS:
