@@ -22,7 +22,9 @@ from florence_onnx.errors import (
     CorruptGraphError,
     OptionsError,
 )
-from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
+from florence_onnx.generation import option_values as values
+from florence_onnx.generation.option_names import check_refused, parse_options
+from florence_onnx.generation.options import OPTION_NAMES, GenerationDefaults, GenerationOptions, merge
 
 FORMAT_VERSION = 3
 """3: every token has a slot of the decoder's cache to itself, and accelerators have a decoder that looks for the best tokens."""
@@ -248,8 +250,8 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
     _check_version(path, described.get("format_version"))
     try:
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
-        values: dict[str, Any] = described["model"]
-        model = ModelSizes(**{name: _as_tuple(value) for name, value in values.items()})
+        stated: dict[str, Any] = described["model"]
+        model = ModelSizes(**{name: _as_tuple(value) for name, value in stated.items()})
         found = str(described["precision"])
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
@@ -321,11 +323,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-_OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
+CONFIGURED = "configured"
+"""Key of generation_config.json whose object overrides the checkpoint's own settings; written by `florence-onnx configure`."""
 
 
 def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
     """The decoding defaults that a `generation_config.json` states.
+
+    Every setting that transformers' `generate` obeys is obeyed or refused. Names that `generate` does not know are ignored, as
+    there.
 
     Args:
         config: Its content.
@@ -333,29 +339,42 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
         path: The bundle's directory, for messages.
 
     Raises:
-        BundleFormatError: They make no sense.
+        BundleFormatError: They make no sense, or one of them is not implemented.
     """
     # max_new_tokens is not inherited: the checkpoints that carry one mean a sample, not a limit
-    options = {
-        name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
-    }
-    options = {name: _single(value) for name, value in options.items()}
-    start = _single(config.get("decoder_start_token_id", 2))
-    eos = _single(config.get("eos_token_id", 2))
-    if not isinstance(start, int) or not isinstance(eos, int):
-        raise BundleFormatError(
-            f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids"
-        )
-    defaults = GenerationDefaults(start, eos, sizes.max_positions, sizes.vocab_size, GenerationOptions(**options))
+    skipped = ("max_new_tokens", "eos_token_id")
+    options = {name: config[name] for name in OPTION_NAMES if config.get(name) is not None and name not in skipped}
     try:
+        check_refused(config)
+        own = GenerationOptions(**{**options, **{name: _single(options[name]) for name in _FORCED & options.keys()}})
+        configured = parse_options(_configured(config))
+        defaults = GenerationDefaults(
+            values.whole(
+                "decoder_start_token_id", _single(config.get("decoder_start_token_id", 2)), 0, sizes.vocab_size - 1
+            ),
+            values.one_or_several_tokens("eos_token_id", config.get("eos_token_id", 2), sizes.vocab_size),
+            sizes.max_positions,
+            sizes.vocab_size,
+            merge(own, configured),
+        )
         defaults.resolve(None)
     except OptionsError as error:
         raise BundleFormatError(f"{path / GENERATION_CONFIG}: {error}") from error
     return defaults
 
 
+_FORCED = {"forced_bos_token_id", "forced_eos_token_id"}
+
+
+def _configured(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get(CONFIGURED, {})
+    if not isinstance(found, Mapping):
+        raise OptionsError(f"{CONFIGURED} must be an object, got {found!r}")
+    return found
+
+
 def _single(value: Any) -> Any:
-    """transformers allows a list of token ids; Florence-2 has one."""
+    """transformers allows a list of one token id wherever it takes an id."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
@@ -413,7 +432,8 @@ def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) 
     is_microsoft = "dim_embed" in config.get("vision_config", {})
     merged = {**own, **text} if is_microsoft else {**text, **own}
     is_stated = "forced_eos_token_id" in generation
-    return merged if is_stated else {"forced_eos_token_id": merged.get("eos_token_id", 2), **merged}
+    end = merged.get("eos_token_id", 2)
+    return merged if is_stated else {"forced_eos_token_id": end[0] if isinstance(end, list) and end else end, **merged}
 
 
 def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:
