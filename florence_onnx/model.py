@@ -312,6 +312,17 @@ class Florence2:
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
         ]
 
+    def check_options(self, options: GenerationOptions | None) -> None:
+        """Checks generation options without running anything.
+
+        Args:
+            options: As for `run`.
+
+        Raises:
+            OptionsError: They are not possible with this model on its device.
+        """
+        self._answering.check(self._bundle.generation.resolve(options))
+
     def score_tokens(
         self,
         task: Task[Any] | str,

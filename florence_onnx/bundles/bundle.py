@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,9 @@ WEIGHTS = "weights.data"
 """The large tensors of all graphs, each stored once."""
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+CONFIGURED = "generation_options.json"
+"""Generation options of the bundle's owner, over the checkpoint's; absent where there are none. A file of its own, whose hash is
+recorded nowhere: it is changed in place (`florence_onnx.bundles.configuration`), and no engine is built anew for it."""
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
 
@@ -130,6 +133,7 @@ class Bundle:
     precision: str
     sizes: ModelSizes
     generation: GenerationDefaults
+    """Of the checkpoint's generation_config.json, with the options that `florence-onnx configure` has written over them."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What it was exported from."""
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +142,8 @@ class Bundle:
     """Of the vision encoder, where it is not `precision`."""
     memory: Mapping[str, Any] = field(default_factory=dict)
     """What its graphs need on a device; see `florence_onnx.bundles.memory`. Empty where that is not known."""
+    checkpoint_generation: GenerationDefaults | None = None
+    """Of the checkpoint's generation_config.json alone."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -261,16 +267,18 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         raise BundleFormatError(
             f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
         )
+    own = generation_defaults(read_json(path / GENERATION_CONFIG), model, path)
     return Bundle(
         path,
         "florence_onnx",
         found,
         model,
-        generation_defaults(read_json(path / GENERATION_CONFIG), model, path),
+        configured(own, path),
         described.get("source", {}),
         described.get("verification", {}),
         described.get("vision_precision"),
         described.get("memory") or {},
+        own,
     )
 
 
@@ -323,10 +331,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-CONFIGURED = "configured"
-"""Key of generation_config.json whose object overrides the checkpoint's own settings; written by `florence-onnx configure`."""
-
-
 def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
     """The decoding defaults that a `generation_config.json` states.
 
@@ -347,7 +351,6 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
     try:
         check_refused(config)
         own = GenerationOptions(**{**options, **{name: _single(options[name]) for name in _FORCED & options.keys()}})
-        configured = parse_options(_configured(config))
         defaults = GenerationDefaults(
             values.whole(
                 "decoder_start_token_id", _single(config.get("decoder_start_token_id", 2)), 0, sizes.vocab_size - 1
@@ -355,7 +358,7 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
             values.one_or_several_tokens("eos_token_id", config.get("eos_token_id", 2), sizes.vocab_size),
             sizes.max_positions,
             sizes.vocab_size,
-            merge(own, configured),
+            own,
         )
         defaults.resolve(None)
     except OptionsError as error:
@@ -363,14 +366,32 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
     return defaults
 
 
-_FORCED = {"forced_bos_token_id", "forced_eos_token_id"}
+def configured(defaults: GenerationDefaults, path: Path) -> GenerationDefaults:
+    """The checkpoint's defaults with those of `CONFIGURED` over them.
+
+    Args:
+        defaults: Of generation_config.json.
+        path: The bundle's directory.
+
+    Raises:
+        BundleFormatError: The file is damaged, or its options are not possible.
+    """
+    if not (path / CONFIGURED).is_file():
+        return defaults
+    return configured_with(defaults, read_json(path / CONFIGURED), path)
 
 
-def _configured(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get(CONFIGURED, {})
-    if not isinstance(found, Mapping):
-        raise OptionsError(f"{CONFIGURED} must be an object, got {found!r}")
+def configured_with(defaults: GenerationDefaults, options: Mapping[str, Any], path: Path) -> GenerationDefaults:
+    """The same for options that may not be in the file yet: by name, as JSON has them."""
+    try:
+        found = replace(defaults, options=merge(defaults.options, parse_options(options)))
+        found.resolve(None)
+    except OptionsError as error:
+        raise BundleFormatError(f"{path / CONFIGURED}: {error}") from error
     return found
+
+
+_FORCED = {"forced_bos_token_id", "forced_eos_token_id"}
 
 
 def _single(value: Any) -> Any:
@@ -406,14 +427,16 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
             f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
         ) from error
     measured = read_json(path / JS_VERIFICATION) if (path / JS_VERIFICATION).is_file() else {}
+    own = generation_defaults(_merge_generation(config, generation), model, path)
     bundle = Bundle(
         path,
         "transformers.js",
         precision,
         model,
-        generation_defaults(_merge_generation(config, generation), model, path),
+        configured(own, path),
         measured.get("source", {}),
         measured.get("verification", {}),
+        checkpoint_generation=own,
     )
     for graph in bundle.graphs.values():
         if not graph.is_file():

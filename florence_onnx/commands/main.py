@@ -12,6 +12,7 @@ import typer
 
 from florence_onnx import __version__
 from florence_onnx.commands.build_engines import build_engines
+from florence_onnx.commands.configure import configure
 from florence_onnx.commands.demo import demo
 from florence_onnx.commands.info import info
 from florence_onnx.commands.run import run
@@ -39,6 +40,7 @@ app.command()(demo)
 app.command()(run)
 app.command(name="tasks")(list_tasks)
 app.command()(info)
+app.command()(configure)
 app.command(name="build-engines")(build_engines)
 
 

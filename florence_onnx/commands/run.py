@@ -20,12 +20,16 @@ from florence_onnx.commands.annotated_images import Gallery, open_gallery
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
     DeviceOption,
+    GenerationOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
+    parse_assignments,
     parse_region,
 )
 from florence_onnx.errors import ImageError
+from florence_onnx.generation.option_names import parse_options
+from florence_onnx.generation.options import merge
 from florence_onnx.images import url
 
 
@@ -44,12 +48,14 @@ def run(
     device: DeviceOption = "auto",
     beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy. Default: as the model says.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
+    option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and image.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Folder for the annotated images.", metavar="DIR")] = None,
 ) -> None:
     """Ask one task about many images; one that cannot be read does not stop the rest."""
     with exit_on_error():
-        question = _Question(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
+        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
+        question = _Question(tasks.get(task), text, parse_region(region), options)
         question.task.format_prompt(text_input=question.text, region=question.region)
         gallery = open_gallery(draw, question.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -110,8 +116,11 @@ class _JsonReport:
     """One JSON object a line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …}`."""
-        self._write({"image": image, "results": prediction.to_dict()["results"]})
+        """Writes `{"image": …, "results": …}`, and the results of `alternatives` where there are any."""
+        line = {"image": image, "results": prediction.to_dict()["results"]}
+        if prediction.alternatives:
+            line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
+        self._write(line)
 
     def failure(self, image: str, error: ImageError) -> None:
         """Writes `{"image": …, "error": …}`, and the error to standard error too."""
@@ -131,6 +140,10 @@ class _TextReport:
         typer.echo(f"{url.shorten(image)}:")
         for line in _describe(prediction.results):
             typer.echo(f"  {line}")
+        for number, other in enumerate(prediction.alternatives, start=2):
+            typer.echo(f"  answer {number}:")
+            for line in _describe(other.results):
+                typer.echo(f"    {line}")
         if prediction.truncated:
             typer.echo("  (cut off by the token limit: raise --max-new-tokens)", err=True)
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any, get_args
 import typer
 
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.arguments import exit_on_error
+from florence_onnx.commands.arguments import GenerationOption, exit_on_error, parse_assignments
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
+from florence_onnx.generation.option_names import parse_options
 from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
@@ -54,6 +55,10 @@ def serve(
         list[str] | None,
         typer.Option(help="HOST[:PORT] that images may come from though it is not public; repeatable."),
     ] = None,
+    option: GenerationOption = None,
+    allow_options: Annotated[
+        bool, typer.Option("--allow-options", help="Requests may state generation options, as more fields.")
+    ] = False,
     certificate: Annotated[str | None, typer.Option(help="PEM file, for https.")] = None,
     private_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
     grace: Annotated[float, typer.Option(help="Seconds after SIGTERM in which results can still be fetched.")] = 30.0,
@@ -76,6 +81,8 @@ def serve(
                 max_batch=max_batch,
                 max_waiting=max_waiting,
                 feature_cache_bytes=cache_mb * 2**20,
+                options=parse_options(parse_assignments(option or ())),
+                allow_options=allow_options,
             ),
             grace_seconds=grace,
             certificate=certificate,

@@ -6,15 +6,17 @@ not know are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import NUM_BINS, Region
-from florence_onnx.errors import RegionError, TextInputError
+from florence_onnx.errors import OptionsError, RegionError, TextInputError
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import field_error
+from florence_onnx.generation.option_names import is_option, parse_options
+from florence_onnx.generation.options import GenerationOptions, merge
 from florence_onnx.tasks import Task
 
 APP = "fal-ai/florence-2-large"
@@ -22,6 +24,8 @@ APP = "fal-ai/florence-2-large"
 MAX_BIN = NUM_BINS - 1
 """Largest coordinate of a region."""
 MISSING = "missing"
+DEFAULT_OPTIONS = GenerationOptions()
+"""The bundle's."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Question:
     image_url: str
     text_input: str | None = None
     region: Region | None = None
+    options: GenerationOptions = DEFAULT_OPTIONS
 
 
 def find_task(application: str) -> Task[Any]:
@@ -49,12 +54,20 @@ def find_task(application: str) -> Task[Any]:
     return tasks.TASKS[slug]
 
 
-def read_arguments(task: Task[Any], arguments: object) -> Question:
+def read_arguments(
+    task: Task[Any],
+    arguments: object,
+    options: GenerationOptions = DEFAULT_OPTIONS,
+    check_options: Callable[[GenerationOptions], None] | None = None,
+) -> Question:
     """Checks the arguments of a request.
 
     Args:
         task: Of the endpoint.
         arguments: What was sent, JSON already decoded.
+        options: Generation options of all requests.
+        check_options: Raises OptionsError where options are not possible; None where requests may not state any, and fields
+            that look like some are ignored.
 
     Raises:
         RequestError: 422, with an entry for each field that is missing or wrong.
@@ -67,9 +80,31 @@ def read_arguments(task: Task[Any], arguments: object) -> Question:
     region = _read_region(arguments, errors) if task.needs == "region" else None
     if not errors:
         errors += _check_content(task, text_input, region)
+    if check_options is not None:
+        options = _read_options(arguments, options, check_options, errors)
     if errors:
         raise problems.invalid(errors)
-    return Question(task, image_url, text_input, region)
+    return Question(task, image_url, text_input, region, options)
+
+
+def _read_options(
+    arguments: Mapping[str, Any],
+    options: GenerationOptions,
+    check: Callable[[GenerationOptions], None],
+    errors: list[dict[str, Any]],
+) -> GenerationOptions:
+    """The options that a request states over those of all requests; other fields are ignored, as everywhere."""
+    given = {name: value for name, value in arguments.items() if is_option(name)}
+    if not given:
+        return options
+    try:
+        found = merge(options, parse_options(given))
+        check(found)
+    except OptionsError as error:
+        named = next((name for name in given if name in str(error)), next(iter(given)))
+        errors.append(field_error([named], str(error), "value_error"))
+        return options
+    return found
 
 
 def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> str:

@@ -23,8 +23,10 @@ from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Figures, Job, Priority
 from florence_onnx.fal.problems import RequestError, field_error
+from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.tasks import Task
 
 _log = logging.getLogger("florence_onnx")
 
@@ -66,6 +68,11 @@ class ServiceSettings:
     """Decoded images that wait for the model: they are what takes memory."""
     feature_cache_bytes: int = 256 * 2**20
     """For images that were encoded lately, with their features; 0 keeps none."""
+    options: GenerationOptions = contract.DEFAULT_OPTIONS
+    """Generation options of all requests, over the bundle's."""
+    allow_options: bool = False
+    """Whether requests may state generation options, as more fields; they go over `options`. Otherwise such fields are ignored, as
+    all that an endpoint does not know."""
 
 
 class Service:
@@ -89,6 +96,7 @@ class Service:
         """
         self.model = model
         self.settings = settings or ServiceSettings()
+        model.check_options(self.settings.options)
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_own)
@@ -136,7 +144,7 @@ class Service:
         task = contract.find_task(application)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
-            job = Job(contract.read_arguments(task, arguments), priority, deadline)
+            job = Job(self._read(task, arguments), priority, deadline)
         except RequestError as problem:
             job = Job(contract.Question(task, ""), priority, deadline)
             self._fail(job, problem)
@@ -149,6 +157,11 @@ class Service:
             self._waiting.append(job)
             self._condition.notify_all()
         return job
+
+    def _read(self, task: Task[Any], arguments: object) -> contract.Question:
+        if not self.settings.allow_options:
+            return contract.read_arguments(task, arguments, self.settings.options)
+        return contract.read_arguments(task, arguments, self.settings.options, self.model.check_options)
 
     def cancel(self, job: Job) -> bool:
         """Takes a request back; False if it has ended already. What the model is at is finished and thrown away."""
@@ -273,7 +286,10 @@ class Service:
         with self._condition:
             while True:
                 self._drop_ended()
-                chosen = sorted(self._ready, key=_rank)[: self.settings.max_batch]
+                ranked = sorted(self._ready, key=_rank)
+                # a batch is one search, so all of it has the options of its first
+                alike = [job for job in ranked if job.question.options == ranked[0].question.options]
+                chosen = alike[: self.settings.max_batch]
                 batch = [job for job in chosen if job.start()]
                 self._ready = [job for job in self._ready if job not in chosen]
                 self._running.update(batch)
@@ -330,6 +346,7 @@ class Service:
                 [encoded[job] for job in jobs],
                 text_inputs=[job.question.text_input for job in jobs],
                 regions=[job.question.region for job in jobs],
+                options=jobs[0].question.options,
             )
         except InputError as error:  # such as a text too long for the model, known only once it is in tokens
             if len(jobs) > 1:
@@ -388,14 +405,17 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
     """What an answer holds beyond fal's JSON.
 
     Returns:
-        `quads` (four points per text box), `polygons` (of an open-vocabulary answer), `text` (what the model said) and `truncated`.
+        `quads` (four points per text box), `polygons` (of an open-vocabulary answer), `text` (what the model said) and `truncated`;
+        `alternatives` (the results of further answers) where `num_return_sequences` asks for some.
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
     polygons = results.polygons if isinstance(results, BoundingBoxes) else ()
+    others = [other.to_dict()["results"] for other in prediction.alternatives]
     return {
         "quads": [to_dict(quad) for quad in quads],
         "polygons": to_dict(polygons),
         "text": prediction.text,
         "truncated": prediction.truncated,
+        **({"alternatives": others} if others else {}),
     }

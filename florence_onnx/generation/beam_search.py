@@ -71,7 +71,7 @@ class _BeamState:
         if log_probs is not None:
             self._process(log_probs, first_row, num_rows)
             return log_probs.top_k(first_row, self.scores, self.num_candidates, is_shared=num_rows < k)
-        rows = [self._dense_row(scores, first_row + beam, self.rows[beam]) for beam in range(num_rows)]
+        rows = [self._dense_row(scores, first_row + beam, beam) for beam in range(num_rows)]
         vocab = len(rows[0])
         totals = (np.stack(rows) + self.scores[:, None]).ravel()  # a single row is added to the score of each beam
         if self._random is not None:
@@ -84,9 +84,9 @@ class _BeamState:
         keys = np.flatnonzero(order >= threshold)
         return sort_top_k(totals[keys], keys, count, vocab)
 
-    def _dense_row(self, scores: StepScores, row: int, tokens: list[int]) -> Floats:
+    def _dense_row(self, scores: StepScores, row: int, beam: int) -> Floats:
         assert self._dense is not None, "rows are read for dense processors only"
-        return self._dense(tokens, log_softmax(scores.logits(row, scores.num_tokens - 1)))
+        return self._dense(self.rows[beam], log_softmax(scores.logits(row, scores.num_tokens - 1)), beam=beam)
 
     def _process(self, log_probs: LogProbs, first_row: int, num_rows: int) -> None:
         """Applies the logits processors to the first `num_rows` beams, whose scores start at row `first_row`."""
@@ -156,6 +156,8 @@ class _BeamState:
         """The best finished hypothesis, and as many others as are asked for."""
         wanted = [each for each in self.best[: self._config.num_return_sequences] if each.is_finished]
         found = [GeneratedSequence(each.token_ids, each.is_truncated) for each in wanted]
+        if not found:  # settings that contradict each other left nothing possible
+            return GeneratedSequence(tuple(self.rows[0]), True)
         return replace(found[0], alternatives=tuple(found[1:]))
 
     @property

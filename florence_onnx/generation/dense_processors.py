@@ -36,12 +36,14 @@ class DenseProcessors:
         self._bans = bans
         self._processors: list[Processor] = []
         add = self._processors.append
+        self._of_first_beam: Processor | None = None
         if config.sequence_bias:
             add(sequence_bias(config.sequence_bias))
         if config.encoder_repetition_penalty != 1:
             ids = np.unique(np.array(encoder_ids, dtype=np.int64))
             penalty = 1 / config.encoder_repetition_penalty
-            add(lambda tokens, scores: penalize(scores, ids[ids < len(scores)], penalty))
+            self._of_first_beam = lambda tokens, scores: penalize(scores, ids[ids < len(scores)], penalty)
+            add(self._of_first_beam)
         if config.repetition_penalty != 1:
             add(lambda tokens, scores: penalize(scores, np.array(sorted(set(tokens))), config.repetition_penalty))
         add(self._ban_and_force)
@@ -58,15 +60,18 @@ class DenseProcessors:
         if config.renormalize_logits:
             add(lambda tokens, scores: log_softmax(scores))
 
-    def __call__(self, tokens: Sequence[int], scores: Floats) -> Floats:
+    def __call__(self, tokens: Sequence[int], scores: Floats, *, beam: int = 0) -> Floats:
         """The scores of what may follow a row.
 
         Args:
             tokens: The row.
             scores: `(V,)`, overwritten: logits, or log-probabilities in beam search.
+            beam: Index of the row among the beams of its prompt. transformers 4.57 applies `encoder_repetition_penalty` to the
+                first beam only (it does not repeat the prompt for the others), and so do we.
         """
         for process in self._processors:
-            scores = process(tokens, scores)
+            if beam == 0 or process is not self._of_first_beam:
+                scores = process(tokens, scores)
         return scores
 
     def is_forced(self, length: int) -> bool:

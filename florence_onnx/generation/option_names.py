@@ -29,15 +29,14 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "low_memory": (bool, "transformers 4.57 refuses it too"),
 }
 """When a setting changes answers in a way that is not implemented, and why or what to do instead."""
-_IGNORED = frozenset(
-    """
-    use_cache cache_implementation cache_config return_legacy_cache prefill_chunk_size compile_config disable_compile
-    output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
-    pad_token_id bos_token_id max_length transformers_version _from_model_config _commit_hash
-    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size
-    assistant_early_exit assistant_lookbehind target_lookbehind
-    """.split()
-)
+_IGNORED = {
+    *("use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "prefill_chunk_size"),
+    *("compile_config", "disable_compile", "transformers_version", "_from_model_config", "_commit_hash"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "max_length"),
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
+}
 """`max_length` is among them because `max_new_tokens`, which always has a value here, overrules it."""
 
 
@@ -54,6 +53,11 @@ def check_refused(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and is_active(value):
             raise OptionsError(f"{name}={value!r} is not possible: {reason}")
+
+
+def is_option(name: str) -> bool:
+    """Whether a name is that of an option, or of a setting that is refused."""
+    return name in OPTION_NAMES or name in _REFUSED
 
 
 def parse_options(values: Mapping[str, Any]) -> GenerationOptions:

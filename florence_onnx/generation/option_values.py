@@ -81,16 +81,16 @@ def biases(name: str, value: Any, vocab: int) -> tuple[Bias, ...]:
     if not _is_list(pairs) or not all(_is_list(pair) and len(pair) == 2 for pair in pairs):
         raise OptionsError(f"{name} must be pairs of token ids and a number, such as [[[5, 7], -2.0]], got {value!r}")
     keys = sequences(name, [pair[0] for pair in pairs], vocab)
-    return tuple(
-        {key: number(name, pair[1], -1e4, 1e4) for key, pair in zip(keys, pairs, strict=True)}.items()
-    )
+    return tuple({key: number(name, pair[1], -1e4, 1e4) for key, pair in zip(keys, pairs, strict=True)}.items())
 
 
 def decay(name: str, value: Any, vocab: int) -> tuple[int, float]:
     """A number of tokens and a factor."""
     if not _is_list(value) or len(value) != 2:
         raise OptionsError(f"{name} must be a number of tokens and a factor, such as [20, 1.05], got {value!r}")
-    return whole(f"the start of {name}", value[0], 0, 2**31), number(f"the factor of {name}", value[1], 0, 10, is_open=True)
+    return whole(f"the start of {name}", value[0], 0, 2**31), number(
+        f"the factor of {name}", value[1], 0, 10, is_open=True
+    )
 
 
 def seed(name: str, value: object, greatest: int) -> int | None:

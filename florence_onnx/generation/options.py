@@ -67,7 +67,8 @@ class GenerationOptions:
     """Tokens that the answer has so far (the start token too) get their score divided by this where it is positive, and
     multiplied where it is negative; 1 changes nothing."""
     encoder_repetition_penalty: float | None = None
-    """The reverse of it for the tokens of the prompt: above 1 makes them likelier."""
+    """The reverse of it for the tokens of the prompt: above 1 makes them likelier. In beam search it changes the first beam only,
+    as in transformers 4.57."""
     encoder_no_repeat_ngram_size: int | None = None
     """Length of the n-grams of the prompt that the answer must not repeat; 0 allows all."""
     bad_words_ids: Sequence[Sequence[int]] | None = None
