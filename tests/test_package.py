@@ -81,9 +81,9 @@ ROOMS = {
     },
     "image": {"images"},
     "postprocess": {"answers", "tasks"},
-    "fal": {"answers", "errors", "images", "model", "prediction", "tasks", "PIL"},
+    "fal": {"answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
-        *("_version", "answers", "errors", "fal", "images", "model", "prediction", "tasks"),
+        *("_version", "answers", "errors", "fal", "generation", "images", "model", "prediction", "tasks"),
         *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
@@ -208,6 +208,7 @@ LAZY = {
         "__main__",
         "answers.draw",
         "answers.matching",
+        "bundles.configuration",
         "image",
         "images.addresses",
         "images.connection",

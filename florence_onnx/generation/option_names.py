@@ -6,7 +6,6 @@ only says how it computes, is accepted and ignored.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +76,8 @@ def parse_options(values: Mapping[str, Any]) -> GenerationOptions:
 
 
 def _unknown(name: str) -> str:
+    import difflib  # takes time to import, and only mistakes need it
+
     near = difflib.get_close_matches(name, OPTION_NAMES, n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(OPTION_NAMES)}"
     return f"there is no option {name!r}{meant}"

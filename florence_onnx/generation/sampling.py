@@ -7,7 +7,7 @@ the rounding of the scores.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +26,7 @@ def new_generator(seed: int | None, index: int) -> np.random.Generator:
         seed: None draws one.
         index: Of the answer among those of its prompt.
     """
-    chosen = secrets.randbits(63) if seed is None else seed
+    chosen = int.from_bytes(os.urandom(8), "little") if seed is None else seed
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([chosen, index])))
 
 

@@ -348,9 +348,21 @@ def test_the_same_seed_gives_the_same_answer_in_any_batch(options: dict[str, Any
         assert batch[0].alternatives[0] != batch[0].alternatives[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 3}])
-def test_the_same_seed_gives_the_same_answer_on_the_host_and_in_continuous_batches(options: dict[str, Any]) -> None:
-    given = GenerationOptions(do_sample=True, seed=3, temperature=3.0, max_new_tokens=12, **options)
+SEEDED = {"do_sample": True, "seed": 3, "temperature": 3.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SEEDED,
+        {**SEEDED, "num_beams": 3},
+        {**SEEDED, "num_return_sequences": 3},
+        {"num_beams": 1, "repetition_penalty": 1.8, "bad_words_ids": [[1000], [5, 6]], "eos_token_id": [2, 30]},
+        {"num_beams": 3, "sequence_bias": [[[100], 3.0]], "encoder_no_repeat_ngram_size": 2, "num_return_sequences": 2},
+    ],
+)
+def test_answers_are_the_same_on_the_host_and_in_continuous_batches(options: dict[str, Any]) -> None:
+    given = GenerationOptions(max_new_tokens=12, **options)
     images = sorted((DEMO_DIRECTORY.parent / "samples").glob("*.png"))[:3]
     threads = {"intra_op_num_threads": 1}
     plain = Florence2.from_pretrained("demo", device="cpu", session_options=threads)

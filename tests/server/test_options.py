@@ -85,7 +85,9 @@ def test_requests_with_different_options_do_not_share_a_batch(client: Any, model
 
     lengths = [3, 9, 3, 5, 9, 5, 3, 9]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: client.post(URL, json={**ASKED, "max_new_tokens": n}).json()["results"], lengths))
+        found = list(
+            pool.map(lambda n: client.post(URL, json={**ASKED, "max_new_tokens": n}).json()["results"], lengths)
+        )
     expected = {n: caption(model, max_new_tokens=n, num_beams=1) for n in set(lengths)}
     assert found == [expected[n] for n in lengths]
 
