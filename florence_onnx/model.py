@@ -295,7 +295,8 @@ class Florence2:
             image: An image that `encode` accepts, or one that it returned.
             text_input: Text, for the tasks that need one.
             region: Region in location bins, for the tasks that need one; see `Region.from_pixels`.
-            options: Generation options, which override the checkpoint's.
+            options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
+                returned, and `Prediction.alternatives` has the others.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong.
@@ -343,8 +344,15 @@ class Florence2:
         # token, and an answer that repeats the text has no space there.
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
 
+        encoder_ids = self._encoder_ids(input_ids, attention_mask)
+
         def make_search(indices: Sequence[int]) -> Search:
-            return new_search(len(indices), config, [lookup_ids[index] for index in indices])
+            return new_search(
+                len(indices),
+                config,
+                [lookup_ids[index] for index in indices],
+                [encoder_ids[index] for index in indices],
+            )
 
         encoded, sequences = self._answering.answer(
             [request.image for request in requests], input_ids, attention_mask, make_search
@@ -353,6 +361,17 @@ class Florence2:
             self._make_prediction(request.task, each, sequence)
             for request, each, sequence in zip(requests, encoded, sequences, strict=True)
         ]
+
+    def check_options(self, options: GenerationOptions | None) -> None:
+        """Checks generation options without running anything.
+
+        Args:
+            options: As for `run`.
+
+        Raises:
+            OptionsError: They are not possible with this model on its device.
+        """
+        self._answering.check(self._bundle.generation.resolve(options))
 
     def score_tokens(
         self,
@@ -396,7 +415,9 @@ class Florence2:
         width, height = self._bundle.sizes.image_size
         blank = PILImage.new("RGB", (width, height))
         for num_beams in (None, 1) if self.max_batch else (None,):
-            self.run(tasks.CAPTION, blank, options=GenerationOptions(num_beams, max_new_tokens=4, min_new_tokens=3))
+            # a checkpoint's number of answers may be more than one beam can give
+            options = GenerationOptions(num_beams, max_new_tokens=4, min_new_tokens=3, num_return_sequences=1)
+            self.run(tasks.CAPTION, blank, options=options)
 
     def info(self) -> dict[str, Any]:
         """The loaded bundle, its sizes and where it runs, ready for JSON."""
@@ -454,10 +475,17 @@ class Florence2:
             )
         return ids, mask
 
+    def _encoder_ids(self, input_ids: Ids, attention_mask: Ids) -> list[list[int]]:
+        """What `generate` takes for the text encoder's tokens: image tokens, then the prompt without padding."""
+        image_token = self._tokenizer.image_token_id
+        image = [] if image_token is None else [image_token] * self._bundle.sizes.num_image_tokens
+        return [image + row[mask == 1].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+
     def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
         results = parse(task, text, encoded.size)
-        return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image)
+        others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
+        return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others)
 
 
 def _make_requests(

@@ -80,6 +80,8 @@ class Prediction(Generic[R]):
     """Whether the token limit cut the answer off; its last item may be missing or incomplete."""
     source_image: PILImage.Image = field(repr=False, compare=False)
     """The image of the request, RGB."""
+    alternatives: tuple[Prediction[R], ...] = ()
+    """The other answers, where `num_return_sequences` asks for more than one: from beam search best first."""
 
     @property
     def picture(self) -> PILImage.Image:

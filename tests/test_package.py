@@ -85,9 +85,9 @@ ROOMS = {
     },
     "image": {"images"},
     "postprocess": {"answers", "tasks"},
-    "fal": {"answers", "errors", "images", "model", "prediction", "tasks", "PIL"},
+    "fal": {"answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
-        *("_version", "answers", "errors", "fal", "images", "model", "prediction", "tasks"),
+        *("_version", "answers", "errors", "fal", "generation", "images", "model", "prediction", "tasks"),
         *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
@@ -227,6 +227,7 @@ LAZY = {
         "answers.reference_dict",
         "answers.supervision_detections",
         "answers.matching",
+        "bundles.configuration",
         "image",
         "images.addresses",
         "images.connection",

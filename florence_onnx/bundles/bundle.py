@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ from florence_onnx.errors import (
     CorruptGraphError,
     OptionsError,
 )
-from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
+from florence_onnx.generation import option_values as values
+from florence_onnx.generation.option_names import check_refused, parse_options
+from florence_onnx.generation.options import OPTION_NAMES, GenerationDefaults, GenerationOptions, merge
 
 FORMAT_VERSION = 3
 """Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
@@ -41,6 +43,9 @@ WEIGHTS = "weights.data"
 """The large tensors of all graphs; those that graphs share are stored once."""
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+CONFIGURED = "generation_options.json"
+"""Generation options of the bundle's owner, over the checkpoint's; absent where there are none. A file of its own, whose hash is
+recorded nowhere: it is changed in place (`florence_onnx.bundles.configuration`), and no engine is built anew for it."""
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
 
@@ -130,6 +135,7 @@ class Bundle:
     precision: str
     sizes: ModelSizes
     generation: GenerationDefaults
+    """Of the checkpoint's generation_config.json, with the options that `florence-onnx configure` has written over them."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """Name, revision, layout and dtype of the checkpoint that it was exported from."""
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +144,8 @@ class Bundle:
     """Precision of the vision encoder, where it differs from `precision`."""
     memory: Mapping[str, Any] = field(default_factory=dict)
     """Device memory of its graphs, for `florence_onnx.bundles.memory`; empty where it is not known."""
+    checkpoint_generation: GenerationDefaults | None = None
+    """What the checkpoint's own generation_config.json alone says."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -250,8 +258,8 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
     _check_version(path, described.get("format_version"))
     try:
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
-        values: dict[str, Any] = described["model"]
-        model = ModelSizes(**{name: _as_tuple(value) for name, value in values.items()})
+        stated: dict[str, Any] = described["model"]
+        model = ModelSizes(**{name: _as_tuple(value) for name, value in stated.items()})
         found = str(described["precision"])
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
@@ -261,16 +269,18 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         raise BundleFormatError(
             f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
         )
+    own = generation_defaults(read_json(path / GENERATION_CONFIG), model, path)
     return Bundle(
         path,
         "florence_onnx",
         found,
         model,
-        generation_defaults(read_json(path / GENERATION_CONFIG), model, path),
+        configured(own, path),
         described.get("source", {}),
         described.get("verification", {}),
         described.get("vision_precision"),
         described.get("memory") or {},
+        own,
     )
 
 
@@ -323,11 +333,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-_OPTION_NAMES = tuple(GenerationOptions.__dataclass_fields__)
-
-
 def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path) -> GenerationDefaults:
     """Reads generation defaults from a `generation_config.json`.
+
+    Every setting that transformers' `generate` obeys is obeyed or refused. Names that `generate` does not know are ignored, as
+    there.
 
     Args:
         config: Content of the file.
@@ -335,29 +345,59 @@ def generation_defaults(config: Mapping[str, Any], sizes: ModelSizes, path: Path
         path: The bundle's directory, for error messages.
 
     Raises:
-        BundleFormatError: An option is invalid.
+        BundleFormatError: An option is invalid, or is not implemented.
     """
     # max_new_tokens is not inherited: where a checkpoint has one, it belongs to a code sample and would cut answers off
-    options = {
-        name: config[name] for name in _OPTION_NAMES if config.get(name) is not None and name != "max_new_tokens"
-    }
-    options = {name: _single(value) for name, value in options.items()}
-    start = _single(config.get("decoder_start_token_id", 2))
-    eos = _single(config.get("eos_token_id", 2))
-    if not isinstance(start, int) or not isinstance(eos, int):
-        raise BundleFormatError(
-            f"{path / GENERATION_CONFIG}: decoder_start_token_id and eos_token_id must be single ids"
-        )
-    defaults = GenerationDefaults(start, eos, sizes.max_positions, sizes.vocab_size, GenerationOptions(**options))
+    skipped = ("max_new_tokens", "eos_token_id")
+    options = {name: config[name] for name in OPTION_NAMES if config.get(name) is not None and name not in skipped}
     try:
+        check_refused(config)
+        own = GenerationOptions(**{**options, **{name: _single(options[name]) for name in _FORCED & options.keys()}})
+        defaults = GenerationDefaults(
+            values.whole(
+                "decoder_start_token_id", _single(config.get("decoder_start_token_id", 2)), 0, sizes.vocab_size - 1
+            ),
+            values.one_or_several_tokens("eos_token_id", config.get("eos_token_id", 2), sizes.vocab_size),
+            sizes.max_positions,
+            sizes.vocab_size,
+            own,
+        )
         defaults.resolve(None)
     except OptionsError as error:
         raise BundleFormatError(f"{path / GENERATION_CONFIG}: {error}") from error
     return defaults
 
 
+def configured(defaults: GenerationDefaults, path: Path) -> GenerationDefaults:
+    """The checkpoint's defaults with those of `CONFIGURED` over them.
+
+    Args:
+        defaults: Of generation_config.json.
+        path: The bundle's directory.
+
+    Raises:
+        BundleFormatError: The file is damaged, or its options are not possible.
+    """
+    if not (path / CONFIGURED).is_file():
+        return defaults
+    return configured_with(defaults, read_json(path / CONFIGURED), path)
+
+
+def configured_with(defaults: GenerationDefaults, options: Mapping[str, Any], path: Path) -> GenerationDefaults:
+    """The same for options that may not be in the file yet: by name, as JSON has them."""
+    try:
+        found = replace(defaults, options=merge(defaults.options, parse_options(options)))
+        found.resolve(None)
+    except OptionsError as error:
+        raise BundleFormatError(f"{path / CONFIGURED}: {error}") from error
+    return found
+
+
+_FORCED = {"forced_bos_token_id", "forced_eos_token_id"}
+
+
 def _single(value: Any) -> Any:
-    """Unpacks a list with one token id: transformers accepts lists of ids, Florence-2 has a single one."""
+    """Unpacks a list with one token id, which transformers accepts wherever it takes an id."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
@@ -389,14 +429,16 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
             f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
         ) from error
     measured = read_json(path / JS_VERIFICATION) if (path / JS_VERIFICATION).is_file() else {}
+    own = generation_defaults(_merge_generation(config, generation), model, path)
     bundle = Bundle(
         path,
         "transformers.js",
         precision,
         model,
-        generation_defaults(_merge_generation(config, generation), model, path),
+        configured(own, path),
         measured.get("source", {}),
         measured.get("verification", {}),
+        checkpoint_generation=own,
     )
     for graph in bundle.graphs.values():
         if not graph.is_file():
@@ -420,7 +462,8 @@ def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) 
     is_microsoft = "dim_embed" in config.get("vision_config", {})
     merged = {**own, **text} if is_microsoft else {**text, **own}
     is_stated = "forced_eos_token_id" in generation
-    return merged if is_stated else {"forced_eos_token_id": merged.get("eos_token_id", 2), **merged}
+    end = merged.get("eos_token_id", 2)
+    return merged if is_stated else {"forced_eos_token_id": end[0] if isinstance(end, list) and end else end, **merged}
 
 
 def _count_image_tokens(config: Mapping[str, Any], side: int) -> int:

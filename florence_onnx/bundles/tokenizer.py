@@ -38,6 +38,8 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._pad_token_id = pad_token_id
+        self.image_token_id: int | None = self._tokenizer.token_to_id("<image>")
+        """What stands for image tokens in transformers' `input_ids`; None in Microsoft's layout, which has no such token."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Annotated
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from florence_onnx.answers.locations import Region
-from florence_onnx.errors import FlorenceError
+from florence_onnx.errors import FlorenceError, OptionsError
 
 DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
 MODEL_HELP = "Bundle directory, hub repository (owner/name), or demo."
@@ -20,6 +21,14 @@ ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 BundleArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 PrecisionOption = Annotated[str | None, typer.Option(help=PRECISION_HELP)]
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
+GenerationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="Generation option in JSON, such as do_sample=true or suppress_tokens=[5,6]; repeatable.",
+        metavar="NAME=VALUE",
+    ),
+]
 
 
 def parse_region(value: str | None) -> Region | None:
@@ -38,6 +47,31 @@ def parse_region(value: str | None) -> Region | None:
             f"must be four integer bins from 0 to 999, such as 52,332,932,774; got {value!r}", param_hint="--region"
         ) from None
     return Region(x1, y1, x2, y2)
+
+
+def parse_assignments(given: Sequence[str], *, can_be_empty: bool = False) -> dict[str, Any]:
+    """Reads arguments such as `temperature=0.7`: option names and JSON values; `early_stopping=never` needs no quotes.
+
+    Args:
+        given: The arguments.
+        can_be_empty: Whether `NAME=` is allowed, which gives None.
+
+    Raises:
+        OptionsError: One has no `=`, no value, or an option is given twice.
+    """
+    found: dict[str, Any] = {}
+    for each in given:
+        name, equals, text = each.partition("=")
+        name = name.strip().replace("-", "_")
+        if not name or not equals or not (text or can_be_empty):
+            raise OptionsError(f"an option is NAME=VALUE, such as num_beams=1; got {each!r}")
+        if name in found:
+            raise OptionsError(f"option {name} is given twice")
+        try:
+            found[name] = json.loads(text) if text else None
+        except ValueError:
+            found[name] = {"True": True, "False": False}.get(text, text)
+    return found
 
 
 @contextlib.contextmanager

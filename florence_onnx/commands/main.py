@@ -13,6 +13,7 @@ import typer
 
 from florence_onnx import __version__
 from florence_onnx.commands.build_engines import build_engines
+from florence_onnx.commands.configure import configure
 from florence_onnx.commands.demo import demo
 from florence_onnx.commands.doctor import doctor
 from florence_onnx.commands.info import info
@@ -43,6 +44,7 @@ app.command()(run)
 app.command(name="tasks")(list_tasks)
 app.command()(info)
 app.command()(doctor)
+app.command()(configure)
 app.command(name="build-engines")(build_engines)
 app.command()(mcp)
 

@@ -20,12 +20,16 @@ from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
     DeviceOption,
+    GenerationOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
+    parse_assignments,
     parse_region,
 )
 from florence_onnx.errors import ImageError
+from florence_onnx.generation.option_names import parse_options
+from florence_onnx.generation.options import merge
 from florence_onnx.images import url
 
 
@@ -51,6 +55,7 @@ def run(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
     ] = None,
+    option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
 ) -> None:
@@ -59,7 +64,8 @@ def run(
     An image that cannot be read does not stop the others, but makes the exit code 1.
     """
     with exit_on_error():
-        request = _Request(tasks.get(task), text, parse_region(region), GenerationOptions(beams, max_new_tokens))
+        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
+        request = _Request(tasks.get(task), text, parse_region(region), options)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         folder = open_folder(draw, request.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -123,8 +129,11 @@ class _JsonReport:
     """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …}`."""
-        self._write({"image": image, "results": prediction.to_dict()["results"]})
+        """Writes `{"image": …, "results": …}`, and the results of `alternatives` where there are any."""
+        line = {"image": image, "results": prediction.to_dict()["results"]}
+        if prediction.alternatives:
+            line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
+        self._write(line)
 
     def failure(self, image: str, error: ImageError) -> None:
         """Writes `{"image": …, "error": …}`, and the error to standard error too."""
@@ -144,6 +153,10 @@ class _TextReport:
         typer.echo(f"{url.shorten(image)}:")
         for line in _describe(prediction.results):
             typer.echo(f"  {line}")
+        for number, other in enumerate(prediction.alternatives, start=2):
+            typer.echo(f"  answer {number}:")
+            for line in _describe(other.results):
+                typer.echo(f"    {line}")
         if prediction.truncated:
             typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
 

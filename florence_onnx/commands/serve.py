@@ -11,9 +11,17 @@ from typing import Annotated, Any, get_args
 import typer
 
 from florence_onnx.bundles.bundle import DEMO
-from florence_onnx.commands.arguments import DeviceOption, ModelOption, PrecisionOption, exit_on_error
+from florence_onnx.commands.arguments import (
+    DeviceOption,
+    GenerationOption,
+    ModelOption,
+    PrecisionOption,
+    exit_on_error,
+    parse_assignments,
+)
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
+from florence_onnx.generation.option_names import parse_options
 from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
@@ -60,6 +68,10 @@ def serve(
         list[str] | None,
         typer.Option(help="HOST[:PORT] in a private network that images may be downloaded from; repeatable."),
     ] = None,
+    option: GenerationOption = None,
+    allow_options: Annotated[
+        bool, typer.Option("--allow-options", help="Accept generation options as further fields of requests.")
+    ] = False,
     certificate: Annotated[str | None, typer.Option(help="PEM file with the certificate, for https.")] = None,
     private_key: Annotated[str | None, typer.Option(help="PEM file with the private key of the certificate.")] = None,
     grace: Annotated[
@@ -85,6 +97,8 @@ def serve(
                 max_batch=max_batch,
                 max_waiting=max_waiting,
                 feature_cache_bytes=cache_mb * 2**20,
+                options=parse_options(parse_assignments(option or ())),
+                allow_options=allow_options,
             ),
             grace_seconds=grace,
             certificate=certificate,

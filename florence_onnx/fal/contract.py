@@ -6,15 +6,17 @@ ignored, as fal does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import NUM_BINS, Region
-from florence_onnx.errors import RegionError, TextInputError
+from florence_onnx.errors import OptionsError, RegionError, TextInputError
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import field_error
+from florence_onnx.generation.option_names import is_option, parse_options
+from florence_onnx.generation.options import GenerationOptions, merge
 from florence_onnx.tasks import Task
 
 APP = "fal-ai/florence-2-large"
@@ -23,6 +25,8 @@ MAX_BIN = NUM_BINS - 1
 """Largest coordinate of a region, a bin of 1/1000 of the image's width or height."""
 MISSING = "missing"
 """fal's error type for an absent field."""
+DEFAULT_OPTIONS = GenerationOptions()
+"""The defaults of the bundle."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Arguments:
     """None for tasks that take no text."""
     region: Region | None = None
     """None for tasks that take no region."""
+    options: GenerationOptions = DEFAULT_OPTIONS
 
 
 def find_task(application: str) -> Task[Any]:
@@ -53,12 +58,20 @@ def find_task(application: str) -> Task[Any]:
     return tasks.TASKS[slug]
 
 
-def read_arguments(task: Task[Any], arguments: object) -> Arguments:
+def read_arguments(
+    task: Task[Any],
+    arguments: object,
+    options: GenerationOptions = DEFAULT_OPTIONS,
+    check_options: Callable[[GenerationOptions], None] | None = None,
+) -> Arguments:
     """Validates the arguments of a request.
 
     Args:
         task: The task of the endpoint.
         arguments: The decoded JSON of the request.
+        options: Generation options of all requests.
+        check_options: Raises OptionsError where options cannot be used; None where requests may not state any: such fields are
+            then ignored, like all unknown ones.
 
     Raises:
         RequestError: 422, with one entry for each missing or invalid field.
@@ -71,9 +84,31 @@ def read_arguments(task: Task[Any], arguments: object) -> Arguments:
     region = _read_region(arguments, errors) if task.needs == "region" else None
     if not errors:
         errors += _check_content(task, text_input, region)
+    if check_options is not None:
+        options = _read_options(arguments, options, check_options, errors)
     if errors:
         raise problems.invalid(errors)
-    return Arguments(task, image_url, text_input, region)
+    return Arguments(task, image_url, text_input, region, options)
+
+
+def _read_options(
+    arguments: Mapping[str, Any],
+    options: GenerationOptions,
+    check: Callable[[GenerationOptions], None],
+    errors: list[dict[str, Any]],
+) -> GenerationOptions:
+    """The options that a request states over those of all requests; other fields are ignored, as everywhere."""
+    given = {name: value for name, value in arguments.items() if is_option(name)}
+    if not given:
+        return options
+    try:
+        found = merge(options, parse_options(given))
+        check(found)
+    except OptionsError as error:
+        named = next((name for name in given if name in str(error)), next(iter(given)))
+        errors.append(field_error([named], str(error), "value_error"))
+        return options
+    return found
 
 
 def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> str:

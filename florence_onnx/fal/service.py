@@ -29,8 +29,10 @@ from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
 from florence_onnx.fal.problems import RequestError, field_error
+from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.tasks import Task
 
 _log = logging.getLogger("florence_onnx")
 
@@ -72,6 +74,11 @@ class ServiceSettings:
     """Most decoded images that wait for the model, as they take the most memory."""
     feature_cache_bytes: int = 256 * 2**20
     """Most bytes of cached image features; 0 caches none."""
+    options: GenerationOptions = contract.DEFAULT_OPTIONS
+    """Generation options of all requests, over the bundle's."""
+    allow_options: bool = False
+    """Whether requests may state generation options as further fields, over `options`. Otherwise such fields are ignored,
+    like all unknown ones."""
 
 
 class Service:
@@ -97,6 +104,7 @@ class Service:
         """
         self.model = model
         self.settings = settings or ServiceSettings()
+        model.check_options(self.settings.options)
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
@@ -144,7 +152,7 @@ class Service:
         task = contract.find_task(application)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
-            job = Job(contract.read_arguments(task, arguments), priority, deadline)
+            job = Job(self._read(task, arguments), priority, deadline)
         except RequestError as problem:
             job = Job(contract.Arguments(task, ""), priority, deadline)
             self._fail(job, problem)
@@ -157,6 +165,11 @@ class Service:
             self._waiting.append(job)
             self._condition.notify_all()
         return job
+
+    def _read(self, task: Task[Any], arguments: object) -> contract.Arguments:
+        if not self.settings.allow_options:
+            return contract.read_arguments(task, arguments, self.settings.options)
+        return contract.read_arguments(task, arguments, self.settings.options, self.model.check_options)
 
     def cancel(self, job: Job) -> bool:
         """Cancels a request; returns False if it has already ended.
@@ -284,7 +297,10 @@ class Service:
         with self._condition:
             while True:
                 self._drop_ended()
-                chosen = sorted(self._ready, key=_rank)[: self.settings.max_batch]
+                ranked = sorted(self._ready, key=_rank)
+                # a batch is one search, so all of it has the options of its first
+                alike = [job for job in ranked if job.arguments.options == ranked[0].arguments.options]
+                chosen = alike[: self.settings.max_batch]
                 batch = [job for job in chosen if job.start()]
                 self._ready = [job for job in self._ready if job not in chosen]
                 self._running.update(batch)
@@ -341,6 +357,7 @@ class Service:
                 [encoded[job] for job in jobs],
                 text_inputs=[job.arguments.text_input for job in jobs],
                 regions=[job.arguments.region for job in jobs],
+                options=jobs[0].arguments.options,
             )
         except InputError as error:
             # for example a text that is too long, which shows only once it is tokenized; find out whose it is
@@ -401,14 +418,17 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
 
     Returns:
         `quads` (four points for each text box), `polygons` (of open-vocabulary detection), `text` (the generated text,
-        location tokens included) and `truncated` (whether generation stopped at the token limit).
+        location tokens included) and `truncated` (whether generation stopped at the token limit);
+        `alternatives` (the results of further answers) where `num_return_sequences` asks for some.
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
     polygons = results.polygons if isinstance(results, BoundingBoxes) else ()
+    others = [other.to_dict()["results"] for other in prediction.alternatives]
     return {
         "quads": [to_dict(quad) for quad in quads],
         "polygons": to_dict(polygons),
         "text": prediction.text,
         "truncated": prediction.truncated,
+        **({"alternatives": others} if others else {}),
     }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from florence_onnx.generation.dense_processors import DenseProcessors, log_softmax
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
-from florence_onnx.generation.scores import LogProbs, StepScores
+from florence_onnx.generation.sampling import draw_without_replacement, new_generator
+from florence_onnx.generation.scores import LogProbs, StepScores, sort_top_k
 from florence_onnx.generation.search import DecodeStep, Floats, GeneratedSequence, Ids, initial_tokens
 
 _UNREACHABLE = np.float32(-1.0e9)
@@ -30,11 +33,18 @@ class _Hypothesis:
 class _BeamState:
     """The K = `num_beams` running beams of one prompt and its K best finished hypotheses."""
 
-    def __init__(self, config: SearchConfig) -> None:
+    def __init__(self, config: SearchConfig, encoder_ids: Sequence[int] = ()) -> None:
         k = config.num_beams
         self._config = config
+        self._end_tokens = config.end_tokens
+        # As many as keep K beams running, even if every beam has all end tokens among its best.
+        self.num_candidates = max(2, 1 + len(self._end_tokens)) * k
         self.rows = [initial_tokens(config) for _ in range(k)]
-        self.processors = LogitsProcessors(config, self.rows[0])
+        self.processors = LogitsProcessors(config, self.rows[0], encoder_ids)
+        self._dense: DenseProcessors | None = None
+        if config.is_dense:
+            self._dense = DenseProcessors(config, self.processors, encoder_ids, has_beams=True)
+        self._random = new_generator(config.seed, 0) if config.do_sample else None
         # all beams start with the same tokens; if more than one could be extended, all would stay the same
         self.scores: Floats = np.full(k, _UNREACHABLE, dtype=np.float32)
         self.scores[0] = 0
@@ -46,7 +56,39 @@ class _BeamState:
         """Number of tokens in every running beam."""
         return len(self.rows[0])
 
-    def process(self, log_probs: LogProbs, first_row: int, num_rows: int) -> None:
+    def continuations(
+        self, scores: StepScores, log_probs: LogProbs | None, first_row: int, num_rows: int
+    ) -> tuple[Floats, Ids, Ids]:
+        """Chooses the candidates that `advance` takes: the best ones, or drawn ones.
+
+        Args:
+            scores: Of the decoder call.
+            log_probs: Made of `scores`; None where processors need whole rows.
+            first_row: Row of the first beam.
+            num_rows: 1 before the beams have branched: all read the same row; K after that.
+        """
+        k = self._config.num_beams
+        if log_probs is not None:
+            self._process(log_probs, first_row, num_rows)
+            return log_probs.top_k(first_row, self.scores, self.num_candidates, is_shared=num_rows < k)
+        rows = [self._dense_row(scores, first_row + beam, beam) for beam in range(num_rows)]
+        vocab = len(rows[0])
+        totals = (np.stack(rows) + self.scores[:, None]).ravel()  # a single row is added to the score of each beam
+        if self._random is not None:
+            keys = draw_without_replacement(self._random, totals, self.num_candidates)
+            return totals[keys], keys // vocab, keys % vocab
+        count = min(self.num_candidates, len(totals))
+        # NaN counts as the greatest, as in torch
+        order = np.where(np.isnan(totals), np.float32(np.inf), totals)
+        threshold = np.partition(order, len(order) - count)[len(order) - count]
+        keys = np.flatnonzero(order >= threshold)
+        return sort_top_k(totals[keys], keys, count, vocab)
+
+    def _dense_row(self, scores: StepScores, row: int, beam: int) -> Floats:
+        assert self._dense is not None, "rows are read for dense processors only"
+        return self._dense(self.rows[beam], log_softmax(scores.logits(row, scores.num_tokens - 1)), beam=beam)
+
+    def _process(self, log_probs: LogProbs, first_row: int, num_rows: int) -> None:
         """Applies the logits processors to the first `num_rows` beams, whose scores start at row `first_row`."""
         forced = self.processors.forced(self.length)
         for beam, tokens in enumerate(self.rows[:num_rows]):
@@ -61,10 +103,9 @@ class _BeamState:
         """Extends the beams by one token.
 
         Args:
-            scores: `(2K,)`, scores of the best continuations, best first. With 2K of them at least K remain, even if
-                every beam has the end token among its best.
-            parents: `(2K,)`, the beams that they extend.
-            tokens: `(2K,)`, the tokens that they append.
+            scores: `(C,)`, scores of `num_candidates` continuations: the best, best first, or those drawn, in their order.
+            parents: `(C,)`, the beams that they extend.
+            tokens: `(C,)`, the tokens that they append.
             would_end: `(K,)`, whether the model would end each beam here unforced (known at the token limit only).
 
         Returns:
@@ -72,7 +113,9 @@ class _BeamState:
         """
         k = self._config.num_beams
         at_limit = self.length + 1 >= self._config.max_length
-        stops = (tokens == self._config.eos_token_id) | at_limit
+        stops = (tokens == self._end_tokens[0]) | at_limit
+        for token in self._end_tokens[1:]:
+            stops |= tokens == token
         self._finish(scores, parents, tokens, stops, at_limit & ~would_end)
         scores = scores + stops * _UNREACHABLE
         following = np.argsort(-scores, kind="stable")[:k]
@@ -90,13 +133,13 @@ class _BeamState:
     ) -> None:
         """Merges continuations that stop into the finished hypotheses (transformers' `_update_finished_beams`).
 
-        Only the first K continuations can finish; the other K are spares to keep K beams running.
+        Only the first K continuations can finish; the others are spares to keep K beams running.
 
         Args:
             scores: As for `advance`, like `parents` and `tokens`.
             parents: See `scores`.
             tokens: See `scores`.
-            stops: `(2K,)`, whether a continuation ends its beam.
+            stops: `(C,)`, whether a continuation ends its beam.
             is_cut: `(K,)`, whether the token limit would cut a beam off.
         """
         k = self._config.num_beams
@@ -108,6 +151,14 @@ class _BeamState:
             sequence = (*self.rows[parents[rank]], int(tokens[rank]))
             self.best.append(_Hypothesis(sequence, normed[rank], True, bool(is_cut[parents[rank]])))
         self.best = sorted(self.best, key=lambda hypothesis: -hypothesis.score)[:k]
+
+    def result(self) -> GeneratedSequence:
+        """The best finished hypothesis, and as many others as are asked for."""
+        wanted = [each for each in self.best[: self._config.num_return_sequences] if each.is_finished]
+        found = [GeneratedSequence(each.token_ids, each.is_truncated) for each in wanted]
+        if not found:  # settings that contradict each other left nothing possible
+            return GeneratedSequence(tuple(self.rows[0]), True)
+        return replace(found[0], alternatives=tuple(found[1:]))
 
     @property
     def _is_full(self) -> bool:
@@ -133,9 +184,19 @@ class _BeamState:
 class BeamSearch:
     """Keeps the `num_beams` most probable partial answers of every prompt."""
 
-    def __init__(self, num_prompts: int, config: SearchConfig) -> None:
+    def __init__(
+        self, num_prompts: int, config: SearchConfig, encoder_ids: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Args:
+        num_prompts: Number of prompts.
+        config: How to search.
+        encoder_ids: For each prompt the token ids that the text encoder was fed.
+        """
         self._config = config
-        self._states = [_BeamState(config) for _ in range(num_prompts)]
+        self._end_tokens = config.end_tokens
+        self._is_dense = config.is_dense
+        ids: Sequence[Sequence[int]] = encoder_ids if encoder_ids is not None else [()] * num_prompts
+        self._states = [_BeamState(config, ids[index]) for index in range(num_prompts)]
         self._active = list(self._states)
         self._has_branched = False
 
@@ -148,14 +209,13 @@ class BeamSearch:
         # the second call on there are K rows per prompt.
         width = k if self._has_branched else 1
         would_end = self._would_end(scores, len(self._active) * width)
-        log_probs = scores.log_probs(2 * k)
+        log_probs = None if self._is_dense else scores.log_probs(self._active[0].num_candidates)
         rows: list[Ids] = []
         tokens: list[Ids] = []
         staying: list[int] = []
         for index, state in enumerate(self._active):
             first_row = index * width
-            state.process(log_probs, first_row, width)
-            continuations = log_probs.top_k(first_row, state.scores, 2 * k, is_shared=width < k)
+            continuations = state.continuations(scores, log_probs, first_row, width)
             step = state.advance(*continuations, np.resize(would_end[first_row : first_row + width], k))
             if step is not None:
                 rows.append(first_row + np.minimum(step[0], width - 1))
@@ -172,9 +232,8 @@ class BeamSearch:
         would_end = np.zeros(num_rows, dtype=bool)
         if self._active[0].length + 1 >= self._config.max_length:
             last = scores.num_tokens - 1
-            would_end[:] = [scores.best_token(row, last) == self._config.eos_token_id for row in range(num_rows)]
+            would_end[:] = [scores.best_token(row, last) in self._end_tokens for row in range(num_rows)]
         return would_end
 
     def results(self) -> list[GeneratedSequence]:
-        best = [state.best[0] for state in self._states]
-        return [GeneratedSequence(hypothesis.token_ids, hypothesis.is_truncated) for hypothesis in best]
+        return [state.result() for state in self._states]

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from florence_onnx.generation.beam_search import BeamSearch
 from florence_onnx.generation.greedy_search import GreedySearch
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.sampling import SampleSearch
 from florence_onnx.generation.scores import AllScores
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
 
@@ -70,6 +71,7 @@ def generate(
     num_prompts: int,
     config: SearchConfig,
     lookup_ids: Sequence[Sequence[int]] | None = None,
+    encoder_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[GeneratedSequence]:
     """Generates the answer to every prompt of a session.
 
@@ -78,15 +80,21 @@ def generate(
         num_prompts: Number of prompts.
         config: How to search.
         lookup_ids: As for `new_search`; ignored unless the session is a `VerifyingSession`.
+        encoder_ids: As for `new_search`.
 
     Returns:
         One sequence per prompt.
     """
     can_verify = isinstance(session, VerifyingSession)
-    return drive(session, new_search(num_prompts, config, lookup_ids if can_verify else None))
+    return drive(session, new_search(num_prompts, config, lookup_ids if can_verify else None, encoder_ids))
 
 
-def new_search(num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequence[int]] | None) -> Search:
+def new_search(
+    num_prompts: int,
+    config: SearchConfig,
+    lookup_ids: Sequence[Sequence[int]] | None,
+    encoder_ids: Sequence[Sequence[int]] | None = None,
+) -> Search:
     """Makes the search that a configuration asks for.
 
     Greedy search drafts tokens by prompt lookup where it has tokens to look up. A draft never changes the choice: every
@@ -100,10 +108,14 @@ def new_search(num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequ
         config: How to search.
         lookup_ids: For each prompt the token ids that its answer may repeat (a caption, a region), spelled as the
             answer would spell them; None for no drafts, with decoders that cannot verify them.
+        encoder_ids: For each prompt the token ids that the text encoder was fed, image tokens included; for the processors
+            that look at the prompt.
     """
     if config.num_beams > 1:
-        return BeamSearch(num_prompts, config)
-    return GreedySearch(num_prompts, config, lookup_ids)
+        return BeamSearch(num_prompts, config, encoder_ids)
+    if config.do_sample:
+        return SampleSearch(num_prompts, config, encoder_ids)
+    return GreedySearch(num_prompts, config, lookup_ids, encoder_ids)
 
 
 def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.prompt_lookup import PromptLookup
@@ -16,10 +17,12 @@ from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, 
 class _Row:
     """The answer to one prompt while it grows."""
 
-    def __init__(self, lookup_ids: Sequence[int] | None, config: SearchConfig) -> None:
+    def __init__(self, lookup_ids: Sequence[int] | None, config: SearchConfig, encoder_ids: Sequence[int]) -> None:
         self._config = config
+        self._end_tokens = config.end_tokens
         self.tokens = initial_tokens(config)
-        self._processors = LogitsProcessors(config, self.tokens)
+        self._processors = LogitsProcessors(config, self.tokens, encoder_ids)
+        self._dense = DenseProcessors(config, self._processors, encoder_ids) if config.is_dense else None
         self._lookup: PromptLookup | None = None
         if lookup_ids is not None and config.prompt_lookup_num_tokens:
             self._lookup = PromptLookup(lookup_ids, self.tokens, config.prompt_lookup_num_tokens)
@@ -52,16 +55,22 @@ class _Row:
         at_limit = len(tokens) + 1 >= config.max_length
         # `forced_eos_token_id` ends the answer at the limit in any case. What the model would have chosen freely tells
         # whether the answer was complete.
-        unforced = scores.best_token(row, position) if at_limit else config.eos_token_id
-        token = self._processors.forced(len(tokens))
-        if token is None:
-            token = scores.best_token(row, position, self._processors.banned(tokens))
+        unforced = scores.best_token(row, position) if at_limit else self._end_tokens[0]
+        token = self._best(scores, row, position)
         tokens.append(token)
         self._processors.add(tokens)
         if self._lookup is not None:
             self._lookup.append(token)
-        if at_limit or token == config.eos_token_id:
-            self.answer = GeneratedSequence(tuple(tokens), unforced != config.eos_token_id)
+        if at_limit or token in self._end_tokens:
+            self.answer = GeneratedSequence(tuple(tokens), unforced not in self._end_tokens)
+
+    def _best(self, scores: StepScores, row: int, position: int) -> int:
+        if self._dense is not None:
+            return int(self._dense(self.tokens, scores.logits(row, position).copy()).argmax())
+        token = self._processors.forced(len(self.tokens))
+        if token is None:
+            token = scores.best_token(row, position, self._processors.banned(self.tokens))
+        return token
 
     def next_tokens(self) -> list[int]:
         """The last token and the draft of what may follow it."""
@@ -76,7 +85,11 @@ class GreedySearch:
     """Takes the most probable token at every step."""
 
     def __init__(
-        self, num_prompts: int, config: SearchConfig, lookup_ids: Sequence[Sequence[int]] | None = None
+        self,
+        num_prompts: int,
+        config: SearchConfig,
+        lookup_ids: Sequence[Sequence[int]] | None = None,
+        encoder_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Starts an empty answer for each prompt.
 
@@ -85,8 +98,12 @@ class GreedySearch:
             config: How to search.
             lookup_ids: For each prompt the token ids that its answer may repeat; None where the session cannot verify
                 drafts.
+            encoder_ids: For each prompt the token ids that the text encoder was fed.
         """
-        self._rows = [_Row(None if lookup_ids is None else lookup_ids[i], config) for i in range(num_prompts)]
+        self._rows = [
+            _Row(None if lookup_ids is None else lookup_ids[i], config, () if encoder_ids is None else encoder_ids[i])
+            for i in range(num_prompts)
+        ]
         self._active = list(self._rows)
 
     def start(self) -> Ids:

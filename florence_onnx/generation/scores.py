@@ -164,10 +164,10 @@ class BlockedLogProbs:
         totals = np.concatenate([inside.ravel(), tail.ravel()])
         candidates = np.flatnonzero(totals >= threshold)
         keys = np.concatenate([inside_keys.ravel(), tail_keys.ravel()])[candidates]
-        return _sort(totals[candidates], keys, k, vocab)
+        return sort_top_k(totals[candidates], keys, k, vocab)
 
 
-def _sort(totals: Floats, keys: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:
+def sort_top_k(totals: Floats, keys: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:
     """Sorts candidates into the top k, as `LogProbs.top_k` returns them.
 
     Args:
@@ -298,7 +298,7 @@ class _TopLogProbs:
                 listed[beam] = self._whole_row(row)
                 totals[beam] = listed[beam][0] + beam_scores[beam]
         keys = [ids + beam * self._vocab_size for beam, (_, ids) in enumerate(listed)]
-        return _sort(np.concatenate(totals), np.concatenate(keys), k, self._vocab_size)
+        return sort_top_k(np.concatenate(totals), np.concatenate(keys), k, self._vocab_size)
 
     def _listed(self, row: int, k: int) -> tuple[Floats, Ids]:
         """Log-probabilities and tokens of a row without fetching anything."""

@@ -22,6 +22,8 @@ class GeneratedSequence:
     """From the decoder start token to the end token, without padding."""
     truncated: bool
     """Whether the token limit ended the answer before the model did."""
+    alternatives: tuple[GeneratedSequence, ...] = ()
+    """The other answers to the prompt, where `num_return_sequences` asks for some; in beam search best first."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def initial_tokens(config: SearchConfig) -> list[int]:
     takes precedence over the forced first one, as in transformers.
     """
     forced = config.forced_bos_token_id
-    if forced is None or forced == config.eos_token_id or config.max_length <= 2:
+    suppressed = (*config.suppress_tokens, *config.begin_suppress_tokens)
+    if forced is None or forced in (*config.end_tokens, *suppressed) or config.max_length <= 2:
         return [config.decoder_start_token_id]
     return [config.decoder_start_token_id, forced]

@@ -36,11 +36,13 @@ class DeviceAnswering:
         self._resident = resident
 
     def check(self, config: SearchConfig) -> None:
-        is_greedy = config.num_beams == 1
-        needed = 1 + config.prompt_lookup_num_tokens if is_greedy else config.num_beams
+        is_greedy = config.num_beams == 1 and not config.do_sample
+        rows = max(config.num_beams, config.num_return_sequences)
+        needed = 1 + config.prompt_lookup_num_tokens if is_greedy else rows
         most = self._resident.max_tokens
         if most is not None and needed > most:
-            option = "prompt_lookup_num_tokens" if is_greedy else "num_beams"
+            rows_by = "num_beams" if config.num_beams > 1 else "num_return_sequences"
+            option = "prompt_lookup_num_tokens" if is_greedy else rows_by
             raise OptionsError(
                 f"{option} is too large for the TensorRT engines, which take {most} tokens of a prompt at a time, and this needs "
                 f'{needed}; device="cuda" has no such limit'

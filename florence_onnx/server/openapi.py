@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from florence_onnx import __version__, tasks
 from florence_onnx.fal.contract import APP, MAX_BIN
+from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.tasks import Task
 
 Schema = dict[str, Any]
@@ -16,8 +18,12 @@ EXAMPLE_IMAGE = (
 """A red square, so that the example works without a network."""
 
 
-def document() -> dict[str, Any]:
-    """Builds the document: every endpoint, direct and through the queue, and the operational endpoints."""
+def document(*, has_options: bool = False) -> dict[str, Any]:
+    """Builds the document: every endpoint, direct and through the queue, and the operational endpoints.
+
+    Args:
+        has_options: Whether requests may state generation options.
+    """
     paths: dict[str, Any] = {}
     for task in tasks.TASKS.values():
         paths[f"/{APP}/{task.slug}"] = {"post": _run(task)}
@@ -32,7 +38,7 @@ def document() -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": schemas(),
+            "schemas": _with_options(schemas()) if has_options else schemas(),
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "`Key …`"}
             },
@@ -129,6 +135,31 @@ def schemas() -> dict[str, Schema]:
             required=["status", "request_id"],
         ),
     }
+
+
+def _with_options(found: dict[str, Schema]) -> dict[str, Schema]:
+    """The schemas, with every generation option among the fields of each input; none of them is required."""
+    ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    kinds: dict[str, Schema] = {
+        "bool": {"type": "boolean"},
+        "int": {"type": "integer"},
+        "float": {"type": "number"},
+        "EarlyStopping": {"enum": [True, False, "never"]},
+        "int | Sequence[int]": {"anyOf": [{"type": "integer"}, ids]},
+        "Sequence[int]": ids,
+        "Sequence[Sequence[int]]": {"type": "array", "items": ids},
+    }
+    options = {
+        each.name: {
+            **kinds.get(str(each.type).removesuffix(" | None"), {"type": "array"}),
+            "description": f"Generation option {each.name}, as in transformers",
+        }
+        for each in dataclasses.fields(GenerationOptions)
+    }
+    for title in ("ImageInput", "ImageWithTextInput", "ImageWithUserCoordinatesInput"):
+        properties = {**found[title]["properties"], **options}
+        found[title] = _object(title, properties, required=found[title]["required"])
+    return found
 
 
 def _string(description: str) -> Schema:

@@ -33,6 +33,6 @@ async def metrics(request: Request) -> Response:
 
 
 @router.get("/openapi.json")
-async def document() -> Response:
+async def document(request: Request) -> Response:
     """The OpenAPI document."""
-    return json_response(openapi.document())
+    return json_response(openapi.document(has_options=get_context(request).settings.service.allow_options))

@@ -21,9 +21,11 @@ from florence_onnx import (
     ProviderError,
 )
 from florence_onnx.bundles import bundle, hub
+from florence_onnx.bundles.configuration import configure
 from florence_onnx.runtime import providers
 
 DEMO = bundle.DEMO_DIRECTORY
+SAMPLE = DEMO.parent / "samples" / "scene-1.png"
 
 
 @pytest.fixture
@@ -153,7 +155,9 @@ def test_damaged_weights_of_the_right_size_are_detected(copy: Path) -> None:
         Florence2.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("changes", [{"eos_token_id": [2, 3]}, {"num_beams": 0}, {"forced_eos_token_id": 10**6}])
+@pytest.mark.parametrize(
+    "changes", [{"eos_token_id": []}, {"eos_token_id": [2, 10**6]}, {"num_beams": 0}, {"forced_eos_token_id": 10**6}]
+)
 def test_invalid_generation_defaults_are_refused(copy: Path, changes: dict[str, Any]) -> None:
     change_generation(copy, **changes)
     with pytest.raises(BundleFormatError, match=bundle.GENERATION_CONFIG):
@@ -282,3 +286,107 @@ def test_without_torch_the_export_prints_the_install_line(
         entry.main()
     assert caught.value.code == 2
     assert "pip install 'florence-onnx[export]'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- generation settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_beam_groups": 3}, "num_beam_groups=3 is not possible"),
+        ({"force_words_ids": [[5]]}, "force_words_ids"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha"),
+        ({"repetition_penalty": "high"}, "repetition_penalty must be a number"),
+        ({"suppress_tokens": [10**7]}, "suppress_tokens"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_generation_settings_that_cannot_be_obeyed_are_refused_by_name(
+    copy: Path, changes: dict[str, Any], said: str
+) -> None:
+    change_generation(copy, **changes)
+    with pytest.raises(BundleFormatError, match=f"{bundle.GENERATION_CONFIG}: .*{said}"):
+        bundle.read(copy)
+
+
+def test_generation_settings_of_a_checkpoint_are_obeyed(copy: Path) -> None:
+    settings = {
+        "eos_token_id": [2, 7],
+        "suppress_tokens": [5],
+        "begin_suppress_tokens": [6],
+        "bad_words_ids": [[8], [9, 10]],
+        "min_length": 4,
+        "repetition_penalty": 1.2,
+        "sequence_bias": [[[5], -1.0]],
+        "exponential_decay_length_penalty": [20, 1.1],
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "num_return_sequences": 2,
+        "max_length": 20,
+        "use_cache": False,
+        "num_beam_groups": 1,
+        "diversity_penalty": 0.0,
+        "something_of_a_trainer": 3,
+    }
+    change_generation(copy, **settings)
+    config = bundle.read(copy).generation.resolve(None)
+    assert config.end_tokens == (2, 7) and config.suppress_tokens == (5,) and config.begin_suppress_tokens == (6,)
+    assert config.bad_words_ids == ((8,), (9, 10)) and config.min_new_tokens == 3 and config.repetition_penalty == 1.2
+    assert config.sequence_bias == (((5,), -1.0),) and config.exponential_decay_length_penalty == (20, 1.1)
+    assert config.do_sample and (config.temperature, config.top_p, config.top_k) == (0.5, 0.9, 50)
+    assert config.num_return_sequences == 2 and config.max_length > 21
+
+
+def test_configured_options_are_defaults_until_they_are_removed(copy: Path) -> None:
+    before = {name: (copy / name).read_bytes() for name in (bundle.DESCRIPTION, bundle.GENERATION_CONFIG)}
+    assert configure(copy, {"num_beams": 1, "max_new_tokens": 5}) == {"num_beams": 1, "max_new_tokens": 5}
+    assert configure(copy, {"suppress_tokens": [5]})["max_new_tokens"] == 5
+    config = bundle.read(copy).generation.resolve(None)
+    assert (config.num_beams, config.max_length, config.suppress_tokens) == (1, 6, (5,))
+    assert len(Florence2.from_pretrained(copy, device="cpu").run("<CAPTION>", SAMPLE).token_ids) == 6
+    assert configure(copy, {"num_beams": None, "suppress_tokens": None}) == {"max_new_tokens": 5}
+    assert bundle.read(copy).generation.resolve(None).num_beams == 3
+    assert configure(copy, {"max_new_tokens": None}) == {}
+    assert not (copy / bundle.CONFIGURED).exists() and not list(copy.glob(".*"))
+    assert before == {name: (copy / name).read_bytes() for name in before}, "engines must not be built anew"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_beams": 0}, "num_beams must be a whole number"),
+        ({"num_beems": 1}, "no option 'num_beems'; did you mean num_beams"),
+        ({"num_beems": None}, "no option 'num_beems'"),
+        ({"num_beam_groups": 2}, "diverse beam search"),
+        ({"num_return_sequences": 9}, "raise num_beams"),
+    ],
+)
+def test_a_wrong_configuration_changes_nothing(copy: Path, changes: dict[str, Any], said: str) -> None:
+    configure(copy, {"max_new_tokens": 5})
+    with pytest.raises(BundleFormatError, match=said):
+        configure(copy, {"max_new_tokens": 7, **changes})
+    assert configure(copy, {}) == {"max_new_tokens": 5}
+
+
+def test_what_cannot_be_configured_says_why(tmp_path: Path, copy: Path) -> None:
+    for name in ("demo", DEMO):
+        with pytest.raises(InputError, match="built-in demo cannot be configured"):
+            configure(name, {"num_beams": 1})
+    with pytest.raises(BundleNotFoundError, match="not a directory"):
+        configure(tmp_path / "none", {})
+    (copy / bundle.CONFIGURED).write_text('{"num_beams": "x"}')
+    with pytest.raises(BundleFormatError, match=rf"{bundle.CONFIGURED}: num_beams"):
+        bundle.read(copy)
+    (copy / bundle.CONFIGURED).unlink()
+    several = tmp_path / "several"
+    for precision in ("fp32", "int8"):
+        shutil.copytree(copy, several / precision)
+    change_description(several / "int8", precision="int8")
+    change_description(several / "fp32", precision="fp32")
+    configure(several, {"num_beams": 2})
+    configure(several, {"num_beams": 1}, "int8")
+    found = {name: bundle.read(several, name).generation.resolve(None).num_beams for name in ("fp32", "int8")}
+    assert found == {"fp32": 2, "int8": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,53 @@ def test_the_module_runs() -> None:
         [sys.executable, "-m", "florence_onnx", "tasks"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert "region-to-ocr" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------- generation options
+
+
+@needs_demo
+def test_run_takes_generation_options_in_json() -> None:
+    options = ("--option", "max_new_tokens=4", "--option", "num_beams=2", "--option", "num_return_sequences=2")
+    result = _run("run", "<CAPTION>", SCENES[0], "--json", *options)
+    assert result.exit_code == 0, result.output
+    (line,) = _lines(result)
+    assert len(line["alternatives"]) == 1 and line["alternatives"][0] != line["results"]  # type: ignore[arg-type, index]
+    shown = _run("run", "<CAPTION>", SCENES[0], *options)
+    assert "  answer 2:\n" in shown.stdout
+    sampled = ("--option", "do_sample=true", "--option", "temperature=4.0", "--option", "top_k=0")
+    answers = [
+        _lines(_run("run", "<CAPTION>", SCENES[0], "--json", "--beams", 1, *sampled, "--option", f"seed={seed}"))
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("num_beems=1", "there is no option 'num_beems'; did you mean num_beams"),
+        ("num_beam_groups=2", "num_beam_groups=2 is not possible"),
+        ("num_beams=x", "num_beams must be a whole number"),
+        ("num_beams", "an option is NAME=VALUE"),
+        ("num_beams=", "an option is NAME=VALUE"),
+    ],
+)
+def test_run_names_wrong_options(option: str, said: str) -> None:
+    result = _run("run", "<CAPTION>", SCENES[0], "--option", option)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+@needs_demo
+def test_configure_changes_what_a_bundle_does_by_default(tmp_path: Path) -> None:
+    copy = shutil.copytree(DEMO_DIRECTORY, tmp_path / "bundle")
+    result = _run("configure", copy, "num_beams=1", "max_new_tokens=3", "early_stopping=never")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"num_beams": 1, "max_new_tokens": 3, "early_stopping": "never"}
+    assert _run("run", "<CAPTION>", SCENES[0], "--model", copy).stderr.count("cut off by the token limit") == 1
+    assert json.loads(_run("configure", copy, "max_new_tokens=", "early_stopping=").stdout) == {"num_beams": 1}
+    assert json.loads(_run("configure", copy).stdout) == {"num_beams": 1}
+    for arguments, said in (((copy, "num_beams=0"), "num_beams"), (("demo", "num_beams=1"), "cannot be configured")):
+        wrong = _run("configure", *arguments)
+        assert wrong.exit_code == 2 and said in wrong.stderr
