@@ -104,7 +104,8 @@ class Service:
         """
         self.model = model
         self.settings = settings or ServiceSettings()
-        model.check_options(self.settings.options)
+        if self.settings.options != contract.DEFAULT_OPTIONS:
+            model.check_options(self.settings.options)
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
