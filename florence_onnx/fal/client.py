@@ -268,7 +268,8 @@ class SyncClient:
             if on_queue_update is not None:
                 on_queue_update(status)
             if isinstance(status, Completed):
-                return _result(job)
+                with _own_limit(start_timeout, client_timeout, job.id):
+                    return _result(job)
             left = interval if deadline is None else min(interval, deadline - time.monotonic())
             if left <= 0:
                 self.service.cancel(job)
@@ -368,7 +369,8 @@ class AsyncClient:
             return await handle.get()
 
         try:
-            return await asyncio.wait_for(follow(), client_timeout)
+            with _own_limit(start_timeout, client_timeout, handle.request_id):
+                return await asyncio.wait_for(follow(), client_timeout)
         except asyncio.TimeoutError:
             with contextlib.suppress(FalClientHTTPError):  # it ended in this very moment
                 await handle.cancel()
@@ -393,6 +395,20 @@ class AsyncClient:
 
 def _join(application: str, path: str) -> str:
     return f"{application}/{path.lstrip('/')}" if path else application
+
+
+@contextlib.contextmanager
+def _own_limit(start_timeout: float | None, client_timeout: float | None, request_id: str) -> Iterator[None]:
+    """Turns the end of a wait that only `client_timeout` has limited into a FalClientTimeoutError.
+
+    Service and client both watch that limit, and either may notice first that it has passed.
+    """
+    try:
+        yield
+    except FalClientHTTPError as error:
+        if client_timeout is None or start_timeout is not None or error.status_code != 504:
+            raise
+        raise FalClientTimeoutError(client_timeout, request_id) from None
 
 
 def _start_limit(start_timeout: float | None, client_timeout: float | None) -> float | None:

@@ -267,7 +267,7 @@ def test_configure_changes_what_a_bundle_does_by_default(tmp_path: Path) -> None
     result = _run("configure", copy, "num_beams=1", "max_new_tokens=3", "early_stopping=never")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"num_beams": 1, "max_new_tokens": 3, "early_stopping": "never"}
-    assert _run("run", "<CAPTION>", SCENES[0], "--model", copy).stderr.count("cut off by the token limit") == 1
+    assert _run("run", "<CAPTION>", SCENES[0], "--model", copy).stderr.count("cut off at the token limit") == 1
     assert json.loads(_run("configure", copy, "max_new_tokens=", "early_stopping=").stdout) == {"num_beams": 1}
     assert json.loads(_run("configure", copy).stdout) == {"num_beams": 1}
     for arguments, said in (((copy, "num_beams=0"), "num_beams"), (("demo", "num_beams=1"), "cannot be configured")):
