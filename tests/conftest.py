@@ -30,8 +30,27 @@ NO_TORCH = "needs torch and transformers: pip install -e '.[export]'"
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 """`gw0`, `gw1`, … in a worker; empty in a process that distributes tests or runs them itself."""
 
-LONGEST_FIRST = ("tests/test_wheel.py",)
-"""Files that take longest, in the order in which they start: what is left for the end should be short."""
+LONGEST_FIRST = (
+    "tests/test_wheel.py",
+    "tests/export/test_export.py",
+    "tests/server/test_playground.py",
+    "tests/fal/test_fal_clients.py",
+    "tests/server/test_server.py",
+    "tests/benchmarks/test_compare.py",
+    "tests/benchmarks/test_gpu.py",
+    "tests/export/test_verify_command.py",
+    "tests/test_demo_model.py",
+    "tests/bench_fal/test_bench_fal.py",
+    "tests/export/test_parity.py",
+    "tests/commands/test_cli.py",
+    "tests/generation/test_settings.py",
+    "tests/export/test_adapters.py",
+    "tests/export/test_unusual_checkpoints.py",
+    "tests/export/test_quantization.py",
+    "tests/export/test_checkpoint.py",
+)
+"""Files in the order in which they start: those of more than ten seconds, so that what is left for the end is short. The
+first two do not wait for each other's exports."""
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
