@@ -335,7 +335,7 @@ class Service:
                     self._fail(job, problems.timed_out())
                 self._condition.notify_all()
         for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
-            self._fail(job, problems.timed_out())  # at once; the download runs into its own timeout
+            self._fail(job, problems.timed_out())  # at once, whatever is being done for it
 
     def _seconds_to_expiry(self) -> float | None:
         jobs = (*self._waiting, *self._loading, *self._ready)
@@ -395,8 +395,10 @@ class Service:
             found = by_digest.get(job.digest) or job.features or self._cache.get(job.digest)
             is_new = found is None
             if found is None:
+                image = job.image
+                assert image is not None  # loaded, and kept while the batch runs
                 try:
-                    found = self.model.encode(job.image)
+                    found = self.model.encode(image)
                 except Exception as error:  # noqa: BLE001 - the other images of the batch may be fine
                     self._fail_unexpectedly(job, error, "the vision encoder")
                     continue
