@@ -88,7 +88,7 @@ ROOMS = {
     "fal": {"answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
         *("_version", "answers", "errors", "fal", "generation", "images", "model", "prediction", "tasks"),
-        *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
+        *("fastapi", "filelock", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
         *("_version", "answers", "errors", "fal", "images", "model", "tasks"),
@@ -232,6 +232,7 @@ LAZY = {
         "images.addresses",
         "images.connection",
         "images.download",
+        "images.transfer",
     ),
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),

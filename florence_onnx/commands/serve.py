@@ -54,6 +54,10 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(help="Maximum waiting requests; further ones get status 429.", min=1)
     ] = 256,
+    accepted_mb: Annotated[
+        int,
+        typer.Option(help="MiB of requests that are not answered yet; further ones get status 429.", min=1),
+    ] = 512,
     cache_mb: Annotated[
         int, typer.Option(help="MiB of image features to cache for further requests; 0 disables the cache.", min=0)
     ] = 256,
@@ -75,7 +79,10 @@ def serve(
     certificate: Annotated[str | None, typer.Option(help="PEM file with the certificate, for https.")] = None,
     private_key: Annotated[str | None, typer.Option(help="PEM file with the private key of the certificate.")] = None,
     grace: Annotated[
-        float, typer.Option(help="Seconds after SIGTERM in which results of the queue can still be fetched.")
+        float,
+        typer.Option(
+            help="Seconds after SIGTERM, SIGINT or SIGHUP in which results of the queue can still be fetched."
+        ),
     ] = 30.0,
     log_format: Annotated[str, typer.Option(help="Format of the log: json or text.")] = "json",
 ) -> None:
@@ -96,6 +103,7 @@ def serve(
                 workers=workers,
                 max_batch=max_batch,
                 max_waiting=max_waiting,
+                max_accepted_bytes=accepted_mb * 2**20,
                 feature_cache_bytes=cache_mb * 2**20,
                 options=parse_options(parse_assignments(option or ())),
                 allow_options=allow_options,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image as PILImage
 
@@ -12,6 +14,7 @@ from florence_onnx.errors import ImageDecodeError, ImageDownloadError, ImageErro
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.images import decoding, url
+from florence_onnx.images.transfer import Transfer
 
 _log = logging.getLogger("florence_onnx")
 
@@ -30,33 +33,44 @@ class ImageLimits:
     """Whether to refuse addresses that are not public: for servers that fetch URLs of untrusted callers."""
     allowed_hosts: Collection[str] = ()
     """Exceptions to `public_only`: `host`, or `host:port`."""
+    least_rate: float = 0.0
+    """Least bytes a second of a download, see `florence_onnx.images.download.download`; 0 for no limit."""
 
 
 class ImageReader:
     """Reads images for one service."""
 
-    def __init__(self, limits: ImageLimits, find_stored: Callable[[str], bytes | None] | None = None) -> None:
+    def __init__(self, limits: ImageLimits, find_stored: Callable[[str], Path | None] | None = None) -> None:
         """Reads nothing yet.
 
         Args:
             limits: Limits for images.
-            find_stored: Returns the bytes behind a URL of this server's own file store, or None for any other URL. The
+            find_stored: Returns the file behind a URL of this server's own file store, or None for any other URL. The
                 server must not fetch from itself: with `public_only` it could not, and it might wait for itself.
         """
         self._limits = limits
         self._find_stored = find_stored
 
-    def read(self, image_url: str) -> bytes:
+    def needs_download(self, image_url: str) -> bool:
+        """Whether the image is to be fetched from another server."""
+        return url.is_url(image_url) and (self._find_stored is None or self._find_stored(image_url) is None)
+
+    def read(self, image_url: str, transfer: Transfer | None = None) -> bytes:
         """Returns the bytes of an image file.
+
+        Args:
+            image_url: fal's argument.
+            transfer: For a download: counts its bytes and can end it.
 
         Raises:
             RequestError: 422, `image_url` is not a URL, cannot be fetched, or leads to too many bytes.
         """
         stored = self._find_stored(image_url) if self._find_stored is not None else None
         if stored is not None:
-            return stored
+            with contextlib.suppress(FileNotFoundError):  # deleted in this very moment: the URL leads nowhere now
+                return stored.read_bytes()
         try:
-            return self._fetch(image_url)
+            return self._fetch(image_url, transfer)
         except ImageTooLargeError as error:
             raise self._too_many_bytes(error) from None
         except ImageDownloadError as error:
@@ -64,7 +78,7 @@ class ImageReader:
         except ImageDecodeError as error:
             raise _invalid(error, "image_load_error") from None
 
-    def _fetch(self, image_url: str) -> bytes:
+    def _fetch(self, image_url: str, transfer: Transfer | None) -> bytes:
         limits = self._limits
         if url.is_data_uri(image_url):
             return url.decode_data_uri(image_url, max_bytes=limits.max_bytes)
@@ -81,6 +95,8 @@ class ImageReader:
             timeout=limits.timeout,
             public_only=limits.public_only,
             allowed_hosts=limits.allowed_hosts,
+            least_rate=limits.least_rate,
+            transfer=transfer,
         )
 
     def decode(self, content: bytes) -> PILImage.Image:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import datetime
 import itertools
+import sys
 import threading
 import time
 import uuid
@@ -17,8 +18,10 @@ from typing import Any, Literal
 from PIL import Image as PILImage
 
 from florence_onnx.fal import problems
+from florence_onnx.fal.byte_budget import Charge
 from florence_onnx.fal.contract import Arguments
 from florence_onnx.fal.problems import RequestError
+from florence_onnx.prediction import EncodedImage
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 """fal's names of the states."""
@@ -47,16 +50,26 @@ class Job:
     priority: Priority = "normal"
     deadline: float | None = None
     """Value of `time.monotonic` after which the request fails if the model has not started on it; None for no limit."""
+    owner: str = ""
+    """The client that asked, with whom others share what is bounded."""
+    charge: Charge | None = None
+    """The bytes of the budget that this request holds."""
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     order: int = field(default_factory=lambda: next(_order))
     """Sequence number: requests of equal priority run in this order."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage: `queue`, `load`, `vision`, `decode`, `draw`."""
+    """Seconds by stage: `queue`, `download`, `load`, `vision`, `decode`, `draw`."""
     logs: list[LogLine] = field(default_factory=list)
     future: Future[Answer] = field(default_factory=Future)
     """Resolves to the result, or to a `RequestError`."""
+    needs_download: bool = False
+    """Whether the image is still to be downloaded."""
+    content: bytes | None = None
+    """The image file, from when it is downloaded until it is decoded."""
     image: PILImage.Image | None = None
     """The decoded image, from when it is loaded until its features are computed."""
+    features: EncodedImage | None = None
+    """The features of the image, if they were cached when it was loaded."""
     digest: bytes = b""
     """SHA-256 of the image file, the key of the feature cache."""
     was_fetched: bool = False
@@ -93,6 +106,14 @@ class Job:
         """fal's metrics: `inference_time`, the seconds of all stages except the queue."""
         return {"inference_time": sum(taken for stage, taken in self.seconds.items() if stage != "queue")}
 
+    @property
+    def num_answer_bytes(self) -> int:
+        """Bytes that the answer of a request that has ended takes, roughly."""
+        if not self.future.done() or self.future.exception() is not None:
+            return 1024
+        answer = self.future.result()
+        return 1024 + len(str(answer.body)) + len(str(answer.extra))
+
     def ended(self) -> asyncio.Future[Answer]:
         """Returns a future for `asyncio.wait` that is done when the request has ended, successfully or not."""
         future = asyncio.wrap_future(self.future)
@@ -113,7 +134,7 @@ class Job:
                 return False
             self._state = "IN_PROGRESS"
             self._started = time.monotonic()
-            self.seconds["queue"] = max(0.0, self._started - self._created - self.seconds.get("load", 0.0))
+            self.seconds["queue"] = max(0.0, self._started - self._created - sum(self.seconds.values()))
         self.log("started")
         return True
 
@@ -135,13 +156,27 @@ class Job:
         with self._lock:
             if self._state == "COMPLETED":
                 return False
+            was_running = self._state == "IN_PROGRESS"
             self._state = "COMPLETED"
-            self.image = None
-            # results are kept for an hour; a `data:` URI of megabytes need not be
-            self.arguments = dataclasses.replace(self.arguments, image_url="")
+        if not was_running:  # else the batch that it is part of still needs it
+            self.forget()
         settle()
         self._notify()
         return True
+
+    def drop_source(self) -> None:
+        """Drops the image file and its address, once the image is decoded."""
+        self.content = None
+        self.arguments = dataclasses.replace(self.arguments, image_url="")
+        if self.charge is not None:
+            self.charge.shrink(sys.getsizeof(self.arguments.text_input))
+
+    def forget(self) -> None:
+        """Drops what was asked, which may be megabytes; an answer is kept for an hour."""
+        self.content = self.image = self.features = None
+        self.arguments = Arguments(self.arguments.task, "")
+        if self.charge is not None:
+            self.charge.release()
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Registers a listener for changes of state and logs.

@@ -102,6 +102,27 @@ def queue_full(max_waiting: int) -> RequestError:
     return _platform(429, message, "concurrent_requests_limit", {"Retry-After": "1"})
 
 
+def out_of_budget(max_bytes: int) -> RequestError:
+    """429: the requests that were accepted and not answered yet hold as much memory as they may."""
+    message = f"requests that are not answered yet hold {max_bytes:,} bytes, the most allowed; try again later"
+    return _platform(429, message, "concurrent_requests_limit", {"Retry-After": "1"})
+
+
+def out_of_memory() -> RequestError:
+    """503: there was not enough memory for this request; others go on."""
+    return _platform(
+        503,
+        "The server has too little memory for this request; try again later",
+        "runner_server_error",
+        {"Retry-After": "5"},
+    )
+
+
+def storage_full() -> RequestError:
+    """507: the disk of the file store is full."""
+    return _platform(507, "The disk for uploads is full; try again later", "runner_server_error", {"Retry-After": "30"})
+
+
 def shutting_down() -> RequestError:
     """503: the service has stopped accepting requests."""
     return _platform(

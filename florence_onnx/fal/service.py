@@ -1,9 +1,11 @@
 """A bounded queue in front of one model; requests that wait at the same time run as one batch.
 
-A request passes through three stages with a thread pool each, so that a slow download does not hold up the model:
+A request passes through stages with a thread pool each, so that a slow download holds up neither the model nor an image
+that came with its request:
 
 ```text
-submit ─▶ waiting ─load threads: fetch and decode the image─▶ ready ─run threads: a batch through the model─▶ running
+submit ─▶ waiting ─download threads: fetch the image, if it has a URL─▶ waiting
+waiting ─load threads: decode the image─▶ ready ─run threads: a batch through the model─▶ running
 running ─draw threads: draw the annotated image, build fal's JSON─▶ Job.future
 ```
 
@@ -15,40 +17,45 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
+from florence_onnx.fal.byte_budget import ByteBudget
+from florence_onnx.fal.downloads import Downloads
 from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.images.transfer import Transfer
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tasks import Task
 
 _log = logging.getLogger("florence_onnx")
 
-Publish = Callable[[Prediction[Any]], Mapping[str, Any] | None]
-"""Returns the `image` field of fal's JSON for a prediction with geometry."""
+Publish = Callable[[Prediction[Any], str], Mapping[str, Any] | None]
+"""Returns the `image` field of fal's JSON for a prediction with geometry and the owner of the request."""
 Observe = Callable[[str, float], None]
 """Called with the name of a stage and its seconds, or with `batch_size` and the size of a batch."""
 
 
-def as_data_uri(prediction: Prediction[Any]) -> Mapping[str, Any] | None:
+def as_data_uri(prediction: Prediction[Any], owner: str = "") -> Mapping[str, Any] | None:
     """Puts the annotated image into the JSON as a `data:` URI."""
     described: dict[str, Any] | None = to_dict(prediction.image)
     return described
 
 
-def without_image(prediction: Prediction[Any]) -> None:
+def without_image(prediction: Prediction[Any], owner: str = "") -> None:
     """Draws no annotated image: `image` is null."""
 
 
@@ -69,7 +76,14 @@ class ServiceSettings:
     """Batches in flight. None is `DEVICE_WORKERS` for a model with continuous batching, whose batches share its decode
     steps, and 1 for any other, where one batch already uses all threads of the model."""
     loaders: int = 4
-    """Threads that fetch and decode images, and threads that draw them."""
+    """Threads that decode images, and threads that draw them."""
+    downloads: int = 16
+    """Downloads at the same time."""
+    downloads_per_host: int = 4
+    """Downloads from the same host at the same time."""
+    max_accepted_bytes: int = 512 * 2**20
+    """Most bytes of the arguments and downloads of all requests that have not ended; further requests are rejected with
+    429. The memory of decoded images is bounded by `max_loaded`."""
     max_loaded: int = 8
     """Most decoded images that wait for the model, as they take the most memory."""
     feature_cache_bytes: int = 256 * 2**20
@@ -90,7 +104,7 @@ class Service:
         settings: ServiceSettings | None = None,
         *,
         publish: Publish = as_data_uri,
-        find_stored: Callable[[str], bytes | None] | None = None,
+        find_stored: Callable[[str], Path | None] | None = None,
         observe: Observe | None = None,
     ) -> None:
         """Starts the threads.
@@ -109,18 +123,20 @@ class Service:
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
+        self.budget = ByteBudget(self.settings.max_accepted_bytes)
+        """Bytes held for requests that have not ended."""
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
         self._condition = threading.Condition()
         self._waiting: list[Job] = []  # accepted, image not loaded
+        self._downloads = Downloads(self.settings.downloads, self.settings.downloads_per_host)
         self._loading: set[Job] = set()
         self._ready: list[Job] = []  # image loaded
         self._running: set[Job] = set()
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
         self._is_open = True
         self._draw_pool = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
-        loops = [self._load_loop] * self.settings.loaders + [self._run_loop] * (
-            self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1)
-        )
+        loops = [self._download_loop] * self.settings.downloads + [self._load_loop] * self.settings.loaders
+        loops += [self._run_loop] * (self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1))
         # daemon threads: the interpreter must be able to exit while requests are in flight; `close` waits for them
         self._threads = [threading.Thread(target=loop, name=f"florence{loop.__name__}", daemon=True) for loop in loops]
         for thread in self._threads:
@@ -135,6 +151,7 @@ class Service:
         *,
         start_timeout: float | None = None,
         priority: Priority = "normal",
+        owner: str = "",
     ) -> Job:
         """Puts a request into the queue.
 
@@ -143,26 +160,29 @@ class Service:
             arguments: fal's arguments.
             start_timeout: Seconds that the request may wait before the model starts on it.
             priority: A `"low"` request waits until no normal one does.
+            owner: The client that asks.
 
         Returns:
             The job. As at fal, invalid arguments fail the job rather than this call.
 
         Raises:
-            RequestError: There is no such endpoint, the queue is full, or the service is closed.
+            RequestError: There is no such endpoint, the queue or the budget of bytes is full, or the service is closed.
         """
         task = contract.find_task(application)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
-            job = Job(self._read(task, arguments), priority, deadline)
+            job = Job(self._read(task, arguments), priority, deadline, owner)
         except RequestError as problem:
-            job = Job(contract.Arguments(task, ""), priority, deadline)
+            job = Job(contract.Arguments(task, ""), priority, deadline, owner)
             self._fail(job, problem)
             return job
+        job.needs_download = self._reader.needs_download(job.arguments.image_url)
         with self._condition:
             if not self._is_open:
                 raise problems.shutting_down()
             if len(self._waiting) + len(self._loading) + len(self._ready) >= self.settings.max_waiting:
                 raise problems.queue_full(self.settings.max_waiting)
+            job.charge = self.budget.charge(_num_bytes(job.arguments))
             self._waiting.append(job)
             self._condition.notify_all()
         return job
@@ -230,41 +250,80 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------------- loading
 
+    def _download_loop(self) -> None:
+        while (job := self._next(self._take_download)) is not None:
+            try:
+                self._download(job)
+            except RequestError as problem:
+                self._fail(job, problem)
+            except Exception as error:  # noqa: BLE001 - one request must not end the thread that serves all of them
+                self._fail_unexpectedly(job, error, "downloading the image")
+            with self._condition:
+                self._downloads.remove(job)
+                job.needs_download = False
+                self._condition.notify_all()
+
     def _load_loop(self) -> None:
-        while (job := self._next_to_load()) is not None:
+        while (job := self._next(self._take_load)) is not None:
             try:
                 self._load(job)
             except RequestError as problem:
                 self._fail(job, problem)
-            except Exception:  # noqa: BLE001 - one request must not end the thread that serves all of them
-                _log.exception("request %s: loading the image failed", job.id)
-                self._fail(job, problems.internal())
+            except Exception as error:  # noqa: BLE001 - as in _download_loop
+                self._fail_unexpectedly(job, error, "loading the image")
             with self._condition:
                 self._loading.discard(job)
                 if job.is_waiting:
                     self._ready.append(job)
                 self._condition.notify_all()
 
-    def _next_to_load(self) -> Job | None:
+    def _next(self, take: Callable[[], Job | None]) -> Job | None:
+        """Waits for a job of a stage; returns None once the service is closed and none is left."""
         with self._condition:
             while True:
                 self._drop_ended()
-                has_room = len(self._loading) + len(self._ready) < self.settings.max_loaded
-                if self._waiting and has_room:
-                    job = min(self._waiting, key=_rank)
-                    self._waiting.remove(job)
-                    self._loading.add(job)
+                job = take()
+                if job is not None:
                     return job
                 if not self._is_open and not self._waiting:
                     return None
                 self._condition.wait(self._seconds_to_expiry())
 
+    def _take_download(self) -> Job | None:
+        candidates = (job for job in self._waiting if job.needs_download)
+        return self._downloads.take(sorted(candidates, key=_rank))
+
+    def _take_load(self) -> Job | None:
+        candidates = [job for job in self._waiting if not job.needs_download]
+        if not candidates or len(self._loading) + len(self._ready) >= self.settings.max_loaded:
+            return None
+        job = min(candidates, key=_rank)
+        self._waiting.remove(job)
+        self._loading.add(job)
+        return job
+
+    def _download(self, job: Job) -> None:
+        begin = time.monotonic()
+        transfer = Transfer()
+        if job.charge is not None:
+            transfer.on_bytes = job.charge.grow
+        stop = job.listen(lambda: None if job.is_waiting else transfer.cancel())
+        try:
+            content = self._reader.read(job.arguments.image_url, transfer)
+        finally:
+            stop()
+        if job.is_waiting:
+            job.content = content
+        self._record(job, "download", begin)
+
     def _load(self, job: Job) -> None:
         begin = time.monotonic()
-        content = self._reader.read(job.arguments.image_url)
+        content = job.content if job.content is not None else self._reader.read(job.arguments.image_url)
         job.digest = hashlib.sha256(content).digest()
-        if self._cache.get(job.digest) is None:
+        job.features = self._cache.get(job.digest)
+        if job.features is None:
             job.image = self._reader.decode(content)
+        job.drop_source()
         self._record(job, "load", begin)
 
     def _drop_ended(self) -> None:
@@ -276,7 +335,7 @@ class Service:
                     self._fail(job, problems.timed_out())
                 self._condition.notify_all()
         for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
-            self._fail(job, problems.timed_out())  # at once; the download runs into its own timeout
+            self._fail(job, problems.timed_out())  # at once, whatever is being done for it
 
     def _seconds_to_expiry(self) -> float | None:
         jobs = (*self._waiting, *self._loading, *self._ready)
@@ -333,20 +392,22 @@ class Service:
             if job.state != "IN_PROGRESS":  # cancelled in the meantime
                 continue
             begin = time.monotonic()
-            found = by_digest.get(job.digest) or self._cache.get(job.digest)
+            found = by_digest.get(job.digest) or job.features or self._cache.get(job.digest)
             is_new = found is None
             if found is None:
-                found = self.model.encode(self._image(job))
+                image = job.image
+                assert image is not None  # loaded, and kept while the batch runs
+                try:
+                    found = self.model.encode(image)
+                except Exception as error:  # noqa: BLE001 - the other images of the batch may be fine
+                    self._fail_unexpectedly(job, error, "the vision encoder")
+                    continue
                 self._cache.put(job.digest, found)
             by_digest[job.digest] = encoded[job] = found
-            job.image = None
+            job.image = job.features = None
             self._count("encoded" if is_new else "reused")
             self._record(job, "vision", begin)
         return encoded
-
-    def _image(self, job: Job) -> Any:
-        # None if the features were cached when the image was loaded; they have been evicted since
-        return job.image if job.image is not None else self._reader.decode(self._reader.read(job.arguments.image_url))
 
     def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, EncodedImage]) -> None:
         if not jobs:
@@ -369,6 +430,14 @@ class Service:
             field_name = "text_input" if jobs[0].arguments.text_input is not None else "image_url"
             self._fail(jobs[0], problems.invalid([field_error([field_name], str(error), "value_error")]))
             return
+        except Exception as error:  # noqa: BLE001 - what is wrong with one request must not fail the others
+            if len(jobs) > 1:
+                _log.exception("a batch of %d failed; its requests are tried one by one", len(jobs))
+                for job in jobs:
+                    self._decode([job], encoded)
+                return
+            self._fail_unexpectedly(jobs[0], error, "the decoder")
+            return
         for job, prediction in zip(jobs, predictions, strict=True):
             self._record(job, "decode", begin)
             self._draw_pool.submit(self._complete, job, prediction)
@@ -378,7 +447,7 @@ class Service:
         try:
             body = prediction.to_dict()
             if prediction.task.has_image:
-                body["image"] = self._publish(prediction)
+                body["image"] = self._publish(prediction, job.owner)
                 self._record(job, "draw", begin)
         except Exception:  # noqa: BLE001 - as in _load_loop
             _log.exception("request %s: building the result failed", job.id)
@@ -404,10 +473,21 @@ class Service:
             self._count("failed")
         self._release(job)
 
+    def _fail_unexpectedly(self, job: Job, error: Exception, stage: str) -> None:
+        if job.state != "COMPLETED":  # else it was cancelled, and nobody asks for the reason
+            _log.error("request %s: %s failed", job.id, stage, exc_info=error)
+        self._fail(job, problems.out_of_memory() if isinstance(error, MemoryError) else problems.internal())
+
     def _release(self, job: Job) -> None:
+        if job.state == "COMPLETED":
+            job.forget()
         with self._condition:
             self._running.discard(job)
             self._condition.notify_all()
+
+
+def _num_bytes(arguments: contract.Arguments) -> int:
+    return sys.getsizeof(arguments.image_url) + sys.getsizeof(arguments.text_input)
 
 
 def _rank(job: Job) -> tuple[bool, int]:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import http.client
 import io
 import logging
+import math
 import socket
 import ssl
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from florence_onnx.images import addresses
+from florence_onnx.images.transfer import Transfer
 
 _log = logging.getLogger("florence_onnx")
+RATE_GRACE_S = 10.0
+"""Seconds that a server has before `least_rate` applies: some draw the image first."""
 
 
 class RefusedError(Exception):
@@ -35,6 +39,10 @@ class Rules:
     """Whether to connect to public addresses only, and never through a proxy, which would resolve names by itself."""
     exempt: frozenset[tuple[str, int]] = frozenset()
     """Pairs (host, port) that `public_only` does not apply to."""
+    least_rate: float = 0.0
+    """Least bytes a second of a response, on average and after `RATE_GRACE_S`; 0 for no limit."""
+    transfer: Transfer = field(default_factory=Transfer)
+    """Lets other threads end the download."""
 
     def seconds_left(self) -> float:
         """Seconds until the deadline, more than 0.
@@ -120,13 +128,30 @@ class _TimedStream(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, rules: Rules) -> None:
         self._raw, self._sock, self._rules = raw, sock, rules
+        self._begin = time.monotonic()
+        self._num_bytes = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self._rules.seconds_left())
-        return self._raw.readinto(buffer)
+        seconds = self._rules.seconds_left()
+        at_rate = self._seconds_at_least_rate()
+        self._sock.settimeout(min(seconds, max(at_rate, 0.001)))
+        try:
+            num_bytes = self._raw.readinto(buffer)
+        except TimeoutError:
+            if at_rate < seconds:
+                raise RefusedError(f"the server sends less than {self._rules.least_rate:,.0f} bytes a second") from None
+            raise
+        self._num_bytes += num_bytes or 0
+        return num_bytes
+
+    def _seconds_at_least_rate(self) -> float:
+        """Seconds until the average rate is below the least one if nothing more comes."""
+        if not self._rules.least_rate:
+            return math.inf
+        return self._begin + RATE_GRACE_S + self._num_bytes / self._rules.least_rate - time.monotonic()
 
     def close(self) -> None:
         self._raw.close()
@@ -177,6 +202,7 @@ def _connect_to_first(found: list[tuple[int, Any]], rules: Rules) -> socket.sock
 def _connect(family: int, address: Any, rules: Rules, num_shares: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        rules.transfer.attach(sock)
         sock.settimeout(rules.seconds_left() / num_shares)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from florence_onnx.errors import ImageDownloadError, ImageTooLargeError, InputError
 from florence_onnx.images import addresses
 from florence_onnx.images.connection import RefusedError, Rules, make_opener
+from florence_onnx.images.transfer import Transfer
 from florence_onnx.images.url import check_length, shorten
 
 _CHUNK_BYTES = 1 << 16
@@ -30,7 +31,14 @@ _URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
 
 def download(
-    url: str, *, max_bytes: int, timeout: float, public_only: bool = False, allowed_hosts: Collection[str] = ()
+    url: str,
+    *,
+    max_bytes: int,
+    timeout: float,
+    public_only: bool = False,
+    allowed_hosts: Collection[str] = (),
+    least_rate: float = 0.0,
+    transfer: Transfer | None = None,
 ) -> bytes:
     """Fetches a URL.
 
@@ -48,6 +56,9 @@ def download(
         public_only: Whether to refuse hosts that are not on the public internet.
         allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443. Compared with the
             host in the URL, not with the address it resolves to; case is ignored.
+        least_rate: Least bytes a second, on average and after ten seconds; 0 for no limit. A server that drips would
+            otherwise hold a thread for the whole `timeout`.
+        transfer: Counts the bytes as they come, and lets another thread end the download.
 
     Returns:
         The content.
@@ -57,7 +68,8 @@ def download(
         ImageTooLargeError: The content has more than `max_bytes`.
         InputError: `allowed_hosts` is malformed.
     """
-    rules = Rules(time.monotonic() + timeout, public_only, parse_hosts(allowed_hosts))
+    transfer = transfer or Transfer()
+    rules = Rules(time.monotonic() + timeout, public_only, parse_hosts(allowed_hosts), least_rate, transfer)
     try:
         return _fetch(url, max_bytes, rules)
     except ImageTooLargeError:  # caught first: it is a ValueError too
@@ -69,6 +81,10 @@ def download(
         reason = f"no connection within {timeout:g} s; raise timeout" if timed_out else str(error.reason)
     except (RefusedError, OSError, http.client.HTTPException, ValueError) as error:
         reason = str(error)[:200] or type(error).__name__
+    finally:
+        transfer.close()
+    if transfer.is_cancelled:
+        reason = "the download was cancelled"
     raise ImageDownloadError(f"cannot download {shorten(url)}: {reason}")
 
 
@@ -96,7 +112,7 @@ def _fetch(url: str, max_bytes: int, rules: Rules) -> bytes:
         with opener.open(_make_request(current), timeout=rules.seconds_left()) as response:
             location = response.headers.get("Location")
             if response.status not in _REDIRECTIONS or location is None:
-                return _read(response, max_bytes, url)
+                return _read(response, max_bytes, url, rules.transfer)
         # http.client decodes headers as Latin-1; this restores the bytes that the server sent, percent-encoded
         current = urllib.parse.urljoin(current, urllib.parse.quote(location, string.punctuation, encoding="latin-1"))
     raise OSError(f"more than {_MAX_REDIRECTS} redirects")
@@ -116,7 +132,7 @@ def _make_request(url: str) -> urllib.request.Request:
     return request
 
 
-def _read(response: http.client.HTTPResponse, max_bytes: int, url: str) -> bytes:
+def _read(response: http.client.HTTPResponse, max_bytes: int, url: str, transfer: Transfer) -> bytes:
     if not 200 <= response.status < 300:
         raise OSError(f"the server answered {response.status} {response.reason}")
     announced = response.headers.get("Content-Length", "")
@@ -125,6 +141,8 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, url: str) -> bytes
     content = bytearray()
     while chunk := response.read1(_CHUNK_BYTES):
         content += chunk
+        if transfer.on_bytes is not None:
+            transfer.on_bytes(len(chunk))
         check_length(len(content), max_bytes, url)
     if len(content) < num_announced:
         raise OSError(f"the connection closed after {len(content)} of {num_announced} bytes")

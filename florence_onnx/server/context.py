@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
+from florence_onnx.fal.problems import RequestError
 from florence_onnx.fal.service import Publish, Service, as_data_uri, without_image
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import Prediction, encode_png
@@ -38,20 +39,19 @@ class ServerContext:
         self.settings = settings
         self.metrics = Metrics()
         self.files = FileStore(settings.max_files_bytes)
-        self.results = ResultsStore(settings.max_results, settings.result_seconds)
+        self.results = ResultsStore(settings.max_results, settings.result_seconds, settings.max_results_bytes)
         publishers: dict[str, Publish] = {"url": self._publish, "data": as_data_uri, "none": without_image}
         self.service = Service(
             model,
             settings.service,
             publish=publishers[settings.images],
-            find_stored=self.files.read_url,
+            find_stored=self.files.find_url,
             observe=self.metrics.observe,
         )
         self.metrics.add_service(self.service.stats)
         self.num_active = 0
         """HTTP requests in flight; changed by the event loop only."""
-        self._tokens: dict[str, float] = {}
-        self._tokens_lock = threading.Lock()
+        self._token_key = secrets.token_bytes(32)
         self.is_draining = False
         """Whether the server is shutting down and rejects new requests."""
         self._idle_since: float | None = None
@@ -127,11 +127,14 @@ class ServerContext:
             body["image"] = {**image, "url": base_url + image["url"]}
         return {**body, "extra": answer.extra} if with_extra else body
 
-    def _publish(self, prediction: Prediction[Any]) -> Mapping[str, Any]:
+    def _publish(self, prediction: Prediction[Any], owner: str) -> Mapping[str, Any] | None:
         content = encode_png(prediction.draw())
         name = f"{prediction.task.slug}.png"
         width, height = prediction.source_image.size
-        address = self.files.put(content, name, "image/png")
+        try:
+            address = self.files.put(content, name, "image/png", owner)
+        except RequestError:  # the disk is full, or the image larger than the store: the answer is worth more
+            return None
         described: dict[str, Any] = to_dict(Image(address, "image/png", name, len(content), width, height))
         return described
 
@@ -143,15 +146,16 @@ class ServerContext:
         return expected is None or secrets.compare_digest(given.encode(), expected.encode())
 
     def make_token(self) -> str:
-        """Creates a token for uploads, valid for `TOKEN_SECONDS`."""
-        token = secrets.token_urlsafe(32)
-        now = time.monotonic()
-        with self._tokens_lock:
-            self._tokens = {each: end for each, end in self._tokens.items() if end > now}
-            self._tokens[token] = now + TOKEN_SECONDS
-        return token
+        """Creates a token for uploads, valid for `TOKEN_SECONDS`. It is signed, so that nothing need be kept."""
+        end = f"{int(time.monotonic() + TOKEN_SECONDS):x}"
+        return f"{end}-{self._sign(end)}"
 
     def is_valid_token(self, given: str) -> bool:
         """Whether an upload token was created here and has not expired."""
-        with self._tokens_lock:
-            return self._tokens.get(given, 0.0) > time.monotonic()
+        end, _, signature = given.partition("-")
+        if not secrets.compare_digest(signature.encode(), self._sign(end).encode()):
+            return False
+        return int(end, 16) > time.monotonic()
+
+    def _sign(self, end: str) -> str:
+        return hmac.new(self._token_key, end.encode(), "sha256").hexdigest()

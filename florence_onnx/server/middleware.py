@@ -68,7 +68,7 @@ class RequestMiddleware:
             await self._handle(request)
         finally:
             self._context.num_active -= 1
-            request.log()
+            request.end()
 
     async def _handle(self, request: _Request) -> None:
         try:
@@ -121,6 +121,7 @@ class _Request:
         self._send = send
         self._begin = time.monotonic()
         self._num_received = 0
+        self._charge = context.service.budget.charge()
         self._status = 0
 
     @property
@@ -140,7 +141,9 @@ class _Request:
         """Receives a part of the body; rejects it once the sum is too large, for bodies without a `Content-Length`."""
         message = await self._receive()
         if message["type"] == "http.request":
-            self._num_received += len(message.get("body", b""))
+            num_bytes = len(message.get("body", b""))
+            self._charge.grow(num_bytes)
+            self._num_received += num_bytes
             if self._num_received > self.max_bytes:
                 raise problems.too_large(self.max_bytes)
         return message
@@ -161,7 +164,12 @@ class _Request:
         if self._status == 0:
             await problem_response(problem)(self.scope, self.receive, self.send)
 
-    def log(self) -> None:
+    def end(self) -> None:
+        """Gives the bytes of the body back, and logs the request."""
+        self._charge.release()
+        self._log()
+
+    def _log(self) -> None:
         """Writes the line of the access log and updates the metrics."""
         seconds = time.monotonic() - self._begin
         path = self.scope["path"]

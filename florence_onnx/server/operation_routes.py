@@ -20,10 +20,14 @@ async def health() -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Readiness: requests are accepted. The model is always loaded, as the server listens only after that."""
-    if get_context(request).is_draining:
+    """Readiness: requests are accepted. The model is always loaded, as the server listens only after that.
+
+    `storage` is `full` where the disk is: uploads fail then, and results have no annotated image.
+    """
+    context = get_context(request)
+    if context.is_draining:
         raise problems.shutting_down()
-    return json_response({"status": "ready"})
+    return json_response({"status": "ready", "storage": "full" if context.files.is_full else "ok"})
 
 
 @router.get("/metrics")

@@ -20,6 +20,7 @@ from florence_onnx.server.responses import (
     get_context,
     job_response,
     json_response,
+    owner_of,
     read_json,
     read_start_timeout,
 )
@@ -43,6 +44,7 @@ async def submit(slug: str, request: Request) -> Response:
         await read_json(request),
         start_timeout=read_start_timeout(request),
         priority="low" if priority == "low" else "normal",
+        owner=owner_of(request.scope),
     )
     context.results.add(job)
     described = context.status(job, base_url(request), with_logs=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request, Response
@@ -32,6 +34,20 @@ def base_url(request: Request) -> str:
     """Returns the URL of this server as the client sees it, without a trailing slash."""
     public = get_context(request).settings.public_url
     return (public or str(request.base_url)).rstrip("/")
+
+
+def owner_of(scope: Mapping[str, Any]) -> str:
+    """Returns what stands for a client where clients share what is bounded: its IPv4 address, or its IPv6 /64.
+
+    A client has all addresses of its /64, so the whole address would stand for nobody. Behind a proxy on this machine,
+    uvicorn takes the address from `X-Forwarded-For`.
+    """
+    host = (scope.get("client") or ("",))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return str(host)[:64]
+    return host if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 async def read_json(request: Request) -> Any:

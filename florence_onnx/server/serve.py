@@ -1,4 +1,4 @@
-"""Runs a server until SIGINT or SIGTERM, then drains it."""
+"""Runs a server until SIGINT, SIGTERM or SIGHUP, then drains it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DrainingServer(uvicorn.Server):
         self._context = context
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by uvicorn for SIGINT and SIGTERM."""
+        """Called for SIGINT, SIGTERM and SIGHUP."""
         if self._context.is_draining:
             self.should_exit = self.force_exit = True
             return
@@ -44,7 +44,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "json") -> None:
-    """Serves until SIGINT or SIGTERM, then finishes all accepted requests.
+    """Serves until SIGINT, SIGTERM or SIGHUP, then finishes all accepted requests.
 
     Args:
         model: The loaded model.
@@ -70,10 +70,19 @@ def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "j
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,
     )
+    server = DrainingServer(config, context)
+    _handle_hangup(server)
     try:
-        DrainingServer(config, context).run()
+        server.run()
     finally:
         context.close()
+
+
+def _handle_hangup(server: DrainingServer) -> None:
+    """Treats SIGHUP, sent when a terminal is closed, as SIGTERM, unless it is ignored as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
+        signal.signal(hangup, server.handle_exit)
 
 
 def configure_logging(log_format: LogFormat) -> None:

@@ -18,10 +18,13 @@ FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3
 MAX_PIXELS = 50_000_000
 """Default for the most pixels of an image: several are in memory at a time, 150 MB each at this size."""
 
+LEAST_RATE = 1024.0
+"""Default for the least bytes a second of a download."""
+
 
 def default_limits() -> ImageLimits:
-    """Returns the image limits for untrusted callers: public addresses only, at most `MAX_PIXELS`."""
-    return ImageLimits(max_pixels=MAX_PIXELS, public_only=True)
+    """Returns the image limits for untrusted callers: public addresses only, at most `MAX_PIXELS`, no dripping."""
+    return ImageLimits(max_pixels=MAX_PIXELS, public_only=True, least_rate=LEAST_RATE)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class ServerSettings:
     """Most bytes of uploads and annotated images on disk; the oldest are deleted first."""
     max_results: int = 1000
     """Most results of the queue that are kept to be fetched."""
+    max_results_bytes: int = 256 * 2**20
+    """Most bytes of these results together; only those with images in their JSON (`images="data"`) are large."""
     result_seconds: float = 3600.0
     """Seconds for which a result can be fetched, counted from the submission."""
     grace_seconds: float = 30.0

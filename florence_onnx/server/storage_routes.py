@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.responses import FileResponse
 from florence_onnx.fal import problems
 from florence_onnx.server.context import TOKEN_SECONDS
 from florence_onnx.server.file_store import IMAGE_TYPES
-from florence_onnx.server.responses import base_url, get_context, json_response, read_json
+from florence_onnx.server.responses import base_url, get_context, json_response, owner_of, read_json
 
 router = APIRouter()
 
@@ -31,7 +32,8 @@ async def upload(request: Request) -> Response:
     """Stores a file that is sent in one request."""
     name = request.headers.get("X-Fal-File-Name", "file")
     content_type = request.headers.get("Content-Type", "application/octet-stream")
-    address = get_context(request).files.put(await request.body(), name, content_type)
+    content, owner = await request.body(), owner_of(request.scope)
+    address = await asyncio.to_thread(get_context(request).files.put, content, name, content_type, owner)
     return json_response({"access_url": base_url(request) + address})
 
 
@@ -45,7 +47,7 @@ async def initiate(request: Request) -> Response:
         str(described.get(field) or default)
         for field, default in (("file_name", "file"), ("content_type", "application/octet-stream"))
     )
-    token, address = get_context(request).files.reserve(name, content_type)
+    token, address = get_context(request).files.reserve(name, content_type, owner_of(request.scope))
     base = base_url(request)
     return json_response({"upload_url": f"{base}/storage/upload/{token}", "file_url": base + address})
 
@@ -53,7 +55,7 @@ async def initiate(request: Request) -> Response:
 @router.put("/storage/upload/{token}")
 async def upload_reserved(token: str, request: Request) -> Response:
     """Stores a file under a reserved URL. It cannot be guessed, so no key is needed."""
-    get_context(request).files.put_reserved(token, await request.body())
+    await asyncio.to_thread(get_context(request).files.put_reserved, token, await request.body())
     return Response(status_code=200)
 
 

@@ -460,7 +460,7 @@ def test_the_page_knows_the_model_by_name(client: Any) -> None:
 
 def test_health_metrics_and_logs(client: Any, server: LiveServer) -> None:
     assert client.get("/health").json()["status"] == "ok"
-    assert client.get("/ready").json() == {"status": "ready"}
+    assert client.get("/ready").json() == {"status": "ready", "storage": "ok"}
     response = client.post(f"/{APP}/caption", json=arguments(tasks.CAPTION))
     assert metric(client, "florence_requests_total", endpoint="caption", status="200") > 0
     assert metric(client, "florence_stage_seconds_count", stage="vision") > 0
