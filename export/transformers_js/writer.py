@@ -29,6 +29,7 @@ from optimum.onnx import merge_decoders
 from torch import Tensor
 
 from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles import precisions
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
@@ -91,7 +92,7 @@ def export_transformers_js(
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
-    suffix = bundles.JS_SUFFIXES[precision]
+    suffix = precisions.JS_SUFFIXES[precision]
     found: dict[str, Any] = {}
     decoders: list[GraphPlan] = []
     for plan in plans(checkpoint):

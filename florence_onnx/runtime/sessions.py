@@ -17,7 +17,7 @@ from florence_onnx.errors import (
     MissingExtraError,
     ProviderError,
 )
-from florence_onnx.runtime import cpu, cuda, graph_cache
+from florence_onnx.runtime import cpu, cuda, graph_cache, graph_repair
 from florence_onnx.runtime.providers import ProviderList
 
 SessionOptions = Mapping[str, Any]
@@ -35,6 +35,9 @@ LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Session config entry for the folder of a model's external data, where the model is given as bytes (since ONNX Runtime
+1.21)."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -150,8 +153,7 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
             # A CUDA kernel warns about duplicate indices at every ScatterND, whatever the session's own log level; the
             # indices of our graphs are distinct.
             ort.set_default_logger_severity(LOG_ERRORS)
-        # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
-        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+        return _start_session(ort, path, chosen, options)
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
@@ -160,9 +162,31 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         if chosen[0][0] != CPU:
             reasons = _diagnosis(ort, chosen[0][0])
             raise ProviderError(f"{chosen[0][0]} could not load {path.name}: {error}{reasons}") from error
+        if isinstance(error, state.NotImplemented):
+            raise ProviderError(
+                f"{path} is sound, but ONNX Runtime {ort.__version__} cannot run it on {chosen[0][0]}; choose another "
+                f"precision of the model. ONNX Runtime says: {error}"
+            ) from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
+
+
+def _start_session(ort: ModuleType, path: Path, chosen: ProviderList, options: Any) -> Any:
+    """Opens a session, of a repaired copy in memory where ONNX Runtime refuses the file for the defect of `graph_repair`."""
+
+    def start(model: str | bytes) -> Any:
+        # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
+        return ort.InferenceSession(model, options, providers=chosen, enable_fallback=0)
+
+    try:
+        return start(str(path))
+    except raised_by(ort) as error:
+        if graph_repair.REFUSED not in str(error):
+            raise
+    _log.info("%s has branches that return values of the outer graph: repaired in memory", path)
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+    return start(graph_repair.repair(path))
 
 
 def raised_by(ort: ModuleType) -> tuple[type[Exception], ...]:
