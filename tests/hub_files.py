@@ -22,7 +22,8 @@ from florence_onnx.bundles.precisions import JS_GRAPHS, js_file
 BLOCK = 32
 """Weights that share a scale."""
 CONTRIB = "com.microsoft"
-_INTEGERS = {"q8": QuantType.QUInt8, "uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+PRECISIONS = ("fp16", "q8", "uint8", "q4", "q4f16")
+_INTEGERS = {"q8": QuantType.QInt8, "uint8": QuantType.QUInt8}
 
 
 def publish(directory: Path, *wanted: str) -> None:
@@ -30,7 +31,7 @@ def publish(directory: Path, *wanted: str) -> None:
 
     Args:
         directory: The root of the layout.
-        wanted: Of fp16, q8, uint8, int8, q4 and q4f16.
+        wanted: Of `PRECISIONS`.
     """
     for precision in wanted:
         for module in JS_GRAPHS:

@@ -35,9 +35,6 @@ LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
-EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-"""Session config entry for the folder of a model's external data, where the model is given as bytes (since ONNX Runtime
-1.21)."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -185,7 +182,6 @@ def _start_session(ort: ModuleType, path: Path, chosen: ProviderList, options: A
         if graph_repair.REFUSED not in str(error):
             raise
     _log.info("%s has branches that return values of the outer graph: repaired in memory", path)
-    options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
     return start(graph_repair.repair(path))
 
 
