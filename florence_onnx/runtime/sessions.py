@@ -35,6 +35,9 @@ LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
+FAULTY_FUSION = "SimplifiedLayerNormFusion"
+"""An optimizer of ONNX Runtime. On a CPU that of 1.23 fails on layer normalisations that are written out and in fp16, as in
+many published files, and says so with its own name in the name of a node; 1.22 and 1.32 do not."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -170,19 +173,22 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
 
 
 def _start_session(ort: ModuleType, path: Path, chosen: ProviderList, options: Any) -> Any:
-    """Opens a session, of a repaired copy in memory where ONNX Runtime refuses the file for the defect of `graph_repair`."""
+    """Opens a session in spite of two faults: that of the file for which there is `graph_repair`, and `FAULTY_FUSION`."""
 
-    def start(model: str | bytes) -> Any:
-        # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
-        return ort.InferenceSession(model, options, providers=chosen, enable_fallback=0)
-
-    try:
-        return start(str(path))
-    except raised_by(ort) as error:
-        if graph_repair.REFUSED not in str(error):
+    def start(model: str | bytes, more: Mapping[str, Any]) -> Any:
+        try:
+            # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
+            return ort.InferenceSession(model, options, providers=chosen, enable_fallback=0, **more)
+        except raised_by(ort) as error:
+            if graph_repair.REFUSED in str(error) and model == str(path):
+                _log.info("%s has branches that return values of the outer graph: repaired in memory", path)
+                return start(graph_repair.repair(path), more)
+            if FAULTY_FUSION in str(error) and not more:
+                _log.info("%s is loaded without %s, which fails", path, FAULTY_FUSION)
+                return start(model, {"disabled_optimizers": [FAULTY_FUSION]})
             raise
-    _log.info("%s has branches that return values of the outer graph: repaired in memory", path)
-    return start(graph_repair.repair(path))
+
+    return start(str(path), {})
 
 
 def raised_by(ort: ModuleType) -> tuple[type[Exception], ...]:
