@@ -21,7 +21,7 @@ from florence_onnx.bundles.bundle import (
     read,
 )
 from florence_onnx.bundles.precisions import Precision
-from florence_onnx.errors import BundleError, BundleFormatError, BundleNotFoundError
+from florence_onnx.errors import BundleError, BundleFileMissingError, BundleFormatError, BundleNotFoundError
 
 T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
@@ -116,9 +116,11 @@ def _from_hub(
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
+        lacks = str(error) if isinstance(error, BundleFileMissingError) else ""
     # before gigabytes of the other modules are downloaded
-    _check_published(repository, precision, _download(repository, revision, lambda: _published(repository, revision)))
-    path = _download(repository, revision, fetch)
+    names = _download(repository, revision, lambda: _published(repository, revision), lacks)
+    _check_published(repository, precision, names)
+    path = _download(repository, revision, fetch, lacks)
     try:
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
@@ -153,7 +155,8 @@ def _check_published(repository: str, precision: Precision | None, names: Collec
         precisions.check_present(precisions.js_modules(precision), names, f"the hub repository {repository!r}")
 
 
-def _download(repository: str, revision: str | None, fetch: Callable[[], T]) -> T:
+def _download(repository: str, revision: str | None, fetch: Callable[[], T], lacks: str) -> T:
+    """Asks the hub and translates its errors; `lacks` says what the cache lacks, if it has a part of the repository."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -170,7 +173,8 @@ def _download(repository: str, revision: str | None, fetch: Callable[[], T]) -> 
             f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        found = f"is not complete in the local cache ({lacks})" if lacks else "is not in the local cache"
         raise BundleNotFoundError(
-            f"{repository!r} is not in the local cache and the hub could not be reached ({error}); "
+            f"{repository!r} {found} and the hub could not be reached ({error}); "
             "download it on a machine with a network and pass its directory"
         ) from error
