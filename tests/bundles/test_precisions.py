@@ -149,8 +149,8 @@ def test_the_own_layout_takes_what_it_can_have(tmp_path: Path) -> None:
         ("vision_encoder=fp16,decoder=fp16", "fp16"),
         ({"vision_encoder": "fp32"}, "int8"),
     ):
-        read = bundle.read(tmp_path, asked)  # type: ignore[arg-type]
-        assert read.precision == found and read.has_precision(asked)  # type: ignore[arg-type]
+        read = bundle.read(tmp_path, asked)
+        assert read.precision == found and read.has_precision(asked)
     assert bundle.read(tmp_path / "int8", {"vision_encoder": "fp32"}).precision == "int8"
     with pytest.raises(BundleFormatError, match=r"its vision encoder fp32; not .*only the vision encoder can"):
         bundle.read(tmp_path, {"vision_encoder": "fp16", "decoder": "int8"})

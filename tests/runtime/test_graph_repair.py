@@ -93,7 +93,7 @@ def test_a_refused_decoder_gives_the_tokens_of_the_sound_one(
     models = [Florence2.from_pretrained(folder, device="cpu", precision=precision) for folder in (published, sound)]
     for num_beams in (1, 3):
         options = GenerationOptions(num_beams=num_beams, max_new_tokens=16, min_new_tokens=12)
-        chosen = [tasks.OBJECT_DETECTION, tasks.OCR]
+        chosen = [tasks.OBJECT_DETECTION.slug, tasks.OCR.slug]
         found, expected = (
             [answer.token_ids for answer in model.run_batch(chosen, photographs[:2], options=options)]
             for model in models
