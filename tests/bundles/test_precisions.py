@@ -103,8 +103,8 @@ def test_files_of_every_precision_answer(published: Path, photographs: list[Imag
     expected = graph.run({"pixel_values": pixels.reshape(1, *pixels.shape[-3:])})["image_features"][0]
     np.testing.assert_array_equal(model.encode(photographs[0]).image_features, expected)
     options = GenerationOptions(max_new_tokens=8, min_new_tokens=6)
-    answers = [model.run(tasks.OCR, photographs[0], options=options).token_ids for _ in range(2)]
-    assert answers[0] == answers[1] and answers[0][:2] == (2, 0) and len(answers[0]) >= 7
+    answer = model.run(tasks.OCR, photographs[0], options=options).token_ids
+    assert answer[:2] == (2, 0) and len(answer) >= 7
     stated = model.info()
     assert stated["precision"] == precisions.describe(precisions.js_modules(precision))
     assert stated["vision_precision"] == vision_precision
