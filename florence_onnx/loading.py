@@ -55,12 +55,12 @@ def load(bundle: Bundle, options: LoadOptions) -> Stages:
 
     Raises:
         BundleError: A file is damaged, or the bundle has another precision.
-        InputError: Options contradict each other.
+        InputError: Options contradict each other, or are malformed.
         ProviderError: The execution provider cannot run here.
     """
-    precision = options.precision
-    if precision not in (None, bundle.precision) and (precision, bundle.precision) != (BF16, "fp32"):
-        raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {precision}")
+    is_computed = options.is_bf16 and bundle.precision == "fp32"
+    if not is_computed and not bundle.has_precision(options.precision):
+        raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {options.precision}")
     _check_max_batch(options.max_batch, bundle)
     if options.device == "auto" and options.providers is None:
         if options.provider_options:
@@ -81,7 +81,7 @@ def load_tokenizer(bundle: Bundle) -> PromptTokenizer:
 
 def _load_best(bundle: Bundle, options: LoadOptions) -> Stages:
     """Loads the stages on the first device on which they start and run, and logs which one that is."""
-    *accelerators, last = candidates(onnxruntime().get_available_providers(), options.precision)
+    *accelerators, last = candidates(onnxruntime().get_available_providers(), BF16 if options.is_bf16 else None)
     may_be_resident = options.max_batch != 0
     if may_be_resident and TENSORRT in onnxruntime().get_available_providers() and _has_engines(bundle, options):
         accelerators.insert(0, "tensorrt")
@@ -139,7 +139,7 @@ def _load(bundle: Bundle, options: LoadOptions) -> Stages:
     backend = text_backend(bundle, text)
     if provider in CUDA_PROVIDERS:
         _check_kernels(bundle, text[0])
-    precision = options.precision or bundle.precision
+    precision = BF16 if options.is_bf16 else bundle.precision
     resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
     return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
 

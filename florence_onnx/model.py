@@ -24,6 +24,7 @@ from florence_onnx.answers.locations import Region
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub, memory
 from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.precisions import Precision
 from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
@@ -98,7 +99,7 @@ class Florence2:
         name: str | os.PathLike[str] = bundles.DEMO,
         *,
         device: str = "auto",
-        precision: str | None = None,
+        precision: Precision | None = None,
         providers: Sequence[Provider] | None = None,
         provider_options: Options | None = None,
         session_options: SessionOptions | None = None,
@@ -115,7 +116,10 @@ class Florence2:
             device: `"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`.
             precision: Which files to load (`"fp32"`, `"fp16"`, `"int8"`, …), or `"bf16"`: the fp32 files, computed in
                 bf16 by a provider that can (OpenVINO, on a processor with bf16 arithmetic). None loads the one that
-                there is; of several, int8 on a CPU, fp16 with CUDA or TensorRT, fp32 with OpenVINO.
+                there is; of several, int8 on a CPU, fp16 with CUDA or TensorRT, fp32 with OpenVINO. In the layout of
+                transformers.js also `"q8"` (files named `_quantized`), `"uint8"`, `"q4"`, `"q4f16"` and `"bnb4"`, or one
+                for each module, as a dict such as `{"vision_encoder": "fp16", "decoder": "q4"}` or as
+                `"vision_encoder=fp16,decoder=q4"`; there None, and modules that are not named, mean fp32.
             providers: ONNX Runtime execution providers (names, or names with options), first choice first; replaces
                 `device`.
             provider_options: Options of the device's execution provider, which override this package's, e.g. for
@@ -134,11 +138,12 @@ class Florence2:
 
         Raises:
             BundleError: The model is missing, damaged or of another format.
+            InputError: `precision` or another argument is malformed.
             ProviderError: The execution provider cannot run here.
             MissingExtraError: No ONNX Runtime is installed.
         """
         files = "fp32" if precision == BF16 else precision
-        preferred = preferred_precisions(device, providers) if files is None else (files,)
+        preferred = preferred_precisions(device, providers) if files is None else bundles.PREFERRED_PRECISIONS
         bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
         options = LoadOptions(
             device=device,

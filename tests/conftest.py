@@ -150,6 +150,15 @@ def tiny_fp16(export_of: Callable[[str, str], Exported]) -> Exported:
     return export_of("tiny", "fp16")
 
 
+@pytest.fixture(scope="session")
+def published(export_of: Callable[[str, str], Exported], shared_folder: Path) -> Path:
+    """`tiny` in the layout of transformers.js, in the precisions that repositories have. Not to be changed."""
+    from tests import exported_bundles
+
+    export_of("tiny", "transformers-js-fp32")  # skips where there is no torch
+    return exported_bundles.published(shared_folder)
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 

@@ -7,6 +7,7 @@ Tests take them from the fixtures of `tests.conftest`. For the environments that
 OUT/tiny/checkpoint            what was exported
 OUT/tiny/fp32                  a bundle
 OUT/tiny/transformers-js-fp32  the same in the layout of transformers.js
+OUT/tiny/published             that, and the files of other precisions that repositories have
 OUT/tiny/….steps               what the export said that it does, one step a line
 ```
 """
@@ -24,7 +25,7 @@ from filelock import FileLock
 from export.bundles.writer import export_bundle
 from export.checkpoints.checkpoint import load_checkpoint
 from export.transformers_js.writer import export_transformers_js
-from tests import checkpoints
+from tests import checkpoints, hub_files
 
 CONFIGS = {"tiny": checkpoints.tiny_config, "odd": checkpoints.odd_config}
 """The smallest regular model, and one of which every size is unusual."""
@@ -86,6 +87,16 @@ def bundle(folder: Path, model: str, kind: str) -> Path:
         (folder / model / f"{kind}.steps").write_text("\n".join(said), encoding="utf-8")
 
     return made_once(folder / model / kind, export)
+
+
+def published(folder: Path) -> Path:
+    """The model `tiny` as a repository has it: in fp32 and in the precisions of `hub_files`, below the shared folder."""
+    source = bundle(folder, "tiny", f"{_TRANSFORMERS_JS}fp32")
+
+    def publish(path: Path) -> None:
+        hub_files.publish(Path(shutil.copytree(source, path)), *hub_files.PRECISIONS)
+
+    return made_once(folder / "tiny" / "published", publish)
 
 
 def steps(exported: Path) -> list[str]:

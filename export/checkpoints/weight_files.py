@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +21,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Reads all tensors, by stored name and in their stored dtype, from safetensors or else from a pickled state dict.
 
     Raises:
-        CheckpointError: There are no weights, a shard is missing, a file is damaged, or a pickle holds more than
-            tensors.
+        CheckpointError: There are no weights, a shard is missing or lies in another folder, a file is damaged, or a
+            pickle holds more than tensors.
     """
     for name in (SAFETENSORS, PICKLED):
         if not has_weights(folder, name):
@@ -66,10 +66,22 @@ def _shards(folder: Path, name: str) -> Iterator[Path]:
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{folder / name}.index.json has no weight_map")
+    _check_names(shards.values(), folder / f"{name}.index.json")
     for shard in sorted(set(shards.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} lacks {shard}, which {name}.index.json names; download it again")
         yield folder / shard
+
+
+def _check_names(shards: Iterable[object], index: Path) -> None:
+    """Raises CheckpointError for a shard that would be read from another folder than that of its index."""
+    for shard in shards:
+        # of a Windows path, which takes "/" and a drive as well
+        if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
+            raise CheckpointError(
+                f"{index} names the shard {shard!r}; a shard is a file in the same folder, such as "
+                "model-00001-of-00002.safetensors: other files are not read. Download the index again"
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints.diagnosis import Diagnosis, diagnose
+from .arguments import AdapterOption, BaseOption, ProcessorOption, RevisionOption
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -27,16 +28,10 @@ def florence_onnx_export() -> None:
 @app.command()
 def doctor(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a Florence-2 checkpoint, or of an adapter.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    processor: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the tokenizer and the preprocessing.", metavar="DIR|HUB")
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a PEFT adapter for CHECKPOINT.", metavar="DIR|HUB")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model, where CHECKPOINT is an adapter.", metavar="DIR|HUB")
-    ] = None,
+    revision: RevisionOption = None,
+    processor: ProcessorOption = None,
+    adapter: AdapterOption = None,
+    base: BaseOption = None,
     is_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output instead of a table.")] = False,
 ) -> None:
     """Says in one table what a checkpoint is, what is unusual about it and what would be refused, without exporting it.

@@ -20,6 +20,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..precisions.recipes import PRECISIONS, VISION_PRECISIONS
 from ..transformers_js.writer import export_transformers_js
 from ..verification.photograph import PHOTOGRAPH
+from .arguments import AdapterOption, BaseOption, ProcessorOption, RevisionOption
 
 _console = Console(stderr=True)
 
@@ -48,21 +49,10 @@ def export(
     layout: Annotated[
         Layout, typer.Option(help="Three graphs for this package, or four as in onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    processor: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer and preprocessing, for a checkpoint that has none.", metavar="DIR|HUB"),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="PEFT adapter to merge into CHECKPOINT.", metavar="DIR|HUB")
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Base model, where CHECKPOINT is a PEFT adapter. Default: what its adapter_config.json names.",
-            metavar="DIR|HUB",
-        ),
-    ] = None,
+    revision: RevisionOption = None,
+    processor: ProcessorOption = None,
+    adapter: AdapterOption = None,
+    base: BaseOption = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="Image to verify on; may be repeated. Default: a built-in photograph."),

@@ -27,6 +27,7 @@ from ..verification.comparison import compare_models, resolve_searches
 from ..verification.photograph import PHOTOGRAPH
 from ..verification.questions import Question, find_images, load_images, make_questions
 from ..verification.report import Agreement, Bar, bundles_table, find_failures, make_agreement, tasks_table
+from .arguments import AdapterOption, BaseOption, ProcessorOption, RevisionOption
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -46,6 +47,10 @@ def verify(
     reference: Annotated[
         str, typer.Option(help="What to compare with: a checkpoint (folder or hub id), or its fp32 bundle.")
     ],
+    revision: RevisionOption = None,
+    processor: ProcessorOption = None,
+    adapter: AdapterOption = None,
+    base: BaseOption = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of images. Default: a built-in photograph.", metavar="DIR")
     ] = None,
@@ -72,14 +77,16 @@ def verify(
 
     Tasks with a text or region input get it from the reference's own answers: its caption, or its first detected
     object. Logits are compared along the reference's answer. Every task must reach every bar (--min-…, --max-…);
-    otherwise the command exits with 1.
+    otherwise the command exits with 1. Where the reference is a checkpoint, --revision, --processor, --adapter and
+    --base mean for it what they mean for an export.
     """
     bars = _bars(min_token_agreement, min_box_f1, min_text_similarity, max_logit_error)
     try:
         asked = [tasks.get(name) for name in dict.fromkeys(task or tasks.TASKS)]
         named_images = _find(images, limit)
         candidates = [open_bundle(name, precision=precision, device=device) for name in dict.fromkeys(bundle)]
-        reference_model = open_reference(reference, candidates[0].generation, device=device)
+        parts = {"revision": revision, "processor": processor, "adapter": adapter, "base": base}
+        reference_model = open_reference(reference, candidates[0].generation, device=device, **parts)
         searches = resolve_searches(reference_model.generation, beams or (), max_new_tokens)
         questions = _questions(reference_model, named_images, asked, searches[0])
         agreements = _measure(reference_model, candidates, questions, searches)

@@ -29,6 +29,7 @@ from optimum.onnx import merge_decoders
 from torch import Tensor
 
 from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles import precisions
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
@@ -43,6 +44,7 @@ from ..graphs.files import save, tidy
 from ..graphs.plans import OPSET, GraphPlan
 from ..precisions.fp16 import FP16_MAX
 from ..verification import checks
+from ..verification.activations import check_activations
 from ..verification.photograph import PHOTOGRAPH
 from .configs import write_files
 from .plans import FIRST, MERGED, NEXT, plans
@@ -73,13 +75,15 @@ def export_transformers_js(
         The bundle on disk; its `verification` has the errors of each file and the token agreement of each search.
 
     Raises:
-        CheckpointError: The precision is unknown, or the directory exists.
+        CheckpointError: The precision is unknown, the directory exists, or the checkpoint itself overflows.
         VerificationError: A graph does not reproduce the checkpoint. Nothing is written.
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
     loaded = [decoding.load(image) for image in images]
     with new_directory(Path(output), force=force) as directory:
+        progress("running the checkpoint in PyTorch")
+        check_activations(checkpoint, loaded)
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)
         progress("comparing answers with transformers")
@@ -91,7 +95,7 @@ def export_transformers_js(
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, precision: str, progress: Progress) -> dict[str, Any]:
-    suffix = bundles.JS_SUFFIXES[precision]
+    suffix = precisions.JS_SUFFIXES[precision]
     found: dict[str, Any] = {}
     decoders: list[GraphPlan] = []
     for plan in plans(checkpoint):

@@ -132,7 +132,7 @@ def is_bundle(name: str) -> bool:
     return name == bundles.DEMO or is_own or is_transformers_js
 
 
-def open_reference(name: str, generation: GenerationDefaults, *, device: str = "auto") -> Answerer:
+def open_reference(name: str, generation: GenerationDefaults, *, device: str = "auto", **parts: str | None) -> Answerer:
     """Loads the model that the others are compared with.
 
     Args:
@@ -140,15 +140,19 @@ def open_reference(name: str, generation: GenerationDefaults, *, device: str = "
         generation: The generation defaults of a bundle that was exported from the checkpoint; used if `name` is a
             checkpoint.
         device: The device of a bundle.
+        parts: Arguments of `load_checkpoint`: where the parts of a checkpoint come from.
 
     Raises:
         FlorenceError: The bundle or checkpoint is missing or cannot be loaded.
-        InputError: It is a bundle of another precision.
+        InputError: It is a bundle of another precision, or one with `parts`.
     """
     if not is_bundle(name):
         from ..checkpoints.checkpoint import load_checkpoint
 
-        return CheckpointAnswerer(name, load_checkpoint(name), generation)
+        return CheckpointAnswerer(name, load_checkpoint(name, **parts), generation)
+    given = [f"--{part}" for part, value in parts.items() if value is not None]
+    if given:
+        raise InputError(f"{' and '.join(given)} go with a checkpoint as reference; {name} is a bundle")
     has_several = bundles.choose(Path(name), None) is not None
     found = open_bundle(name, precision="fp32" if has_several else None, device=device)
     if found.precision != "fp32":

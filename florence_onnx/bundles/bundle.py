@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from florence_onnx.bundles import precisions
+from florence_onnx.bundles.precisions import JS_GRAPHS, Precision
 from florence_onnx.errors import (
     BundleFileMissingError,
     BundleFormatError,
@@ -49,7 +51,6 @@ recorded nowhere: it is changed in place (`florence_onnx.bundles.configuration`)
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "bundle"
 
-JS_GRAPHS = ("vision_encoder", "embed_tokens", "encoder_model", "decoder_model_merged")
 MAX_HASHED_BYTES = 32 * 2**20
 """Largest file whose hash is checked at every load. Hashing gigabytes would slow down every start; of larger files
 only the size is checked."""
@@ -68,17 +69,6 @@ KEY_INPUTS: dict[str, tuple[str, ...]] = {
     "decoder_model_merged": ("inputs_embeds", "encoder_hidden_states", "use_cache_branch"),
 }
 """Inputs that a file must have to be the graph that its name says."""
-
-JS_SUFFIXES = {
-    "fp32": "",
-    "fp16": "_fp16",
-    "int8": "_int8",
-    "uint8": "_uint8",
-    "q4": "_q4",
-    "q4f16": "_q4f16",
-    "bnb4": "_bnb4",
-}
-"""File name suffix by precision in the layout of transformers.js."""
 
 PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
 """Which bundle of several to read on a CPU, first choice first. int8 is the fastest that answers as well as fp32."""
@@ -133,6 +123,7 @@ class Bundle:
     path: Path
     layout: Layout
     precision: str
+    """In the layout of transformers.js, where modules differ, those of all modules: see `precisions.describe`."""
     sizes: ModelSizes
     generation: GenerationDefaults
     """Of the checkpoint's generation_config.json, with the options that `florence-onnx configure` has written over them."""
@@ -146,12 +137,26 @@ class Bundle:
     """Device memory of its graphs, for `florence_onnx.bundles.memory`; empty where it is not known."""
     checkpoint_generation: GenerationDefaults | None = None
     """What the checkpoint's own generation_config.json alone says."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Precision of each graph in `JS_GRAPHS`; empty in the other layout."""
+
+    def has_precision(self, wanted: Precision | None) -> bool:
+        """Whether it has a precision, or all of those that are asked for by module; InputError as for `precisions.parse`."""
+        asked = precisions.parse(wanted)
+        if isinstance(asked, dict):
+            return all(self._precision_of(module) == value for module, value in asked.items())
+        return asked in (None, self.precision)
+
+    def _precision_of(self, module: str) -> str:
+        if self.modules:
+            return self.modules[module]
+        return self.vision_precision or self.precision if module == precisions.VISION else self.precision
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
         if self.layout == "florence_onnx":
             return self.path / name
-        return self.path / "onnx" / f"{name}{JS_SUFFIXES[self.precision]}.onnx"
+        return self.path / precisions.js_file(name, self.modules[name])
 
     @property
     def graphs(self) -> dict[str, Path]:
@@ -177,39 +182,43 @@ class Bundle:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path, precision: str | None = None, *, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> Bundle:
+def read(path: Path, precision: Precision | None = None, *, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> Bundle:
     """Reads a bundle of either layout, or one of several bundles in subdirectories named after their precision.
 
     Args:
         path: The directory.
-        precision: Required precision. None accepts any; in the layout of transformers.js it means fp32.
+        precision: Required precision, or precisions by module. None accepts any. In the layout of transformers.js it means
+            fp32, also for modules that are not named.
         preferred: Which of several bundles to read if `precision` is None, first choice first.
 
     Raises:
         BundleNotFoundError: The directory is not a bundle and contains none.
         BundleFileMissingError: A file is missing.
         BundleFormatError: The description is unreadable, or has another format version or precision.
+        InputError: `precision` is malformed.
         CorruptGraphError: A file does not have its recorded size or, up to `MAX_HASHED_BYTES`, its recorded hash.
     """
     if (path / DESCRIPTION).is_file():
         return _read_own(path, precision)
     if (path / "onnx").is_dir() and (path / "config.json").is_file():
-        return _read_transformers_js(path, precision or "fp32")
+        return _read_transformers_js(path, precision)
     chosen = choose(path, precision, preferred)
     if chosen is not None:
-        return _read_own(path / chosen, chosen)
+        asked = precisions.parse(precision)
+        return _read_own(path / chosen, asked if isinstance(asked, dict) else chosen)
     raise BundleNotFoundError(
         f"{path} is not a bundle: it has neither {DESCRIPTION} nor onnx/. {_checkpoint_hint(path)}"
     )
 
 
-def choose(path: Path, precision: str | None, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> str | None:
+def choose(path: Path, precision: Precision | None, preferred: Sequence[str] = PREFERRED_PRECISIONS) -> str | None:
     """Chooses one of several bundles in subdirectories named after their precision.
 
     Args:
         path: The directory.
-        precision: Required precision, or None.
-        preferred: Order of choice if `precision` is None.
+        precision: Required precision, or None. Of precisions by module that of the decoder counts, and if it has none, that
+            of another module which is not the vision encoder.
+        preferred: Order of choice if `precision` is None, or names the vision encoder only.
 
     Returns:
         The precision, which is the name of the subdirectory; None if `path` contains no bundles.
@@ -220,11 +229,19 @@ def choose(path: Path, precision: str | None, preferred: Sequence[str] = PREFERR
     found = sorted({entry.parent.name for entry in path.glob(f"*/{DESCRIPTION}")} & set(PREFERRED_PRECISIONS))
     if not found:
         return None
-    if precision is not None and precision not in found:
+    asked = precisions.parse(precision)
+    # JS_GRAPHS has the decoder last, and an export the same precision for all but the vision encoder
+    text = (
+        [value for module, value in asked.items() if module != precisions.VISION]
+        if isinstance(asked, dict)
+        else [asked]
+    )
+    wanted = text[-1] if text else None
+    if wanted is not None and wanted not in found:
         raise BundleFormatError(
-            f"{path} has precisions {', '.join(found)}, not {precision}; export it with --precision {precision}"
+            f"{path} has precisions {', '.join(found)}, not {wanted}; export it with --precision {wanted}"
         )
-    return precision or next((name for name in preferred if name in found), found[0])
+    return wanted or next((name for name in preferred if name in found), found[0])
 
 
 def _checkpoint_hint(path: Path) -> str:
@@ -253,7 +270,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_own(path: Path, precision: str | None) -> Bundle:
+def _read_own(path: Path, precision: Precision | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     _check_version(path, described.get("format_version"))
     try:
@@ -265,12 +282,8 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         raise BundleFormatError(
             f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
         ) from error
-    if precision not in (None, found):
-        raise BundleFormatError(
-            f"{path} has precision {found}, not {precision}; export it with --precision {precision}"
-        )
     own = generation_defaults(read_json(path / GENERATION_CONFIG), model, path)
-    return Bundle(
+    bundle = Bundle(
         path,
         "florence_onnx",
         found,
@@ -281,6 +294,22 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         described.get("vision_precision"),
         described.get("memory") or {},
         own,
+    )
+    _check_precision(bundle, precision)
+    return bundle
+
+
+def _check_precision(bundle: Bundle, precision: Precision | None) -> None:
+    if bundle.has_precision(precision):
+        return
+    if isinstance(precisions.parse(precision), str):
+        raise BundleFormatError(
+            f"{bundle.path} has precision {bundle.precision}, not {precision}; export it with --precision {precision}"
+        )
+    raise BundleFormatError(
+        f"{bundle.path} has precision {bundle.precision}, its vision encoder {bundle.vision_precision or bundle.precision}; not "
+        f"{precision}. In florence_onnx's own layout only the vision encoder can have another precision than the rest: "
+        "export it with --precision and --vision-precision"
     )
 
 
@@ -401,11 +430,8 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _read_transformers_js(path: Path, precision: str) -> Bundle:
-    if precision not in JS_SUFFIXES:
-        raise BundleFormatError(
-            f"unknown precision {precision!r}; the layout of transformers.js has {', '.join(JS_SUFFIXES)}"
-        )
+def _read_transformers_js(path: Path, precision: Precision | None) -> Bundle:
+    modules = precisions.js_modules(precision)
     config = read_json(path / "config.json")
     text = config.get("text_config", {})
     images = read_json(path / "preprocessor_config.json")
@@ -430,20 +456,22 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
         ) from error
     measured = read_json(path / JS_VERIFICATION) if (path / JS_VERIFICATION).is_file() else {}
     own = generation_defaults(_merge_generation(config, generation), model, path)
-    bundle = Bundle(
+    precisions.check_present(
+        modules, (f"onnx/{file.name}" for file in (path / "onnx").iterdir() if file.is_file()), str(path)
+    )
+    described = precisions.describe(modules)
+    return Bundle(
         path,
         "transformers.js",
-        precision,
+        described,
         model,
         configured(own, path),
         measured.get("source", {}),
         measured.get("verification", {}),
+        None if described == modules[precisions.VISION] else modules[precisions.VISION],
         checkpoint_generation=own,
+        modules=modules,
     )
-    for graph in bundle.graphs.values():
-        if not graph.is_file():
-            raise BundleFileMissingError(f"{graph} is missing; this repository may lack precision {precision}")
-    return bundle
 
 
 def _merge_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:

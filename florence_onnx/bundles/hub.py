@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
+from florence_onnx.bundles import precisions
 from florence_onnx.bundles.bundle import (
     DEMO,
     DEMO_DIRECTORY,
+    DESCRIPTION,
     GRAPHS,
-    JS_GRAPHS,
-    JS_SUFFIXES,
     PREFERRED_PRECISIONS,
     WEIGHTS,
     Bundle,
     choose,
     read,
 )
-from florence_onnx.errors import BundleError, BundleNotFoundError
+from florence_onnx.bundles.precisions import Precision
+from florence_onnx.errors import BundleError, BundleFileMissingError, BundleFormatError, BundleNotFoundError
 
+T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
 _HUB_FILES = (
@@ -34,7 +36,7 @@ _HUB_FILES = (
 def resolve(
     name: str | os.PathLike[str],
     *,
-    precision: str | None = None,
+    precision: Precision | None = None,
     preferred: Sequence[str] = PREFERRED_PRECISIONS,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -51,7 +53,9 @@ def resolve(
 
     Raises:
         BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached.
-        BundleError: It exists and cannot be used; see `bundle.read`.
+        BundleError: It exists and cannot be used; see `bundle.read`. Of a hub repository that lacks files of this precision
+            nothing more than its JSON files is downloaded.
+        InputError: `precision` is malformed.
     """
     text = os.fspath(name)
     if text == DEMO:
@@ -75,7 +79,7 @@ def default_cache() -> Path:
 
 def _from_hub(
     repository: str,
-    precision: str | None,
+    precision: Precision | None,
     preferred: Sequence[str],
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
@@ -84,8 +88,7 @@ def _from_hub(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    suffix = JS_SUFFIXES.get(precision or "fp32", "")
-    patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
+    patterns = [*_HUB_FILES, *(f"{file}*" for file in _js_files(precision))]
 
     def fetch(**options: Any) -> Path:
         def take(allowed: list[str]) -> Path:
@@ -113,7 +116,11 @@ def _from_hub(
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
-    path = _download(repository, revision, fetch)
+        lacks = str(error) if isinstance(error, BundleFileMissingError) else ""
+    # before gigabytes of the other modules are downloaded
+    names = _download(repository, revision, lambda: _published(repository, revision), lacks)
+    _check_published(repository, precision, names)
+    path = _download(repository, revision, fetch, lacks)
     try:
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
@@ -123,7 +130,33 @@ def _from_hub(
         ) from error
 
 
-def _download(repository: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+def _js_files(precision: Precision | None) -> list[str]:
+    """The graphs of a precision in the layout of transformers.js; none where that layout has no such precision."""
+    try:
+        return [precisions.js_file(*module) for module in precisions.js_modules(precision).items()]
+    except BundleFormatError:
+        return []
+
+
+def _published(repository: str, revision: str | None) -> set[str]:
+    """The paths of all files of a repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import DEFAULT_REVISION
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    siblings = api.model_info(repository, revision=revision or DEFAULT_REVISION).siblings
+    return {file.rfilename for file in siblings or ()}
+
+
+def _check_published(repository: str, precision: Precision | None, names: Collection[str]) -> None:
+    """Raises BundleFileMissingError where a repository in the layout of transformers.js lacks a graph of this precision."""
+    is_own = any(PurePosixPath(name).name == DESCRIPTION for name in names)
+    if not is_own and any(name.startswith("onnx/") for name in names):
+        precisions.check_present(precisions.js_modules(precision), names, f"the hub repository {repository!r}")
+
+
+def _download(repository: str, revision: str | None, fetch: Callable[[], T], lacks: str) -> T:
+    """Asks the hub and translates its errors; `lacks` says what the cache lacks, if it has a part of the repository."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -140,7 +173,8 @@ def _download(repository: str, revision: str | None, fetch: Callable[[], Path]) 
             f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        found = f"is not complete in the local cache ({lacks})" if lacks else "is not in the local cache"
         raise BundleNotFoundError(
-            f"{repository!r} is not in the local cache and the hub could not be reached ({error}); "
+            f"{repository!r} {found} and the hub could not be reached ({error}); "
             "download it on a machine with a network and pass its directory"
         ) from error

@@ -14,7 +14,10 @@ from florence_onnx.errors import FlorenceError, OptionsError
 
 DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
 MODEL_HELP = "Bundle directory, hub repository (owner/name), or demo."
-PRECISION_HELP = "Precision to load if the model has several: fp32, fp16, int8.  [default: best for the device]"
+PRECISION_HELP = (
+    "Precision to load if the model has several: fp32, fp16, int8, …; in the layout of transformers.js also by module, such as "
+    "vision_encoder=fp16,decoder=q4.  [default: best for the device]"
+)
 DEVICE_HELP = "auto, cpu, cuda, tensorrt or openvino."
 
 ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]

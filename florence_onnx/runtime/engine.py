@@ -27,6 +27,7 @@ from florence_onnx.runtime import providers as provider_presets
 from florence_onnx.runtime.cuda_memory import LOCK, CudaMemory
 from florence_onnx.runtime.device_memory import DeviceArray, DeviceMemory, HostMemory
 from florence_onnx.runtime.load_options import LoadOptions
+from florence_onnx.runtime.providers import BF16
 from florence_onnx.runtime.sessions import (
     CPU,
     CUDA_GRAPHS,
@@ -123,7 +124,7 @@ class OnnxEngine:
             options.providers,
             ort.get_available_providers(),
             provider_options=options.provider_options,
-            precision=options.precision,
+            precision=BF16 if options.is_bf16 else None,
             num_threads=cpu.num_cores(),
         )
         _refuse_single_graph(chosen)

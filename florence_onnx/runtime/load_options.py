@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from florence_onnx.bundles.precisions import Precision
 from florence_onnx.runtime import graph_cache
-from florence_onnx.runtime.providers import Options, Provider
+from florence_onnx.runtime.providers import BF16, Options, Provider
 from florence_onnx.runtime.sessions import CPU, SessionOptions
 
 
@@ -21,7 +22,7 @@ class LoadOptions:
 
     device: str = "auto"
     """`"auto"`, `"cpu"`, `"cuda"`, `"tensorrt"` or `"openvino"`."""
-    precision: str | None = None
+    precision: Precision | None = None
     """The bundle's precision, or `"bf16"` to compute an fp32 bundle in bf16; None for the bundle's."""
     providers: Sequence[Provider] | None = None
     """Execution providers in order of preference, instead of `device`."""
@@ -42,6 +43,11 @@ class LoadOptions:
             InputError: `graph_cache` is neither a folder nor True, False or None.
         """
         return graph_cache.folder(self.graph_cache)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether fp32 graphs are computed in bf16."""
+        return self.precision == BF16
 
     @property
     def is_for_cpu(self) -> bool:

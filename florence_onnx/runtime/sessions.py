@@ -17,7 +17,7 @@ from florence_onnx.errors import (
     MissingExtraError,
     ProviderError,
 )
-from florence_onnx.runtime import cpu, cuda, graph_cache
+from florence_onnx.runtime import cpu, cuda, graph_cache, graph_repair
 from florence_onnx.runtime.providers import ProviderList
 
 SessionOptions = Mapping[str, Any]
@@ -35,6 +35,9 @@ LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
+FAULTY_FUSION = "SimplifiedLayerNormFusion"
+"""An optimizer of ONNX Runtime. On a CPU that of 1.23 fails on layer normalisations that are written out and in fp16, as in
+many published files, and says so with its own name in the name of a node; 1.22 and 1.32 do not."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -150,8 +153,7 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
             # A CUDA kernel warns about duplicate indices at every ScatterND, whatever the session's own log level; the
             # indices of our graphs are distinct.
             ort.set_default_logger_severity(LOG_ERRORS)
-        # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
-        return ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+        return _start_session(ort, path, chosen, options)
     except state.NoSuchFile as error:
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
@@ -160,9 +162,33 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         if chosen[0][0] != CPU:
             reasons = _diagnosis(ort, chosen[0][0])
             raise ProviderError(f"{chosen[0][0]} could not load {path.name}: {error}{reasons}") from error
+        if isinstance(error, state.NotImplemented):
+            raise ProviderError(
+                f"{path} is sound, but ONNX Runtime {ort.__version__} cannot run it on {chosen[0][0]}; choose another "
+                f"precision of the model. ONNX Runtime says: {error}"
+            ) from error
         raise CorruptGraphError(
             f"{path} does not load; export or download it again. ONNX Runtime says: {error}"
         ) from error
+
+
+def _start_session(ort: ModuleType, path: Path, chosen: ProviderList, options: Any) -> Any:
+    """Opens a session in spite of two faults: that of the file for which there is `graph_repair`, and `FAULTY_FUSION`."""
+
+    def start(model: str | bytes, more: Mapping[str, Any]) -> Any:
+        try:
+            # enable_fallback=0: otherwise onnxruntime silently uses the CPU where a provider does not start.
+            return ort.InferenceSession(model, options, providers=chosen, enable_fallback=0, **more)
+        except raised_by(ort) as error:
+            if graph_repair.REFUSED in str(error) and model == str(path):
+                _log.info("%s has branches that return values of the outer graph: repaired in memory", path)
+                return start(graph_repair.repair(path), more)
+            if FAULTY_FUSION in str(error) and not more:
+                _log.info("%s is loaded without %s, which fails", path, FAULTY_FUSION)
+                return start(model, {"disabled_optimizers": [FAULTY_FUSION]})
+            raise
+
+    return start(str(path), {})
 
 
 def raised_by(ort: ModuleType) -> tuple[type[Exception], ...]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Florence2ForConditionalGeneration  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from export.__main__ import main  # noqa: E402
 from export.checkpoints.adapters import attach_adapter, read_adapter  # noqa: E402
 from export.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from export.checkpoints.diagnosis import diagnose  # noqa: E402
@@ -25,6 +26,8 @@ from export.commands.export import export  # noqa: E402
 from florence_onnx.bundles import bundle  # noqa: E402
 from florence_onnx.errors import CheckpointError, MissingExtraError  # noqa: E402
 from tests import checkpoints  # noqa: E402
+from tests.command_line import run_here  # noqa: E402
+from tests.conftest import Exported  # noqa: E402
 from tests.export.conftest import edit_json  # noqa: E402
 from tests.export.test_checkpoint import logits  # noqa: E402
 from tests.local_hub import LocalHub  # noqa: E402
@@ -140,6 +143,26 @@ def test_an_adapter_is_exported_and_verified(native_folders: dict[str, Path], tm
     assert plain > 4 * sum(
         tensor.numel() for tensor in load_file(native_folders["tiny"] / "model.safetensors").values()
     ), "the head was trained and the embedding was not: they are no longer one"
+    # verify takes the same options, with the adapter as reference and with the base
+    weights_only = Path(shutil.copytree(native_folders["tiny"], tmp_path / "weights"))
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (weights_only / name).unlink()
+    for reference, *options in (
+        (str(tmp_path / "adapter"), "--base", base, "--processor", base),
+        (str(weights_only), "--adapter", str(tmp_path / "adapter"), "--processor", base),
+    ):
+        sure = ("--task", "ocr", "--beams", "1", "--max-new-tokens", "6", "--min-token-agreement", "1")
+        done = run_here(main, "verify", out, "--reference", reference, *options, *sure)
+        assert done.returncode == 0, done.stderr
+    done = run_here(main, "verify", out, "--reference", base, "--task", "ocr", "--min-token-agreement", "1")
+    assert done.returncode == 1, "without the adapter the answers are others"
+
+
+@pytest.mark.parametrize("option", ["--adapter", "--base", "--processor", "--revision"])
+def test_a_bundle_as_reference_takes_no_parts_of_a_checkpoint(tiny: Exported, option: str) -> None:
+    done = run_here(main, "verify", tiny.bundle, "--reference", tiny.bundle, option, "x")
+    assert done.returncode == 2
+    assert f"{option} go with a checkpoint as reference" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])

@@ -123,6 +123,29 @@ def test_sharded_weights(folder: Path, native_folders: dict[str, Path], suffix: 
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../part.safetensors",
+        "..",
+        "",
+        "parts/part.safetensors",
+        "/etc/passwd",
+        "..\\part.safetensors",
+        "C:part",
+        3,
+        None,
+    ],
+)
+def test_shards_of_other_folders_are_not_read(folder: Path, shard: object) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "part.safetensors")
+    places = {**dict.fromkeys(weights, "part-1.safetensors"), min(weights): shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json names the shard .*in the same folder"):
+        load_checkpoint(folder)
+
+
 # ------------------------------------------------------------------------------------------------------- the embedding
 
 

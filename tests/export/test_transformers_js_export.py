@@ -18,7 +18,7 @@ import onnxruntime  # noqa: E402
 from export.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from export.graphs.exporter import export_graph  # noqa: E402
 from export.transformers_js.writer import export_transformers_js  # noqa: E402
-from florence_onnx.bundles import bundle  # noqa: E402
+from florence_onnx.bundles import bundle, precisions  # noqa: E402
 from florence_onnx.errors import CheckpointError, VerificationError  # noqa: E402
 from tests import exported_bundles  # noqa: E402
 from tests.conftest import Exported  # noqa: E402
@@ -70,13 +70,13 @@ def exported(
 
 def session(directory: Path, name: str, precision: str) -> onnxruntime.InferenceSession:
     """With ONNX Runtime's default options: all optimizations on."""
-    path = directory / "onnx" / f"{name}{bundle.JS_SUFFIXES[precision]}.onnx"
+    path = directory / "onnx" / f"{name}{precisions.JS_SUFFIXES[precision]}.onnx"
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def test_files(exported: tuple[str, Path, dict[str, Any]]) -> None:
     precision, directory, report = exported
-    suffix = bundle.JS_SUFFIXES[precision]
+    suffix = precisions.JS_SUFFIXES[precision]
     assert {path.name for path in (directory / "onnx").iterdir()} == {f"{name}{suffix}.onnx" for name in INPUTS}
     assert {path.name for path in directory.iterdir()} == {
         "config.json",
@@ -140,7 +140,7 @@ def test_nothing_of_this_machine_is_inside(exported: tuple[str, Path, dict[str, 
 
 def test_fp16_is_half_the_size(checkpoint: Checkpoint, exported: tuple[str, Path, dict[str, Any]]) -> None:
     precision, directory, _ = exported
-    size = (directory / "onnx" / f"embed_tokens{bundle.JS_SUFFIXES[precision]}.onnx").stat().st_size
+    size = (directory / "onnx" / f"embed_tokens{precisions.JS_SUFFIXES[precision]}.onnx").stat().st_size
     weights = checkpoint.model.model.language_model.shared.weight.numel()
     assert size == pytest.approx(weights * (4 if precision == "fp32" else 2), rel=0.02)
 

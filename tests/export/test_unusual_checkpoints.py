@@ -21,6 +21,7 @@ from export.bundles.writer import export_bundle  # noqa: E402
 from export.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from export.checkpoints.diagnosis import Diagnosis, diagnose  # noqa: E402
 from export.commands import doctor  # noqa: E402
+from export.transformers_js.writer import export_transformers_js  # noqa: E402
 from export.verification.activations import check_activations  # noqa: E402
 from florence_onnx.errors import CheckpointError  # noqa: E402
 from tests.export.conftest import edit_json, edit_weights  # noqa: E402
@@ -78,7 +79,8 @@ def test_weights_that_are_not_finite(folder: Path, microsoft: Path, value: str) 
         load_checkpoint(microsoft)
 
 
-def test_activations_that_overflow(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [export_bundle, export_transformers_js])
+def test_activations_that_overflow(folder: Path, tmp_path: Path, write: Callable[..., object]) -> None:
     """All weights are finite; in the second convolution they are not small."""
     edit_weights(folder, lambda weights: weights[NORM].fill_(3e38))
     loaded = load_checkpoint(folder)
@@ -86,7 +88,7 @@ def test_activations_that_overflow(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=rf"overflows: in float32 the output of its layer {layer} has .* infinite of"
     ):
-        export_bundle(loaded, tmp_path / "out")
+        write(loaded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
