@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -28,14 +28,14 @@ from florence_onnx.bundles.precisions import Precision
 from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
-from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
-from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.prediction import EncodedImage, Prediction, with_scores
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
@@ -255,8 +255,7 @@ class Florence2:
             TextInputError: A prompt is too long.
             ProviderError: The device failed.
         """
-        config = self._bundle.generation.resolve(options)
-        self._answering.check(config)
+        config = self._resolve(options)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
         _, sequences = self._answering.answer(images, ids, mask, lambda indices: new_search(len(indices), config, None))
@@ -342,8 +341,7 @@ class Florence2:
         requests = _make_requests(tasks, images, text_inputs, regions)
         if not requests:
             return []
-        config = self._bundle.generation.resolve(options)
-        self._answering.check(config)
+        config = self._resolve(options)
         input_ids, attention_mask = self._encode_prompts(requests)
         # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first
         # token, and an answer that repeats the text has no space there.
@@ -490,7 +488,17 @@ class Florence2:
         text = self._tokenizer.decode(sequence.token_ids)
         results = parse(task, text, encoded.size)
         others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
-        return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others)
+        prediction = Prediction(
+            results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
+        )
+        if sequence.scores is None:
+            return prediction
+        return with_scores(prediction, sequence.scores, self._tokenizer.decode, self._tokenizer.location_ids)
+
+    def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
+        config = self._bundle.generation.resolve(options)
+        self._answering.check(config)
+        return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 
 
 def _make_requests(
