@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from florence_onnx.bundles.bundle import WEIGHTS
 from florence_onnx.bundles.memory import is_out_of_memory
 from florence_onnx.errors import (
     BundleFileMissingError,
@@ -19,7 +17,7 @@ from florence_onnx.errors import (
     MissingExtraError,
     ProviderError,
 )
-from florence_onnx.runtime import cpu, cuda, graph_cache, telemetry
+from florence_onnx.runtime import cpu, cuda, graph_cache, memory_errors, telemetry
 from florence_onnx.runtime.providers import ProviderList
 
 SessionOptions = Mapping[str, Any]
@@ -160,7 +158,7 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
         if is_out_of_memory(error):
-            raise _no_room(chosen[0][0], path, error) from error
+            raise memory_errors.error_for(chosen[0][0], path, error) from error
         if chosen[0][0] != CPU:
             reasons = _diagnosis(ort, chosen[0][0])
             raise ProviderError(f"{chosen[0][0]} could not load {path.name}: {error}{reasons}") from error
@@ -181,26 +179,6 @@ def out_of_memory(provider: str, error: BaseException) -> DeviceMemoryError:
         f"{provider} has not enough memory: {str(error).strip()}; a smaller max_batch, fewer beams or an fp16 bundle "
         "need less, and `florence-onnx info` tells how much"
     )
-
-
-def _no_room(provider: str, path: Path, error: BaseException) -> DeviceMemoryError:
-    """Our error where a graph does not fit into memory.
-
-    ONNX Runtime holds the weights twice for a moment: as they are in the file, and as its kernels want them. It takes a size
-    that a damaged file claims at its word, so the error leaves that open.
-    """
-    weights = _stored_bytes(path)
-    return DeviceMemoryError(
-        f"out of memory: {provider} cannot load {path}. With its weights it has {weights / 2**20:.0f} MiB, and to load it "
-        f"takes about {2 * weights / 2**20:.0f} MiB of free memory. End other programs, or use a bundle in fp16 or int8; if "
-        f"that much is free, the file is damaged: export or download it again. ONNX Runtime says: {str(error).strip()}"
-    )
-
-
-def _stored_bytes(path: Path) -> int:
-    """Bytes of a graph's file and of the files that may hold its weights: the bundle's, or one named after the graph."""
-    beside = {path, path.with_name(WEIGHTS), *path.parent.glob(f"{glob.escape(path.name)}[._]data*")}
-    return sum(file.stat().st_size for file in beside if file.is_file())
 
 
 def check_provider(ort: ModuleType, obtained: Sequence[str], chosen: ProviderList) -> str:
