@@ -42,7 +42,9 @@ def said_as_such(name: str, graphs: Iterable[Path] = ()) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error) and NO_THREAD not in str(error):
             raise
-        cause = "out of memory, or of the threads that a process may have" if NO_THREAD in str(error) else "out of memory"
+        cause = (
+            "out of memory, or of the threads that a process may have" if NO_THREAD in str(error) else "out of memory"
+        )
         raise DeviceMemoryError(f"{cause}: cannot load {name}. {_advice(graphs)}{_reason(error)}") from error
 
 

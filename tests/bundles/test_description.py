@@ -215,7 +215,10 @@ def test_sizes_that_limit_one_another(copy: Path, changes: dict[str, int], said:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        *(({"image_size": [side, side]}, f"says image_size {side}, but .*vision_encoder.onnx has 128") for side in (328, 120)),
+        *(
+            ({"image_size": [side, side]}, f"says image_size {side}, but .*vision_encoder.onnx has 128")
+            for side in (328, 120)
+        ),
         ({"image_size": [128, 160]}, "says image_size 160, but .*vision_encoder.onnx has 128"),
         ({"num_image_tokens": 66}, "says num_image_tokens 66, but .* has 65"),
         ({"decoder_heads": 2, "head_dim": 64}, "says decoder_heads 2, but .*decoder.* has 4"),
@@ -258,7 +261,10 @@ def test_more_positions_than_the_weights_have_end_in_an_error_of_ours(copy: Path
         ({"files": {"x" * 300: {"size": 1, "sha256": ""}}}, "files must have names of files in the bundle"),
         ({"files": {"decoder.onnx": {"size": -1, "sha256": ""}}}, "files.decoder.onnx must have a size from 0 to"),
         ({"files": {"decoder.onnx": {"size": 10**30, "sha256": ""}}}, "files.decoder.onnx must have a size from 0 to"),
-        ({"files": {"decoder.onnx": {"size": 67700, "sha256": None}}}, "files.decoder.onnx must have a size .* a sha256"),
+        (
+            {"files": {"decoder.onnx": {"size": 67700, "sha256": None}}},
+            "files.decoder.onnx must have a size .* a sha256",
+        ),
     ],
 )
 def test_all_else_has_its_range_too(copy: Path, changes: dict[str, Any], said: str) -> None:

@@ -98,9 +98,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("raised", "begins"), ERRORS, ids=[repr(error) for error, _ in ERRORS])
-def test_errors_of_the_interpreter_become_ours(
-    raised: Exception, begins: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_the_interpreter_become_ours(raised: Exception, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise raised
 
