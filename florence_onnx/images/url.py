@@ -20,23 +20,24 @@ def is_data_uri(address: str) -> bool:
     return address[:5].lower() == "data:"
 
 
-_USER = re.compile(r"//(?:[^/?#\\]*@|[^/?#\\:]*:(?!\d*(?:[/?#\\]|$)).*@)", re.DOTALL)
-"""User name and password of a URL, up to the last `@`: also of one with a slash, which had to be percent-encoded."""
-_SCHEME = re.compile(r"[\s\x00-\x1f]*[a-z][a-z0-9+.-]*:?[/\\]{2}", re.IGNORECASE)
+_BEGIN = r"[\s\x00-\x1f]*[a-z][a-z0-9+.-]+:[/\\]{1,2}"
+_SCHEME = re.compile(_BEGIN, re.IGNORECASE)
 """How an address begins that was meant as a URL."""
+_USER = re.compile(rf"\A({_BEGIN})(?:[^/?#\\]*@|[^/?#\\:\[]*:(?!\d*(?:[/?#\\]|$)).*@)", re.IGNORECASE | re.DOTALL)
+"""User name and password of a URL, up to the last `@`: also of one with a slash, which had to be percent-encoded."""
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK)[A-Za-z0-9+/_=\s-]*", re.ASCII)
 """Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP and TIFF."""
 
 
 def shorten(address: str) -> str:
     """Shortens an address for messages: at most 100 characters, no user name or password, and no query with a signature."""
-    plain = _USER.sub("//…@", address.split("?", 1)[0]) if _SCHEME.match(address) else address
+    plain = _USER.sub(r"\1…@", address).split("?", 1)[0] if _SCHEME.match(address) else address
     return plain if len(plain) <= 100 else plain[:97] + "…"
 
 
 def has_user(address: str) -> bool:
     """Whether a URL has a user name or a password, which messages must not show."""
-    return _USER.search(address) is not None
+    return _USER.match(address) is not None
 
 
 def explain(address: str) -> str | None:
