@@ -14,3 +14,5 @@ A room imports only rooms that stand before it (`tests/export/test_rooms.py`):
 The package has two names, `export` in a checkout and `florence_onnx.export` when installed, so imports inside it are
 relative.
 """
+
+from florence_onnx.runtime import telemetry  # noqa: F401  # ONNX Runtime must not be imported before this

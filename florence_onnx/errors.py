@@ -18,7 +18,7 @@ FlorenceError
 │   ├── BundleFormatError (ValueError)      unreadable, or of another version
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            a requested execution provider cannot run
-│   └── DeviceMemoryError (MemoryError)     device memory is full; the model stays usable
+│   └── DeviceMemoryError (MemoryError)     memory is full, the device's or the computer's
 ├── MissingExtraError (ImportError)         an optional dependency is missing; has the `pip install` line
 └── CheckpointError (ValueError)            export: a checkpoint that cannot be converted
     └── VerificationError                   export: the graphs do not reproduce the checkpoint
@@ -97,7 +97,10 @@ class ProviderError(FlorenceError, RuntimeError):
 
 
 class DeviceMemoryError(ProviderError, MemoryError):
-    """Device memory, or the part of it that may be used, is full; the model stays usable."""
+    """Memory is full: that of the device, or on a CPU the computer's own; or the part of it that may be used.
+
+    A model that was loaded before stays usable.
+    """
 
 
 class MissingExtraError(FlorenceError, ImportError):

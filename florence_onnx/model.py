@@ -36,6 +36,7 @@ from florence_onnx.inference.answering import Answering, HostAnswering, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
@@ -140,11 +141,13 @@ class Florence2:
             BundleError: The model is missing, damaged or of another format.
             InputError: `precision` or another argument is malformed.
             ProviderError: The execution provider cannot run here.
+            DeviceMemoryError: There is not enough memory, of the device or of the computer.
             MissingExtraError: No ONNX Runtime is installed.
         """
         files = "fp32" if precision == BF16 else precision
-        preferred = preferred_precisions(device, providers) if files is None else bundles.PREFERRED_PRECISIONS
-        bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
+        with memory_errors.said_as_such(os.fspath(name)):
+            preferred = preferred_precisions(device, providers) if files is None else bundles.PREFERRED_PRECISIONS
+            bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
         options = LoadOptions(
             device=device,
             precision=precision,
@@ -164,7 +167,8 @@ class Florence2:
             bundle: A bundle that `florence_onnx.bundles.bundle.read` or an export returned.
             options: The arguments of `from_pretrained` of the same names.
         """
-        return cls(*load(bundle, options or LoadOptions()))
+        with memory_errors.said_as_such(str(bundle.path), bundle.stages().values()):
+            return cls(*load(bundle, options or LoadOptions()))
 
     @property
     def max_batch(self) -> int:

@@ -15,6 +15,7 @@ import transformers
 import florence_onnx
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.description import sealed
 from florence_onnx.bundles.memory import ITEMSIZES
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
@@ -163,7 +164,7 @@ def _finish(
         files=_files(directory),
     )
     # Written last: without it the directory is not a bundle, wherever the process is killed.
-    write_json(directory / bundles.DESCRIPTION, description)
+    write_json(directory / bundles.DESCRIPTION, sealed(description))
 
 
 def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:

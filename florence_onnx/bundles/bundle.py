@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from florence_onnx.bundles import precisions
+from florence_onnx.bundles import description, precisions
 from florence_onnx.bundles.precisions import JS_GRAPHS, Precision
 from florence_onnx.errors import (
+    BundleError,
     BundleFileMissingError,
     BundleFormatError,
     BundleNotFoundError,
@@ -103,17 +104,10 @@ class ModelSizes:
         return self.decoder_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        """Raises BundleFormatError for values of the wrong type, which would fail later with an obscure error."""
+        """Raises BundleFormatError for values out of range, which would fail later with an obscure error."""
         for name, value in vars(self).items():
-            length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
-            numbers = (value,) if length is None else value
-            kinds = (int, float) if length == 3 else (int,)
-            if length not in (None, len(numbers) if isinstance(numbers, tuple) else -1) or not all(
-                isinstance(number, kinds) and not isinstance(number, bool) for number in numbers
-            ):
-                raise BundleFormatError(f"{name} cannot be {value!r}")
-            if length != 3 and name != "pad_token_id" and min(numbers) < 1:
-                raise BundleFormatError(f"{name} must be positive, got {value!r}")
+            description.check_size(name, value)
+        description.check_sizes_together(vars(self))
 
 
 @dataclass(frozen=True)
@@ -261,7 +255,11 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: neither UTF-8 nor JSON, or a number of 4,301 digits
         raise BundleFormatError(
             f"{path} cannot be read as JSON ({error}); export or download the bundle again"
         ) from error
@@ -274,10 +272,11 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     _check_version(path, described.get("format_version"))
     try:
+        _check_description(described)
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
         stated: dict[str, Any] = described["model"]
         model = ModelSizes(**{name: _as_tuple(value) for name, value in stated.items()})
-        found = str(described["precision"])
+        found: str = described["precision"]
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
             f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
@@ -313,6 +312,22 @@ def _check_precision(bundle: Bundle, precision: Precision | None) -> None:
     )
 
 
+def _check_description(described: Mapping[str, Any]) -> None:
+    """Checks all but the sizes of the model, which `ModelSizes` checks, and the files.
+
+    Raises:
+        BundleFormatError: It is not what was written, or a value is out of its range.
+        KeyError: It has no precision.
+    """
+    description.check_digest(described)
+    description.check_name("precision", described["precision"], PREFERRED_PRECISIONS)
+    if described.get("vision_precision") is not None:
+        description.check_name("vision_precision", described["vision_precision"], PREFERRED_PRECISIONS)
+    for name in ("source", "verification"):
+        description.as_object(name, described.get(name, {}))
+    description.check_memory(described.get("memory"))
+
+
 def _check_version(path: Path, version: object) -> None:
     if version == FORMAT_VERSION and not isinstance(version, bool):
         return
@@ -339,6 +354,7 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashe
         CorruptGraphError: A file has another size or hash.
     """
     for name, facts in files.items():
+        description.check_file(name, facts)
         if not (path / name).is_file():
             raise BundleFileMissingError(f"{path / name} is missing; export or download the bundle again")
         size = (path / name).stat().st_size
@@ -354,11 +370,14 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashe
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; raises BundleError where it cannot be read."""
     digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -450,7 +469,7 @@ def _read_transformers_js(path: Path, precision: Precision | None) -> Bundle:
             num_image_tokens=_count_image_tokens(config, int(images["size"]["width"])),
             pad_token_id=int(text.get("pad_token_id", config.get("pad_token_id", 1))),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, BundleFormatError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
             f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
         ) from error

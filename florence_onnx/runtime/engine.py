@@ -157,6 +157,8 @@ class OnnxEngine:
             node.name: list(node.shape) for node in self._session.get_outputs()
         }
         """Shapes by name; an axis without a fixed size is its name."""
+        self.shapes: dict[str, list[int | str]] = {node.name: list(node.shape) for node in nodes} | self.output_shapes
+        """The same of inputs and outputs."""
         self._num_runs = 0
 
     def _open(
@@ -256,8 +258,6 @@ class OnnxEngine:
         except expected as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.provider, error) from error
-            if self.provider == CPU:
-                raise
             raise ProviderError(f"{self.provider} failed while running: {str(error).strip()}") from error
 
     def bind(self) -> OnnxBinding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from florence_onnx import BundleFileMissingError, BundleNotFoundError, Florence2
 from florence_onnx.bundles import bundle
 from florence_onnx.bundles import hub as hub_names
+from tests import descriptions
 from tests.local_hub import LocalHub
 
 
@@ -68,8 +68,7 @@ def test_of_several_bundles_only_the_chosen_one_is_downloaded(
     hub.folder = tmp_path / "several"
     for precision in ("fp32", "int8"):  # the same files, labelled with another precision
         copy = Path(shutil.copytree(bundle.DEMO_DIRECTORY, hub.folder / precision))
-        described = json.loads((copy / bundle.DESCRIPTION).read_text())
-        (copy / bundle.DESCRIPTION).write_text(json.dumps({**described, "precision": precision}))
+        descriptions.change(copy, precision=precision)
     model = Florence2.from_pretrained("owner/model", device="cpu", precision=asked)
     assert model.info()["precision"] == taken
     graphs = {name for name in hub.requested if not name.endswith(".json")}
