@@ -1,20 +1,21 @@
 """The model on disk: what a bundle consists of, and how it is read, checked and described.
 
 A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder
-that selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
-`onnx-community/Florence-2-*` (transformers.js) is read as well.
+that selects the top-k for accelerators), `weights.data`, `tokenizer.json`, `generation_config.json`, and `tasks.json`
+where it carries tasks of its own. The layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from florence_onnx.bundles import own_tasks
+from florence_onnx.bundles.json_files import read_json
 from florence_onnx.errors import (
     BundleFileMissingError,
     BundleFormatError,
@@ -25,6 +26,7 @@ from florence_onnx.errors import (
 from florence_onnx.generation import option_values as values
 from florence_onnx.generation.option_names import check_refused, parse_options
 from florence_onnx.generation.options import OPTION_NAMES, GenerationDefaults, GenerationOptions, merge
+from florence_onnx.tasks import Task
 
 FORMAT_VERSION = 3
 """Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
@@ -146,6 +148,8 @@ class Bundle:
     """Device memory of its graphs, for `florence_onnx.bundles.memory`; empty where it is not known."""
     checkpoint_generation: GenerationDefaults | None = None
     """What the checkpoint's own generation_config.json alone says."""
+    tasks: Mapping[str, Task[Any]] = field(default_factory=dict)
+    """Tasks that the bundle carries beside Florence-2's, by slug; see `bundles.own_tasks`."""
 
     def graph(self, name: str) -> Path:
         """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
@@ -233,26 +237,6 @@ def _checkpoint_hint(path: Path) -> str:
     return "Export one with: florence-onnx-export CHECKPOINT OUT"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        BundleFileMissingError: There is no such file.
-        BundleFormatError: The file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleFormatError(
-            f"{path} cannot be read as JSON ({error}); export or download the bundle again"
-        ) from error
-    if not isinstance(value, dict):
-        raise BundleFormatError(f"{path} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_own(path: Path, precision: str | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     _check_version(path, described.get("format_version"))
@@ -281,6 +265,7 @@ def _read_own(path: Path, precision: str | None) -> Bundle:
         described.get("vision_precision"),
         described.get("memory") or {},
         own,
+        own_tasks.read(path),
     )
 
 
@@ -439,6 +424,7 @@ def _read_transformers_js(path: Path, precision: str) -> Bundle:
         measured.get("source", {}),
         measured.get("verification", {}),
         checkpoint_generation=own,
+        tasks=own_tasks.read(path),
     )
     for graph in bundle.graphs.values():
         if not graph.is_file():
