@@ -83,6 +83,8 @@ def run(
     """
     with exit_on_error():
         options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
+        if parser is not None and prompt is None:
+            raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
         chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
         request = _Request(chosen, text, parse_region(region), options)

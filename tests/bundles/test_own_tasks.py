@@ -59,7 +59,7 @@ def test_a_model_lists_its_tasks(model: Florence2, bundle: Path) -> None:
     assert model.tasks["find-shapes"].description == "Finds drawn shapes."
     assert bundles.read(bundle).tasks == {slug: model.tasks[slug] for slug in SAME_AS}
     assert bundles.read(bundles.DEMO_DIRECTORY).tasks == {}
-    with pytest.raises(UnknownTaskError, match='did you mean "find-shapes".*find-shapes \\(<FIND_SHAPES>\\)'):
+    with pytest.raises(UnknownTaskError, match=r'did you mean "find-shapes".*find-shapes \(<FIND_SHAPES>\)'):
         model.run("find-shape", SAMPLE)
 
 
@@ -173,7 +173,7 @@ def test_every_preset_can_be_written_and_read(name: str) -> None:
 
 
 def test_the_prompts_of_presets_are_those_of_the_model_cards() -> None:
-    found = own_tasks.gather([name for name in PRESETS])
+    found = own_tasks.gather(list(PRESETS))
     assert {task.slug: task.prompt for task in found.values()} == {
         "generate-prompt": "<GENERATE_PROMPT>",
         "generate-tags": "<GENERATE_TAGS>",
@@ -190,7 +190,7 @@ def test_the_prompts_of_presets_are_those_of_the_model_cards() -> None:
 
 
 def test_a_name_that_is_neither_preset_nor_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'promptgen' is neither a JSON file of tasks nor a preset.*promptgen-v2.0"):
+    with pytest.raises(InputError, match=r"'promptgen' is neither a JSON file of tasks nor a preset.*promptgen-v2\.0"):
         own_tasks.gather(["promptgen"])
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"tasks": [{**GOOD, "slug": "docvqa"}]}), encoding="utf-8")

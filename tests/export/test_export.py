@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from florence_onnx import BundleNotFoundError, CheckpointError, Florence2, ImageNotFoundError, VerificationError
+from florence_onnx import (
+    BundleNotFoundError,
+    CheckpointError,
+    Florence2,
+    ImageNotFoundError,
+    InputError,
+    VerificationError,
+)
 from florence_onnx.bundles import bundle
+from florence_onnx.tasks import OCR
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
 
@@ -234,3 +243,51 @@ def test_every_graph_takes_every_size_it_promises(odd: Exported) -> None:
     for plan in plans(odd.checkpoint):
         errors = checks.compare_graph(plan, odd.bundle / plan.name)
         assert checks.check_graph(plan.name, errors, "fp32")["max_rel"] < 1e-4
+
+
+MINE = {"slug": "count", "token": "<COUNT>", "prompt": "How many {input}?", "needs": "text", "parser": "pure_text"}
+
+
+def test_tasks_are_exported_with_the_bundle(source: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "mine.json", tmp_path / "out"
+    file.write_text(json.dumps({"tasks": [MINE]}), encoding="utf-8")
+    done = run_export(source, output, "--task", "promptgen-v2.0", "--task", file)
+    assert done.returncode == 0, done.stderr
+    found = bundle.read(output)
+    slugs = ["generate-tags", "mixed-caption", "analyze", "mixed-caption-plus", "count"]
+    assert list(found.tasks) == slugs
+    assert json.loads((output / "tasks.json").read_text(encoding="utf-8"))["tasks"][-1] == MINE
+    described = json.loads((output / bundle.DESCRIPTION).read_text(encoding="utf-8"))
+    assert "tasks.json" not in described["files"]  # it may be changed by hand
+    model = Florence2.from_pretrained(output, device="cpu")
+    assert list(model.tasks)[-5:] == slugs
+    assert isinstance(model.run("generate-tags", np.zeros((40, 40, 3), np.uint8)).results, str)
+    assert model.run("<COUNT>", np.zeros((40, 40, 3), np.uint8), text_input="cars").task.slug == "count"
+
+
+def test_both_layouts_and_every_precision_get_the_tasks(tiny: Exported, tmp_path: Path) -> None:
+    from florence_onnx.bundles.own_tasks import gather
+
+    known = gather(["docvqa"])
+    for kind in ("fp32", "transformers-js-fp32"):
+        copy = Path(shutil.copytree(tiny.bundle.with_name(kind), tmp_path / kind))
+        writer.write_tasks(copy, known)
+        assert bundle.read(copy).tasks == known
+    with pytest.raises(InputError, match="that of Florence-2's own task ocr"):
+        writer.write_tasks(tmp_path, {"ocr": OCR})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("promptgen", "neither a JSON file of tasks nor a preset; the presets are: promptgen-v1"),
+        (json.dumps({"tasks": [{**MINE, "parser": "json"}]}), "tasks[0]: parser must be one of pure_text"),
+        (json.dumps({"tasks": [{**MINE, "slug": "ocr"}]}), "slug 'ocr' is that of Florence-2's own task"),
+    ],
+)
+def test_wrong_tasks_are_refused_before_the_work(given: str, said: str, source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(given, encoding="utf-8")
+    done = run_export(source, tmp_path / "out", "--task", file if given.startswith("{") else given)
+    assert done.returncode == 1 and said in done.stderr
+    assert not (tmp_path / "out").exists()
