@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +19,9 @@ from florence_onnx import (
     CheckpointError,
     Florence2,
     ImageNotFoundError,
-    InputError,
     VerificationError,
 )
 from florence_onnx.bundles import bundle
-from florence_onnx.tasks import OCR
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
 
@@ -37,6 +34,7 @@ from export.precisions.recipes import PRECISIONS, Recipe  # noqa: E402
 from export.verification import checks  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MINE = {"slug": "count", "token": "<COUNT>", "prompt": "How many {input}?", "needs": "text", "parser": "pure_text"}
 
 
 def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -69,10 +67,25 @@ def test_the_command_line_writes_a_verified_bundle(source: Path, tmp_path: Path)
 
     again = run_export(source, output)
     assert again.returncode == 1 and "--force" in again.stderr
-    forced = run_export(source, output, "--force", "--precision", "fp16")
+    file = source.with_name("mine.json")
+    file.write_text(json.dumps({"tasks": [MINE]}), encoding="utf-8")
+    forced = run_export(source, output, "--force", "--precision", "fp16", "--task", "promptgen-v2.0", "--task", file)
     assert forced.returncode == 0, forced.stderr
     assert bundle.read(output).precision == "fp16"
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing but the bundle is left"
+    check_own_tasks(output)
+
+
+def check_own_tasks(output: Path) -> None:
+    """That a bundle carries PromptGen's tasks and `MINE`, and answers them."""
+    slugs = ["generate-tags", "mixed-caption", "analyze", "mixed-caption-plus", "count"]
+    assert list(bundle.read(output).tasks) == slugs
+    assert json.loads((output / "tasks.json").read_text(encoding="utf-8"))["tasks"][-1] == MINE
+    described = json.loads((output / bundle.DESCRIPTION).read_text(encoding="utf-8"))
+    assert "tasks.json" not in described["files"], "it may be changed by hand"
+    model, image = Florence2.from_pretrained(output, device="cpu"), np.zeros((40, 40, 3), np.uint8)
+    assert isinstance(model.run("generate-tags", image).results, str)
+    assert model.run("<COUNT>", image, text_input="cars").task.slug == "count"
 
 
 def test_the_command_line_names_an_unknown_precision(source: Path, tmp_path: Path) -> None:
@@ -243,38 +256,6 @@ def test_every_graph_takes_every_size_it_promises(odd: Exported) -> None:
     for plan in plans(odd.checkpoint):
         errors = checks.compare_graph(plan, odd.bundle / plan.name)
         assert checks.check_graph(plan.name, errors, "fp32")["max_rel"] < 1e-4
-
-
-MINE = {"slug": "count", "token": "<COUNT>", "prompt": "How many {input}?", "needs": "text", "parser": "pure_text"}
-
-
-def test_tasks_are_exported_with_the_bundle(source: Path, tmp_path: Path) -> None:
-    file, output = tmp_path / "mine.json", tmp_path / "out"
-    file.write_text(json.dumps({"tasks": [MINE]}), encoding="utf-8")
-    done = run_export(source, output, "--task", "promptgen-v2.0", "--task", file)
-    assert done.returncode == 0, done.stderr
-    found = bundle.read(output)
-    slugs = ["generate-tags", "mixed-caption", "analyze", "mixed-caption-plus", "count"]
-    assert list(found.tasks) == slugs
-    assert json.loads((output / "tasks.json").read_text(encoding="utf-8"))["tasks"][-1] == MINE
-    described = json.loads((output / bundle.DESCRIPTION).read_text(encoding="utf-8"))
-    assert "tasks.json" not in described["files"]  # it may be changed by hand
-    model = Florence2.from_pretrained(output, device="cpu")
-    assert list(model.tasks)[-5:] == slugs
-    assert isinstance(model.run("generate-tags", np.zeros((40, 40, 3), np.uint8)).results, str)
-    assert model.run("<COUNT>", np.zeros((40, 40, 3), np.uint8), text_input="cars").task.slug == "count"
-
-
-def test_both_layouts_and_every_precision_get_the_tasks(tiny: Exported, tmp_path: Path) -> None:
-    from florence_onnx.bundles.own_tasks import gather
-
-    known = gather(["docvqa"])
-    for kind in ("fp32", "transformers-js-fp32"):
-        copy = Path(shutil.copytree(tiny.bundle.with_name(kind), tmp_path / kind))
-        writer.write_tasks(copy, known)
-        assert bundle.read(copy).tasks == known
-    with pytest.raises(InputError, match="that of Florence-2's own task ocr"):
-        writer.write_tasks(tmp_path, {"ocr": OCR})
 
 
 @pytest.mark.parametrize(
