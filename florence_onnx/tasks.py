@@ -76,7 +76,7 @@ class Task(Generic[R]):
 
     def __post_init__(self) -> None:
         if self.needs not in NEEDS:
-            raise InputError(f"Task needs one of {', '.join(map(repr, NEEDS))}; got {self.needs!r}")
+            raise InputError(f'Task needs "nothing", "text", "region" or "text+region", got {self.needs!r}')
         for placeholder in ("{input}", "{text}", "{region}"):
             expected = placeholder in self._placeholders
             # {text} and {region} are ordinary text in the prompt of a task that does not need both

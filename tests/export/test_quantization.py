@@ -9,6 +9,7 @@ import pytest
 
 from florence_onnx import BundleFormatError, CheckpointError, Florence2, VerificationError
 from florence_onnx.bundles import bundle, hub
+from florence_onnx.bundles.own_tasks import gather
 from florence_onnx.runtime import providers
 from florence_onnx.runtime.load_options import LoadOptions
 from tests.conftest import NO_TORCH, Exported

@@ -1,4 +1,4 @@
-"""A model's own tasks on every outer surface: the server and its page, fal's queue, the command line, MCP."""
+"""A model's own tasks on every outer surface: the server and its page, fal's queue, the command line. MCP: tests/mcp_server."""
 
 from __future__ import annotations
 
@@ -299,31 +299,3 @@ def test_the_command_line_reads_a_prompts_answer_with_a_parser(run: Any, model: 
 def test_wrong_prompts_of_the_command_line(run: Any, given: list[str], said: str) -> None:
     done = run("run", *given)
     assert done.exit_code == 2 and said in done.stderr
-
-
-# ----------------------------------------------------------------------------------------------------------------- MCP
-
-
-def test_own_tasks_are_tools(bundle: Path, model: Florence2) -> None:
-    pytest.importorskip("mcp", reason="pip install -e '.[mcp]'")
-    from tests.mcp_server.test_mcp import call
-
-    x1, y1, x2, y2 = (REGION.x1 / 1000, REGION.y1 / 1000, REGION.x2 / 1000, REGION.y2 / 1000)
-    width, height = model.encode(SAMPLE).size
-    box = {"x1": x1 * width + 0.1, "y1": y1 * height + 0.1, "x2": x2 * width + 0.1, "y2": y2 * height + 0.1}
-
-    async def work(client: Any) -> Any:
-        found = {tool.name: tool for tool in (await client.list_tools()).tools}
-        asked = {"find-shapes": {}, "ask-region": {"text_input": "What is", **box}, "outline": box}
-        return found, {
-            slug: await client.call_tool(slug, {"image": str(SAMPLE), **given}) for slug, given in asked.items()
-        }
-
-    found, answers = call(work, "--model", str(bundle))
-    assert set(found) == {*tasks.TASKS, *SAME_AS}
-    assert found["find-shapes"].description == "Finds drawn shapes."
-    assert found["outline"].description == "A task of this fine-tune, <OUTLINE>."
-    assert {"text_input", "x1", "y1", "x2", "y2", "image"} == set(found["ask-region"].input_schema["required"])
-    for slug, answer in answers.items():
-        assert not answer.is_error, answer
-        assert answer.structured_content["results"] == expected(model, slug)["results"]
