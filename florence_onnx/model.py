@@ -36,12 +36,13 @@ from florence_onnx.inference.answering import Answering, HostAnswering, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
 from florence_onnx.runtime.sessions import SessionOptions
-from florence_onnx.tasks import Task, parse
+from florence_onnx.tasks import FormattedInput, Task, parse
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
@@ -56,13 +57,17 @@ class _Request:
 
     task: Task[Any]
     image: ImageInput | EncodedImage
-    formatted_input: str
-    """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
+    given: FormattedInput
+
+    @property
+    def formatted_input(self) -> str:
+        """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
+        return self.given.text or self.given.location_tokens
 
     @property
     def prompt(self) -> str:
         """The whole prompt, ready for the tokenizer."""
-        return self.task.fill_prompt(self.formatted_input)
+        return self.task.fill_prompt(self.given)
 
 
 class Florence2:
@@ -171,6 +176,11 @@ class Florence2:
             return cls(*load(bundle, options or LoadOptions()))
 
     @property
+    def tasks(self) -> dict[str, Task[Any]]:
+        """All tasks of this model by slug: Florence-2's, then those that its bundle carries."""
+        return {**tasks.TASKS, **self._bundle.tasks}
+
+    @property
     def max_batch(self) -> int:
         """Most prompts in flight, those of all threads together; 0 where each call is decoded by itself."""
         return 0 if self._resident is None else self._resident.max_batch
@@ -273,7 +283,7 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[R]: ...
 
@@ -284,7 +294,7 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]: ...
 
@@ -294,16 +304,18 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
         Args:
-            task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`).
+            task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`); also those of
+                a task that the bundle carries, see `tasks`.
             image: An image that `encode` accepts, or one that it returned.
             text_input: Text, for the tasks that need one.
-            region: Region in location bins, for the tasks that need one; see `Region.from_pixels`.
+            region: Region in location bins, for the tasks that need one; see `Region.from_pixels`. Location tokens do as
+                well: `"<loc_52><loc_332><loc_932><loc_774>"`.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
 
@@ -313,13 +325,37 @@ class Florence2:
         """
         return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
 
+    def run_prompt(
+        self,
+        prompt: str,
+        image: ImageInput | EncodedImage,
+        *,
+        parser: str | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Prediction[Any]:
+        """Runs a prompt of any wording on one image, as Microsoft's users write it.
+
+        Args:
+            prompt: The token of one of Florence-2's tasks, with its input behind it (`"<REGION_TO_OCR><loc_52>…"`), which
+                becomes the task's sentence. Any other text is read as it is: `"<GENERATE_TAGS>"`, `"<DocVQA>What is …"`.
+            image: As for `run`.
+            parser: Reads the answer: a name of `florence_onnx.answers.postprocess.PARSERS`. None: the parser of the task
+                whose token the prompt has; any other answer is text.
+            options: As for `run`.
+
+        Raises:
+            InputError: The prompt, the parser, the image or an option is wrong.
+            ProviderError: The device failed.
+        """
+        return self.run(to_task(prompt, parser), image, options=options)
+
     def run_batch(
         self,
         tasks: Task[Any] | str | Iterable[Task[Any] | str],
         images: Iterable[ImageInput | EncodedImage],
         *,
         text_inputs: Iterable[str | None] | None = None,
-        regions: Iterable[Region | None] | None = None,
+        regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
     ) -> list[Prediction[Any]]:
         """Runs several requests as one batch.
@@ -343,7 +379,7 @@ class Florence2:
             InputError: As for `run`, or the sequences differ in length.
             ProviderError: The device failed.
         """
-        requests = _make_requests(tasks, images, text_inputs, regions)
+        requests = _make_requests(tasks, images, text_inputs, regions, self._bundle.tasks)
         if not requests:
             return []
         config = self._bundle.generation.resolve(options)
@@ -389,7 +425,7 @@ class Florence2:
         token_ids: Sequence[int],
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Computes the logits at every position of a given answer (teacher forcing).
 
@@ -407,7 +443,7 @@ class Florence2:
             InputError: As for `run`, or `token_ids` is empty, too long, or has a token outside the vocabulary.
             ProviderError: The device failed.
         """
-        requests = _make_requests(task, [image], [text_input], [region])
+        requests = _make_requests(task, [image], [text_input], [region], self._bundle.tasks)
         self._check_tokens(token_ids)
         input_ids, attention_mask = self._encode_prompts(requests)
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
@@ -440,6 +476,7 @@ class Florence2:
             "max_batch": self.max_batch,
             "model": dict(vars(sizes)),
             "generation": vars(bundle.generation.resolve(None)),
+            "tasks": list(bundle.tasks),
             "source": dict(bundle.source),
             "verification": dict(bundle.verification),
             "device_memory": memory.table(bundle),
@@ -501,14 +538,16 @@ def _make_requests(
     task_or_tasks: Task[Any] | str | Iterable[Task[Any] | str],
     images: Iterable[ImageInput | EncodedImage],
     text_inputs: Iterable[str | None] | None,
-    regions: Iterable[Region | None] | None,
+    regions: Iterable[Region | str | None] | None,
+    own: Mapping[str, Task[Any]],
 ) -> list[_Request]:
     """Checks and formats the arguments of `Florence2.run_batch`; one request per image."""
     # a string or an array can be iterated over: without this check each letter or row would be taken for an image
     if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
         raise InputError("images must be a list of images; for a single one call run")
-    if isinstance(text_inputs, str):
-        raise InputError("text_inputs must be a list with one entry per image, got a string")
+    for name, column in (("text_inputs", text_inputs), ("regions", regions)):
+        if isinstance(column, str):
+            raise InputError(f"{name} must be a list with one entry per image, got a string")
     images = list(images)
     count = len(images)
     columns: Mapping[str, Sequence[Any]] = {
@@ -516,13 +555,13 @@ def _make_requests(
         "text_inputs": [None] * count if text_inputs is None else list(text_inputs),
         "regions": [None] * count if regions is None else list(regions),
     }
-    for name, column in columns.items():
-        if len(column) != count:
-            raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
+    for name, entries in columns.items():
+        if len(entries) != count:
+            raise InputError(f"{name} has {len(entries)} entries for {count} images; give one each")
     requests = []
     for name, image, text, region in zip(
         columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
     ):
-        task = tasks.get(name)
+        task = tasks.get(name, own)
         requests.append(_Request(task, image, task.format_input(text, region)))
     return requests

@@ -1,21 +1,21 @@
 """The model on disk: what a bundle consists of, and how it is read, checked and described.
 
 A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder
-that selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
-`onnx-community/Florence-2-*` (transformers.js) is read as well.
+that selects the top-k for accelerators), `weights.data`, `tokenizer.json`, `generation_config.json`, and `tasks.json`
+where it carries tasks of its own. The layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from florence_onnx.bundles import description, precisions
+from florence_onnx.bundles import description, own_tasks, precisions
+from florence_onnx.bundles.json_files import read_json
 from florence_onnx.bundles.precisions import JS_GRAPHS, Precision
 from florence_onnx.errors import (
     BundleError,
@@ -28,6 +28,7 @@ from florence_onnx.errors import (
 from florence_onnx.generation import option_values as values
 from florence_onnx.generation.option_names import check_refused, parse_options
 from florence_onnx.generation.options import OPTION_NAMES, GenerationDefaults, GenerationOptions, merge
+from florence_onnx.tasks import Task
 
 FORMAT_VERSION = 3
 """Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
@@ -133,6 +134,8 @@ class Bundle:
     """What the checkpoint's own generation_config.json alone says."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Precision of each graph in `JS_GRAPHS`; empty in the other layout."""
+    tasks: Mapping[str, Task[Any]] = field(default_factory=dict)
+    """Tasks that the bundle carries beside Florence-2's, by slug; see `bundles.own_tasks`."""
 
     def has_precision(self, wanted: Precision | None) -> bool:
         """Whether it has a precision, or all of those that are asked for by module; InputError as for `precisions.parse`."""
@@ -244,30 +247,6 @@ def _checkpoint_hint(path: Path) -> str:
     return "Export one with: florence-onnx-export CHECKPOINT OUT"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        BundleFileMissingError: There is no such file.
-        BundleFormatError: The file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: neither UTF-8 nor JSON, or a number of 4,301 digits
-        raise BundleFormatError(
-            f"{path} cannot be read as JSON ({error}); export or download the bundle again"
-        ) from error
-    if not isinstance(value, dict):
-        raise BundleFormatError(f"{path} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_own(path: Path, precision: Precision | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     _check_version(path, described.get("format_version"))
@@ -293,6 +272,7 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
         described.get("vision_precision"),
         described.get("memory") or {},
         own,
+        tasks=own_tasks.read(path),
     )
     _check_precision(bundle, precision)
     return bundle
@@ -490,6 +470,7 @@ def _read_transformers_js(path: Path, precision: Precision | None) -> Bundle:
         None if described == modules[precisions.VISION] else modules[precisions.VISION],
         checkpoint_generation=own,
         modules=modules,
+        tasks=own_tasks.read(path),
     )
 
 

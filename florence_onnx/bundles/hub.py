@@ -40,6 +40,7 @@ def resolve(
     preferred: Sequence[str] = PREFERRED_PRECISIONS,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    local_only: bool = False,
 ) -> Bundle:
     """Finds a bundle by name.
 
@@ -50,9 +51,10 @@ def resolve(
         preferred: As for `bundle.read`.
         revision: Branch, tag or commit of a hub repository.
         cache_dir: Where downloads are kept, instead of the hub client's default.
+        local_only: Whether to download nothing.
 
     Raises:
-        BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached.
+        BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached or must not be asked.
         BundleError: It exists and cannot be used; see `bundle.read`. Of a hub repository that lacks files of this precision
             nothing more than its JSON files is downloaded.
         InputError: `precision` is malformed.
@@ -67,7 +69,7 @@ def resolve(
         raise BundleNotFoundError(
             f'{text!r} is not a directory; give a bundle directory, a hub repository "owner/name", or "demo"'
         )
-    return _from_hub(text, precision, preferred, revision, cache_dir)
+    return _from_hub(text, precision, preferred, revision, cache_dir, local_only)
 
 
 def default_cache() -> Path:
@@ -83,6 +85,7 @@ def _from_hub(
     preferred: Sequence[str],
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
+    local_only: bool,
 ) -> Bundle:
     """Reads a bundle from the hub client's cache; the hub is asked only for files that are not in it."""
     from huggingface_hub import snapshot_download
@@ -115,6 +118,8 @@ def _from_hub(
     except HFValidationError as error:
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
+        if local_only:
+            raise BundleNotFoundError(f"{repository!r} is not in the local cache: {error}") from error
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
         lacks = str(error) if isinstance(error, BundleFileMissingError) else ""
     # before gigabytes of the other modules are downloaded

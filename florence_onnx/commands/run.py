@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
+from florence_onnx.answers.postprocess import PARSERS
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
+from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
@@ -31,18 +33,34 @@ from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
 from florence_onnx.images import url
+from florence_onnx.prompts import to_task
+from florence_onnx.runtime.providers import BF16
 
 
 def run(
     task: Annotated[
-        str, typer.Argument(help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`.")
+        str,
+        typer.Argument(
+            help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`. Left out with --prompt."
+        ),
     ],
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE...", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt of any wording, such as <GENERATE_TAGS>, instead of a task.", show_default=False),
+    ] = None,
+    parser: Annotated[
+        str | None,
+        typer.Option(help=f"How to read the answer to --prompt: {', '.join(PARSERS)}.", show_default=False),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text input, for tasks that need one.")] = None,
     region: Annotated[
         str | None,
         typer.Option(
-            help="Region, for tasks that need one, in thousandths of width and height (0 to 999).",
+            help="Region, for tasks that need one, in thousandths of width and height (0 to 999), or its location tokens.",
             metavar="X1,Y1,X2,Y2",
         ),
     ] = None,
@@ -65,7 +83,11 @@ def run(
     """
     with exit_on_error():
         options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
-        request = _Request(tasks.get(task), text, parse_region(region), options)
+        if parser is not None and prompt is None:
+            raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
+        images = _read_images(task, images, has_task=prompt is None)
+        chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
+        request = _Request(chosen, text, parse_region(region), options)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         folder = open_folder(draw, request.task)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -75,6 +97,26 @@ def run(
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
         raise typer.Exit(1)
+
+
+def _read_images(task: str, images: list[str] | None, *, has_task: bool) -> list[str]:
+    """The images of the command line, on which the task may have been left out."""
+    found = [*([] if has_task else [task]), *(images or [])]
+    if not found:
+        raise typer.BadParameter("give at least one image after the task", param_hint="IMAGE")
+    return found
+
+
+def _find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
+    """A task of Florence-2 or of the model's bundle, whose graphs are not loaded for it.
+
+    Raises:
+        UnknownTaskError: There is none of that name.
+        BundleError: The bundle cannot be read.
+    """
+    if any(name in (task.slug, task.token) for task in tasks.TASKS.values()) or model == DEMO:
+        return tasks.get(name)
+    return tasks.get(name, hub.resolve(model, precision=None if precision == BF16 else precision).tasks)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Service:
         Raises:
             RequestError: There is no such endpoint, the queue or the budget of bytes is full, or the service is closed.
         """
-        task = contract.find_task(application)
+        task = contract.find_task(application, self.model.tasks)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
             job = Job(self._read(task, arguments), priority, deadline, owner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,12 +62,13 @@ class Images:
         return model.encode(path)
 
 
-def make_server(load: Callable[[], Florence2], images: Images) -> MCPServer:
+def make_server(load: Callable[[], Florence2], images: Images, own: Mapping[str, Task[Any]] | None = None) -> MCPServer:
     """A server with a tool for every task.
 
     Args:
         load: Loads the model; called once, in a thread, when the server starts, so that it answers at once.
         images: How images are found.
+        own: Tasks that the model's bundle carries, by slug.
     """
     loader = ThreadPoolExecutor(1, thread_name_prefix="load")
     model: list[Future[Florence2]] = []
@@ -95,7 +96,7 @@ def make_server(load: Callable[[], Florence2], images: Images) -> MCPServer:
         "florence-2", version=__version__, instructions=INSTRUCTIONS, lifespan=lifespan, log_level="WARNING"
     )
     annotations = ToolAnnotations(read_only_hint=True, open_world_hint=True)
-    for task in tasks.TASKS.values():
+    for task in (*tasks.TASKS.values(), *(own or {}).values()):
         server.add_tool(
             _tool(task, ask),
             name=task.slug,
@@ -122,7 +123,23 @@ def _tool(task: Task[Any], ask: Answer) -> Answer:
     ) -> CallToolResult:
         return ask(task, image, annotated, None, (x1, y1, x2, y2))
 
-    by_needs: dict[str, Answer] = {"nothing": about_image, "text": about_text, "region": about_region}
+    def about_text_and_region(
+        image: ImageArgument,
+        text_input: TextArgument,
+        x1: Pixels,
+        y1: Pixels,
+        x2: Pixels,
+        y2: Pixels,
+        annotated: AnnotatedArgument = False,
+    ) -> CallToolResult:
+        return ask(task, image, annotated, text_input, (x1, y1, x2, y2))
+
+    by_needs: dict[str, Answer] = {
+        "nothing": about_image,
+        "text": about_text,
+        "region": about_region,
+        "text+region": about_text_and_region,
+    }
     return by_needs[task.needs]
 
 
@@ -146,7 +163,7 @@ _DESCRIPTIONS = {
 
 
 def _describe(task: Task[Any]) -> str:
-    return _DESCRIPTIONS[task.slug]
+    return _DESCRIPTIONS.get(task.slug) or task.description or f"A task of this fine-tune, {task.token}."
 
 
 def _to_result(prediction: Prediction[Any], annotated: bool) -> CallToolResult:

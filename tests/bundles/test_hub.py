@@ -13,6 +13,7 @@ from florence_onnx.bundles import bundle
 from florence_onnx.bundles import hub as hub_names
 from tests import descriptions
 from tests.local_hub import LocalHub
+from tests.own_tasks import SAME_AS, copy_demo
 
 
 @pytest.fixture
@@ -75,3 +76,13 @@ def test_of_several_bundles_only_the_chosen_one_is_downloaded(
     assert graphs == {f"{taken}/{name}" for name in (*bundle.GRAPHS, bundle.WEIGHTS)}
     hub.stop()
     Florence2.from_pretrained("owner/model", device="cpu", precision=asked)  # from the cache
+
+
+def test_own_tasks_come_with_the_bundle(hub: LocalHub, tmp_path: Path) -> None:
+    hub.folder = copy_demo(tmp_path / "own-tasks")
+    with pytest.raises(BundleNotFoundError, match="'owner/model' is not in the local cache"):
+        hub_names.resolve("owner/model", local_only=True)
+    assert hub.requested == []
+    assert list(hub_names.resolve("owner/model").tasks) == list(SAME_AS)
+    hub.stop()
+    assert list(hub_names.resolve("owner/model", local_only=True).tasks) == list(SAME_AS)
