@@ -20,15 +20,16 @@ from florence_onnx.bundles.bundle import (
     choose,
     read,
 )
-from florence_onnx.errors import BundleError, BundleNotFoundError
+from florence_onnx.errors import BundleError, BundleNotFoundError, HubAccessError
 
 _log = logging.getLogger("florence_onnx")
 
-_HUB_FILES = (
+BUNDLE_FILES = (
     "*.json",
     *(f"{graph}*" for graph in GRAPHS),
     WEIGHTS,
 )
+"""Patterns of the files of one bundle at the top of a repository."""
 
 
 def resolve(
@@ -81,23 +82,14 @@ def _from_hub(
     cache_dir: str | os.PathLike[str] | None,
 ) -> Bundle:
     """Reads a bundle from the hub client's cache; the hub is asked only for files that are not in it."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     suffix = JS_SUFFIXES.get(precision or "fp32", "")
-    patterns = [*_HUB_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
+    patterns = [*BUNDLE_FILES, *(f"onnx/{graph}{suffix}.onnx*" for graph in JS_GRAPHS)]
 
     def fetch(**options: Any) -> Path:
         def take(allowed: list[str]) -> Path:
-            folder = snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=allowed,
-                endpoint=os.environ.get("HF_ENDPOINT"),  # the client itself reads this only when it is imported
-                **options,
-            )
-            return Path(folder)
+            return snapshot(repository, allowed, revision, cache_dir=cache_dir, **options)
 
         folder = take(patterns)
         # `*.json` matches in subdirectories too, so a repository of several bundles gave their descriptions only:
@@ -113,18 +105,39 @@ def _from_hub(
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
-    path = _download(repository, revision, fetch)
+    path = download(repository, revision, fetch)
     try:
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
-        raise BundleNotFoundError(
-            f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
-            f"with: florence-onnx-export {repository} OUT"
-        ) from error
+        raise no_model(repository) from error
 
 
-def _download(repository: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+def snapshot(repository: str, patterns: list[str], revision: str | None, **options: Any) -> Path:
+    """The folder of the files of a repository that match one of the patterns; the client's own errors are raised."""
+    from huggingface_hub import snapshot_download
+
+    # the client itself reads the variable only when it is imported
+    endpoint = os.environ.get("HF_ENDPOINT")
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, endpoint=endpoint, **options))
+
+
+def no_model(repository: str) -> BundleNotFoundError:
+    """The error for a repository without a bundle."""
+    return BundleNotFoundError(
+        f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
+        f"with: florence-onnx-export {repository} OUT"
+    )
+
+
+def download(repository: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """Calls `fetch`, and turns the errors of the hub's client into those of this package.
+
+    Raises:
+        BundleNotFoundError: There is no such repository or revision, or the hub cannot be reached.
+        HubAccessError: The hub refuses the token, or the licence has not been accepted.
+    """
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -135,12 +148,34 @@ def _download(repository: str, revision: str | None, fetch: Callable[[], Path]) 
         return fetch()
     except RevisionNotFoundError as error:
         raise BundleNotFoundError(f"the hub repository {repository!r} has no revision {revision!r}") from error
+    except GatedRepoError as error:
+        raise HubAccessError(
+            f"the licence of {repository} must be accepted on its page, then log in with: hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
         raise BundleNotFoundError(
             f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if status_of(error) in REFUSALS:
+            raise HubAccessError(
+                f"the hub refuses the token for {repository}: log in with hf auth login, or set HF_TOKEN ({error})"
+            ) from error
         raise BundleNotFoundError(
             f"{repository!r} is not in the local cache and the hub could not be reached ({error}); "
             "download it on a machine with a network and pass its directory"
         ) from error
+
+
+REFUSALS = (401, 403)
+"""HTTP statuses of a token that is missing, wrong, or has no right to what was asked."""
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of the hub's client, or what caused it, came with; None if the hub did not answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
