@@ -52,14 +52,20 @@ class LocalHub:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._is_running = False
+        self._lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         monkeypatch.setenv("HF_ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)  # what a commit's address is compared with
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def __enter__(self) -> LocalHub:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # stopping takes as long as this interval
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self._is_running = True
         return self
 
@@ -77,6 +83,14 @@ class LocalHub:
     def has(self, name: str) -> bool:
         """Whether there is a repository of that name, at any revision."""
         return name == "owner/model" or name in self.others or (self.storage / name).is_dir()
+
+    def takes_upload(self) -> bool:
+        """Whether one more LFS upload is accepted; the client sends several at a time."""
+        with self._lock:
+            if self.num_uploads_left is None:
+                return True
+            self.num_uploads_left -= 1
+            return self.num_uploads_left >= 0
 
     def stop(self) -> None:
         """From now on connections are refused."""
@@ -180,12 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self) -> None:
         asked = self._read_json()
         name = f"{asked.get('organization') or 'owner'}/{asked['name']}"
+        url = f"{self.hub.url}/{name}"
         if self.hub.has(name):
-            return self._send(409, b'{"error": "You already created this model repo"}', {})
+            return self._send_json({"error": "You already created this model repo", "url": url}, 409)
         (self.hub.storage / name / "main").mkdir(parents=True)
         if asked.get("private"):
             self.hub.private.add(name)
-        return self._send_json({"url": f"{self.hub.url}/{name}", "name": name})
+        return self._send_json({"url": url, "name": name})
 
     def _create_branch(self, kind: str, id: str, revision: str) -> None:
         branch = self.hub.storage / id / revision
@@ -226,15 +241,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.storage / ".lfs" / oid
 
     def _put(self, oid: str) -> None:
-        if self.hub.num_uploads_left == 0:
-            return self._send(413, b'{"error": "the upload was broken off"}', {})
         content = self._read()
+        if not self.hub.takes_upload():
+            return self._send(413, b'{"error": "the upload was broken off"}', {})
         assert _sha256(content) == oid
         self._blob(oid).parent.mkdir(parents=True, exist_ok=True)
         self._blob(oid).write_bytes(content)
         self.hub.uploaded.append(oid)
-        if self.hub.num_uploads_left is not None:
-            self.hub.num_uploads_left -= 1
         return self._send(200, b"", {})
 
     def _receive_commit(self, kind: str, id: str, revision: str) -> None:

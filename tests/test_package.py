@@ -230,7 +230,7 @@ LAZY = {
         "answers.supervision_detections",
         "answers.matching",
         "bundles.configuration",
-    "bundles.pulling",
+        "bundles.pulling",
         "image",
         "images.addresses",
         "images.connection",

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from florence_onnx.errors import CheckpointError
 
+from .model_card import MODEL_CARD
 from .weight_files import PICKLED, SAFETENSORS, has_weights
 
-_TEXT_FILES = ("*.json", "*.txt")
+_TEXT_FILES = ("*.json", "*.txt", MODEL_CARD)
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None, *, with_weights: bool = True) -> Path:

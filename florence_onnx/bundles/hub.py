@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from florence_onnx.bundles.bundle import (
     choose,
     read,
 )
-from florence_onnx.errors import BundleError, BundleNotFoundError, HubAccessError
+from florence_onnx.errors import BundleError, BundleNotFoundError, HubAccessError, InputError
 
 _log = logging.getLogger("florence_onnx")
 
@@ -65,6 +66,12 @@ def resolve(
             f'{text!r} is not a directory; give a bundle directory, a hub repository "owner/name", or "demo"'
         )
     return _from_hub(text, precision, preferred, revision, cache_dir)
+
+
+def check_repository(name: str) -> None:
+    """Raises InputError where a name cannot be that of a hub repository."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise InputError(f"{name!r} is no hub repository; give one as owner/name")
 
 
 def default_cache() -> Path:

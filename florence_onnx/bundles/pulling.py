@@ -78,8 +78,7 @@ def pull(
 
 
 def _check_arguments(repository: str, folder: Path | None) -> None:
-    if repository.count("/") != 1 or not all(repository.split("/")) or repository.startswith((".", "/", "~")):
-        raise InputError(f"{repository!r} is no hub repository; give one as owner/name")
+    hub.check_repository(repository)
     if folder is None or not folder.exists():
         return
     if not folder.is_dir():

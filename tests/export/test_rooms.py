@@ -16,8 +16,9 @@ EXPORT: dict[str, set[str]] = {
     "verification": {"checkpoints", "graphs"},
     "bundles": {"checkpoints", "graphs", "precisions", "verification"},
     "transformers_js": {"bundles", "checkpoints", "graphs", "precisions", "verification"},
+    "publishing": set(),
     "demo": {"checkpoints"},
-    "commands": {"bundles", "checkpoints", "precisions", "transformers_js", "verification"},
+    "commands": {"bundles", "checkpoints", "precisions", "publishing", "transformers_js", "verification"},
     "__main__": {"commands"},
     "__init__": set(),
 }
