@@ -24,6 +24,8 @@ def _command(name: str) -> Callable[[], None]:
         from .commands.verify import main as run
     elif name == "doctor":
         from .commands.doctor import main as run
+    elif name == "check":
+        from .commands.check import main as run
     elif name == "push":
         from .commands.push import main as run
     elif name == "pull":

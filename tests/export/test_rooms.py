@@ -17,8 +17,9 @@ EXPORT: dict[str, set[str]] = {
     "bundles": {"checkpoints", "graphs", "precisions", "verification"},
     "transformers_js": {"bundles", "checkpoints", "graphs", "precisions", "verification"},
     "publishing": set(),
+    "published": {"bundles", "checkpoints", "verification"},
     "demo": {"checkpoints"},
-    "commands": {"bundles", "checkpoints", "precisions", "publishing", "transformers_js", "verification"},
+    "commands": {"bundles", "checkpoints", "precisions", "published", "publishing", "transformers_js", "verification"},
     "__main__": {"commands"},
     "__init__": set(),
 }
