@@ -55,10 +55,6 @@ class LocalHub:
         self._lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         monkeypatch.setenv("HF_ENDPOINT", self.url)
-        monkeypatch.setattr(constants, "ENDPOINT", self.url)  # what a commit's address is compared with
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -257,8 +253,11 @@ class _Handler(BaseHTTPRequestHandler):
         for line in self._read().splitlines():
             change = json.loads(line)
             self._apply(folder, change["key"], change["value"])
+        from huggingface_hub import constants
+
         oid = self._commit(folder)
-        self._send_json({"commitUrl": f"{self.hub.url}/{id}/commit/{oid}", "commitOid": oid, "success": True})
+        # the client parses the address with the endpoint that it read when it was imported
+        self._send_json({"commitUrl": f"{constants.ENDPOINT}/{id}/commit/{oid}", "commitOid": oid, "success": True})
 
     def _apply(self, folder: Path, key: str, value: Any) -> None:
         if key == "header":

@@ -236,7 +236,10 @@ def test_a_folder_of_others_is_not_used(site: Site) -> None:
         ('{"task": "<CAPTION>"', "line 1: JSONDecodeError"),
         ('{"task": "<NONE>", "checkpoint": "a/b", "image": "x", "source": "s", "text": "a"}', "line 1: UnknownTask"),
         ('{"task": "<CAPTION>", "checkpoint": "a/b", "image": "x", "source": "s"}', "needs parts, sha256 or text"),
-        ('{"task": "<CAPTION>", "checkpoint": "a/b", "image": "x", "source": "s", "text": "a"}', "no line for the images x"),
+        (
+            '{"task": "<CAPTION>", "checkpoint": "a/b", "image": "x", "source": "s", "text": "a"}',
+            "no line for the images x",
+        ),
         ('{"image": "x", "size": [0, 5]}', "line 1: InputError"),
     ],
 )
@@ -270,9 +273,7 @@ def test_exit_codes() -> None:
 def test_the_packages_answers_are_those_recorded() -> None:
     """Against the rows of others that are not committed: the same boxes, and digests of the same texts."""
     recorded = [row for row in shared_data.rows("golden.jsonl") if row.get("raw") or row.get("raw_reconstructed")]
-    known = {
-        (answer.task.token, answer.parts or answer.sha256) for answer in read_published(PUBLISHED_ANSWERS).answers
-    }
+    known = {(answer.task.token, answer.parts or answer.sha256) for answer in read_published(PUBLISHED_ANSWERS).answers}
     found = 0
     for row in recorded:
         kept = facts(row.get("raw") or row["raw_reconstructed"])
