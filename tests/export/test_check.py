@@ -16,6 +16,7 @@ from florence_onnx.bundles import bundle
 from tests import shared_data
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH
+from tests.export import test_published_models as of_hub
 from tests.local_hub import LocalHub
 
 pytest.importorskip("optimum.exporters", reason=NO_TORCH)
@@ -260,7 +261,7 @@ def test_parts_are_compared_one_by_one(tmp_path: Path) -> None:
     assert answer.compare(text.replace("<loc_7>", "<loc_9>")) == (
         "1 of 2 parts differ, the first is part 2: 'wheel' at 5,6,9,8, published 'wheel' at 5,6,7,8"
     )
-    assert "nothing, published 'wheel'" in str(answer.compare(text.split("wheel")[0]))
+    assert "nothing, published 'wheel'" in str(answer.compare(text.split("wheel", maxsplit=1)[0]))
 
 
 def test_exit_codes() -> None:
@@ -297,3 +298,25 @@ def test_check_is_not_bound_to_the_command(site: Site, monkeypatch: pytest.Monke
     fake(monkeypatch, {"o/one": "agrees"})
     rows = list(check(read_published(site.answers), ["o/one"], Settings(site.work)))
     assert [row.verdict for row in rows] == ["agrees"]
+
+
+@pytest.mark.parametrize("outcome", ["agrees", "disagrees", "not tried", "no network"])
+def test_the_tests_marked_hub_pass_fail_or_say_why_not(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outcome: str
+) -> None:
+    """`pytest -m hub` on this hub: the test itself, with what the check of one checkpoint finds."""
+    publish(site, image_line("scene-1.png"), answer_line(GOOD, "</s><s>a</s>"))
+    monkeypatch.setattr(of_hub, "PUBLISHED", read_published(site.answers))
+    fake(monkeypatch, {GOOD: outcome})
+    if outcome == "no network":
+        site.hub.stop()
+        with pytest.raises(pytest.skip.Exception, match="needs a network and the hub, to download owner/model"):
+            of_hub.test_a_published_checkpoint(GOOD, tmp_path)
+    elif outcome == "disagrees":
+        with pytest.raises(AssertionError):
+            of_hub.test_a_published_checkpoint(GOOD, tmp_path)
+    elif outcome == "not tried":
+        with pytest.raises(pytest.skip.Exception, match="export: said"):
+            of_hub.test_a_published_checkpoint(GOOD, tmp_path)
+    else:
+        of_hub.test_a_published_checkpoint(GOOD, tmp_path)

@@ -14,9 +14,9 @@ import pytest
 from tests.conftest import NO_TORCH
 
 pytest.importorskip("optimum.exporters", reason=NO_TORCH)
-from export.published.answers import PUBLISHED_ANSWERS, read_published  # noqa: E402
-from export.published.check import Settings, check, targets  # noqa: E402
-from export.published.downloads import make_plan  # noqa: E402
+from export.published.answers import PUBLISHED_ANSWERS, read_published
+from export.published.check import Settings, check, targets
+from export.published.downloads import make_plan
 
 PUBLISHED = read_published(Path(os.environ.get("FLORENCE_ONNX_ANSWERS", PUBLISHED_ANSWERS)))
 IMAGES = os.environ.get("FLORENCE_ONNX_IMAGES")
