@@ -71,6 +71,7 @@ def check(published: Published, wanted: Sequence[str], settings: Settings) -> It
     is_complete = True
     for target in wanted:
         answers = [answer for answer in published.answers if _target(answer) == target]
+        checkpoint = target.partition("@")[0]
         rows = journal.rows(target, answers)
         if rows is None:
             rows = _check_guarded(target, published, answers, settings, journal)
@@ -78,6 +79,8 @@ def check(published: Published, wanted: Sequence[str], settings: Settings) -> It
                 journal.finish(target, answers, rows)
         else:
             settings.progress(f"{target}: done before, not repeated")
+        if is_finished(rows) and not settings.keep and journal.has_downloaded(checkpoint):
+            remove_download(checkpoint)
         is_complete &= is_finished(rows)
         yield from rows
     if is_complete and not settings.keep:
@@ -106,8 +109,6 @@ def _check_guarded(
         rows = _untried(target, f"{type(error).__name__}: {_line(error)}; please report it", answers)
     if not settings.keep:
         shutil.rmtree(exports, ignore_errors=True)
-        if is_finished(rows) and journal.has_downloaded(checkpoint):
-            remove_download(checkpoint)
     return rows
 
 

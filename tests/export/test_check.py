@@ -32,6 +32,8 @@ CHECKPOINT = REPOSITORY / "export" / "demo" / "checkpoint"
 SAMPLES = bundle.DEMO_DIRECTORY.parent / "samples"
 GOOD, BROKEN, OTHER, ABSENT = "owner/model", "owner/broken", "owner/other-weights", "owner/absent"
 DATA = "owner/images"
+SIZE = [384, 355]
+"""Of scene-1.png."""
 SHORT = {"num_beams": 1, "max_new_tokens": 12}
 
 
@@ -45,7 +47,7 @@ class Site:
 
 
 def image_line(name: str, **more: Any) -> dict[str, Any]:
-    return {"image": name, "size": [320, 320], "repository": DATA, "path": f"photos/{name}", **more}
+    return {"image": name, "size": SIZE, "repository": DATA, "path": f"photos/{name}", **more}
 
 
 def answer_line(checkpoint: str, text: str, **more: Any) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def test_planted_errors_are_named_each_in_its_row(site: Site, caption: str, tmp_
     assert "cannot download photos/gone.png of the data set owner/images" in good[4].detail
     assert "no address of unknown.png is known" in good[5].detail and "--images" in good[5].detail
     assert "404" in good[6].detail and "--images" in good[6].detail
-    assert "320 × 320 pixels instead of 640 × 480" in good[7].detail
+    assert "384 × 355 pixels instead of 640 × 480" in good[7].detail
     by_name = {name: [row for row in rows if row.checkpoint == name] for name in (BROKEN, ABSENT, OTHER)}
     assert [row.verdict for row in by_name[BROKEN]] == ["not tried", "not tried"]
     assert "model.safetensors" in by_name[BROKEN][0].detail
@@ -144,12 +146,18 @@ def test_planted_errors_are_named_each_in_its_row(site: Site, caption: str, tmp_
     assert not (tmp_path / "cache" / "models--owner--other-weights").exists()
 
 
-def test_all_agree_then_nothing_is_left_behind(site: Site, caption: str, tmp_path: Path) -> None:
+def test_all_agree_with_a_local_image_and_nothing_is_left_behind(site: Site, caption: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    shutil.copy(SAMPLES / "scene-1.png", tmp_path / "mine" / "gone.png")
     known = bundle.sha256(SAMPLES / "scene-1.png")
-    publish(site, image_line("scene-1.png", sha256=known), answer_line(GOOD, caption))
-    code, report, _ = run(site)
-    assert (code, report["summary"]) == (0, "2 agrees")
-    assert report["unknown_images"] == {}
+    publish(site, image_line("gone.png", sha256=known), answer_line(GOOD, caption, image="gone.png"))
+    code, report, _ = run(site, GOOD, "--images", tmp_path / "mine", "--keep")
+    assert (code, report["summary"], report["unknown_images"]) == (0, "2 agrees", {}), report
+    assert (site.work / "exports" / "owner--model" / bundle.DESCRIPTION).is_file()
+    assert (tmp_path / "cache" / "models--owner--model").is_dir()
+    assert "photos/gone.png" not in site.hub.requested
+    code, again, progress = run(site)  # done before; without --keep the rest is removed
+    assert (code, again["rows"]) == (0, report["rows"]) and "done before" in progress
     assert not site.work.exists()
     assert not list((tmp_path / "cache").glob("models--*"))
 
@@ -201,17 +209,6 @@ def test_a_full_disk_is_said_before_a_download(site: Site, monkeypatch: pytest.M
     assert code == 2
     assert "GB of disk space are needed" in report["rows"][0]["detail"]
     assert "model.safetensors" not in site.hub.requested
-
-
-def test_local_images_and_kept_downloads(site: Site, caption: str, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    shutil.copy(SAMPLES / "scene-1.png", tmp_path / "mine" / "gone.png")
-    publish(site, image_line("gone.png"), answer_line(GOOD, caption, image="gone.png"))
-    code, report, _ = run(site, GOOD, "--images", tmp_path / "mine", "--keep")
-    assert code == 0, report
-    assert (site.work / "exports" / "owner--model" / bundle.DESCRIPTION).is_file()
-    assert (tmp_path / "cache" / "models--owner--model").is_dir()
-    assert "photos/gone.png" not in site.hub.requested
 
 
 def test_the_table_says_what_the_json_says(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
