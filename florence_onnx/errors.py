@@ -19,6 +19,8 @@ FlorenceError
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            a requested execution provider cannot run
 │   └── DeviceMemoryError (MemoryError)     memory is full, the device's or the computer's
+├── HubError (OSError)                      a push or a pull that the model hub refused, or could not be reached for
+│   └── HubAccessError (PermissionError)    no token, a wrong one, or one that may not write
 ├── MissingExtraError (ImportError)         an optional dependency is missing; has the `pip install` line
 └── CheckpointError (ValueError)            export: a checkpoint that cannot be converted
     └── VerificationError                   export: the graphs do not reproduce the checkpoint
@@ -101,6 +103,14 @@ class DeviceMemoryError(ProviderError, MemoryError):
 
     A model that was loaded before stays usable.
     """
+
+
+class HubError(FlorenceError, OSError):
+    """The model hub refused a push or a pull, or could not be reached."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """The hub was given no token, a wrong one, or one without the right to do this."""
 
 
 class MissingExtraError(FlorenceError, ImportError):

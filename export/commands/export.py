@@ -79,8 +79,9 @@ def export(
 
     Exits with 1 and writes nothing if the graphs do not reproduce the checkpoint.
 
-    `verify` as the first argument measures instead how much bundles agree with fp32, and `doctor` examines a checkpoint
-    before an export: see `verify --help` and `doctor --help`.
+    Other commands, as the first argument: `verify` measures how much bundles agree with fp32, `doctor` examines a
+    checkpoint before an export, `check` tries published checkpoints, `push` and `pull` publish and download bundles. Each
+    has its own --help.
     """
     try:
         tasks = gather(task or ())  # before the export, which takes minutes
