@@ -55,14 +55,15 @@ PUBLIC = [
 ROOMS = {
     "_version": set(),
     "errors": set(),
-    "images": {"errors", "numpy", "PIL"},
+    "forks": set(),
+    "images": {"forks", "errors", "numpy", "PIL"},
     "answers": {"errors", "numpy", "PIL", "supervision"},
     "generation": {"errors", "numpy"},
     "tasks": {"answers", "errors"},
     "bundles": {"errors", "generation", "numpy", "tokenizers", "huggingface_hub"},
-    "runtime": {"bundles", "errors", "numpy", "onnxruntime"},
+    "runtime": {"forks", "bundles", "errors", "numpy", "onnxruntime"},
     "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL", "supervision"},
-    "inference": {"bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
+    "inference": {"forks", "bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
     "model": {
         *(
@@ -85,16 +86,27 @@ ROOMS = {
     },
     "image": {"images"},
     "postprocess": {"answers", "tasks"},
-    "fal": {"answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
+    "fal": {"forks", "answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
-        *("_version", "answers", "errors", "fal", "generation", "images", "model", "prediction", "tasks"),
+        *("_version", "answers", "errors", "fal", "forks", "generation", "images", "model", "prediction", "tasks"),
         *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
         *("_version", "answers", "errors", "fal", "images", "model", "tasks"),
         *("fal_client", "httpx", "numpy", "rapidfuzz", "rich"),
     },
-    "mcp_server": {"_version", "answers", "errors", "images", "model", "prediction", "tasks", "mcp", "pydantic"},
+    "mcp_server": {
+        "forks",
+        "_version",
+        "answers",
+        "errors",
+        "images",
+        "model",
+        "prediction",
+        "tasks",
+        "mcp",
+        "pydantic",
+    },
     "commands": {
         *(
             "_version",

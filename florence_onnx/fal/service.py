@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from florence_onnx import forks
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
@@ -93,7 +94,7 @@ class Service:
         find_stored: Callable[[str], bytes | None] | None = None,
         observe: Observe | None = None,
     ) -> None:
-        """Starts the threads.
+        """Starts the threads; in a forked child they are started anew by its first request.
 
         Args:
             model: The loaded model.
@@ -110,16 +111,26 @@ class Service:
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
+        self._is_open = True
+        self._clear()
+        self._start_threads()
+        forks.call_in_child(self._clear)
+
+    def _clear(self) -> None:
+        """Empties all queues and forgets the threads; what was in the queues at a fork is the parent's."""
         self._condition = threading.Condition()
         self._waiting: list[Job] = []  # accepted, image not loaded
         self._loading: set[Job] = set()
         self._ready: list[Job] = []  # image loaded
         self._running: set[Job] = set()
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
-        self._is_open = True
+        self._draw_pool: ThreadPoolExecutor | None = None
+        self._threads: list[threading.Thread] = []
+
+    def _start_threads(self) -> None:
         self._draw_pool = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
         loops = [self._load_loop] * self.settings.loaders + [self._run_loop] * (
-            self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1)
+            self.settings.workers or (DEVICE_WORKERS if self.model.max_batch else 1)
         )
         # daemon threads: the interpreter must be able to exit while requests are in flight; `close` waits for them
         self._threads = [threading.Thread(target=loop, name=f"florence{loop.__name__}", daemon=True) for loop in loops]
@@ -163,6 +174,8 @@ class Service:
                 raise problems.shutting_down()
             if len(self._waiting) + len(self._loading) + len(self._ready) >= self.settings.max_waiting:
                 raise problems.queue_full(self.settings.max_waiting)
+            if not self._threads:
+                self._start_threads()
             self._waiting.append(job)
             self._condition.notify_all()
         return job
@@ -222,7 +235,8 @@ class Service:
             self._fail(job, problems.shutting_down())
         for thread in self._threads if is_done else ():
             thread.join()
-        self._draw_pool.shutdown(wait=is_done)
+        if self._draw_pool is not None:
+            self._draw_pool.shutdown(wait=is_done)
         return is_done
 
     def _is_idle(self) -> bool:
@@ -371,6 +385,7 @@ class Service:
             return
         for job, prediction in zip(jobs, predictions, strict=True):
             self._record(job, "decode", begin)
+            assert self._draw_pool is not None, "started with this thread"
             self._draw_pool.submit(self._complete, job, prediction)
 
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:

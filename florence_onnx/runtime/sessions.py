@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,8 @@ LOG_ERRORS = 3
 """ONNX Runtime's log severity level for errors, without warnings."""
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 """Session config entry that records which provider takes which nodes (since ONNX Runtime 1.24)."""
+NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""Environment variable of ONNX Runtime 1.32 and later."""
 _log = logging.getLogger("florence_onnx")
 _ERRORS = (
     "Fail",
@@ -56,6 +59,9 @@ def onnxruntime() -> ModuleType:
     Raises:
         MissingExtraError: None is installed.
     """
+    # ONNX Runtime 1.32 starts two threads for telemetry when it is imported, and a forked child that exits waits for them
+    # for ever; its own switch is read at the import. A model that runs locally has nothing to report anyway.
+    os.environ.setdefault(NO_TELEMETRY, "1")
     try:
         import onnxruntime as ort
     except ImportError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from florence_onnx import forks
 from florence_onnx.answers.results import Image, to_dict
 from florence_onnx.fal.contract import APP
 from florence_onnx.fal.jobs import Job
@@ -51,7 +51,7 @@ class ServerContext:
         self.num_active = 0
         """HTTP requests in flight; changed by the event loop only."""
         self._tokens: dict[str, float] = {}
-        self._tokens_lock = threading.Lock()
+        self._tokens_lock = forks.Lock()
         self.is_draining = False
         """Whether the server is shutting down and rejects new requests."""
         self._idle_since: float | None = None

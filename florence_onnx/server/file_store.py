@@ -6,12 +6,12 @@ import re
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -51,7 +51,8 @@ class FileStore:
         self._folder = Path(tempfile.mkdtemp(prefix="florence-onnx-files-"))
         self._files: OrderedDict[str, StoredFile] = OrderedDict()
         self._reserved: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
+        self._forks = forks.count()
 
     def put(self, content: bytes, name: str, content_type: str, token: str | None = None) -> str:
         """Stores a file; deletes the oldest files if there is no room.
@@ -126,7 +127,9 @@ class FileStore:
             return None
 
     def close(self) -> None:
-        """Deletes all files."""
+        """Deletes all files, except in a forked child: the process that made the folder and its other children need it."""
+        if forks.count() != self._forks:
+            return
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _drop_old(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 from florence_onnx.fal.jobs import Job
 
@@ -23,7 +23,7 @@ class ResultsStore:
         self._max_ended = max_ended
         self._seconds = seconds
         self._jobs: OrderedDict[str, tuple[float, Job]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def add(self, job: Job) -> None:
         """Adds a request."""
