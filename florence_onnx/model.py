@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -84,6 +86,7 @@ class Florence2:
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
+        self._load_options: LoadOptions | None = None
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
@@ -159,7 +162,35 @@ class Florence2:
             bundle: A bundle that `florence_onnx.bundles.bundle.read` or an export returned.
             options: The arguments of `from_pretrained` of the same names.
         """
-        return cls(*load(bundle, options or LoadOptions()))
+        options = options or LoadOptions()
+        model = cls(*load(bundle, options))
+        model._load_options = options
+        return model
+
+    # ------------------------------------------------------------------------------------------- copies and processes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the bundle's description and the load options, a few kilobytes: the weights stay where they are on disk.
+
+        Unpickling loads the model, on the same path; a process keeps the one that it has unpickled last, so that a pool
+        to which the model is handed with each task loads it once a process.
+
+        Raises:
+            InputError: The model was composed by hand, so that there is nothing to load it from.
+        """
+        if self._load_options is None:
+            raise InputError(
+                "this model cannot be pickled: it was not loaded by from_pretrained or from_bundle; load it in each process"
+            )
+        return _load_pickled, (type(self), pickle.dumps((self._bundle, self._load_options)))
+
+    def __copy__(self) -> Florence2:
+        """The model itself: it has no state that a copy could change, and its sessions exist once a process."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Florence2:
+        """As `__copy__`."""
+        return self
 
     @property
     def max_batch(self) -> int:
@@ -486,6 +517,12 @@ class Florence2:
         results = parse(task, text, encoded.size)
         others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
         return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others)
+
+
+@lru_cache(maxsize=1)
+def _load_pickled(model: type[Florence2], content: bytes) -> Florence2:
+    """Loads what `Florence2.__reduce__` has written: a bundle and its load options."""
+    return model.from_bundle(*pickle.loads(content))
 
 
 def _make_requests(

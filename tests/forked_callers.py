@@ -8,6 +8,7 @@ not end by itself.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ APPLICATION = "fal-ai/florence-2-large/object-detection"
 Call = Callable[[], Any]
 
 
+@functools.cache
 def load(threads: int = 1, max_batch: int = 0) -> Florence2:
     """The demo model on the CPU."""
     return Florence2.from_pretrained(
@@ -74,12 +76,12 @@ def new_model() -> Call:
     """A child that loads a model of its own."""
     model = load(2)
     ask(model)
-    return lambda: ask(load(2))
+    return lambda: ask(load.__wrapped__(2))
 
 
 def other_device() -> Call:
     """A model that says that it is on a GPU; there is none here, and what is tried is that the child does not touch it."""
-    model = load()
+    model = load.__wrapped__()
     ask(model)
     for engine in (model._vision_encoder, *vars(model._text_model).values()):
         if hasattr(engine, "provider"):
