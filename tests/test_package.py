@@ -64,10 +64,12 @@ ROOMS = {
     "runtime": {"forks", "bundles", "errors", "numpy", "onnxruntime"},
     "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL", "supervision"},
     "inference": {"forks", "bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
+    "batches": {"answers", "errors", "images", "inference", "prediction", "tasks", "numpy", "PIL"},
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
     "model": {
         *(
             "answers",
+            "batches",
             "bundles",
             "errors",
             "generation",

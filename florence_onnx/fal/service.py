@@ -373,6 +373,7 @@ class Service:
                 text_inputs=[job.arguments.text_input for job in jobs],
                 regions=[job.arguments.region for job in jobs],
                 options=jobs[0].arguments.options,
+                batch_size=len(jobs),
             )
         except InputError as error:
             # for example a text that is too long, which shows only once it is tokenized; find out whose it is

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from florence_onnx import forks
-from florence_onnx.errors import DeviceMemoryError, ProviderError
+from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.generation.search import GeneratedSequence
 from florence_onnx.inference.continuous_batching import ContinuousBatch, DecodeRequest
 from florence_onnx.inference.decoder_call import ResidentSizes, padded_count
@@ -181,31 +181,30 @@ class ResidentModel:
         features.upload(np.asarray(image_features, dtype=np.float32))
         return features
 
-    def answer(self, requests: Sequence[DecodeRequest]) -> list[GeneratedSequence]:
+    def answer(self, requests: Sequence[DecodeRequest]) -> list[GeneratedSequence | FlorenceError]:
         """Answers prompts, in one batch with those of other threads.
 
-        Raises:
-            FlorenceError: The device failed, or its memory is full.
+        Returns:
+            For each request its answer, or the error that ended it: the device failed, or its memory is full.
         """
         for request in requests:
             self._batch.submit(request)
         try:
             self._batch.wait(lambda: _all_done(requests))
-            return [request.result() for request in requests]
+            return [_outcome(request) for request in requests]
         finally:
             self._batch.cancel(requests)
 
-    def answer_stream(self, stream: Iterable[Sequence[DecodeRequest]]) -> list[GeneratedSequence]:
+    def answer_stream(self, stream: Iterable[Sequence[DecodeRequest]]) -> list[GeneratedSequence | FlorenceError]:
         """Answers prompts while the stream still makes requests: decoding overlaps with the encoding of further images.
 
         Args:
             stream: Requests, some at a time; iterated over in a thread of its own.
 
         Returns:
-            Answers in the order of the requests.
+            As `answer`, in the order of the requests.
 
         Raises:
-            FlorenceError: As `answer`.
             Exception: What iterating over the stream raised.
         """
         from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +222,7 @@ class ResidentModel:
                 finally:
                     is_stopped.set()
                 submitting.result()
-            return [request.result() for request in requests]
+            return [_outcome(request) for request in requests]
         finally:
             self._batch.cancel(requests)  # after the pool has ended, so that no request is submitted behind it
 
@@ -236,6 +235,13 @@ class ResidentModel:
             for request in some:
                 requests.append(request)
                 self._batch.submit(request)
+
+
+def _outcome(request: DecodeRequest) -> GeneratedSequence | FlorenceError:
+    try:
+        return request.result()
+    except FlorenceError as error:
+        return error
 
 
 def _all_done(requests: Sequence[DecodeRequest]) -> bool:
