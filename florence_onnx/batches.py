@@ -74,8 +74,8 @@ class Failures:
         Raises:
             FlorenceError: The error, unless errors are kept.
         """
-        for place, index in enumerate(indices):
-            own = copy.copy(error) if place else error
+        copies = [error, *(copy.copy(error) for _ in indices[1:])]
+        for index, own in zip(indices, copies, strict=True):
             _name_place(own, index, self.count)
             if not self.are_kept:
                 raise own

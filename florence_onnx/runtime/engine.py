@@ -293,8 +293,6 @@ class OnnxEngine:
         except expected as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.provider, error) from error
-            if self.provider == CPU:
-                raise
             raise ProviderError(f"{self.provider} failed while running: {str(error).strip()}") from error
         finally:
             self._count_running(-1)
