@@ -236,5 +236,5 @@ def test_when_decoding_fails_the_others_are_answered(monkeypatch: pytest.MonkeyP
     found = model.run_batch(names, SAMPLES[:3], options=OPTIONS, on_error="return")
     assert [type(each) for each in found] == [Prediction, ProviderError, Prediction]
     assert str(found[1]) == "image 2 of 3: the device failed"
-    with pytest.raises(ProviderError, match="^the device failed$"):
+    with pytest.raises(ProviderError, match=r"^the device failed$"):
         model.run_batch(names, SAMPLES[:3], options=OPTIONS)
