@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu.batches MODEL --images 64 --sizes 1 2 4 8 16 64
 
-Prints tables. Peak memory is that of a process of its own for each row (`VmHWM`, as `ru_maxrss` survives an exec). Times are
-CPU seconds of one thread, minima of interleaved rounds in one process, so that others on the machine matter little. The images are noise-free drawings of one size, which
-every prediction refers to: their pixels are subtracted where the table says so.
+Prints tables. Peak memory is that of a process of its own for each row (`VmHWM`, as `ru_maxrss` survives an exec). Times
+are CPU seconds of one thread, minima of interleaved rounds in one process, so that others on the machine matter little. The
+images are drawings of one size; every prediction that is kept refers to its image, decoded.
 """
 
 from __future__ import annotations
