@@ -110,7 +110,8 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        run_child(arguments.model, *arguments.child, arguments.kept)
+        count, batch_size = arguments.child
+        run_child(arguments.model, count, batch_size, arguments.kept)
         return
     if arguments.sizes:
         print_times(arguments.model, arguments.images, arguments.sizes, arguments.rounds)
