@@ -33,6 +33,9 @@ from __future__ import annotations
 class FlorenceError(Exception):
     """Base class of all errors of this package."""
 
+    index: int | None = None
+    """Of an error that concerns one image of a batch: which, from 0. Its message begins `image 17 of 64: ` for index 16."""
+
 
 class InputError(FlorenceError, ValueError):
     """An argument of a call is wrong."""

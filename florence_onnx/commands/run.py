@@ -29,6 +29,8 @@ from florence_onnx.commands.arguments import (
     parse_assignments,
     parse_region,
 )
+from florence_onnx.commands.captions import CaptionFiles, check_options
+from florence_onnx.commands.image_list import expand
 from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
@@ -46,7 +48,9 @@ def run(
     ],
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE...", show_default=False),
+        typer.Argument(
+            help="Paths, folders of images, http(s) URLs or data: URIs.", metavar="IMAGE...", show_default=False
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
@@ -76,10 +80,21 @@ def run(
     option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
+    txt: Annotated[
+        bool, typer.Option("--txt", help="Write each answer to a text file beside its image, unless there is one.")
+    ] = False,
+    txt_dir: Annotated[
+        Path | None, typer.Option(help="With --txt: write the text files to this folder.", metavar="DIR")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --txt: replace text files that are there.")
+    ] = False,
 ) -> None:
     """Run one task on images.
 
-    An image that cannot be read does not stop the others, but makes the exit code 1.
+    A folder stands for the images in it, sorted by path. An image that cannot be read does not stop the others, but
+    makes the exit code 1.
     """
     with exit_on_error():
         options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
@@ -89,11 +104,19 @@ def run(
         chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
         request = _Request(chosen, text, parse_region(region), options)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
+        check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
+        images = expand(images, recursive=recursive)
+        captions = CaptionFiles(txt_dir, images) if txt else None
+        if captions is not None and not overwrite:
+            images = captions.missing(images)
+        if not images:
+            return
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        num_failed = _run_all(florence, request, images, _JsonReport() if as_json else _TextReport(), folder)
+        report = _JsonReport() if as_json else _TextReport()
+        num_failed = _run_all(florence, request, images, report, folder, captions)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
         raise typer.Exit(1)
@@ -138,6 +161,7 @@ def _run_all(
     images: Sequence[str],
     report: _JsonReport | _TextReport,
     folder: ImageFolder | None,
+    captions: CaptionFiles | None,
 ) -> int:
     """Runs the request on all images; returns the number of images that could not be read."""
     num_failed = 0
@@ -151,6 +175,8 @@ def _run_all(
         report.answer(image, prediction)
         if folder is not None:
             folder.add(image, prediction)
+        if captions is not None:
+            captions.write(image, prediction)
     return num_failed
 
 
@@ -171,8 +197,9 @@ class _JsonReport:
     """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …}`, and the results of `alternatives` where there are any."""
-        line = {"image": image, "results": prediction.to_dict()["results"]}
+        """Writes `{"image": …, "results": …, "truncated": …}`, and the results of `alternatives` where there are any."""
+        results = prediction.to_dict()["results"]
+        line = {"image": image, "results": results, "truncated": prediction.truncated}
         if prediction.alternatives:
             line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
         self._write(line)

@@ -9,7 +9,6 @@ import contextlib
 import io
 import os
 import struct
-import threading
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from florence_onnx import forks
 from florence_onnx.errors import (
     ImageDecodeError,
     ImageDownloadError,
@@ -67,7 +67,7 @@ _DAMAGED = (
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # A PIL image is decoded at its first use, and Pillow has no lock for that: two threads that share an image of a caller
 # would both read from its file.
-_CALLERS_IMAGE_LOCK = threading.Lock()
+_CALLERS_IMAGE_LOCK = forks.Lock()
 
 
 def load(

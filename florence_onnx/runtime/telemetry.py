@@ -2,7 +2,8 @@
 
 ONNX Runtime 1.32 for Linux writes a database and a device id under `~/.cache/Microsoft` when it loads a graph, and looks up
 the host that it reports to some seconds later (both seen with strace). It reads `ORT_DISABLE_TELEMETRY` when it is
-imported; `onnxruntime.disable_telemetry_events()` does not stop it.
+imported; `onnxruntime.disable_telemetry_events()` does not stop it. Its threads also make a forked child hang when it
+exits (`forks`).
 """
 
 from __future__ import annotations

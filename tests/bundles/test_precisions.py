@@ -27,6 +27,7 @@ from florence_onnx.commands.main import app
 from florence_onnx.images import decoding, preprocessing
 from florence_onnx.runtime.engine import OnnxEngine
 from florence_onnx.runtime.load_options import LoadOptions
+from tests import descriptions
 from tests.local_hub import LocalHub
 
 MIXED = {"vision_encoder": "fp16", "decoder": "q4"}
