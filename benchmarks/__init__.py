@@ -8,3 +8,5 @@
 Beside them: `checkpoints` and `models` make what is measured, `costs` counts its operations and bytes, `machine`
 describes where.
 """
+
+from florence_onnx.runtime import telemetry  # noqa: F401  # ONNX Runtime must not be imported before this

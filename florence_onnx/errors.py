@@ -18,7 +18,9 @@ FlorenceError
 │   ├── BundleFormatError (ValueError)      unreadable, or of another version
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            a requested execution provider cannot run
-│   └── DeviceMemoryError (MemoryError)     device memory is full; the model stays usable
+│   └── DeviceMemoryError (MemoryError)     memory is full, the device's or the computer's
+├── HubError (OSError)                      a push or a pull that the model hub refused, or could not be reached for
+│   └── HubAccessError (PermissionError)    no token, a wrong one, or one that may not write
 ├── MissingExtraError (ImportError)         an optional dependency is missing; has the `pip install` line
 └── CheckpointError (ValueError)            export: a checkpoint that cannot be converted
     └── VerificationError                   export: the graphs do not reproduce the checkpoint
@@ -30,6 +32,9 @@ from __future__ import annotations
 
 class FlorenceError(Exception):
     """Base class of all errors of this package."""
+
+    index: int | None = None
+    """Of an error that concerns one image of a batch: which, from 0. Its message begins `image 17 of 64: ` for index 16."""
 
 
 class InputError(FlorenceError, ValueError):
@@ -97,7 +102,18 @@ class ProviderError(FlorenceError, RuntimeError):
 
 
 class DeviceMemoryError(ProviderError, MemoryError):
-    """Device memory, or the part of it that may be used, is full; the model stays usable."""
+    """Memory is full: that of the device, or on a CPU the computer's own; or the part of it that may be used.
+
+    A model that was loaded before stays usable.
+    """
+
+
+class HubError(FlorenceError, OSError):
+    """The model hub refused a push or a pull, or could not be reached."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """The hub was given no token, a wrong one, or one without the right to do this."""
 
 
 class MissingExtraError(FlorenceError, ImportError):

@@ -15,7 +15,7 @@ from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
 from florence_onnx.inference.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.inference.transformers_js import TransformersJsTextModel
-from florence_onnx.runtime import cuda, tensorrt
+from florence_onnx.runtime import cuda, graph_sizes, tensorrt
 from florence_onnx.runtime import providers as provider_presets
 from florence_onnx.runtime.engine import Engine, OnnxEngine, load_engines
 from florence_onnx.runtime.load_options import LoadOptions
@@ -135,6 +135,7 @@ def _load(bundle: Bundle, options: LoadOptions) -> Stages:
             graphs = bundle.stages(is_resident=max_batch > 0)
             names = [KEY_INPUTS[graph] for graph in graphs]
             engines = load_engines(list(graphs.values()), names, options, cuda_graphs=max_batch > 0)
+    graph_sizes.check(bundle, dict(zip(bundle.stages(is_resident=max_batch > 0), engines, strict=True)))
     vision_encoder, *text = engines
     backend = text_backend(bundle, text)
     if provider in CUDA_PROVIDERS:

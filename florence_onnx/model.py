@@ -1,7 +1,8 @@
 """`Florence2`: composes the stages. Every request starts and ends here:
 
 ```text
-tasks, text_inputs, regions ─_make_requests─▶ _Request ─_encode_prompts─▶ input_ids (P, T), attention_mask (P, T)
+tasks, images, text_inputs, regions ─read_requests─▶ Request ─portions─▶ P requests at a time
+prompts ─PromptTokenizer.encode─▶ input_ids (P, T), attention_mask (P, T)
 images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence
 GeneratedSequence ─PromptTokenizer.decode─▶ text ─tasks.parse─▶ results ─▶ Prediction
 ```
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+import pickle
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +24,35 @@ from PIL import Image as PILImage
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
+from florence_onnx.batches import (
+    DEVICE_BATCH_FACTOR,
+    HOST_BATCH_SIZE,
+    Encodings,
+    Failures,
+    OnError,
+    Request,
+    check_arguments,
+    check_batch_size,
+    portions,
+    read_requests,
+)
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub, memory
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.bundles.precisions import Precision
 from florence_onnx.bundles.tokenizer import PromptTokenizer
-from florence_onnx.errors import InputError, TextInputError
+from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextInputError
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import Answering, HostAnswering, to_image
+from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction, with_scores
+from florence_onnx.prompts import to_task
+from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
@@ -47,21 +64,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A task about an image, its input checked and formatted. Its index is that of its row in `input_ids`."""
-
-    task: Task[Any]
-    image: ImageInput | EncodedImage
-    formatted_input: str
-    """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
-
-    @property
-    def prompt(self) -> str:
-        """The whole prompt, ready for the tokenizer."""
-        return self.task.fill_prompt(self.formatted_input)
 
 
 class Florence2:
@@ -85,6 +87,7 @@ class Florence2:
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
+        self._load_options: LoadOptions | None = None
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
         else:
@@ -140,11 +143,13 @@ class Florence2:
             BundleError: The model is missing, damaged or of another format.
             InputError: `precision` or another argument is malformed.
             ProviderError: The execution provider cannot run here.
+            DeviceMemoryError: There is not enough memory, of the device or of the computer.
             MissingExtraError: No ONNX Runtime is installed.
         """
         files = "fp32" if precision == BF16 else precision
-        preferred = preferred_precisions(device, providers) if files is None else bundles.PREFERRED_PRECISIONS
-        bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
+        with memory_errors.said_as_such(os.fspath(name)):
+            preferred = preferred_precisions(device, providers) if files is None else bundles.PREFERRED_PRECISIONS
+            bundle = hub.resolve(name, precision=files, preferred=preferred, revision=revision, cache_dir=cache_dir)
         options = LoadOptions(
             device=device,
             precision=precision,
@@ -164,7 +169,41 @@ class Florence2:
             bundle: A bundle that `florence_onnx.bundles.bundle.read` or an export returned.
             options: The arguments of `from_pretrained` of the same names.
         """
-        return cls(*load(bundle, options or LoadOptions()))
+        options = options or LoadOptions()
+        with memory_errors.said_as_such(str(bundle.path), bundle.stages().values()):
+            model = cls(*load(bundle, options))
+        model._load_options = options
+        return model
+
+    @property
+    def tasks(self) -> dict[str, Task[Any]]:
+        """All tasks of this model by slug: Florence-2's, then those that its bundle carries."""
+        return {**tasks.TASKS, **self._bundle.tasks}
+
+    # ------------------------------------------------------------------------------------------- copies and processes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the bundle's description and the load options, a few kilobytes: the weights stay where they are on disk.
+
+        Unpickling loads the model, on the same path; a process keeps the one that it has unpickled last, so that a pool
+        to which the model is handed with each task loads it once a process.
+
+        Raises:
+            InputError: The model was composed by hand, so that there is nothing to load it from.
+        """
+        if self._load_options is None:
+            raise InputError(
+                "this model cannot be pickled: it was not loaded by from_pretrained or from_bundle; load it in each process"
+            )
+        return _load_pickled, (type(self), pickle.dumps((self._bundle, self._load_options)))
+
+    def __copy__(self) -> Florence2:
+        """The model itself: it has no state that a copy could change, and its sessions exist once a process."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Florence2:
+        """As `__copy__`."""
+        return self
 
     @property
     def max_batch(self) -> int:
@@ -258,8 +297,10 @@ class Florence2:
         config = self._resolve(options)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
-        _, sequences = self._answering.answer(images, ids, mask, lambda indices: new_search(len(indices), config, None))
-        return sequences
+        answers = self._answering.answer(
+            images, ids, mask, lambda indices: new_search(len(indices), config, None), raise_error
+        )
+        return [answer[1] for answer in answers if answer is not None]
 
     @overload
     def run(
@@ -268,7 +309,7 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[R]: ...
 
@@ -279,7 +320,7 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]: ...
 
@@ -289,16 +330,18 @@ class Florence2:
         image: ImageInput | EncodedImage,
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
         options: GenerationOptions | None = None,
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
         Args:
-            task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`).
+            task: A constant of `florence_onnx.tasks`, its slug (`"object-detection"`) or its token (`"<OD>"`); also those of
+                a task that the bundle carries, see `tasks`.
             image: An image that `encode` accepts, or one that it returned.
             text_input: Text, for the tasks that need one.
-            region: Region in location bins, for the tasks that need one; see `Region.from_pixels`.
+            region: Region in location bins, for the tasks that need one; see `Region.from_pixels`. Location tokens do as
+                well: `"<loc_52><loc_332><loc_932><loc_774>"`.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
 
@@ -308,62 +351,211 @@ class Florence2:
         """
         return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
 
+    def run_prompt(
+        self,
+        prompt: str,
+        image: ImageInput | EncodedImage,
+        *,
+        parser: str | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Prediction[Any]:
+        """Runs a prompt of any wording on one image, as Microsoft's users write it.
+
+        Args:
+            prompt: The token of one of Florence-2's tasks, with its input behind it (`"<REGION_TO_OCR><loc_52>…"`), which
+                becomes the task's sentence. Any other text is read as it is: `"<GENERATE_TAGS>"`, `"<DocVQA>What is …"`.
+            image: As for `run`.
+            parser: Reads the answer: a name of `florence_onnx.answers.postprocess.PARSERS`. None: the parser of the task
+                whose token the prompt has; any other answer is text.
+            options: As for `run`.
+
+        Raises:
+            InputError: The prompt, the parser, the image or an option is wrong.
+            ProviderError: The device failed.
+        """
+        return self.run(to_task(prompt, parser), image, options=options)
+
+    @overload
     def run_batch(
         self,
         tasks: Task[Any] | str | Iterable[Task[Any] | str],
         images: Iterable[ImageInput | EncodedImage],
         *,
         text_inputs: Iterable[str | None] | None = None,
-        regions: Iterable[Region | None] | None = None,
+        regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
-    ) -> list[Prediction[Any]]:
-        """Runs several requests as one batch.
+        batch_size: int | None = None,
+        on_error: Literal["raise"] = "raise",
+    ) -> list[Prediction[Any]]: ...
+
+    @overload
+    def run_batch(
+        self,
+        tasks: Task[Any] | str | Iterable[Task[Any] | str],
+        images: Iterable[ImageInput | EncodedImage],
+        *,
+        text_inputs: Iterable[str | None] | None = None,
+        regions: Iterable[Region | str | None] | None = None,
+        options: GenerationOptions | None = None,
+        batch_size: int | None = None,
+        on_error: OnError,
+    ) -> list[Prediction[Any] | FlorenceError]: ...
+
+    def run_batch(
+        self,
+        tasks: Task[Any] | str | Iterable[Task[Any] | str],
+        images: Iterable[ImageInput | EncodedImage],
+        *,
+        text_inputs: Iterable[str | None] | None = None,
+        regions: Iterable[Region | str | None] | None = None,
+        options: GenerationOptions | None = None,
+        batch_size: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Sequence[Prediction[Any] | FlorenceError]:
+        """Runs any number of requests, some at a time, and returns all predictions.
 
         Every prediction is the one that `run` returns, with an exception: in int8 and int4 the text encoder quantizes
-        activations with one scale for the whole batch, so a prediction may depend on the other requests.
+        activations with one scale for all requests that are decoded at once, so a prediction may depend on those.
 
-        An image that occurs several times, as the same object or the same name, is encoded once.
+        An image that occurs several times, as the same object or the same name, is encoded once; in an iterator, if it
+        occurs again within `batch_size` images.
+
+        Each prediction refers to its image, decoded, so that it can be drawn: what the list holds grows with the images'
+        pixels. `run_each` yields predictions one by one, for callers that do not keep them.
 
         Args:
             tasks: One task for all images, or one per image.
-            images: Images as for `run`, repeated where several tasks are run on one.
+            images: Images as for `run`, repeated where several tasks are run on one. An iterator is read no further than
+                to the requests that are decoded next.
             text_inputs: One entry per image, None where the task takes no text.
             regions: One entry per image, None where the task takes no region.
             options: Generation options for all requests.
+            batch_size: Most requests that are decoded at once, which bounds the memory. None is 8 on a CPU, where more
+                are not faster, and four times `max_batch` with continuous batching.
+            on_error: `"raise"`: the first error of a request ends the call. `"return"`: the error takes the place of the
+                prediction, and all other requests are answered.
 
         Returns:
             One prediction per image, in order.
 
         Raises:
-            InputError: As for `run`, or the sequences differ in length.
+            InputError: As for `run`, or the sequences differ in length. An error that concerns one image has `index`,
+                from 0, and its message begins `image 17 of 64: ` for index 16.
             ProviderError: The device failed.
         """
-        requests = _make_requests(tasks, images, text_inputs, regions)
-        if not requests:
-            return []
+        return list(
+            self.run_each(
+                tasks,
+                images,
+                text_inputs=text_inputs,
+                regions=regions,
+                options=options,
+                batch_size=batch_size,
+                on_error=on_error,
+            )
+        )
+
+    def run_each(
+        self,
+        tasks: Task[Any] | str | Iterable[Task[Any] | str],
+        images: Iterable[ImageInput | EncodedImage],
+        *,
+        text_inputs: Iterable[str | None] | None = None,
+        regions: Iterable[Region | str | None] | None = None,
+        options: GenerationOptions | None = None,
+        batch_size: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Prediction[Any] | FlorenceError]:
+        """As `run_batch`, but yields predictions in order while further images are not read yet, in flat memory.
+
+        Raises:
+            InputError: At the call for what can be told from the arguments, later for the rest; as `run_batch`.
+            ProviderError: The device failed.
+        """
+        check_arguments(tasks, images, text_inputs, regions)
+        check_batch_size(batch_size)
+        failures = Failures(on_error, len(images) if isinstance(images, Sized) else None)
         config = self._resolve(options)
-        input_ids, attention_mask = self._encode_prompts(requests)
+        requests: Iterable[Request] = read_requests(tasks, images, text_inputs, regions, failures, self._bundle.tasks)
+        known: list[Request] = []
+        if failures.count is not None:  # wrong arguments then fail before any work is done
+            requests = known = list(requests)
+        default = DEVICE_BATCH_FACTOR * self.max_batch if self.max_batch else HOST_BATCH_SIZE
+        return self._run_portions(portions(requests, batch_size or default), config, failures, Encodings(known))
+
+    def _run_portions(
+        self, portions: Iterable[list[Request]], config: SearchConfig, failures: Failures, encodings: Encodings
+    ) -> Iterator[Prediction[Any] | FlorenceError]:
+        index = 0
+        for portion in portions:
+            found = self._run_portion(portion, config, failures, encodings)
+            last = portion[-1].index
+            while index <= last:
+                yield found.pop(index) if index in found else failures.by_index.pop(index)
+                index += 1
+        while index in failures.by_index:
+            yield failures.by_index.pop(index)
+            index += 1
+
+    def _run_portion(
+        self, portion: list[Request], config: SearchConfig, failures: Failures, encodings: Encodings
+    ) -> dict[int, Prediction[Any]]:
+        """The predictions by the requests' indices, without those that failed."""
+        requests = self._drop_long(portion, failures)
+        if not requests:
+            return {}
+        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first
         # token, and an answer that repeats the text has no space there.
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
-
         encoder_ids = self._encoder_ids(input_ids, attention_mask)
 
-        def make_search(indices: Sequence[int]) -> Search:
-            return new_search(
-                len(indices),
-                config,
-                [lookup_ids[index] for index in indices],
-                [encoder_ids[index] for index in indices],
-            )
+        def make_search(rows: Sequence[int]) -> Search:
+            return new_search(len(rows), config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
 
-        encoded, sequences = self._answering.answer(
-            [request.image for request in requests], input_ids, attention_mask, make_search
-        )
-        return [
-            self._make_prediction(request.task, each, sequence)
-            for request, each, sequence in zip(requests, encoded, sequences, strict=True)
-        ]
+        def failed(rows: Sequence[int], error: FlorenceError) -> None:
+            failures.add([requests[row].index for row in rows], error)
+
+        images = [encodings.find(request.image) for request in requests]
+        try:
+            answers = self._answering.answer(images, input_ids, attention_mask, make_search, failed)
+        except ProviderError as error:
+            if not failures.are_kept:
+                raise
+            return self._run_alone(requests, error, config, failures, encodings)
+        encodings.keep(requests, [answer and answer[0] for answer in answers])
+        return {
+            request.index: self._make_prediction(request.task, *answer)
+            for request, answer in zip(requests, answers, strict=True)
+            if answer is not None
+        }
+
+    def _run_alone(
+        self,
+        requests: Sequence[Request],
+        error: ProviderError,
+        config: SearchConfig,
+        failures: Failures,
+        encodings: Encodings,
+    ) -> dict[int, Prediction[Any]]:
+        """Runs requests one by one that have failed together, to find out whose error it is."""
+        if len(requests) == 1:
+            failures.add([requests[0].index], error)
+            return {}
+        alone = [self._run_portion([request], config, failures, encodings) for request in requests]
+        return {index: prediction for each in alone for index, prediction in each.items()}
+
+    def _drop_long(self, requests: Sequence[Request], failures: Failures) -> list[Request]:
+        """The requests whose prompts fit into the model."""
+        _, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
+        fitting = []
+        for request, mask in zip(requests, attention_mask, strict=True):
+            try:
+                self._check_lengths(mask[None], [request.task.slug])
+                fitting.append(request)
+            except TextInputError as error:
+                failures.add([request.index], error)
+        return fitting
 
     def check_options(self, options: GenerationOptions | None) -> None:
         """Checks generation options without running anything.
@@ -383,7 +575,7 @@ class Florence2:
         token_ids: Sequence[int],
         *,
         text_input: str | None = None,
-        region: Region | None = None,
+        region: Region | str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Computes the logits at every position of a given answer (teacher forcing).
 
@@ -401,12 +593,15 @@ class Florence2:
             InputError: As for `run`, or `token_ids` is empty, too long, or has a token outside the vocabulary.
             ProviderError: The device failed.
         """
-        requests = _make_requests(task, [image], [text_input], [region])
+        (request,) = read_requests(task, [image], [text_input], [region], Failures("raise", 1), self._bundle.tasks)
         self._check_tokens(token_ids)
-        input_ids, attention_mask = self._encode_prompts(requests)
+        input_ids, attention_mask = self._tokenizer.encode([request.prompt])
+        self._check_lengths(attention_mask, [request.task.slug])
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
         if len(logits):  # nothing follows the last token
-            self._answering.answer([image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits))
+            self._answering.answer(
+                [image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits), raise_error
+            )
         return logits
 
     def warm_up(self) -> None:
@@ -434,6 +629,7 @@ class Florence2:
             "max_batch": self.max_batch,
             "model": dict(vars(sizes)),
             "generation": vars(bundle.generation.resolve(None)),
+            "tasks": list(bundle.tasks),
             "source": dict(bundle.source),
             "verification": dict(bundle.verification),
             "device_memory": memory.table(bundle),
@@ -447,12 +643,6 @@ class Florence2:
             raise InputError(f"token_ids must be 1 to {sizes.max_positions + 1} tokens, got {len(token_ids)}")
         if not all(0 <= token < sizes.vocab_size for token in token_ids):
             raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
-
-    def _encode_prompts(self, requests: Sequence[_Request]) -> tuple[Ids, Ids]:
-        """The prompts' `input_ids` and `attention_mask`, both `(P, T)`; raises TextInputError where one is too long."""
-        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
-        self._check_lengths(attention_mask, [request.task.slug for request in requests])
-        return input_ids, attention_mask
 
     def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
         num_image_tokens = self._bundle.sizes.num_image_tokens
@@ -501,32 +691,7 @@ class Florence2:
         return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 
 
-def _make_requests(
-    task_or_tasks: Task[Any] | str | Iterable[Task[Any] | str],
-    images: Iterable[ImageInput | EncodedImage],
-    text_inputs: Iterable[str | None] | None,
-    regions: Iterable[Region | None] | None,
-) -> list[_Request]:
-    """Checks and formats the arguments of `Florence2.run_batch`; one request per image."""
-    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
-    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
-        raise InputError("images must be a list of images; for a single one call run")
-    if isinstance(text_inputs, str):
-        raise InputError("text_inputs must be a list with one entry per image, got a string")
-    images = list(images)
-    count = len(images)
-    columns: Mapping[str, Sequence[Any]] = {
-        "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, str | Task) else list(task_or_tasks),
-        "text_inputs": [None] * count if text_inputs is None else list(text_inputs),
-        "regions": [None] * count if regions is None else list(regions),
-    }
-    for name, column in columns.items():
-        if len(column) != count:
-            raise InputError(f"{name} has {len(column)} entries for {count} images; give one each")
-    requests = []
-    for name, image, text, region in zip(
-        columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
-    ):
-        task = tasks.get(name)
-        requests.append(_Request(task, image, task.format_input(text, region)))
-    return requests
+@lru_cache(maxsize=1)
+def _load_pickled(model: type[Florence2], content: bytes) -> Florence2:
+    """Loads what `Florence2.__reduce__` has written: a bundle and its load options."""
+    return model.from_bundle(*pickle.loads(content))

@@ -59,6 +59,10 @@ class EncodedImage:
         """Image features `(N, D)` on the host; copied from a device at the first access."""
         return self.stored.download() if isinstance(self.stored, DeviceArray) else self.stored
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the features as an array on the host: another process cannot read this one's device memory."""
+        return EncodedImage, (self.image_features, self.source_image)
+
     @property
     def size(self) -> tuple[int, int]:
         """`(width, height)` in pixels; all coordinates of results refer to it."""

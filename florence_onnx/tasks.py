@@ -11,13 +11,16 @@ A fine-tuned checkpoint may have a task of its own, whose prompt usually starts 
 ```python
 VQA = Task("vqa", "<VQA>", "<VQA>{input}", needs="text", parser=postprocess.pure_text, has_image=False)
 ```
+
+A bundle may carry such tasks (`florence_onnx.bundles.own_tasks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, get_args, overload
 
 from florence_onnx.answers import postprocess
 from florence_onnx.answers.locations import Region, Size
@@ -26,10 +29,25 @@ from florence_onnx.errors import InputError, RegionError, TextInputError, Unknow
 
 R = TypeVar("R")
 
-Needs: TypeAlias = Literal["nothing", "text", "region"]
+Needs: TypeAlias = Literal["nothing", "text", "region", "text+region"]
 """What a task takes beside the image."""
+NEEDS: tuple[Needs, ...] = get_args(Needs)
 
-_PLACEHOLDER = "{input}"
+_PLACEHOLDERS: dict[Needs, tuple[str, ...]] = {
+    "nothing": (),
+    "text": ("{input}",),
+    "region": ("{input}",),
+    "text+region": ("{text}", "{region}"),
+}
+
+
+class FormattedInput(NamedTuple):
+    """What a caller chose of a prompt, checked; empty where the task takes none."""
+
+    text: str
+    """The text, without white space around it."""
+    location_tokens: str
+    """The region as `<loc_x1><loc_y1><loc_x2><loc_y2>`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Task(Generic[R]):
     """A task that the model was trained on: how to prompt for it, and how to parse its answer into R.
 
     Raises:
-        InputError: `needs` is unknown, or `prompt` does not contain `{input}` exactly as often as `needs` says.
+        InputError: `needs` is unknown, or `prompt` does not contain each of its placeholders once.
     """
 
     slug: str
@@ -45,57 +63,86 @@ class Task(Generic[R]):
     token: str
     """Microsoft's name, such as "<OD>". Despite its look it is not in the vocabulary, and the model never reads it."""
     prompt: str
-    """The text that the model reads; `{input}` is replaced with the text or the region's location tokens."""
+    """The text that the model reads; `{input}` is replaced with the text or the region's location tokens. A task that
+    needs both has `{text}` and `{region}` instead."""
     needs: Needs
-    """What the task takes beside the image: "nothing", "text" or "region"."""
+    """What the task takes beside the image: "nothing", "text", "region" or "text+region"."""
     parser: Callable[[str, Size], R]
     """Turns generated text and the image's (width, height) in pixels into results."""
     has_image: bool
     """Whether fal's JSON has an `image` (the annotated image) beside `results`."""
+    description: str = ""
+    """One sentence for people and assistants; empty for Florence-2's own tasks, which are described elsewhere."""
 
     def __post_init__(self) -> None:
-        if self.needs not in ("nothing", "text", "region"):
-            raise InputError(f'Task needs "nothing", "text" or "region", got {self.needs!r}')
-        if self.prompt.count(_PLACEHOLDER) != (self.needs != "nothing"):
-            raise InputError(
-                f"prompt {self.prompt!r} of task {self.slug!r} must contain {_PLACEHOLDER} once if the task needs text "
-                f"or a region, and not at all otherwise (it needs {self.needs})"
-            )
+        if self.needs not in NEEDS:
+            raise InputError(f'Task needs "nothing", "text", "region" or "text+region", got {self.needs!r}')
+        for placeholder in ("{input}", "{text}", "{region}"):
+            expected = placeholder in self._placeholders
+            # {text} and {region} are ordinary text in the prompt of a task that does not need both
+            if self.prompt.count(placeholder) != expected and (expected or placeholder == "{input}"):
+                raise InputError(
+                    f"prompt {self.prompt!r} of task {self.slug!r} must contain {placeholder} "
+                    f"{'once' if expected else 'nowhere'}, as the task needs {self.needs}: {{input}} stands for the "
+                    "text or the region, {text} and {region} where it needs both"
+                )
 
-    def format_prompt(self, text_input: str | None = None, region: Region | None = None) -> str:
+    @property
+    def takes_text(self) -> bool:
+        """Whether the task needs text."""
+        return self.needs in ("text", "text+region")
+
+    @property
+    def takes_region(self) -> bool:
+        """Whether the task needs a region."""
+        return self.needs in ("region", "text+region")
+
+    @property
+    def _placeholders(self) -> tuple[str, ...]:
+        return _PLACEHOLDERS[self.needs]
+
+    def format_prompt(self, text_input: str | None = None, region: Region | str | None = None) -> str:
         """Checks the input and formats the prompt.
 
         Args:
-            text_input: Text for a task that needs text; surrounding white space is removed.
-            region: Region for a task that needs a region.
+            text_input: Text for a task that needs text; surrounding white space is removed. A task that needs a region
+                and no text also takes the region from here, as location tokens.
+            region: Region for a task that needs a region, or its location tokens: `<loc_52><loc_332><loc_932><loc_774>`.
 
         Returns:
             The prompt, ready for the tokenizer.
 
         Raises:
             TextInputError: The text is missing, blank or not a string, or the task takes none.
-            RegionError: The region is missing or not a Region, or the task takes none.
+            RegionError: The region is missing or not a region, or the task takes none.
         """
         return self.fill_prompt(self.format_input(text_input, region))
 
-    def fill_prompt(self, formatted_input: str) -> str:
+    def fill_prompt(self, given: FormattedInput) -> str:
         """Puts an input, as `format_input` returned it, into the prompt."""
-        return self.prompt.replace(_PLACEHOLDER, formatted_input)
+        values = {
+            "{text}": given.text,
+            "{region}": given.location_tokens,
+            "{input}": given.text or given.location_tokens,
+        }
+        if not self._placeholders:
+            return self.prompt
+        # in one pass: a text that contains `{region}` stays as it is
+        pattern = "|".join(map(re.escape, self._placeholders))
+        return re.sub(pattern, lambda found: values[found[0]], self.prompt)
 
-    def format_input(self, text_input: str | None = None, region: Region | None = None) -> str:
-        """Checks the input and formats it as it stands in the prompt; arguments and errors as for `format_prompt`.
-
-        Returns:
-            The text or the region's location tokens; empty for a task that needs nothing.
-        """
+    def format_input(self, text_input: str | None = None, region: Region | str | None = None) -> FormattedInput:
+        """Checks the input and formats it as it stands in the prompt; arguments and errors as for `format_prompt`."""
+        if self.needs == "region" and region is None and isinstance(text_input, str):
+            written = text_input.strip().removeprefix(self.token)
+            if Region.is_text(written):
+                text_input, region = None, written
         self._check_text(text_input)
-        self._check_region(region)
-        if text_input is not None:
-            return text_input.strip()
-        return "" if region is None else region.location_tokens
+        found = self._read_region(region)
+        return FormattedInput("" if text_input is None else text_input.strip(), found.location_tokens if found else "")
 
     def _check_text(self, text_input: str | None) -> None:
-        if self.needs != "text":
+        if not self.takes_text:
             if text_input is not None:
                 raise TextInputError(f"task {self.slug!r} takes no text_input, got {text_input!r}; leave it out")
             return
@@ -105,24 +152,40 @@ class Task(Generic[R]):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
             raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
-        # a lone surrogate, as in a file name that is not UTF-8; the tokenizer would raise an obscure TypeError
-        try:
-            text_input.encode()
-        except UnicodeEncodeError as error:
-            raise TextInputError(f"text_input={text_input!r} is not valid Unicode: {error}") from error
+        check_unicode("text_input", text_input)
 
-    def _check_region(self, region: Region | None) -> None:
+    def _read_region(self, region: Region | str | None) -> Region | None:
         remedy = (
-            "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, or region=Region.from_pixels(x1, y1, x2, y2, size)"
+            "pass region=Region(x1, y1, x2, y2) in bins 0 to 999, region=Region.from_pixels(x1, y1, x2, y2, size), or "
+            'location tokens: region="<loc_52><loc_332><loc_932><loc_774>"'
         )
-        if self.needs != "region":
+        if not self.takes_region:
             if region is not None:
                 raise RegionError(f"task {self.slug!r} takes no region, got {region!r}; leave it out")
-            return
+            return None
         if region is None:
             raise RegionError(f"task {self.slug!r} needs a region: {remedy}")
+        if isinstance(region, str):
+            return Region.from_text(region)
         if not isinstance(region, Region):
             raise RegionError(f"region must be a Region, got {region!r}; {remedy}")
+        return region
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuses a lone surrogate, as in a file name that is not UTF-8; the tokenizer would raise an obscure TypeError.
+
+    Args:
+        name: What the text is, for the error.
+        text: The text.
+
+    Raises:
+        TextInputError: There is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextInputError(f"{name}={text!r} is not valid Unicode: {error}") from error
 
 
 CAPTION: Task[str] = Task(
@@ -287,15 +350,14 @@ TASKS: dict[str, Task[Any]] = {
 }
 """All tasks by slug: fal's fourteen in the order of its catalogue, then region-to-ocr."""
 
-_BY_NAME: dict[str, Task[Any]] = {**TASKS, **{task.token: task for task in TASKS.values()}}
 
-
-def get(task: Task[Any] | str) -> Task[Any]:
+def get(task: Task[Any] | str, own: Mapping[str, Task[Any]] | None = None) -> Task[Any]:
     """Finds a task.
 
     Args:
         task: A task, which is returned as it is (also one of your own), a slug ("object-detection") or a token
             ("<OD>").
+        own: Further tasks by slug, such as those of a bundle.
 
     Returns:
         The task.
@@ -305,18 +367,20 @@ def get(task: Task[Any] | str) -> Task[Any]:
     """
     if isinstance(task, Task):
         return task
-    found = _BY_NAME.get(task) if isinstance(task, str) else None
+    known = [*TASKS.values(), *(own or {}).values()]
+    by_name = {**{each.slug: each for each in known}, **{each.token: each for each in known}}
+    found = by_name.get(task) if isinstance(task, str) else None
     if found is None:
-        known = ", ".join(f"{each.slug} ({each.token})" for each in TASKS.values())
-        raise UnknownTaskError(f"unknown task {task!r}{_suggestion(task)}; the tasks are: {known}")
+        listed = ", ".join(f"{each.slug} ({each.token})" for each in known)
+        raise UnknownTaskError(f"unknown task {task!r}{_suggestion(task, by_name)}; the tasks are: {listed}")
     return found
 
 
-def _suggestion(task: object) -> str:
+def _suggestion(task: object, names: Iterable[str]) -> str:
     """`; did you mean "object-detection"?`, or "" where no name is similar."""
     import difflib  # takes milliseconds to import, and only this error needs it
 
-    by_plain_name = {_normalize(name): name for name in reversed(_BY_NAME)}  # a slug replaces an equal token
+    by_plain_name = {_normalize(name): name for name in reversed(list(names))}  # a slug replaces an equal token
     near = difflib.get_close_matches(_normalize(str(task)[:100]), by_plain_name, n=1)
     return f'; did you mean "{by_plain_name[near[0]]}"?' if near else ""
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import descriptions
+
 REPOSITORY = Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"
 DEMO = REPOSITORY / "florence_onnx" / "demo"
@@ -165,9 +167,9 @@ def test_verify_precision(tmp_path: Path) -> None:
     embedding = weights[3235840 // 2 :][: 1568 * 128]  # the decoder's, which is its head as well
     embedding += np.random.default_rng(0).normal(0, embedding.astype(np.float32).std(), embedding.size)
     weights.tofile(noisy / "weights.data")
-    described = json.loads((noisy / "florence_onnx.json").read_text(encoding="utf-8"))
-    described["files"]["weights.data"]["sha256"] = hashlib.sha256((noisy / "weights.data").read_bytes()).hexdigest()
-    (noisy / "florence_onnx.json").write_text(json.dumps(described), encoding="utf-8")
+    files = descriptions.read(noisy)["files"]
+    files["weights.data"]["sha256"] = hashlib.sha256((noisy / "weights.data").read_bytes()).hexdigest()
+    descriptions.change(noisy, files=files)
     lines = run("verify_precision.py", noisy, "--images", images, "--min-equal", "1", code=1).splitlines()
     assert all(float(line.split()[2]) > 0.1 for line in lines[1:])
     assert any(line.split()[1] != "2/2" for line in lines[1:])

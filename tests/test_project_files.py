@@ -56,3 +56,10 @@ def test_bug_reports_ask_for_commands_that_exist() -> None:
     for name in ("bug_report.yml", "feature_request.yml"):
         named = set(re.findall(r"`florence-onnx (\w+)", read(f".github/ISSUE_TEMPLATE/{name}")))
         assert {"doctor", "info"} <= named <= commands
+
+
+def test_check_results_are_asked_for_where_the_readme_says() -> None:
+    """README names the template by its name, and the template the command."""
+    template = read(".github/ISSUE_TEMPLATE/check_results.yml")
+    assert 'issue template "Check results"' in read("README.md") and template.startswith("name: Check results\n")
+    assert "`florence-onnx-export check`" in template and "`florence-onnx doctor`" in template

@@ -178,7 +178,7 @@ def test_a_prompt_must_fit_what_the_task_needs(prompt: str, needs: tasks.Needs) 
 
 
 def test_a_task_must_need_something_known() -> None:
-    with pytest.raises(InputError, match='"nothing", "text" or "region", got \'image\''):
+    with pytest.raises(InputError, match=r'"nothing", "text", "region" or "text\+region", got \'image\''):
         Task("mine", "<MINE>", "q", needs="image", parser=postprocess.pure_text, has_image=False)  # type: ignore[arg-type]
 
 

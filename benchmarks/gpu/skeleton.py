@@ -32,6 +32,7 @@ from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles.description import sealed
 from florence_onnx.runtime import cpu
 
 LIST = "skeleton.json"
@@ -237,7 +238,7 @@ def _describe_again(folder: Path, weights: Path) -> None:
     if description["files"][weights.name] != {"size": size, "sha256": digest}:
         description["files"][weights.name] = {"size": size, "sha256": digest}
         description |= {"source": {"name": "random numbers, benchmarks.gpu.skeleton"}, "verification": {}}
-    path.write_text(json.dumps(description))
+    path.write_text(json.dumps(sealed(description)))
 
 
 def main() -> None:

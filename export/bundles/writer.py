@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import transformers
 
 import florence_onnx
 from florence_onnx.bundles import bundle as bundles
+from florence_onnx.bundles import own_tasks
 from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.description import sealed
 from florence_onnx.bundles.memory import ITEMSIZES
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.tasks import Task
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
@@ -34,6 +37,7 @@ from .memory import measure
 from .weights import gather_weights
 
 Progress = Callable[[str], None]
+NO_TASKS: Mapping[str, Task[Any]] = {}
 
 
 def _silent(step: str) -> None:
@@ -48,6 +52,7 @@ def export_bundle(
     vision_precision: str | None = None,
     images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
+    tasks: Mapping[str, Task[Any]] = NO_TASKS,
     progress: Progress = _silent,
 ) -> Bundle:
     """Exports, verifies and writes one bundle, as `output` itself. Other arguments are as for `export_bundles`."""
@@ -55,6 +60,7 @@ def export_bundle(
     loaded = [decoding.load(image) for image in images]  # before the export, which takes minutes
     with new_directory(Path(output), force=force) as directory:
         graphs, tokens = _write_exact(checkpoint, directory, loaded, progress)
+        write_tasks(directory, tasks)
         _finish(checkpoint, directory, precision, vision_precision, loaded, graphs, tokens, progress)
     return bundles.read(Path(output))
 
@@ -67,6 +73,7 @@ def export_bundles(
     vision_precision: str | None = None,
     images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
+    tasks: Mapping[str, Task[Any]] = NO_TASKS,
     progress: Progress = _silent,
 ) -> list[Bundle]:
     """Exports once and writes a bundle for each precision, as `output/PRECISION`.
@@ -82,6 +89,7 @@ def export_bundles(
         vision_precision: Another precision for the vision encoder; not for fp32 bundles.
         images: The images to verify on.
         force: Whether to replace an existing export.
+        tasks: Tasks that the bundles carry beside Florence-2's, by slug.
         progress: Called with a line of text before each step.
 
     Returns:
@@ -100,9 +108,22 @@ def export_bundles(
         graphs, tokens = _write_exact(checkpoint, exact, loaded, progress)
         for precision in precisions:
             target = Path(shutil.copytree(exact, directory / precision))
+            write_tasks(target, tasks)
             _finish(checkpoint, target, precision, vision_precision, loaded, graphs, tokens, progress)
         shutil.rmtree(exact)
     return [bundles.read(Path(output), precision) for precision in precisions]
+
+
+def write_tasks(directory: Path, tasks: Mapping[str, Task[Any]]) -> None:
+    """Writes the file of a bundle's own tasks, where there are any.
+
+    Raises:
+        InputError: A task cannot be written, or has the name of another one.
+    """
+    if tasks:
+        content = own_tasks.to_json(own_tasks.collect(list(tasks.values())))
+        own_tasks.parse(content)
+        write_json(directory / own_tasks.TASKS_FILE, content)
 
 
 def _check_precisions(precisions: Sequence[str], vision_precision: str | None) -> None:
@@ -163,7 +184,7 @@ def _finish(
         files=_files(directory),
     )
     # Written last: without it the directory is not a bundle, wherever the process is killed.
-    write_json(directory / bundles.DESCRIPTION, description)
+    write_json(directory / bundles.DESCRIPTION, sealed(description))
 
 
 def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -> dict[str, Any]:
@@ -214,6 +235,7 @@ def versions() -> dict[str, Any]:
 
 def _files(directory: Path) -> dict[str, Any]:
     found = {}
-    for path in sorted(directory.iterdir()):
+    # without the hash of its tasks, which may be changed by hand
+    for path in (each for each in sorted(directory.iterdir()) if each.name != own_tasks.TASKS_FILE):
         found[path.name] = {"size": path.stat().st_size, "sha256": bundles.sha256(path)}
     return found

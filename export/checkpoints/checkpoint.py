@@ -27,6 +27,7 @@ from .adapters import ADAPTER_CONFIG, Adapter, attach_adapter, find_adapter, is_
 from .folder import find_folder
 from .generation import GenerationSettings, read_settings
 from .json_files import read_json
+from .model_card import read_facts
 from .original import load_original, share_weights
 from .preprocessing import Preprocessing, count_image_tokens, has_preprocessing, read_preprocessing
 from .quantized import check_not_quantized
@@ -59,8 +60,9 @@ class Checkpoint:
     source: dict[str, Any]
     """Where the checkpoint comes from, as it is written into a bundle: `name` (the hub id, or the folder's name without
     its path), `layout` (`transformers` or `microsoft`), `dtype` (of most stored weights), `revision` (the commit on the
-    hub; None for a folder), `adapter` (the name of an adapter that was merged, or None) and `transformers_version` (of
-    the library that the graphs are verified against)."""
+    hub; None for a folder), `license` and `base_model` (of its model card; of a hub id the base model is itself),
+    `adapter` (the name of an adapter that was merged, or None) and `transformers_version` (of the library that the
+    graphs are verified against)."""
     notes: tuple[str, ...] = ()
     """What is unusual about the checkpoint, each a sentence for the user."""
     load_reference: Callable[[], Florence2ForConditionalGeneration | None] = field(default=lambda: None, repr=False)
@@ -285,10 +287,11 @@ def _prefix_notes(folder: Path, prefixes: list[str]) -> list[str]:
 
 
 def _origin(source: Source, folder: Path) -> dict[str, str | None]:
+    facts = read_facts(folder)
     if Path(source).is_dir():
-        return {"name": folder.resolve().name, "revision": None}
+        return {"name": folder.resolve().name, "revision": None, **facts}
     # huggingface_hub names a snapshot's folder after its commit.
-    return {"name": os.fspath(source), "revision": folder.name}
+    return {"name": os.fspath(source), "revision": folder.name, **facts, "base_model": os.fspath(source)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

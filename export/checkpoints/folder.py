@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from florence_onnx.errors import CheckpointError
 
+from .model_card import MODEL_CARD
 from .weight_files import PICKLED, SAFETENSORS, has_weights
 
-_TEXT_FILES = ("*.json", "*.txt")
+_TEXT_FILES = ("*.json", "*.txt", MODEL_CARD)
+_INDEX = f"{SAFETENSORS}.index.json"
+_SAFE_PATTERNS = (f"{Path(SAFETENSORS).stem}*.safetensors", "adapter_model.safetensors")
+_PICKLED_PATTERNS = (f"{Path(PICKLED).stem}*.bin", "adapter_model.bin")
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None, *, with_weights: bool = True) -> Path:
@@ -34,6 +39,12 @@ def find_folder(source: str | os.PathLike[str], revision: str | None, *, with_we
     return _download(name, revision, with_weights=with_weights)
 
 
+def patterns(names: Collection[str]) -> tuple[str, ...]:
+    """Patterns of the files that are downloaded of a repository with files of these names."""
+    is_safe = any(name in names for name in (SAFETENSORS, _INDEX, "adapter_model.safetensors"))
+    return (*_TEXT_FILES, *(_SAFE_PATTERNS if is_safe else _PICKLED_PATTERNS))
+
+
 def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -55,10 +66,10 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
     try:
         if not with_weights:
             return fetch()
-        folder = fetch(f"{Path(SAFETENSORS).stem}*.safetensors", "adapter_model.safetensors")
+        folder = fetch(*_SAFE_PATTERNS)
         if has_weights(folder, SAFETENSORS) or (folder / "adapter_model.safetensors").is_file():
             return folder
-        return fetch(f"{Path(PICKLED).stem}*.bin", "adapter_model.bin")
+        return fetch(*_PICKLED_PATTERNS)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(_download_advice(repo_id, revision, error)) from error
 

@@ -1,1 +1,1 @@
-"""The commands of `florence-onnx-export`, one module each: `export` (`CHECKPOINT OUT`), `verify` and `doctor`."""
+"""The commands of `florence-onnx-export`, one module each: `export` (`CHECKPOINT OUT`), `verify`, `doctor`, `check` and `push`."""

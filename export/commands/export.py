@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.own_tasks import gather
+from florence_onnx.bundles.task_presets import PRESETS
 from florence_onnx.errors import CheckpointError, FlorenceError
 from florence_onnx.runtime.tensorrt import DEFAULT_MAX_BATCH
 
@@ -53,6 +55,14 @@ def export(
     processor: ProcessorOption = None,
     adapter: AdapterOption = None,
     base: BaseOption = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task that the model has beside Florence-2's: a preset "
+            f"({', '.join(PRESETS)}) or a JSON file. May be repeated.",
+            metavar="PRESET|FILE",
+        ),
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="Image to verify on; may be repeated. Default: a built-in photograph."),
@@ -69,10 +79,12 @@ def export(
 
     Exits with 1 and writes nothing if the graphs do not reproduce the checkpoint.
 
-    `verify` as the first argument measures instead how much bundles agree with fp32, and `doctor` examines a checkpoint
-    before an export: see `verify --help` and `doctor --help`.
+    Other commands, as the first argument: `verify` measures how much bundles agree with fp32, `doctor` examines a
+    checkpoint before an export, `check` tries published checkpoints, `push` and `pull` publish and download bundles. Each
+    has its own --help.
     """
     try:
+        tasks = gather(task or ())  # before the export, which takes minutes
         if tensorrt:
             check_tensorrt(precision or ["fp32"], layout is Layout.BUNDLE, max_batch)
         with _console.status(f"loading {checkpoint}") as status:
@@ -86,7 +98,7 @@ def export(
 
             images = image or [PHOTOGRAPH]
             precisions = precision or ["fp32"]
-            common: dict[str, Any] = {"images": images, "force": force, "progress": progress}
+            common: dict[str, Any] = {"images": images, "force": force, "tasks": tasks, "progress": progress}
             written: list[Bundle]
             if layout is Layout.TRANSFORMERS_JS:
                 _check_single(precisions, vision_precision)

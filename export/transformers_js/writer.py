@@ -17,7 +17,7 @@ error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from florence_onnx.bundles import precisions
 from florence_onnx.errors import CheckpointError
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.tasks import Task
 
 from ..bundles.directories import new_directory
-from ..bundles.writer import versions
+from ..bundles.writer import NO_TASKS, versions, write_tasks
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
 from ..graphs.comparison import OutputError, compare, resized
@@ -59,6 +60,7 @@ def export_transformers_js(
     precision: str = "fp32",
     images: Sequence[ImageInput] = (PHOTOGRAPH,),
     force: bool = False,
+    tasks: Mapping[str, Task[Any]] = NO_TASKS,
     progress: Progress = lambda step: None,
 ) -> bundles.Bundle:
     """Exports, verifies and writes the layout of transformers.js.
@@ -69,6 +71,7 @@ def export_transformers_js(
         precision: `fp32` or `fp16`. In fp16 the files end in `_fp16`, and their inputs and outputs stay fp32.
         images: The images to verify on, see `checks.check_tokens`.
         force: Whether to replace an existing export.
+        tasks: Tasks that the bundle carries beside Florence-2's, by slug.
         progress: Called with a line of text before each step.
 
     Returns:
@@ -86,6 +89,7 @@ def export_transformers_js(
         check_activations(checkpoint, loaded)
         graphs = _write_graphs(checkpoint, directory / "onnx", precision, progress)
         write_files(checkpoint, directory)
+        write_tasks(directory, tasks)
         progress("comparing answers with transformers")
         tokens = checks.check_tokens(checkpoint, bundles.read(directory, precision), loaded)
         verification = {"graphs": graphs, "tokens": tokens, "versions": versions()}

@@ -29,6 +29,8 @@ Size: TypeAlias = tuple[int, int]
 """(width, height) of an image in pixels."""
 
 _LOCATION = re.compile(r"<loc_(\d+)>")
+_REGION = re.compile(r"(?:<loc_\d+>){4}")
+_BIN_TOKEN = re.compile(r"<loc_(0|[1-9]\d{0,2})>", re.ASCII)
 # Generated text may contain any number. Beyond 18 digits it saturates at 10**18, which is outside every image and still
 # an int64; and `int` raises ValueError for more than 4300 digits.
 _MAX_DIGITS = 18
@@ -208,6 +210,30 @@ class Region:
         if box[0] > width or box[1] > height or box[2] < 0 or box[3] < 0:
             raise RegionError(f"box {(x1, y1, x2, y2)} lies outside the image of {width} x {height} pixels")
         return cls(*quantize(box, (width, height)).tolist())
+
+    @staticmethod
+    def is_text(text: str) -> bool:
+        """Whether a text is meant as a region: four location tokens and nothing else. Their numbers are not checked."""
+        return _REGION.fullmatch(text.strip()) is not None
+
+    @classmethod
+    def from_text(cls, text: str) -> Region:
+        """Reads a region as it stands in a prompt. Bins are taken as they are: nothing is rounded.
+
+        Args:
+            text: `<loc_x1><loc_y1><loc_x2><loc_y2>`; white space around it is ignored.
+
+        Raises:
+            RegionError: It is not four location tokens from `<loc_0>` to `<loc_999>`, or x1 > x2 or y1 > y2.
+        """
+        tokens = text.strip()
+        bins = [int(digits) for digits in _BIN_TOKEN.findall(tokens)] if cls.is_text(tokens) else []
+        if len(bins) != 4:
+            raise RegionError(
+                "a region as text is four location tokens from <loc_0> to <loc_999>, such as "
+                f'"<loc_52><loc_332><loc_932><loc_774>"; got {text[:100]!r}'
+            )
+        return cls(*bins)
 
     @property
     def location_tokens(self) -> str:

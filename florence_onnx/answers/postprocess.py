@@ -14,9 +14,10 @@ expressions of the reference take quadratic time on some strings; these parsers 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from florence_onnx.answers.locations import Size, from_tokens, to_boxes, to_points
 from florence_onnx.answers.results import (
@@ -280,3 +281,19 @@ def _polygon_instances(run: str) -> Iterator[str]:
             return
         yield run[start + len("<poly>") : end]
         start = run.find("<poly>", end)
+
+
+PARSERS: dict[str, Callable[[str, Size], Any]] = {
+    parser.__name__: parser
+    for parser in (
+        pure_text,
+        description_with_bboxes,
+        phrase_grounding,
+        bboxes,
+        ocr,
+        polygons,
+        description_with_polygons,
+        description_with_bboxes_or_polygons,
+    )
+}
+"""All parsers by the names that Microsoft's `processing_florence2.py` gives them."""

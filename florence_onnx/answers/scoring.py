@@ -119,7 +119,7 @@ def _with_score(item: Any, parts: ScoreParts | None) -> Any:
 
 def _coordinates(item: Any) -> list[float]:
     """Coordinates of a box, quad or outline in the order of the text."""
-    points: Sequence[Point] = getattr(item, "quad", None) or getattr(item, "points", ())
+    points: Sequence[Point] = getattr(item, "quad", ()) or getattr(item, "points", ())
     if points or not hasattr(item, "w"):
         return [value for point in points for value in (point.x, point.y)]
     return [item.x, item.y, item.x + item.w, item.y + item.h]

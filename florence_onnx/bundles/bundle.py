@@ -1,23 +1,24 @@
 """The model on disk: what a bundle consists of, and how it is read, checked and described.
 
 A bundle is a directory with `florence_onnx.json`, the graphs (vision encoder, text encoder, decoder, and the decoder
-that selects the top-k for accelerators), `weights.data`, `tokenizer.json` and `generation_config.json`. The layout of
-`onnx-community/Florence-2-*` (transformers.js) is read as well.
+that selects the top-k for accelerators), `weights.data`, `tokenizer.json`, `generation_config.json`, and `tasks.json`
+where it carries tasks of its own. The layout of `onnx-community/Florence-2-*` (transformers.js) is read as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from florence_onnx.bundles import precisions
+from florence_onnx.bundles import description, own_tasks, precisions
+from florence_onnx.bundles.json_files import read_json
 from florence_onnx.bundles.precisions import JS_GRAPHS, Precision
 from florence_onnx.errors import (
+    BundleError,
     BundleFileMissingError,
     BundleFormatError,
     BundleNotFoundError,
@@ -27,6 +28,7 @@ from florence_onnx.errors import (
 from florence_onnx.generation import option_values as values
 from florence_onnx.generation.option_names import check_refused, parse_options
 from florence_onnx.generation.options import OPTION_NAMES, GenerationDefaults, GenerationOptions, merge
+from florence_onnx.tasks import Task
 
 FORMAT_VERSION = 3
 """Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
@@ -103,17 +105,10 @@ class ModelSizes:
         return self.decoder_heads * self.head_dim
 
     def __post_init__(self) -> None:
-        """Raises BundleFormatError for values of the wrong type, which would fail later with an obscure error."""
+        """Raises BundleFormatError for values out of range, which would fail later with an obscure error."""
         for name, value in vars(self).items():
-            length = {"image_size": 2, "image_mean": 3, "image_std": 3}.get(name)
-            numbers = (value,) if length is None else value
-            kinds = (int, float) if length == 3 else (int,)
-            if length not in (None, len(numbers) if isinstance(numbers, tuple) else -1) or not all(
-                isinstance(number, kinds) and not isinstance(number, bool) for number in numbers
-            ):
-                raise BundleFormatError(f"{name} cannot be {value!r}")
-            if length != 3 and name != "pad_token_id" and min(numbers) < 1:
-                raise BundleFormatError(f"{name} must be positive, got {value!r}")
+            description.check_size(name, value)
+        description.check_sizes_together(vars(self))
 
 
 @dataclass(frozen=True)
@@ -139,6 +134,8 @@ class Bundle:
     """What the checkpoint's own generation_config.json alone says."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Precision of each graph in `JS_GRAPHS`; empty in the other layout."""
+    tasks: Mapping[str, Task[Any]] = field(default_factory=dict)
+    """Tasks that the bundle carries beside Florence-2's, by slug; see `bundles.own_tasks`."""
 
     def has_precision(self, wanted: Precision | None) -> bool:
         """Whether it has a precision, or all of those that are asked for by module; InputError as for `precisions.parse`."""
@@ -250,34 +247,15 @@ def _checkpoint_hint(path: Path) -> str:
     return "Export one with: florence-onnx-export CHECKPOINT OUT"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        BundleFileMissingError: There is no such file.
-        BundleFormatError: The file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleFileMissingError(f"{path} is missing; export or download the bundle again") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleFormatError(
-            f"{path} cannot be read as JSON ({error}); export or download the bundle again"
-        ) from error
-    if not isinstance(value, dict):
-        raise BundleFormatError(f"{path} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _read_own(path: Path, precision: Precision | None) -> Bundle:
     described = read_json(path / DESCRIPTION)
     _check_version(path, described.get("format_version"))
     try:
+        _check_description(described)
         check_files(path, described.get("files", {}), max_hashed_bytes=MAX_HASHED_BYTES)
         stated: dict[str, Any] = described["model"]
         model = ModelSizes(**{name: _as_tuple(value) for name, value in stated.items()})
-        found = str(described["precision"])
+        found: str = described["precision"]
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
             f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
@@ -294,6 +272,7 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
         described.get("vision_precision"),
         described.get("memory") or {},
         own,
+        tasks=own_tasks.read(path),
     )
     _check_precision(bundle, precision)
     return bundle
@@ -311,6 +290,22 @@ def _check_precision(bundle: Bundle, precision: Precision | None) -> None:
         f"{precision}. In florence_onnx's own layout only the vision encoder can have another precision than the rest: "
         "export it with --precision and --vision-precision"
     )
+
+
+def _check_description(described: Mapping[str, Any]) -> None:
+    """Checks all but the sizes of the model, which `ModelSizes` checks, and the files.
+
+    Raises:
+        BundleFormatError: It is not what was written, or a value is out of its range.
+        KeyError: It has no precision.
+    """
+    description.check_digest(described)
+    description.check_name("precision", described["precision"], PREFERRED_PRECISIONS)
+    if described.get("vision_precision") is not None:
+        description.check_name("vision_precision", described["vision_precision"], PREFERRED_PRECISIONS)
+    for name in ("source", "verification"):
+        description.as_object(name, described.get(name, {}))
+    description.check_memory(described.get("memory"))
 
 
 def _check_version(path: Path, version: object) -> None:
@@ -339,6 +334,7 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashe
         CorruptGraphError: A file has another size or hash.
     """
     for name, facts in files.items():
+        description.check_file(name, facts)
         if not (path / name).is_file():
             raise BundleFileMissingError(f"{path / name} is missing; export or download the bundle again")
         size = (path / name).stat().st_size
@@ -354,11 +350,14 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, Any]], *, max_hashe
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; raises BundleError where it cannot be read."""
     digest = hashlib.sha256()  # hashlib.file_digest is too new for Python 3.10
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -450,7 +449,7 @@ def _read_transformers_js(path: Path, precision: Precision | None) -> Bundle:
             num_image_tokens=_count_image_tokens(config, int(images["size"]["width"])),
             pad_token_id=int(text.get("pad_token_id", config.get("pad_token_id", 1))),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, BundleFormatError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
             f"{path}: config.json or preprocessor_config.json is incomplete or damaged: {type(error).__name__} {error}"
         ) from error
@@ -471,6 +470,7 @@ def _read_transformers_js(path: Path, precision: Precision | None) -> Bundle:
         None if described == modules[precisions.VISION] else modules[precisions.VISION],
         checkpoint_generation=own,
         modules=modules,
+        tasks=own_tasks.read(path),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles.bundle import CONFIGURED, DEMO, DEMO_DIRECTORY, Bundle
+from florence_onnx.bundles.json_files import read_json
 from florence_onnx.errors import BundleNotFoundError, InputError
 
 
@@ -55,7 +56,7 @@ def _bundles(path: Path, precision: str | None) -> Iterator[Bundle]:
 def _plan(bundle: Bundle, changes: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The options that a bundle will have, checked."""
     file = bundle.path / CONFIGURED
-    options = {**(bundles.read_json(file) if file.is_file() else {}), **changes}
+    options = {**(read_json(file) if file.is_file() else {}), **changes}
     # unknown names are refused even where their value is None
     bundles.configured_with(bundle.checkpoint_generation or bundle.generation, options, bundle.path)
     return bundle.path, {name: value for name, value in options.items() if value is not None}

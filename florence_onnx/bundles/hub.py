@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,16 +22,24 @@ from florence_onnx.bundles.bundle import (
     read,
 )
 from florence_onnx.bundles.precisions import Precision
-from florence_onnx.errors import BundleError, BundleFileMissingError, BundleFormatError, BundleNotFoundError
+from florence_onnx.errors import (
+    BundleError,
+    BundleFileMissingError,
+    BundleFormatError,
+    BundleNotFoundError,
+    HubAccessError,
+    InputError,
+)
 
 T = TypeVar("T")
 _log = logging.getLogger("florence_onnx")
 
-_HUB_FILES = (
+BUNDLE_FILES = (
     "*.json",
     *(f"{graph}*" for graph in GRAPHS),
     WEIGHTS,
 )
+"""Patterns of the files of one bundle at the top of a repository."""
 
 
 def resolve(
@@ -40,6 +49,7 @@ def resolve(
     preferred: Sequence[str] = PREFERRED_PRECISIONS,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    local_only: bool = False,
 ) -> Bundle:
     """Finds a bundle by name.
 
@@ -50,9 +60,10 @@ def resolve(
         preferred: As for `bundle.read`.
         revision: Branch, tag or commit of a hub repository.
         cache_dir: Where downloads are kept, instead of the hub client's default.
+        local_only: Whether to download nothing.
 
     Raises:
-        BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached.
+        BundleNotFoundError: There is no such directory or repository, or the hub cannot be reached or must not be asked.
         BundleError: It exists and cannot be used; see `bundle.read`. Of a hub repository that lacks files of this precision
             nothing more than its JSON files is downloaded.
         InputError: `precision` is malformed.
@@ -67,7 +78,13 @@ def resolve(
         raise BundleNotFoundError(
             f'{text!r} is not a directory; give a bundle directory, a hub repository "owner/name", or "demo"'
         )
-    return _from_hub(text, precision, preferred, revision, cache_dir)
+    return _from_hub(text, precision, preferred, revision, cache_dir, local_only)
+
+
+def check_repository(name: str) -> None:
+    """Raises InputError where a name cannot be that of a hub repository."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
+        raise InputError(f"{name!r} is no hub repository; give one as owner/name")
 
 
 def default_cache() -> Path:
@@ -83,24 +100,16 @@ def _from_hub(
     preferred: Sequence[str],
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
+    local_only: bool,
 ) -> Bundle:
     """Reads a bundle from the hub client's cache; the hub is asked only for files that are not in it."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_HUB_FILES, *(f"{file}*" for file in _js_files(precision))]
+    patterns = [*BUNDLE_FILES, *(f"{file}*" for file in js_files(precision))]
 
     def fetch(**options: Any) -> Path:
         def take(allowed: list[str]) -> Path:
-            folder = snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=allowed,
-                endpoint=os.environ.get("HF_ENDPOINT"),  # the client itself reads this only when it is imported
-                **options,
-            )
-            return Path(folder)
+            return snapshot(repository, allowed, revision, cache_dir=cache_dir, **options)
 
         folder = take(patterns)
         # `*.json` matches in subdirectories too, so a repository of several bundles gave their descriptions only:
@@ -115,22 +124,21 @@ def _from_hub(
     except HFValidationError as error:
         raise BundleNotFoundError(f"{repository!r} is neither a directory nor a hub repository: {error}") from error
     except (LocalEntryNotFoundError, BundleError) as error:
+        if local_only:
+            raise BundleNotFoundError(f"{repository!r} is not in the local cache: {error}") from error
         _log.info("%s is not complete in the local cache (%s); asking the hub", repository, error)
         lacks = str(error) if isinstance(error, BundleFileMissingError) else ""
     # before gigabytes of the other modules are downloaded
-    names = _download(repository, revision, lambda: _published(repository, revision), lacks)
+    names = download(repository, revision, lambda: _published(repository, revision), lacks)
     _check_published(repository, precision, names)
-    path = _download(repository, revision, fetch, lacks)
+    path = download(repository, revision, fetch, lacks)
     try:
         return read(path, precision, preferred=preferred)
     except BundleNotFoundError as error:
-        raise BundleNotFoundError(
-            f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
-            f"with: florence-onnx-export {repository} OUT"
-        ) from error
+        raise no_model(repository) from error
 
 
-def _js_files(precision: Precision | None) -> list[str]:
+def js_files(precision: Precision | None) -> list[str]:
     """The graphs of a precision in the layout of transformers.js; none where that layout has no such precision."""
     try:
         return [precisions.js_file(*module) for module in precisions.js_modules(precision).items()]
@@ -155,9 +163,38 @@ def _check_published(repository: str, precision: Precision | None, names: Collec
         precisions.check_present(precisions.js_modules(precision), names, f"the hub repository {repository!r}")
 
 
-def _download(repository: str, revision: str | None, fetch: Callable[[], T], lacks: str) -> T:
-    """Asks the hub and translates its errors; `lacks` says what the cache lacks, if it has a part of the repository."""
+def snapshot(repository: str, patterns: list[str], revision: str | None, **options: Any) -> Path:
+    """The folder of the files of a repository that match one of the patterns; the client's own errors are raised."""
+    from huggingface_hub import snapshot_download
+
+    # the client itself reads the variable only when it is imported
+    endpoint = os.environ.get("HF_ENDPOINT")
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, endpoint=endpoint, **options))
+
+
+def no_model(repository: str) -> BundleNotFoundError:
+    """The error for a repository without a bundle."""
+    return BundleNotFoundError(
+        f"the hub repository {repository!r} contains no ONNX model. If it is a PyTorch checkpoint, convert it "
+        f"with: florence-onnx-export {repository} OUT"
+    )
+
+
+def download(repository: str, revision: str | None, fetch: Callable[[], T], lacks: str = "") -> T:
+    """Calls `fetch`, and turns the errors of the hub's client into those of this package.
+
+    Args:
+        repository: Hub repository.
+        revision: Branch, tag or commit; for the errors.
+        fetch: Asks the hub.
+        lacks: What the local cache lacks, if it has a part of the repository.
+
+    Raises:
+        BundleNotFoundError: There is no such repository or revision, or the hub cannot be reached.
+        HubAccessError: The hub refuses the token, or the licence has not been accepted.
+    """
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -168,13 +205,35 @@ def _download(repository: str, revision: str | None, fetch: Callable[[], T], lac
         return fetch()
     except RevisionNotFoundError as error:
         raise BundleNotFoundError(f"the hub repository {repository!r} has no revision {revision!r}") from error
+    except GatedRepoError as error:
+        raise HubAccessError(
+            f"the licence of {repository} must be accepted on its page, then log in with: hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
         raise BundleNotFoundError(
             f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if status_of(error) in REFUSALS:
+            raise HubAccessError(
+                f"the hub refuses the token for {repository}: log in with hf auth login, or set HF_TOKEN ({error})"
+            ) from error
         found = f"is not complete in the local cache ({lacks})" if lacks else "is not in the local cache"
         raise BundleNotFoundError(
             f"{repository!r} {found} and the hub could not be reached ({error}); "
             "download it on a machine with a network and pass its directory"
         ) from error
+
+
+REFUSALS = (401, 403)
+"""HTTP statuses of a token that is missing, wrong, or has no right to what was asked."""
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of the hub's client, or what caused it, came with; None if the hub did not answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None

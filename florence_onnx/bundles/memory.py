@@ -29,15 +29,19 @@ OUT_OF_MEMORY = (
     "Failed to allocate memory for requested buffer",
     "is smaller than requested bytes",
     "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "Cannot allocate memory",
     "CUDA failure 2:",
     "_STATUS_ALLOC_FAILED",
 )
-"""Parts of the messages of ONNX Runtime's arena (the first two, observed), of CUDA, and of cuBLAS and cuDNN. ONNX
-Runtime has no exception type for this."""
+"""Parts of the messages of ONNX Runtime's arena (the first two, observed), of CUDA, of C++ (`std::bad_alloc` where a graph is
+loaded, observed; the other word is Microsoft's compiler's), of the system (ENOMEM), and of cuBLAS and cuDNN. ONNX Runtime
+has no exception type for this."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of ONNX Runtime means that device memory, or the part of it that may be used, is full."""
+    """Whether an error of ONNX Runtime means that memory, of the device or of the process, is full."""
     return isinstance(error, MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY)
 
 

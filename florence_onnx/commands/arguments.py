@@ -35,14 +35,16 @@ GenerationOption = Annotated[
 
 
 def parse_region(value: str | None) -> Region | None:
-    """Parses the value of `--region`, such as `52,332,932,774`; returns None for None.
+    """Parses the value of `--region`, such as `52,332,932,774` or `<loc_52><loc_332><loc_932><loc_774>`; None gives None.
 
     Raises:
-        typer.BadParameter: It is not four integers.
+        typer.BadParameter: It is neither four integers nor location tokens.
         RegionError: They are not a region.
     """
     if value is None:
         return None
+    if "<" in value:
+        return Region.from_text(value)
     try:
         x1, y1, x2, y2 = (int(part) for part in value.split(","))
     except ValueError:

@@ -26,7 +26,7 @@ from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.demo import SAMPLES
 from florence_onnx.errors import FlorenceError
 from florence_onnx.model import Florence2
-from florence_onnx.runtime import cpu, cuda, graph_cache, tensorrt
+from florence_onnx.runtime import cpu, cuda, graph_cache, telemetry, tensorrt
 from florence_onnx.runtime.providers import PRESETS
 from florence_onnx.runtime.sessions import onnxruntime
 from florence_onnx.tasks import OBJECT_DETECTION
@@ -55,7 +55,7 @@ VARIABLES = (
         "HF_ENDPOINT",
         "HF_TOKEN",
     ),
-    *("XDG_CACHE_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"),
+    *("XDG_CACHE_HOME", telemetry.VARIABLE, "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH"),
 )
 """Environment variables that are shown besides those that start with `FLORENCE_ONNX_`."""
 _PREFIX = "FLORENCE_ONNX_"
@@ -162,7 +162,7 @@ def install_command(extra: str, installed: Mapping[str, str]) -> str:
 
 def _onnxruntime() -> Section:
     installed = installed_distributions()
-    section: Section = {"distributions": installed, "warning": conflict(installed)}
+    section: Section = {"distributions": installed, "warning": conflict(installed), "reports": telemetry.problem()}
     try:
         ort = onnxruntime()
         section |= {"version": str(ort.__version__), "providers": list(ort.get_available_providers())}
@@ -366,7 +366,7 @@ def _format_values(section: Section, missing: str) -> Iterator[str]:
 def _format_onnxruntime(section: Section) -> Iterator[str]:
     installed = ", ".join(f"{name} {number}" for name, number in section["distributions"].items())
     yield f"  {'distribution':15} {installed or 'none known to pip'}"
-    for name in ("version", "providers", "warning", "error", "fix"):
+    for name in ("version", "providers", "warning", "reports", "error", "fix"):
         if section.get(name):
             value = section[name]
             yield f"  {name:15} {', '.join(value) if isinstance(value, list) else value}"

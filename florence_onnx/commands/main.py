@@ -18,6 +18,7 @@ from florence_onnx.commands.demo import demo
 from florence_onnx.commands.doctor import doctor
 from florence_onnx.commands.info import info
 from florence_onnx.commands.mcp import mcp
+from florence_onnx.commands.pull import pull
 from florence_onnx.commands.run import run
 from florence_onnx.commands.tasks import list_tasks
 
@@ -47,6 +48,7 @@ app.command()(doctor)
 app.command()(configure)
 app.command(name="build-engines")(build_engines)
 app.command()(mcp)
+app.command()(pull)
 
 
 _FORWARDED: dict[str, Any] = {

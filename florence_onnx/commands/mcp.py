@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.arguments import DeviceOption, ModelOption, PrecisionOption, exit_on_error
-from florence_onnx.errors import MissingExtraError
+from florence_onnx.errors import BundleNotFoundError, MissingExtraError
 from florence_onnx.model import Florence2
+from florence_onnx.runtime.providers import BF16
+from florence_onnx.tasks import Task
 
 
 def mcp(
@@ -34,7 +37,15 @@ def mcp(
             florence.warm_up()
             return florence
 
-        make_server(load, images(root or (), allow_host or ())).run("stdio")
+        make_server(load, images(root or (), allow_host or ()), _own_tasks(model, precision)).run("stdio")
+
+
+def _own_tasks(model: str, precision: str | None) -> Mapping[str, Task[Any]]:
+    """The tasks that the bundle carries. A client asks for the tools before a model is downloaded: none then."""
+    try:
+        return hub.resolve(model, precision=None if precision == BF16 else precision, local_only=True).tasks
+    except BundleNotFoundError:
+        return {}
 
 
 def _import_tools() -> tuple[Callable[..., Any], Callable[..., Any]]:

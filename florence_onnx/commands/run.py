@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
+from florence_onnx.answers.postprocess import PARSERS
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
+from florence_onnx.bundles import hub
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
@@ -27,22 +29,42 @@ from florence_onnx.commands.arguments import (
     parse_assignments,
     parse_region,
 )
+from florence_onnx.commands.captions import CaptionFiles, check_options
+from florence_onnx.commands.image_list import expand
 from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
 from florence_onnx.images import url
+from florence_onnx.prompts import to_task
+from florence_onnx.runtime.providers import BF16
 
 
 def run(
     task: Annotated[
-        str, typer.Argument(help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`.")
+        str,
+        typer.Argument(
+            help="Slug (object-detection) or token (<OD>); for a list see `florence-onnx tasks`. Left out with --prompt."
+        ),
     ],
-    images: Annotated[list[str], typer.Argument(help="Paths, http(s) URLs or data: URIs.", metavar="IMAGE")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Paths, folders of images, http(s) URLs or data: URIs.", metavar="IMAGE...", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt of any wording, such as <GENERATE_TAGS>, instead of a task.", show_default=False),
+    ] = None,
+    parser: Annotated[
+        str | None,
+        typer.Option(help=f"How to read the answer to --prompt: {', '.join(PARSERS)}.", show_default=False),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text input, for tasks that need one.")] = None,
     region: Annotated[
         str | None,
         typer.Option(
-            help="Region, for tasks that need one, in thousandths of width and height (0 to 999).",
+            help="Region, for tasks that need one, in thousandths of width and height (0 to 999), or its location tokens.",
             metavar="X1,Y1,X2,Y2",
         ),
     ] = None,
@@ -58,23 +80,66 @@ def run(
     option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
+    txt: Annotated[
+        bool, typer.Option("--txt", help="Write each answer to a text file beside its image, unless there is one.")
+    ] = False,
+    txt_dir: Annotated[
+        Path | None, typer.Option(help="With --txt: write the text files to this folder.", metavar="DIR")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --txt: replace text files that are there.")
+    ] = False,
 ) -> None:
     """Run one task on images.
 
-    An image that cannot be read does not stop the others, but makes the exit code 1.
+    A folder stands for the images in it, sorted by path. An image that cannot be read does not stop the others, but
+    makes the exit code 1.
     """
     with exit_on_error():
         options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
-        request = _Request(tasks.get(task), text, parse_region(region), options)
+        if parser is not None and prompt is None:
+            raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
+        images = _read_images(task, images, has_task=prompt is None)
+        chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
+        request = _Request(chosen, text, parse_region(region), options)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
+        check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
+        images = expand(images, recursive=recursive)
+        captions = CaptionFiles(txt_dir, images) if txt else None
+        if captions is not None and not overwrite:
+            images = captions.missing(images)
+        if not images:
+            return
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        num_failed = _run_all(florence, request, images, _JsonReport() if as_json else _TextReport(), folder)
+        report = _JsonReport() if as_json else _TextReport()
+        num_failed = _run_all(florence, request, images, report, folder, captions)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
         raise typer.Exit(1)
+
+
+def _read_images(task: str, images: list[str] | None, *, has_task: bool) -> list[str]:
+    """The images of the command line, on which the task may have been left out."""
+    found = [*([] if has_task else [task]), *(images or [])]
+    if not found:
+        raise typer.BadParameter("give at least one image after the task", param_hint="IMAGE")
+    return found
+
+
+def _find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
+    """A task of Florence-2 or of the model's bundle, whose graphs are not loaded for it.
+
+    Raises:
+        UnknownTaskError: There is none of that name.
+        BundleError: The bundle cannot be read.
+    """
+    if any(name in (task.slug, task.token) for task in tasks.TASKS.values()) or model == DEMO:
+        return tasks.get(name)
+    return tasks.get(name, hub.resolve(model, precision=None if precision == BF16 else precision).tasks)
 
 
 @dataclass(frozen=True)
@@ -96,6 +161,7 @@ def _run_all(
     images: Sequence[str],
     report: _JsonReport | _TextReport,
     folder: ImageFolder | None,
+    captions: CaptionFiles | None,
 ) -> int:
     """Runs the request on all images; returns the number of images that could not be read."""
     num_failed = 0
@@ -109,6 +175,8 @@ def _run_all(
         report.answer(image, prediction)
         if folder is not None:
             folder.add(image, prediction)
+        if captions is not None:
+            captions.write(image, prediction)
     return num_failed
 
 
@@ -129,8 +197,9 @@ class _JsonReport:
     """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …}`, and the results of `alternatives` where there are any."""
-        line = {"image": image, "results": prediction.to_dict()["results"]}
+        """Writes `{"image": …, "results": …, "truncated": …}`, and the results of `alternatives` where there are any."""
+        results = prediction.to_dict()["results"]
+        line = {"image": image, "results": results, "truncated": prediction.truncated}
         if prediction.alternatives:
             line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
         self._write(line)

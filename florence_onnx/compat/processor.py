@@ -21,7 +21,7 @@ from florence_onnx.compat.names import loading_arguments, resolve_name
 from florence_onnx.errors import InputError
 from florence_onnx.images import preprocessing
 from florence_onnx.loading import load_tokenizer
-from florence_onnx.tasks import Task
+from florence_onnx.prompts import expand
 
 _SIZE_ARGUMENTS = ("do_resize", "do_normalize", "do_rescale", "do_center_crop")
 
@@ -85,7 +85,7 @@ class Florence2Processor:
         prompts = [""] * len(given) if text is None else [text] if isinstance(text, str) else list(text)
         if given and len(given) != len(prompts):
             raise InputError(f"there are {len(given)} images and {len(prompts)} prompts; give one prompt an image")
-        ids, mask = self.tokenizer.encode([_prompt(prompt) for prompt in prompts])
+        ids, mask = self.tokenizer.encode([expand(prompt) for prompt in prompts])
         found = BatchFeature({"input_ids": as_array(ids, np.int64), "attention_mask": as_array(mask, np.int64)})
         if given:
             found["pixel_values"] = as_array(np.concatenate([self._pixels(image) for image in given]), np.float32)
@@ -153,27 +153,3 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, PILImage.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
         return [images]
     return list(images)
-
-
-def _prompt(text: str) -> str:
-    """A task token, and what stands around it, to the prompt; any other text is the prompt itself, as in transformers.
-
-    Raises:
-        InputError: Something stands beside the token of a task that takes no input.
-    """
-    for task in sorted(tasks.TASKS.values(), key=_takes_input):
-        if task.token in text:
-            return _fill(task, text)
-    return text
-
-
-def _takes_input(task: Task[Any]) -> bool:
-    return task.needs != "nothing"
-
-
-def _fill(task: Task[Any], text: str) -> str:
-    if not _takes_input(task):
-        if text != task.token:
-            raise InputError(f"the task token {task.token} must be the whole prompt, got {text!r}")
-        return task.prompt
-    return task.prompt.replace("{input}", text.replace(task.token, "").strip())

@@ -23,12 +23,12 @@ import base64
 import io
 import mimetypes
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 
+from florence_onnx import forks
 from florence_onnx.fal.client import AsyncClient, AsyncRequestHandle, SyncClient, SyncRequestHandle
 from florence_onnx.fal.service import Service, ServiceSettings, as_data_uri, without_image
 from florence_onnx.fal.states import (
@@ -87,7 +87,7 @@ class _Configuration:
     """The arguments of `configure`, kept until the first request loads the model."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.Lock()
         self.model: str | os.PathLike[str] | Florence2 | None = None
         self.options: dict[str, Any] = {}
         self.settings = ServiceSettings()

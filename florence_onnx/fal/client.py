@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from typing import Any
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 from florence_onnx.fal.jobs import Job, Priority
 from florence_onnx.fal.problems import RequestError
@@ -130,7 +130,7 @@ class SyncClient:
         self._make_service = make_service
         self._service: Service | None = None
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     @property
     def service(self) -> Service:

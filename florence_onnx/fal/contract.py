@@ -43,19 +43,20 @@ class Arguments:
     options: GenerationOptions = DEFAULT_OPTIONS
 
 
-def find_task(application: str) -> Task[Any]:
+def find_task(application: str, known: Mapping[str, Task[Any]] = tasks.TASKS) -> Task[Any]:
     """Finds the task of an endpoint id.
 
     Args:
         application: Such as `fal-ai/florence-2-large/object-detection`.
+        known: The model's tasks by slug; fal's by default.
 
     Raises:
         RequestError: 404, there is no such endpoint.
     """
     app, _, slug = application.strip("/").rpartition("/")
-    if app != APP or slug not in tasks.TASKS:
+    if app != APP or slug not in known:
         raise problems.not_found(application)
-    return tasks.TASKS[slug]
+    return known[slug]
 
 
 def read_arguments(
@@ -80,8 +81,8 @@ def read_arguments(
         raise problems.invalid([field_error([], "Input should be a valid dictionary", "dict_type")])
     errors: list[dict[str, Any]] = []
     image_url = _read_text(arguments, "image_url", errors)
-    text_input = _read_text(arguments, "text_input", errors) if task.needs == "text" else None
-    region = _read_region(arguments, errors) if task.needs == "region" else None
+    text_input = _read_text(arguments, "text_input", errors) if task.takes_text else None
+    region = _read_region(_with_region(task, arguments), errors) if task.takes_region else None
     if not errors:
         errors += _check_content(task, text_input, region)
     if check_options is not None:
@@ -121,19 +122,28 @@ def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, A
     return ""
 
 
+def _with_region(task: Task[Any], arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments with a region that stands, as Microsoft's users write it, in the text of a task that takes none."""
+    text = arguments.get("text_input")
+    if "region" in arguments or task.takes_text or not isinstance(text, str):
+        return arguments
+    written = text.strip().removeprefix(task.token)
+    return {**arguments, "region": written} if Region.is_text(written) else arguments
+
+
 def _read_region(arguments: Mapping[str, Any], errors: list[dict[str, Any]]) -> Region | None:
     if "region" not in arguments:
         errors.append(field_error(["region"], "Field required", MISSING))
         return None
     given = arguments["region"]
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping | str):
         errors.append(field_error(["region"], "Input should be an object with x1, y1, x2 and y2", "dict_type"))
         return None
-    bins = [_read_bin(given, name, errors) for name in ("x1", "y1", "x2", "y2")]
+    bins = [] if isinstance(given, str) else [_read_bin(given, name, errors) for name in ("x1", "y1", "x2", "y2")]
     if errors:
         return None
     try:
-        return Region(*bins)
+        return Region.from_text(given) if isinstance(given, str) else Region(*bins)
     except RegionError as error:
         errors.append(field_error(["region"], str(error), "value_error"))
         return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 
+from florence_onnx import forks
 from florence_onnx.prediction import EncodedImage
 
 
@@ -20,7 +20,7 @@ class FeatureCache:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._kept: OrderedDict[bytes, EncodedImage] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def get(self, digest: bytes) -> EncodedImage | None:
         """Returns the features of an image, or None if they are not cached."""

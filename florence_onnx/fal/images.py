@@ -83,10 +83,8 @@ class ImageReader:
         if url.is_data_uri(image_url):
             return url.decode_data_uri(image_url, max_bytes=limits.max_bytes)
         if not url.is_url(image_url):
-            raise ImageDownloadError(
-                f"{url.shorten(image_url)!r} is neither an http(s) URL nor a data: URI; send a local file as a data: URI "
-                "(fal.encode_file) or upload it"
-            )
+            hint = url.explain(image_url) or "send a local file as a data: URI (fal.encode_file) or upload it"
+            raise ImageDownloadError(f"{url.shorten(image_url)!r} is neither an http(s) URL nor a data: URI; {hint}")
         from florence_onnx.images import download
 
         return download.download(

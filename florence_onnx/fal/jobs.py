@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image as PILImage
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 from florence_onnx.fal.byte_budget import Charge
 from florence_onnx.fal.contract import Arguments
@@ -74,11 +75,16 @@ class Job:
     """SHA-256 of the image file, the key of the feature cache."""
     was_fetched: bool = False
     """Whether the caller has fetched the result."""
+    _outcome: Answer | RequestError | None = None
+    """What `future` resolves to; kept beside it for forked children, whose copy of the future may be locked."""
     _state: State = "IN_QUEUE"
     _created: float = field(default_factory=time.monotonic)
     _started: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        forks.call_in_child(self._end_in_child)
 
     @property
     def state(self) -> State:
@@ -140,27 +146,28 @@ class Job:
 
     def finish(self, answer: Answer) -> bool:
         """Ends the request with a result; returns False if it has already ended."""
-        return self._end(lambda: self.future.set_result(answer))
+        return self._end(answer)
 
     def fail(self, problem: RequestError) -> bool:
         """Ends the request with an error; returns False if it has already ended."""
         # a traceback would keep the image and the arguments in memory for as long as the result is kept
         problem.__traceback__ = problem.__context__ = None
-        return self._end(lambda: self.future.set_exception(problem))
+        return self._end(problem)
 
     def cancel(self) -> bool:
         """Cancels the request; returns False if it has already ended."""
         return self.fail(problems.cancelled())
 
-    def _end(self, settle: Callable[[], None]) -> bool:
+    def _end(self, outcome: Answer | RequestError) -> bool:
         with self._lock:
             if self._state == "COMPLETED":
                 return False
             was_running = self._state == "IN_PROGRESS"
+            self._outcome = outcome
             self._state = "COMPLETED"
         if not was_running:  # else the batch that it is part of still needs it
             self.forget()
-        settle()
+        self._settle(outcome)
         self._notify()
         return True
 
@@ -177,6 +184,20 @@ class Job:
         self.arguments = Arguments(self.arguments.task, "")
         if self.charge is not None:
             self.charge.release()
+
+    def _settle(self, outcome: Answer | RequestError) -> None:
+        if isinstance(outcome, Answer):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
+
+    def _end_in_child(self) -> None:
+        """Ends the request in a forked child: the threads that work on it are those of the parent."""
+        self._lock, self._listeners, self.future = threading.Lock(), [], Future()
+        self.charge = None  # of the parent's budget
+        self.forget()
+        self._state, self._outcome = "COMPLETED", self._outcome or problems.forked()
+        self._settle(self._outcome)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Registers a listener for changes of state and logs.

@@ -130,6 +130,12 @@ def shutting_down() -> RequestError:
     )
 
 
+def forked() -> RequestError:
+    """503: the request was submitted before this process was forked, and its parent works on it."""
+    message = "This request was submitted before the process was forked, and runs in the parent; submit it again here"
+    return _platform(503, message, "runner_scheduling_failure")
+
+
 def timed_out() -> RequestError:
     """504: the caller's start timeout passed before the model started on the request."""
     return _platform(504, "Request timed out", "request_timeout", {TIMEOUT_TYPE_HEADER: "user"})

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from florence_onnx import forks
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.fal import contract, problems
@@ -107,7 +108,7 @@ class Service:
         find_stored: Callable[[str], Path | None] | None = None,
         observe: Observe | None = None,
     ) -> None:
-        """Starts the threads.
+        """Starts the threads; in a forked child they are started anew by its first request.
 
         Args:
             model: The loaded model.
@@ -126,6 +127,13 @@ class Service:
         self.budget = ByteBudget(self.settings.max_accepted_bytes)
         """Bytes held for requests that have not ended."""
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
+        self._is_open = True
+        self._clear()
+        self._start_threads()
+        forks.call_in_child(self._clear)
+
+    def _clear(self) -> None:
+        """Empties all queues and forgets the threads; what was in the queues at a fork is the parent's."""
         self._condition = threading.Condition()
         self._waiting: list[Job] = []  # accepted, image not loaded
         self._downloads = Downloads(self.settings.downloads, self.settings.downloads_per_host)
@@ -133,10 +141,13 @@ class Service:
         self._ready: list[Job] = []  # image loaded
         self._running: set[Job] = set()
         self._counts = {"finished": 0, "failed": 0, "batches": 0, "encoded": 0, "reused": 0}
-        self._is_open = True
+        self._draw_pool: ThreadPoolExecutor | None = None
+        self._threads: list[threading.Thread] = []
+
+    def _start_threads(self) -> None:
         self._draw_pool = ThreadPoolExecutor(self.settings.loaders, thread_name_prefix="florence-draw")
         loops = [self._download_loop] * self.settings.downloads + [self._load_loop] * self.settings.loaders
-        loops += [self._run_loop] * (self.settings.workers or (DEVICE_WORKERS if model.max_batch else 1))
+        loops += [self._run_loop] * (self.settings.workers or (DEVICE_WORKERS if self.model.max_batch else 1))
         # daemon threads: the interpreter must be able to exit while requests are in flight; `close` waits for them
         self._threads = [threading.Thread(target=loop, name=f"florence{loop.__name__}", daemon=True) for loop in loops]
         for thread in self._threads:
@@ -168,7 +179,7 @@ class Service:
         Raises:
             RequestError: There is no such endpoint, the queue or the budget of bytes is full, or the service is closed.
         """
-        task = contract.find_task(application)
+        task = contract.find_task(application, self.model.tasks)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
             job = Job(self._read(task, arguments), priority, deadline, owner)
@@ -183,6 +194,8 @@ class Service:
             if len(self._waiting) + len(self._loading) + len(self._ready) >= self.settings.max_waiting:
                 raise problems.queue_full(self.settings.max_waiting)
             job.charge = self.budget.charge(_num_bytes(job.arguments))
+            if not self._threads:
+                self._start_threads()
             self._waiting.append(job)
             self._condition.notify_all()
         return job
@@ -242,7 +255,8 @@ class Service:
             self._fail(job, problems.shutting_down())
         for thread in self._threads if is_done else ():
             thread.join()
-        self._draw_pool.shutdown(wait=is_done)
+        if self._draw_pool is not None:
+            self._draw_pool.shutdown(wait=is_done)
         return is_done
 
     def _is_idle(self) -> bool:
@@ -420,6 +434,7 @@ class Service:
                 text_inputs=[job.arguments.text_input for job in jobs],
                 regions=[job.arguments.region for job in jobs],
                 options=jobs[0].arguments.options,
+                batch_size=len(jobs),
             )
         except InputError as error:
             # for example a text that is too long, which shows only once it is tokenized; find out whose it is
@@ -440,6 +455,7 @@ class Service:
             return
         for job, prediction in zip(jobs, predictions, strict=True):
             self._record(job, "decode", begin)
+            assert self._draw_pool is not None, "started with this thread"
             self._draw_pool.submit(self._complete, job, prediction)
 
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:

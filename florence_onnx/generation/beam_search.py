@@ -181,7 +181,7 @@ class _BeamState:
         if is_closed or not stops[:k].any():
             return
         normed = scores / np.float32(self.length**self._config.length_penalty)
-        for rank in np.flatnonzero(stops[:k]):
+        for rank in np.flatnonzero(stops[:k]).tolist():
             sequence = (*self.rows[parents[rank]], int(tokens[rank]))
             is_truncated = bool(is_cut[parents[rank]])
             self.best.append(_Hypothesis(sequence, normed[rank], True, is_truncated, token_scores[rank]))

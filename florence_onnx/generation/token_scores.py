@@ -79,7 +79,7 @@ class ListedDistribution:
         self._least = min(self._log_probs.values())
 
     def log_prob(self, token: int) -> float:
-        return self._log_probs.get(token, self._least)
+        return float(self._log_probs.get(token, self._least))
 
     def probability(self, first: int, last: int) -> float:
         return sum(math.exp(self._log_probs[each]) for each in range(first, last + 1) if each in self._log_probs)

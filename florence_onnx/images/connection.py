@@ -25,6 +25,10 @@ RATE_GRACE_S = 10.0
 """Seconds that a server has before `least_rate` applies: some draw the image first."""
 
 
+NOT_PUBLIC = "the address is not public"
+"""Said of a host that resolves to a private address, and of one that does not resolve."""
+
+
 class RefusedError(Exception):
     """A request that a rule forbids and that is not sent. Untrusted callers may see the message."""
 
@@ -175,16 +179,23 @@ def _resolve(host: str, port: int, rules: Rules) -> list[tuple[int, Any]]:
     if is_filtered and not addresses.is_web_port(port):
         _log.info("refused to download from %.100r: port %d", host, port)
         raise RefusedError(f"port {port} is not allowed")
-    found: list[tuple[int, Any]] = [
-        (family, address)
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        if family in (socket.AF_INET, socket.AF_INET6)
-    ]
+    try:
+        found: list[tuple[int, Any]] = [
+            (family, address)
+            for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            if family in (socket.AF_INET, socket.AF_INET6)
+        ]
+    except OSError as error:
+        if not is_filtered:
+            raise
+        # the same words as for a private address: else an untrusted caller could try out which internal names there are
+        _log.info("refused to download from %.100r, port %d: it does not resolve: %s", host, port, error)
+        raise RefusedError(NOT_PUBLIC) from None
     for _, address in found if is_filtered else ():
         has_zone = any(address[3:])  # (address, port) or (address, port, flow, zone)
         if has_zone or not addresses.is_public(address[0]):
             _log.info("refused to download from %.100r, port %d: it resolves to %s", host, port, address[0])
-            raise RefusedError("the address is not public")
+            raise RefusedError(NOT_PUBLIC)
     return found
 
 

@@ -9,7 +9,6 @@ import contextlib
 import io
 import os
 import struct
-import threading
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from florence_onnx import forks
 from florence_onnx.errors import (
     ImageDecodeError,
     ImageDownloadError,
@@ -67,7 +67,7 @@ _DAMAGED = (
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # A PIL image is decoded at its first use, and Pillow has no lock for that: two threads that share an image of a caller
 # would both read from its file.
-_CALLERS_IMAGE_LOCK = threading.Lock()
+_CALLERS_IMAGE_LOCK = forks.Lock()
 
 
 def load(
@@ -128,8 +128,10 @@ def load(
         content = url.decode_data_uri(image, max_bytes=max_bytes)
         return _decode(io.BytesIO(content), "the data: URI", apply_exif, max_pixels)
     if isinstance(image, str) and public_only:
+        hint = url.explain(image)
         raise ImageDownloadError(
             f"cannot download {url.shorten(image)!r}: it is neither an http(s) URL nor a data: URI"
+            f"{f'; {hint}' if hint else ''}"
         )
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(image), f"{len(image)} bytes of data", apply_exif, max_pixels)
@@ -161,13 +163,22 @@ def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) 
     except ImageError:  # several of ours are an OSError or ValueError too
         raise
     except FileNotFoundError:
-        raise ImageNotFoundError(f"no such image file: {name} (working directory {Path.cwd()})") from None
+        raise ImageNotFoundError(_explain_missing(os.fspath(path), name)) from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a directory; pass the images in it one by one") from None
     except OSError as error:
+        if hint := url.explain(os.fspath(path)):  # base64 is too long for a file name
+            raise ImageError(f"{name!r} is no image file: {hint}") from None
         raise ImageError(f"cannot open {name}: {error.strerror or error}") from None
     except ValueError as error:  # the path contains NUL
         raise ImageError(f"cannot open {name!r}: {error}") from None
+
+
+def _explain_missing(path: str, name: str) -> str:
+    hint = url.explain(path)
+    if hint is not None:
+        return f"{name!r} is neither an http(s) URL nor a data: URI nor an image file: {hint}"
+    return f"no such image file: {name} (working directory {Path.cwd()})"
 
 
 def _read_stream(stream: BinaryIO) -> bytes:

@@ -11,13 +11,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Collection
+from typing import Any
 
 from florence_onnx.errors import ImageDownloadError, ImageTooLargeError, InputError
 from florence_onnx.images import addresses
 from florence_onnx.images.connection import RefusedError, Rules, make_opener
 from florence_onnx.images.transfer import Transfer
-from florence_onnx.images.url import check_length, shorten
+from florence_onnx.images.url import check_length, has_user, shorten
 
 _CHUNK_BYTES = 1 << 16
 _HEADERS = {"User-Agent": "florence-onnx", "Accept": "image/*, */*;q=0.5"}
@@ -119,6 +121,8 @@ def _fetch(url: str, max_bytes: int, rules: Rules) -> bytes:
 
 
 def _make_request(url: str) -> urllib.request.Request:
+    if has_user(url):  # before anything that might quote the URL
+        raise RefusedError("a user name or password in the URL is not allowed")
     if len(url) > _MAX_URL_LENGTH:
         raise RefusedError(f"the URL has {len(url):,} characters, allowed are {_MAX_URL_LENGTH:,}")
     parts = urllib.parse.urlsplit(url)
@@ -138,12 +142,79 @@ def _read(response: http.client.HTTPResponse, max_bytes: int, url: str, transfer
     announced = response.headers.get("Content-Length", "")
     num_announced = int(announced) if announced.isdecimal() else 0
     check_length(num_announced, max_bytes, url)
-    content = bytearray()
+    decoder = _Decoder(response.headers.get("Content-Encoding", ""), max_bytes, url)
+    num_read = 0
     while chunk := response.read1(_CHUNK_BYTES):
-        content += chunk
+        num_read += len(chunk)
+        num_bytes = decoder.feed(chunk)
         if transfer.on_bytes is not None:
-            transfer.on_bytes(len(chunk))
-        check_length(len(content), max_bytes, url)
-    if len(content) < num_announced:
-        raise OSError(f"the connection closed after {len(content)} of {num_announced} bytes")
-    return bytes(content)
+            transfer.on_bytes(num_bytes)
+    if num_read < num_announced:
+        raise OSError(f"the connection closed after {num_read} of {num_announced} bytes")
+    return decoder.end()
+
+
+class _Decoder:
+    """Undoes the encoding of a response: gzip or deflate, which some servers use although we ask for none.
+
+    No more than `max_bytes` are ever unpacked, whatever a small response claims to hold.
+    """
+
+    def __init__(self, encoding: str, max_bytes: int, url: str) -> None:
+        """Raises OSError for an encoding that the standard library cannot undo."""
+        self._encoding = encoding.strip().lower()
+        if self._encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise OSError(f"the server sent it encoded as {self._encoding[:40]!r}, which was not asked for")
+        self._content = bytearray()
+        self._max_bytes, self._url = max_bytes, url
+        self._unpacker: Any = None
+        self._num_fed = 0
+
+    def feed(self, chunk: bytes) -> int:
+        """Takes a piece of the response's body.
+
+        Returns:
+            How many bytes of content it gave.
+
+        Raises:
+            ImageTooLargeError: There are more than `max_bytes` of content, or of the body.
+            OSError: The encoding is broken.
+        """
+        self._num_fed += len(chunk)
+        check_length(self._num_fed, self._max_bytes, self._url)
+        if self._encoding in ("", "identity"):
+            self._content += chunk
+            return len(chunk)
+        before = len(self._content)
+        try:
+            self._unpack(chunk)
+        except zlib.error as error:
+            raise OSError(f"its {self._encoding} encoding is broken: {error}") from None
+        return len(self._content) - before
+
+    def _unpack(self, chunk: bytes) -> None:
+        while chunk:
+            if self._unpacker is None:
+                self._unpacker = zlib.decompressobj(self._window(chunk))
+            room = self._max_bytes - len(self._content)
+            self._content += self._unpacker.decompress(chunk, room + 1)
+            check_length(len(self._content), self._max_bytes, self._url)
+            chunk = self._unpacker.unconsumed_tail
+            if self._unpacker.eof:  # of one member of a gzip file; zeros may pad the last one
+                chunk = self._unpacker.unused_data.lstrip(b"\0")
+                self._unpacker = None if chunk else self._unpacker
+
+    def _window(self, chunk: bytes) -> int:
+        """zlib's `wbits`: gzip and zlib are told apart by their heads, and servers also send deflate without any."""
+        is_bare = self._encoding == "deflate" and chunk[0] & 0x0F != zlib.DEFLATED
+        return -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32
+
+    def end(self) -> bytes:
+        """The content.
+
+        Raises:
+            OSError: The encoded data is cut off.
+        """
+        if self._unpacker is not None and not self._unpacker.eof:
+            raise OSError(f"its {self._encoding} encoding is cut off")
+        return bytes(self._content)

@@ -20,10 +20,41 @@ def is_data_uri(address: str) -> bool:
     return address[:5].lower() == "data:"
 
 
+_BEGIN = r"[\s\x00-\x1f]*[a-z][a-z0-9+.-]+:[/\\]{1,2}"
+_SCHEME = re.compile(_BEGIN, re.IGNORECASE)
+"""How an address begins that was meant as a URL."""
+_USER = re.compile(rf"\A({_BEGIN})(?:[^/?#\\]*@|[^/?#\\:\[]*:(?!\d*(?:[/?#\\]|$)).*@)", re.IGNORECASE | re.DOTALL)
+"""User name and password of a URL, up to the last `@`: also of one with a slash, which had to be percent-encoded."""
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK)[A-Za-z0-9+/_=\s-]*", re.ASCII)
+"""Base64 of the first bytes of PNG, JPEG, GIF, WebP, BMP and TIFF."""
+
+
 def shorten(address: str) -> str:
-    """Shortens an address for messages: at most 100 characters, and no query, which may contain a signature."""
-    plain = address.split("?", 1)[0] if is_url(address) else address
+    """Shortens an address for messages: at most 100 characters, no user name or password, and no query with a signature."""
+    plain = _USER.sub(r"\1…@", address).split("?", 1)[0] if _SCHEME.match(address) else address
     return plain if len(plain) <= 100 else plain[:97] + "…"
+
+
+def has_user(address: str) -> bool:
+    """Whether a URL has a user name or a password, which messages must not show."""
+    return _USER.match(address) is not None
+
+
+def explain(address: str) -> str | None:
+    """What is wrong with a string that is nearly an address of an image, and what to pass; None for any other.
+
+    It is for strings that are neither a URL nor a `data:` URI nor an existing file: base64 of a JPEG begins like a path.
+    """
+    stripped = address.strip()
+    if stripped != address and (is_url(stripped) or is_data_uri(stripped)):
+        return "there is white space around the address: remove it"
+    if address[:5].lower() == "file:":
+        return "a file: URL is not taken: pass the path itself"
+    if len(address) > 40 and _BASE64.fullmatch(address):
+        return 'it is base64 without a head: put "data:image/png;base64," before it (or jpeg, …), or pass the bytes'
+    if _SCHEME.match(address):
+        return "only http(s) URLs and data: URIs are taken"
+    return None
 
 
 def decode_data_uri(uri: str, *, max_bytes: int) -> bytes:
@@ -44,6 +75,10 @@ def decode_data_uri(uri: str, *, max_bytes: int) -> bytes:
     if not comma:
         raise ImageDecodeError(f"{shorten(uri)} is not a data: URI: it needs a comma before the content")
     is_base64 = head.rstrip().lower().endswith(";base64")
+    if not is_base64 and ";base64;" in head.lower():
+        raise ImageDecodeError(
+            f"{shorten(head)},… is not a data: URI: base64 must stand right before the comma, as in data:image/png;base64,…"
+        )
     # a lower bound of the length first, so that a huge URI is refused before it is decoded
     check_length(len(body) * 3 // 4 if is_base64 else body.count("%"), max_bytes, head)
     content = urllib.parse.unquote_to_bytes(body)

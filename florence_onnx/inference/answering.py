@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from florence_onnx.bundles.bundle import ModelSizes
-from florence_onnx.errors import InputError
+from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.generate import drive
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
@@ -22,6 +22,9 @@ from florence_onnx.runtime.engine import Engine
 
 AnyImage = ImageInput | EncodedImage
 Key = str | int
+Answer = tuple[EncodedImage, GeneratedSequence]
+Failed = Callable[[Sequence[int], FlorenceError], None]
+"""Takes the indices of the prompts about one image, and the error that concerns them."""
 
 
 class Answering(Protocol):
@@ -46,7 +49,8 @@ class Answering(Protocol):
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
-    ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
+        failed: Failed,
+    ) -> list[Answer | None]:
         """Answers P prompts, each about one image; an image that occurs several times is encoded once.
 
         Args:
@@ -54,13 +58,13 @@ class Answering(Protocol):
             input_ids: `(P, T)`, padded on the right.
             attention_mask: `(P, T)`, 1 for tokens, 0 for padding.
             new_search: Makes a search for prompts by their indices; called again when decoding starts over.
+            failed: Called with an error that concerns one image only, and the indices of the prompts about it; may raise.
 
         Returns:
-            The encoded image and the tokens of each prompt.
+            The encoded image and the tokens of each prompt; None for those that `failed` was told of.
 
         Raises:
-            InputError: An image cannot be read, or was encoded by another model.
-            ProviderError: The device failed.
+            ProviderError: The device failed while decoding.
         """
 
 
@@ -88,22 +92,44 @@ class HostAnswering:
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
-    ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
-        encoded = self._encode_all(images)
-        image_features = np.stack([each.image_features for each in encoded])
-        session = self._text_model.start(input_ids, attention_mask, image_features)
-        return encoded, drive(session, new_search(range(len(images))))
+        failed: Failed,
+    ) -> list[Answer | None]:
+        encoded = self._encode_all(images, failed)
+        rows = [row for row in range(len(images)) if row in encoded]
+        answers: list[Answer | None] = [None] * len(images)
+        if not rows:
+            return answers
+        mask = attention_mask[rows]
+        length = int(mask.sum(axis=1).max())
+        image_features = np.stack([encoded[row].image_features for row in rows])
+        session = self._text_model.start(input_ids[rows, :length], mask[:, :length], image_features)
+        for row, sequence in zip(rows, drive(session, new_search(rows)), strict=True):
+            answers[row] = encoded[row], sequence
+        return answers
 
-    def _encode_all(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
+    def _encode_all(self, images: Sequence[AnyImage], failed: Failed) -> dict[int, EncodedImage]:
+        """The encoded image of each prompt, by the prompt's index; without those that `failed` was told of."""
         # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a
         # whole batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
-        encoded = {key: self._encoded(images[indices[0]]) for key, indices in prompts_by_image(images).items()}
-        return [encoded[image_key(image)] for image in images]
+        encoded: dict[int, EncodedImage] = {}
+        for indices in prompts_by_image(images).values():
+            try:
+                found = self._encoded(images[indices[0]])
+            except FlorenceError as error:
+                failed(indices, error)
+            else:
+                encoded.update(dict.fromkeys(indices, found))
+        return encoded
 
     def _encoded(self, image: AnyImage) -> EncodedImage:
         if isinstance(image, EncodedImage):
             return check_features(self._sizes, image)
         return self.encode(load(image))
+
+
+def raise_error(indices: Sequence[int], error: FlorenceError) -> None:
+    """A `Failed` for calls that end with the first error."""
+    raise error
 
 
 def load(image: ImageInput) -> PILImage.Image:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 
 from PIL import Image as PILImage
 
 from florence_onnx.bundles.bundle import ModelSizes
 from florence_onnx.bundles.memory import MAX_IMAGES
-from florence_onnx.errors import OptionsError
+from florence_onnx.errors import FlorenceError, OptionsError
 from florence_onnx.generation.options import SearchConfig
-from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
+from florence_onnx.generation.search import Floats, Ids, Search
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import (
+    Answer,
     AnyImage,
+    Failed,
     Key,
     check_features,
     image_key,
@@ -26,6 +29,9 @@ from florence_onnx.inference.resident_model import ResidentModel
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.runtime.workers import map_in_batches
+
+_Prepared = tuple[PILImage.Image, Floats]
+"""An image, RGB, and its `pixel_values` `(1, 3, H, W)`."""
 
 
 class DeviceAnswering:
@@ -60,7 +66,8 @@ class DeviceAnswering:
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
-    ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
+        failed: Failed,
+    ) -> list[Answer | None]:
         indices = prompts_by_image(images)
         encoded: dict[Key, EncodedImage] = {}
         order: list[int] = []  # index of the prompt of each request: an image that is encoded already comes first
@@ -71,32 +78,66 @@ class DeviceAnswering:
 
         def requests() -> Iterator[list[DecodeRequest]]:
             for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}):
+                if isinstance(each, FlorenceError):
+                    failed(indices[key], each)
+                    continue
                 encoded[key] = each
                 order.extend(indices[key])
                 features = self._resident.upload(each.stored)
                 yield [request(index, features) for index in indices[key]]
 
         if len(indices) == 1:  # no encoding that decoding could overlap with, so no thread for it
-            answers = self._resident.answer([each for some in requests() for each in some])
+            sequences = self._resident.answer([each for some in requests() for each in some])
         else:
-            answers = self._resident.answer_stream(requests())
-        by_index = dict(zip(order, answers, strict=True))
-        return [encoded[image_key(image)] for image in images], [by_index[index] for index in range(len(images))]
+            sequences = self._resident.answer_stream(requests())
+        answers: list[Answer | None] = [None] * len(images)
+        for index, sequence in zip(order, sequences, strict=True):
+            if isinstance(sequence, FlorenceError):
+                failed([index], sequence)
+            else:
+                answers[index] = encoded[image_key(images[index])], sequence
+        return answers
 
-    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage]]:
+    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
         """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
         raw: list[tuple[Key, ImageInput]] = []
         for key, image in images.items():
             if isinstance(image, EncodedImage):
-                yield key, check_features(self._sizes, image)
+                yield key, self._checked(image)
             else:
                 raw.append((key, image))
 
-        def prepare(pair: tuple[Key, ImageInput]) -> tuple[Key, PILImage.Image, Floats]:
-            loaded = load(pair[1])
-            return pair[0], loaded, preprocess(self._sizes, loaded)
+        for batch in map_in_batches(self._prepare, raw, MAX_IMAGES):
+            yield from self._encode_batch(batch)
 
-        for batch in map_in_batches(prepare, raw, MAX_IMAGES):
-            features = self._resident.encode([pixel_values for *_, pixel_values in batch])
-            for (key, loaded, _), stored in zip(batch, features, strict=True):
-                yield key, EncodedImage(stored, loaded)
+    def _checked(self, image: EncodedImage) -> EncodedImage | FlorenceError:
+        try:
+            return check_features(self._sizes, image)
+        except FlorenceError as error:
+            return error
+
+    def _prepare(self, pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
+        try:
+            loaded = load(pair[1])
+        except FlorenceError as error:
+            return pair[0], error
+        return pair[0], (loaded, preprocess(self._sizes, loaded))
+
+    def _encode_batch(
+        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]]
+    ) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
+        prepared: list[tuple[Key, _Prepared]] = []
+        for key, each in batch:
+            if isinstance(each, FlorenceError):
+                yield key, each
+            else:
+                prepared.append((key, each))
+        if not prepared:
+            return
+        try:
+            features = self._resident.encode([pixel_values for _, (_, pixel_values) in prepared])
+        except FlorenceError as error:  # of the whole run: each image gets a copy, which is given its place
+            yield from ((key, copy(error)) for key, _ in prepared)
+            return
+        for (key, (loaded, _)), stored in zip(prepared, features, strict=True):
+            yield key, EncodedImage(stored, loaded)

@@ -6,11 +6,13 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from florence_onnx.errors import DeviceMemoryError, ProviderError
+from florence_onnx import forks
+from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
 from florence_onnx.generation.search import GeneratedSequence
 from florence_onnx.inference.continuous_batching import ContinuousBatch, DecodeRequest
 from florence_onnx.inference.decoder_call import ResidentSizes, padded_count
@@ -110,6 +112,14 @@ def _pin(memory: DeviceMemory, array: Floats) -> None:
             _log.info("images are copied to the device from pageable memory, which is slower: %s", error)
 
 
+class _Started(NamedTuple):
+    """What a process makes of its own to run the graphs."""
+
+    vision: ResidentVision
+    batch: ContinuousBatch
+    finalizer: weakref.finalize[..., ResidentModel]
+
+
 class ResidentModel:
     """The three graphs on one device, for callers in many threads."""
 
@@ -127,16 +137,39 @@ class ResidentModel:
         max_tokens: Most tokens of a prompt that a decode step takes, over all its beams; None for any number.
         """
         self.max_tokens = max_tokens
-        vision_encoder, text_encoder, decoder = engines
         self.max_batch = max_batch
-        self._memory = vision_encoder.memory
-        self._vision = ResidentVision(vision_encoder, sizes)
-        self._batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, sizes), max_batch)
-        weakref.finalize(self, self._batch.close)
+        self._engines = engines
+        self._sizes = sizes
+        self._memory = engines[0].memory
+        self._lock = forks.Lock()
+        self._started: _Started | None = self._start()
+        forks.call_in_child(self._forget_in_child)
+
+    def _start(self) -> _Started:
+        vision_encoder, text_encoder, decoder = self._engines
+        batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, self._sizes), self.max_batch)
+        return _Started(ResidentVision(vision_encoder, self._sizes), batch, weakref.finalize(self, batch.close))
+
+    def _running(self) -> _Started:
+        """The buffers and the device thread; new ones at the first call in a forked child, which has no such thread."""
+        with self._lock:
+            if self._started is None:
+                self._started = self._start()
+            return self._started
+
+    def _forget_in_child(self) -> None:
+        if self._started is not None:
+            self._started.finalizer.detach()  # to close the batch needs a lock that may be taken here
+            self._started = None
+
+    @property
+    def _batch(self) -> ContinuousBatch:
+        return self._running().batch
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
         """As `ResidentVision.encode`, from any thread."""
-        return self._batch.call(lambda: self._vision.encode(pixel_values))
+        running = self._running()
+        return running.batch.call(lambda: running.vision.encode(pixel_values))
 
     def upload(self, image_features: Floats | DeviceArray) -> DeviceArray:
         """Features `(N, D)` float32 in this device's memory: the given array if it is there already, else a copy."""
@@ -148,31 +181,30 @@ class ResidentModel:
         features.upload(np.asarray(image_features, dtype=np.float32))
         return features
 
-    def answer(self, requests: Sequence[DecodeRequest]) -> list[GeneratedSequence]:
+    def answer(self, requests: Sequence[DecodeRequest]) -> list[GeneratedSequence | FlorenceError]:
         """Answers prompts, in one batch with those of other threads.
 
-        Raises:
-            FlorenceError: The device failed, or its memory is full.
+        Returns:
+            For each request its answer, or the error that ended it: the device failed, or its memory is full.
         """
         for request in requests:
             self._batch.submit(request)
         try:
             self._batch.wait(lambda: _all_done(requests))
-            return [request.result() for request in requests]
+            return [_outcome(request) for request in requests]
         finally:
             self._batch.cancel(requests)
 
-    def answer_stream(self, stream: Iterable[Sequence[DecodeRequest]]) -> list[GeneratedSequence]:
+    def answer_stream(self, stream: Iterable[Sequence[DecodeRequest]]) -> list[GeneratedSequence | FlorenceError]:
         """Answers prompts while the stream still makes requests: decoding overlaps with the encoding of further images.
 
         Args:
             stream: Requests, some at a time; iterated over in a thread of its own.
 
         Returns:
-            Answers in the order of the requests.
+            As `answer`, in the order of the requests.
 
         Raises:
-            FlorenceError: As `answer`.
             Exception: What iterating over the stream raised.
         """
         from concurrent.futures import ThreadPoolExecutor
@@ -190,7 +222,7 @@ class ResidentModel:
                 finally:
                     is_stopped.set()
                 submitting.result()
-            return [request.result() for request in requests]
+            return [_outcome(request) for request in requests]
         finally:
             self._batch.cancel(requests)  # after the pool has ended, so that no request is submitted behind it
 
@@ -203,6 +235,13 @@ class ResidentModel:
             for request in some:
                 requests.append(request)
                 self._batch.submit(request)
+
+
+def _outcome(request: DecodeRequest) -> GeneratedSequence | FlorenceError:
+    try:
+        return request.result()
+    except FlorenceError as error:
+        return error
 
 
 def _all_done(requests: Sequence[DecodeRequest]) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import Field
 
-from florence_onnx import tasks
+from florence_onnx import forks, tasks
 from florence_onnx._version import __version__
 from florence_onnx.answers.locations import Region
 from florence_onnx.errors import FlorenceError, ImageError
@@ -62,29 +62,56 @@ class Images:
         return model.encode(path)
 
 
-def make_server(load: Callable[[], Florence2], images: Images) -> MCPServer:
+class _Model:
+    """A model that is loaded once in a process: by a thread when the server starts, and anew in a forked child."""
+
+    def __init__(self, load: Callable[[], Florence2]) -> None:
+        self._load = load
+        self._lock = forks.Lock()
+        self._loaded: Florence2 | None = None
+        self._error: Exception | None = None
+
+    def start(self) -> None:
+        """Begins to load."""
+        threading.Thread(target=self._load_once, name="load", daemon=True).start()
+
+    def get(self) -> Florence2:
+        """Waits for the model, and raises what loading it raised."""
+        self._load_once()
+        if self._loaded is None:
+            assert self._error is not None
+            raise self._error
+        return self._loaded
+
+    def _load_once(self) -> None:
+        with self._lock:
+            if self._loaded is None and self._error is None:
+                try:
+                    self._loaded = self._load()
+                except Exception as error:  # noqa: BLE001 - raised in every thread that asks for the model
+                    self._error = error
+
+
+def make_server(load: Callable[[], Florence2], images: Images, own: Mapping[str, Task[Any]] | None = None) -> MCPServer:
     """A server with a tool for every task.
 
     Args:
         load: Loads the model; called once, in a thread, when the server starts, so that it answers at once.
         images: How images are found.
+        own: Tasks that the model's bundle carries, by slug.
     """
-    loader = ThreadPoolExecutor(1, thread_name_prefix="load")
-    model: list[Future[Florence2]] = []
+    model = _Model(load)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer) -> AsyncIterator[None]:
-        model.append(loader.submit(load))
-        try:
-            yield
-        finally:
-            loader.shutdown(wait=False)
+        model.start()
+        yield
 
     def ask(
         task: Task[Any], image: str, annotated: bool, text_input: str | None = None, box: Sequence[float] | None = None
     ) -> CallToolResult:
         try:
-            florence = model[0].result()
+            florence = model.get()
             encoded = images.encode(florence, image)
             region = None if box is None else Region.from_pixels(box[0], box[1], box[2], box[3], encoded.size)
             return _to_result(florence.run(task, encoded, text_input=text_input, region=region), annotated)
@@ -95,7 +122,7 @@ def make_server(load: Callable[[], Florence2], images: Images) -> MCPServer:
         "florence-2", version=__version__, instructions=INSTRUCTIONS, lifespan=lifespan, log_level="WARNING"
     )
     annotations = ToolAnnotations(read_only_hint=True, open_world_hint=True)
-    for task in tasks.TASKS.values():
+    for task in (*tasks.TASKS.values(), *(own or {}).values()):
         server.add_tool(
             _tool(task, ask),
             name=task.slug,
@@ -122,7 +149,23 @@ def _tool(task: Task[Any], ask: Answer) -> Answer:
     ) -> CallToolResult:
         return ask(task, image, annotated, None, (x1, y1, x2, y2))
 
-    by_needs: dict[str, Answer] = {"nothing": about_image, "text": about_text, "region": about_region}
+    def about_text_and_region(
+        image: ImageArgument,
+        text_input: TextArgument,
+        x1: Pixels,
+        y1: Pixels,
+        x2: Pixels,
+        y2: Pixels,
+        annotated: AnnotatedArgument = False,
+    ) -> CallToolResult:
+        return ask(task, image, annotated, text_input, (x1, y1, x2, y2))
+
+    by_needs: dict[str, Answer] = {
+        "nothing": about_image,
+        "text": about_text,
+        "region": about_region,
+        "text+region": about_text_and_region,
+    }
     return by_needs[task.needs]
 
 
@@ -146,7 +189,7 @@ _DESCRIPTIONS = {
 
 
 def _describe(task: Task[Any]) -> str:
-    return _DESCRIPTIONS[task.slug]
+    return _DESCRIPTIONS.get(task.slug) or task.description or f"A task of this fine-tune, {task.token}."
 
 
 def _to_result(prediction: Prediction[Any], annotated: bool) -> CallToolResult:

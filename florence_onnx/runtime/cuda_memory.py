@@ -17,10 +17,11 @@ import weakref
 from collections import deque
 from typing import Any
 
+from florence_onnx import forks
 from florence_onnx.errors import DeviceMemoryError, ProviderError
 from florence_onnx.runtime.device_memory import Array, Block, DeviceMemory
 
-LOCK = threading.RLock()
+LOCK = forks.Lock(threading.RLock)
 """Held while a thread calls CUDA or runs an ONNX Runtime session on a GPU: one thread of the process at a time."""
 MAJORS = ("13", "12", "11.0")
 """Versions of libcudart to look for where ONNX Runtime does not say which CUDA it is built for (before 1.21)."""
@@ -58,6 +59,7 @@ class CudaMemory(DeviceMemory):
             ProviderError: CUDA's runtime library is not found.
         """
         self.index = index
+        self._forks = forks.count()
         self._library = _load(cuda_version.partition(".")[0])
         # (size, address). A deque, because finalizers append to it in any thread, and its append is atomic.
         self._free_list: deque[tuple[int, int]] = deque()
@@ -138,9 +140,11 @@ class CudaMemory(DeviceMemory):
         """
         with LOCK:
             self._call("cudaHostRegister", array.ctypes.data, array.nbytes, 0)
-        weakref.finalize(array, _unpin, self._library, array.ctypes.data).atexit = False
+        weakref.finalize(array, _unpin, self._library, array.ctypes.data, self._forks).atexit = False
 
     def _call(self, name: str, *arguments: int) -> None:
+        if forks.count() != self._forks:
+            raise ProviderError(forks.UNUSABLE.format("CUDA"))
         self._check(int(getattr(self._library, name)(*arguments)))
 
     def _check(self, status: int) -> None:
@@ -162,7 +166,9 @@ def _open(major: str) -> Any:
     raise ProviderError(f"{' or '.join(names)} not found; to install it: pip install nvidia-cuda-runtime")
 
 
-def _unpin(library: Any, address: int) -> None:
+def _unpin(library: Any, address: int, num_forks: int) -> None:
+    if forks.count() != num_forks:
+        return  # pinned by a process that this one was forked from
     with LOCK:
         library.cudaHostUnregister(address)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from florence_onnx import forks
 from florence_onnx.bundles.memory import is_out_of_memory
 from florence_onnx.errors import (
     BundleFileMissingError,
@@ -129,7 +129,8 @@ class OnnxEngine:
         )
         _refuse_single_graph(chosen)
         self._ort = ort
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
+        self._num_running = 0
         self._graph_ids = itertools.count(1)
         name = CUDA_GRAPHS.get(chosen[0][0], "")
         if cuda_graphs and name:
@@ -140,8 +141,9 @@ class OnnxEngine:
         """Why they may not, where capturing was asked for and failed."""
         # A capture fails if another thread of the process calls CUDA meanwhile, as opening a session does.
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
+        self._reopen = partial(self._open, path, chosen, options.session_options, options.graph_cache_folder)
         with self._exclusive:
-            self._session = self._open(path, chosen, options.session_options, options.graph_cache_folder)
+            self._session: Any = self._reopen()
         # Stays true when capture is disabled later: the session still has CUDA graphs enabled, and would capture a run
         # without an id as graph 0 and replay it for other buffers.
         self._needs_graph_id = self.can_capture
@@ -157,7 +159,10 @@ class OnnxEngine:
             node.name: list(node.shape) for node in self._session.get_outputs()
         }
         """Shapes by name; an axis without a fixed size is its name."""
+        self.shapes: dict[str, list[int | str]] = {node.name: list(node.shape) for node in nodes} | self.output_shapes
+        """The same of inputs and outputs."""
         self._num_runs = 0
+        forks.call_in_child(self._drop_session_in_child)
 
     def _open(
         self,
@@ -176,6 +181,40 @@ class OnnxEngine:
             session = open_session(self._ort, path, chosen, session_options, cache_folder)
             self.disable_capture(path.name, error)
             return session
+
+    @property
+    def session(self) -> Any:
+        """The ONNX Runtime session; opened again at the first use in a forked child, if it cannot be used there.
+
+        Raises:
+            ProviderError: A child was forked from a process that has this graph on another device than the CPU.
+            BundleError: A file of the graph has been deleted or changed since.
+        """
+        if self._session is None:
+            if self.provider != CPU:
+                raise ProviderError(forks.UNUSABLE.format(self.provider))
+            with self._lock:
+                if self._session is None:
+                    self._session = self._reopen()
+        return self._session
+
+    def _drop_session_in_child(self) -> None:
+        """Drops the session in a forked child, except where it has no threads and no thread was running it.
+
+        ONNX Runtime 1.32, tried: a session without threads works in a child. One with threads waits for them in its
+        destructor, and so does the child's exit. A thread in the middle of a run may have taken the arena's lock.
+        """
+        settings = self._session and self._session.get_session_options()
+        is_usable = (
+            settings is not None
+            and self.provider == CPU
+            and settings.intra_op_num_threads == settings.inter_op_num_threads == 1
+            and not self._num_running
+        )
+        self._num_running = 0
+        if not is_usable:
+            forks.leak(self._session)
+            self._session = None
 
     def disable_capture(self, name: str, reason: BaseException) -> None:
         """Makes all bindings run without CUDA graphs from now on, and logs why.
@@ -226,7 +265,7 @@ class OnnxEngine:
         typed = {name: np.ascontiguousarray(value, dtype=self.inputs[name]) for name, value in feeds.items()}
         self.count_run()
         options = self.run_options()
-        outputs = self.call(lambda: self._session.run(None, typed, options))
+        outputs = self.call(partial(self.session.run, None, typed, options))
         return dict(zip(self.outputs, outputs, strict=True))
 
     def run_options(self, graph_id: str = NO_CAPTURE) -> Any:
@@ -250,18 +289,23 @@ class OnnxEngine:
         """
         # A failing kernel raises one of ONNX Runtime's classes in `run`, a bare RuntimeError in `run_with_iobinding`.
         expected: tuple[type[Exception], ...] = (*raised_by(self._ort), RuntimeError, MemoryError)
+        self._count_running(1)
         try:
             with self._exclusive:
                 return function()
         except expected as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.provider, error) from error
-            if self.provider == CPU:
-                raise
             raise ProviderError(f"{self.provider} failed while running: {str(error).strip()}") from error
+        finally:
+            self._count_running(-1)
+
+    def _count_running(self, change: int) -> None:
+        with self._lock:
+            self._num_running += change
 
     def bind(self) -> OnnxBinding:
-        return OnnxBinding(self, self._session)
+        return OnnxBinding(self, self.session)
 
 
 class OnnxBinding:

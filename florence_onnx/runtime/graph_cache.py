@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from florence_onnx.errors import BundleError, InputError
+from florence_onnx.errors import BundleError, DeviceMemoryError, InputError
 from florence_onnx.runtime import cpu
 
 _log = logging.getLogger("florence_onnx")
@@ -145,7 +145,7 @@ def _create_entry(graph: Path, entry: Path, create: Create) -> Any:
         _commit(new, entry)
         _log.info("graph cache: %s saved to %s", graph.name, entry)
         _evict(entry.parent)
-    except (BundleError, OSError) as error:  # a full disk raises either of them
+    except (BundleError, DeviceMemoryError, OSError) as error:  # a full disk raises the first or the last of them
         session = create(graph, {})  # raises again if the graph itself is the reason
         _log.warning("graph cache: %s cannot be cached: %s", graph.name, error)
     finally:

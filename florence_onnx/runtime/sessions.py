@@ -17,7 +17,7 @@ from florence_onnx.errors import (
     MissingExtraError,
     ProviderError,
 )
-from florence_onnx.runtime import cpu, cuda, graph_cache, graph_repair
+from florence_onnx.runtime import cpu, cuda, graph_cache, graph_repair, memory_errors, telemetry
 from florence_onnx.runtime.providers import ProviderList
 
 SessionOptions = Mapping[str, Any]
@@ -54,7 +54,7 @@ _ERRORS = (
 
 
 def onnxruntime() -> ModuleType:
-    """The module onnxruntime, from whichever of its packages is installed.
+    """The module onnxruntime, from whichever of its packages is installed, without its reports (`telemetry`).
 
     Raises:
         MissingExtraError: None is installed.
@@ -63,6 +63,8 @@ def onnxruntime() -> ModuleType:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cpu") from error
+    if telemetry.IS_TOO_LATE:
+        _log.info("onnxruntime %s", telemetry.problem())
     module: ModuleType = ort
     return module
 
@@ -108,7 +110,7 @@ def open_session(
         BundleFileMissingError: External data is missing.
         CorruptGraphError: ONNX Runtime does not accept the graph.
         ProviderError: The first provider does not start, or does not accept the graph.
-        DeviceMemoryError: The device has not enough memory for the weights.
+        DeviceMemoryError: There is not enough memory for the weights.
     """
     if overrides is not None and not isinstance(overrides, Mapping):
         raise InputError(f'session_options must be a dict such as {{"intra_op_num_threads": 2}}, got {overrides!r}')
@@ -145,7 +147,7 @@ def _session_options(ort: ModuleType, settings: SessionOptions) -> Any:
 
 def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: Any) -> Any:
     state = ort.capi.onnxruntime_pybind11_state
-    errors = raised_by(ort)
+    errors: tuple[type[Exception], ...] = (*raised_by(ort), MemoryError)
     if chosen[0][0] != CPU:  # a provider that does not start does not always raise one of ONNX Runtime's classes
         errors += (RuntimeError, ValueError)
     try:
@@ -158,7 +160,7 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
         if is_out_of_memory(error):
-            raise out_of_memory(chosen[0][0], error) from error
+            raise memory_errors.error_for(chosen[0][0], path, error) from error
         if chosen[0][0] != CPU:
             reasons = _diagnosis(ort, chosen[0][0])
             raise ProviderError(f"{chosen[0][0]} could not load {path.name}: {error}{reasons}") from error

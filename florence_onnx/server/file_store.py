@@ -6,11 +6,11 @@ import errno
 import logging
 import re
 import secrets
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 from florence_onnx.server.fair_store import FairStore
 from florence_onnx.server.state_folder import StateFolder
@@ -68,9 +68,10 @@ class FileStore:
         self._state = StateFolder(parent)
         self._files: FairStore[StoredFile] = FairStore()
         self._reserved: FairStore[_Reserved] = FairStore()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self.is_full = False
         """Whether the last file could not be stored because the disk was full."""
+        self._forks = forks.count()
 
     @property
     def folder(self) -> Path:
@@ -158,8 +159,9 @@ class FileStore:
         return None if stored is None else stored.path
 
     def close(self) -> None:
-        """Deletes all files."""
-        self._state.close()
+        """Deletes all files, except in a forked child: the process that made the folder and its other children need it."""
+        if forks.count() == self._forks:
+            self._state.close()
 
     def _write(self, token: str, content: bytes) -> None:
         try:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from florence_onnx import forks
 from florence_onnx.fal.jobs import Stats
 
 # histogram buckets: cached small models answer in milliseconds, large models on a busy CPU in tens of seconds
@@ -19,6 +20,12 @@ class Metrics:
     """The metrics of one server, in a registry of their own: several servers can live in one process."""
 
     def __init__(self) -> None:
+        self._get_stats: Callable[[], Stats] | None = None
+        self._start()
+        forks.call_in_child(self._start)
+
+    def _start(self) -> None:
+        """Begins at zero, with new locks: a forked child counts its own requests."""
         self._registry = CollectorRegistry()
         self._stages = Histogram(
             "florence_stage_seconds",
@@ -40,6 +47,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        if self._get_stats is not None:
+            self._registry.register(_ServiceCollector(self._get_stats))
 
     def add_service(self, get_stats: Callable[[], Stats]) -> None:
         """Adds the counts of a service.
@@ -47,6 +56,7 @@ class Metrics:
         Args:
             get_stats: Returns the current counts; called by every `render`.
         """
+        self._get_stats = get_stats
         self._registry.register(_ServiceCollector(get_stats))
 
     def observe(self, stage: str, value: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Container
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -175,7 +176,7 @@ class _Request:
         path = self.scope["path"]
         # a client that disconnected got no response; 499 is nginx's code for that
         status = self._status or 499
-        self._context.metrics.count(endpoint_of(path), status, seconds)
+        self._context.metrics.count(endpoint_of(path, self._context.service.model.tasks), status, seconds)
         client = self.scope.get("client") or ("", 0)
         fields = {
             "request_id": self.id,
@@ -189,14 +190,14 @@ class _Request:
         _access_log.info("%s %s %d", self.scope["method"], path[:200], status, extra=fields)
 
 
-def endpoint_of(path: str) -> str:
+def endpoint_of(path: str, slugs: Container[str] = tasks.TASKS) -> str:
     """Returns a metrics label with few distinct values: no request ids, no file names, one value for unknown paths."""
     parts = path.strip("/").split("/")
     is_queue = parts[0] == "queue"
     rest = parts[1:] if is_queue else parts
     if "/".join(rest[:2]) == APP:
         tail = rest[-1] if rest[-1] in ("status", "stream", "cancel") else "result"
-        name = rest[2] if len(rest) == 3 and rest[2] in tasks.TASKS else tail if "requests" in rest else "unknown"
+        name = rest[2] if len(rest) == 3 and rest[2] in slugs else tail if "requests" in rest else "unknown"
         return f"queue/{name}" if is_queue else name
     return parts[0] if parts[0] in ("files", "storage", "playground", "health", "ready", "metrics", "") else "unknown"
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from florence_onnx import __version__, tasks
+from florence_onnx.answers import postprocess
 from florence_onnx.fal.contract import APP, MAX_BIN
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.tasks import Task
 
 Schema = dict[str, Any]
+_TEXT_AND_REGION = "ImageWithTextAndUserCoordinatesInput"
 EXAMPLE_IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mO8"
     "o6HBQApgYiARjGoY1TB0NAAAyVkBTB15Un8AAAAASUVORK5CYII="
@@ -18,17 +21,21 @@ EXAMPLE_IMAGE = (
 """A red square, so that the example works without a network."""
 
 
-def document(*, has_options: bool = False) -> dict[str, Any]:
+def document(known: Mapping[str, Task[Any]] = tasks.TASKS, *, has_options: bool = False) -> dict[str, Any]:
     """Builds the document: every endpoint, direct and through the queue, and the operational endpoints.
 
     Args:
+        known: The model's tasks by slug; an endpoint each.
         has_options: Whether requests may state generation options.
     """
     paths: dict[str, Any] = {}
-    for task in tasks.TASKS.values():
+    for task in known.values():
         paths[f"/{APP}/{task.slug}"] = {"post": _run(task)}
         paths[f"/queue/{APP}/{task.slug}"] = {"post": _submit(task)}
     paths |= _queue_paths() | _operation_paths()
+    found = _with_options(schemas()) if has_options else schemas()
+    if all(task.needs != "text+region" for task in known.values()):
+        del found[_TEXT_AND_REGION]  # fal has no such task
     return {
         "openapi": "3.1.0",
         "info": {
@@ -38,7 +45,7 @@ def document(*, has_options: bool = False) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": _with_options(schemas()) if has_options else schemas(),
+            "schemas": found,
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description": "`Key …`"}
             },
@@ -53,6 +60,7 @@ def input_name(task: Task[Any]) -> str:
         "nothing": "ImageInput",
         "text": "ImageWithTextInput",
         "region": "ImageWithUserCoordinatesInput",
+        "text+region": _TEXT_AND_REGION,
     }[task.needs]
 
 
@@ -60,9 +68,9 @@ def output_name(task: Task[Any]) -> str:
     """Returns fal's title of an endpoint's output."""
     if not task.has_image:
         return "TextOutput"
-    if task is tasks.OCR_WITH_REGION:
+    if task.parser is postprocess.ocr:
         return "OCRBoundingBoxOutputWithLabels"
-    is_outline = task in (tasks.REFERRING_EXPRESSION_SEGMENTATION, tasks.REGION_TO_SEGMENTATION)
+    is_outline = task.parser in (postprocess.polygons, postprocess.description_with_polygons)
     return "PolygonOutputWithLabels" if is_outline else "BoundingBoxOutputWithLabels"
 
 
@@ -102,6 +110,9 @@ def schemas() -> dict[str, Schema]:
         "ImageWithTextInput": _object("ImageWithTextInput", {"image_url": image_url, "text_input": text_input}),
         "ImageWithUserCoordinatesInput": _object(
             "ImageWithUserCoordinatesInput", {"image_url": image_url, "region": region}
+        ),
+        _TEXT_AND_REGION: _object(
+            _TEXT_AND_REGION, {"image_url": image_url, "text_input": text_input, "region": region}
         ),
         "Region": _object("Region", bins),
         "BoundingBoxOutputWithLabels": _output("BoundingBoxOutputWithLabels", "BoundingBoxes"),
@@ -156,7 +167,7 @@ def _with_options(found: dict[str, Schema]) -> dict[str, Schema]:
         }
         for each in dataclasses.fields(GenerationOptions)
     }
-    for title in ("ImageInput", "ImageWithTextInput", "ImageWithUserCoordinatesInput"):
+    for title in (name for name in found if name.startswith("Image") and name.endswith("Input")):
         properties = {**found[title]["properties"], **options}
         found[title] = _object(title, properties, required=found[title]["required"])
     return found
@@ -225,6 +236,7 @@ def _run(task: Task[Any]) -> Schema:
     return {
         "operationId": task.slug,
         "summary": task.slug,
+        **({"description": task.description} if task.description else {}),
         "requestBody": _body(task),
         "responses": {
             "200": _json(output_name(task), "The result"),

@@ -39,4 +39,6 @@ async def metrics(request: Request) -> Response:
 @router.get("/openapi.json")
 async def document(request: Request) -> Response:
     """The OpenAPI document."""
-    return json_response(openapi.document(has_options=get_context(request).settings.service.allow_options))
+    context = get_context(request)
+    has_options = context.settings.service.allow_options
+    return json_response(openapi.document(context.service.model.tasks, has_options=has_options))

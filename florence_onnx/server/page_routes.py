@@ -52,7 +52,7 @@ async def config(request: Request) -> Response:
             "precision": info["precision"],
             "auth": context.settings.api_key is not None,
             "prefix": APP,
-            "tasks": [_describe(task) for task in tasks.TASKS.values()],
+            "tasks": [_describe(task) for task in context.service.model.tasks.values()],
             "samples": _samples(),
             "max_bytes": context.settings.service.image_limits.max_bytes,
         }
@@ -71,9 +71,10 @@ async def static(name: str) -> Response:
     return _file(STATIC, name)
 
 
-def _describe(task: Task[Any]) -> dict[str, str]:
+def _describe(task: Task[Any]) -> dict[str, Any]:
     output = _OUTPUTS[output_name(task)]
-    return {"slug": task.slug, "token": task.token, "needs": task.needs, "output": output}
+    described = {"slug": task.slug, "token": task.token, "needs": task.needs, "output": output}
+    return {**described, "description": task.description, "is_own": task.slug not in tasks.TASKS}
 
 
 def _samples() -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 
+from florence_onnx import forks
 from florence_onnx.fal import problems
 from florence_onnx.fal.jobs import Job
 from florence_onnx.server.fair_store import FairStore
@@ -30,7 +30,7 @@ class ResultsStore:
         self._max_bytes = max_bytes
         self._in_flight: OrderedDict[str, tuple[float, Job]] = OrderedDict()
         self._ended: FairStore[tuple[float, Job]] = FairStore()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def add(self, job: Job) -> None:
         """Adds a request."""

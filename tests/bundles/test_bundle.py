@@ -23,6 +23,7 @@ from florence_onnx import (
 from florence_onnx.bundles import bundle, hub
 from florence_onnx.bundles.configuration import configure
 from florence_onnx.runtime import providers
+from tests import descriptions
 
 DEMO = bundle.DEMO_DIRECTORY
 SAMPLE = DEMO.parent / "samples" / "scene-1.png"
@@ -34,11 +35,6 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DEMO, tmp_path / "bundle"))
 
 
-def change_description(path: Path, **changes: object) -> None:
-    described = json.loads((path / bundle.DESCRIPTION).read_text())
-    (path / bundle.DESCRIPTION).write_text(json.dumps({**described, **changes}))
-
-
 def change_generation(path: Path, **changes: object) -> None:
     config = json.loads((path / bundle.GENERATION_CONFIG).read_text())
     (path / bundle.GENERATION_CONFIG).write_text(json.dumps({**config, **changes}))
@@ -47,7 +43,7 @@ def change_generation(path: Path, **changes: object) -> None:
 
 def forget_hashes(path: Path) -> None:
     """Removes the recorded hashes, so that damage reaches the checks behind them."""
-    change_description(path, files={})
+    descriptions.change(path, files={})
 
 
 @pytest.mark.parametrize("name", [*bundle.GRAPHS, bundle.WEIGHTS, bundle.TOKENIZER, bundle.GENERATION_CONFIG])
@@ -82,20 +78,20 @@ def test_a_graph_of_the_right_length_with_wrong_content_is_named(copy: Path, nam
 
 
 def test_a_newer_format_asks_for_an_upgrade(copy: Path) -> None:
-    change_description(copy, format_version=bundle.FORMAT_VERSION + 1)
+    descriptions.change(copy, format_version=bundle.FORMAT_VERSION + 1)
     with pytest.raises(BundleFormatError, match="pip install --upgrade florence-onnx"):
         Florence2.from_pretrained(copy)
 
 
 def test_an_older_format_asks_for_another_export(copy: Path) -> None:
-    change_description(copy, format_version=bundle.FORMAT_VERSION - 1)
+    descriptions.change(copy, format_version=bundle.FORMAT_VERSION - 1)
     with pytest.raises(BundleFormatError, match=r"has format version 2.*export it again: florence-onnx-export"):
         Florence2.from_pretrained(copy)
 
 
 @pytest.mark.parametrize("version", [None, True, "2", 2.5, 0])
 def test_a_malformed_format_version_is_refused(copy: Path, version: object) -> None:
-    change_description(copy, format_version=version)
+    descriptions.change(copy, format_version=version)
     with pytest.raises(BundleFormatError, match="has format version"):
         bundle.read(copy)
 
@@ -109,14 +105,14 @@ def test_an_unreadable_description_is_refused(copy: Path, text: str) -> None:
 
 @pytest.mark.parametrize("model", [None, {}, {"image_size": [768, 768]}, {"unknown": 1}])
 def test_an_incomplete_description_is_refused(copy: Path, model: object) -> None:
-    change_description(copy, model=model)
+    descriptions.change(copy, model=model)
     with pytest.raises(BundleFormatError, match="incomplete"):
         bundle.read(copy)
 
 
 @pytest.mark.parametrize("files", [None, [], {"decoder.onnx": 3}, {"decoder.onnx": {}}])
 def test_a_damaged_list_of_files_is_refused(copy: Path, files: object) -> None:
-    change_description(copy, files=files)
+    descriptions.change(copy, files=files)
     with pytest.raises(BundleFormatError, match="incomplete"):
         bundle.read(copy)
 
@@ -133,15 +129,13 @@ def test_a_damaged_list_of_files_is_refused(copy: Path, files: object) -> None:
     ],
 )
 def test_an_invalid_size_is_named(copy: Path, name: str, value: object) -> None:
-    described = json.loads((copy / bundle.DESCRIPTION).read_text())
-    change_description(copy, model={**described["model"], name: value})
+    descriptions.change_model(copy, **{name: value})
     with pytest.raises(BundleFormatError, match=name):
         bundle.read(copy)
 
 
 def test_a_wrong_number_of_layers_is_detected_at_load(copy: Path) -> None:
-    described = json.loads((copy / bundle.DESCRIPTION).read_text())
-    change_description(copy, model={**described["model"], "decoder_layers": 99})
+    descriptions.change_model(copy, decoder_layers=99)
     with pytest.raises(BundleFormatError, match="the decoder has 3 layers, its description says 99"):
         Florence2.from_pretrained(copy)
 
@@ -384,8 +378,8 @@ def test_what_cannot_be_configured_says_why(tmp_path: Path, copy: Path) -> None:
     several = tmp_path / "several"
     for precision in ("fp32", "int8"):
         shutil.copytree(copy, several / precision)
-    change_description(several / "int8", precision="int8")
-    change_description(several / "fp32", precision="fp32")
+    descriptions.change(several / "int8", precision="int8")
+    descriptions.change(several / "fp32", precision="fp32")
     configure(several, {"num_beams": 2})
     configure(several, {"num_beams": 1}, "int8")
     found = {name: bundle.read(several, name).generation.resolve(None).num_beams for name in ("fp32", "int8")}

@@ -27,6 +27,7 @@ from florence_onnx.commands.main import app
 from florence_onnx.images import decoding, preprocessing
 from florence_onnx.runtime.engine import OnnxEngine
 from florence_onnx.runtime.load_options import LoadOptions
+from tests import descriptions
 from tests.local_hub import LocalHub
 
 MIXED = {"vision_encoder": "fp16", "decoder": "q4"}
@@ -135,9 +136,7 @@ def test_a_bundle_that_was_read_has_its_precision(published: Path) -> None:
 def described(folder: Path, precision: str, vision_precision: str | None) -> None:
     """The demo bundle, labelled with other precisions."""
     shutil.copytree(bundle.DEMO_DIRECTORY, folder)
-    content = json.loads((folder / bundle.DESCRIPTION).read_text())
-    labels = {"precision": precision, "vision_precision": vision_precision}
-    (folder / bundle.DESCRIPTION).write_text(json.dumps({**content, **labels}))
+    descriptions.change(folder, precision=precision, vision_precision=vision_precision)
 
 
 def test_the_own_layout_takes_what_it_can_have(tmp_path: Path) -> None:

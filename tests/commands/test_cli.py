@@ -73,7 +73,9 @@ def test_run_prints_a_json_line_for_each_image() -> None:
     result = _run("run", "object-detection", *SCENES, "--json", "--beams", 1, "--max-new-tokens", 256)
     assert result.exit_code == 0, result.output
     assert [line["image"] for line in _lines(result)] == SCENES
-    assert all(set(line) == {"image", "results"} and line["results"]["bboxes"] for line in _lines(result))  # type: ignore[index]
+    for line in _lines(result):
+        assert set(line) == {"image", "results", "truncated"} and line["results"]["bboxes"]  # type: ignore[index]
+        assert line["truncated"] is False
 
 
 @needs_demo

@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from florence_onnx import BundleNotFoundError, CheckpointError, Florence2, ImageNotFoundError, VerificationError
+from florence_onnx import (
+    BundleNotFoundError,
+    CheckpointError,
+    Florence2,
+    ImageNotFoundError,
+    VerificationError,
+)
 from florence_onnx.bundles import bundle
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
@@ -28,6 +34,7 @@ from export.precisions.recipes import PRECISIONS, Recipe  # noqa: E402
 from export.verification import checks  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MINE = {"slug": "count", "token": "<COUNT>", "prompt": "How many {input}?", "needs": "text", "parser": "pure_text"}
 
 
 def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -60,10 +67,25 @@ def test_the_command_line_writes_a_verified_bundle(source: Path, tmp_path: Path)
 
     again = run_export(source, output)
     assert again.returncode == 1 and "--force" in again.stderr
-    forced = run_export(source, output, "--force", "--precision", "fp16")
+    file = source.with_name("mine.json")
+    file.write_text(json.dumps({"tasks": [MINE]}), encoding="utf-8")
+    forced = run_export(source, output, "--force", "--precision", "fp16", "--task", "promptgen-v2.0", "--task", file)
     assert forced.returncode == 0, forced.stderr
     assert bundle.read(output).precision == "fp16"
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing but the bundle is left"
+    check_own_tasks(output)
+
+
+def check_own_tasks(output: Path) -> None:
+    """That a bundle carries PromptGen's tasks and `MINE`, and answers them."""
+    slugs = ["generate-tags", "mixed-caption", "analyze", "mixed-caption-plus", "count"]
+    assert list(bundle.read(output).tasks) == slugs
+    assert json.loads((output / "tasks.json").read_text(encoding="utf-8"))["tasks"][-1] == MINE
+    described = json.loads((output / bundle.DESCRIPTION).read_text(encoding="utf-8"))
+    assert "tasks.json" not in described["files"], "it may be changed by hand"
+    model, image = Florence2.from_pretrained(output, device="cpu"), np.zeros((40, 40, 3), np.uint8)
+    assert isinstance(model.run("generate-tags", image).results, str)
+    assert model.run("<COUNT>", image, text_input="cars").task.slug == "count"
 
 
 def test_the_command_line_names_an_unknown_precision(source: Path, tmp_path: Path) -> None:
@@ -234,3 +256,19 @@ def test_every_graph_takes_every_size_it_promises(odd: Exported) -> None:
     for plan in plans(odd.checkpoint):
         errors = checks.compare_graph(plan, odd.bundle / plan.name)
         assert checks.check_graph(plan.name, errors, "fp32")["max_rel"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("promptgen", "neither a JSON file of tasks nor a preset; the presets are: promptgen-v1"),
+        (json.dumps({"tasks": [{**MINE, "parser": "json"}]}), "tasks[0]: parser must be one of pure_text"),
+        (json.dumps({"tasks": [{**MINE, "slug": "ocr"}]}), "slug 'ocr' is that of Florence-2's own task"),
+    ],
+)
+def test_wrong_tasks_are_refused_before_the_work(given: str, said: str, source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(given, encoding="utf-8")
+    done = run_export(source, tmp_path / "out", "--task", file if given.startswith("{") else given)
+    assert done.returncode == 1 and said in done.stderr
+    assert not (tmp_path / "out").exists()

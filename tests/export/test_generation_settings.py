@@ -18,6 +18,7 @@ from export.checkpoints.generation import _WITHOUT_EFFECT  # noqa: E402
 from export.verification import checks, reference  # noqa: E402
 from florence_onnx import CheckpointError, Florence2, GenerationOptions, VerificationError, tasks  # noqa: E402
 from florence_onnx.bundles import bundle  # noqa: E402
+from tests import descriptions  # noqa: E402
 from tests.conftest import Exported  # noqa: E402
 from tests.export.conftest import edit_json  # noqa: E402
 
@@ -194,9 +195,9 @@ def test_other_ids_are_obeyed_in_the_native_layout_and_named(folder: Path, tiny:
     # decide
     copy = Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
     (copy / bundle.GENERATION_CONFIG).write_text(json.dumps(loaded.generation))
-    description = json.loads((copy / bundle.DESCRIPTION).read_text())
-    del description["files"][bundle.GENERATION_CONFIG]
-    (copy / bundle.DESCRIPTION).write_text(json.dumps(description))
+    files = descriptions.read(copy)["files"]
+    del files[bundle.GENERATION_CONFIG]
+    descriptions.change(copy, files=files)
     found = checks.check_tokens(loaded, bundle.read(copy))
     assert all(tokens["equal"] == tokens["total"] > 0 for tokens in found.values())
     with pytest.raises(VerificationError, match="gives other tokens than transformers"):

@@ -9,6 +9,7 @@ import pytest
 
 from florence_onnx import BundleFormatError, CheckpointError, Florence2, VerificationError
 from florence_onnx.bundles import bundle, hub
+from florence_onnx.bundles.own_tasks import gather
 from florence_onnx.runtime import providers
 from florence_onnx.runtime.load_options import LoadOptions
 from tests.conftest import NO_TORCH, Exported
@@ -75,7 +76,9 @@ def test_extreme_activations_and_weights_do_not_overflow(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def several(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("several") / "out"
-    writer.export_bundles(tiny.checkpoint, output, precisions=["fp32", "int8", "int4", "int8"])
+    writer.export_bundles(
+        tiny.checkpoint, output, precisions=["fp32", "int8", "int4", "int8"], tasks=gather(["docvqa"])
+    )
     return output
 
 
@@ -87,6 +90,7 @@ def test_several_precisions_lie_in_one_directory(several: Path) -> None:
     assert sorted(path.name for path in several.iterdir()) == ["fp32", "int4", "int8"]
     assert Florence2.from_pretrained(several, device="cpu").info()["precision"] == "int8", "the default on a CPU"
     assert Florence2.from_pretrained(several, device="cpu", precision="fp32").info()["precision"] == "fp32"
+    assert all(bundle.read(several, name).tasks == gather(["docvqa"]) for name in ("fp32", "int8", "int4"))
     with pytest.raises(
         BundleFormatError, match=r"has precisions fp32, int4, int8, not fp16; export it with --precision"
     ):

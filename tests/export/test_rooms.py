@@ -16,8 +16,10 @@ EXPORT: dict[str, set[str]] = {
     "verification": {"checkpoints", "graphs"},
     "bundles": {"checkpoints", "graphs", "precisions", "verification"},
     "transformers_js": {"bundles", "checkpoints", "graphs", "precisions", "verification"},
+    "publishing": set(),
+    "published": {"bundles", "checkpoints", "verification"},
     "demo": {"checkpoints"},
-    "commands": {"bundles", "checkpoints", "precisions", "transformers_js", "verification"},
+    "commands": {"bundles", "checkpoints", "precisions", "published", "publishing", "transformers_js", "verification"},
     "__main__": {"commands"},
     "__init__": set(),
 }

@@ -18,7 +18,9 @@ import onnxruntime  # noqa: E402
 from export.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from export.graphs.exporter import export_graph  # noqa: E402
 from export.transformers_js.writer import export_transformers_js  # noqa: E402
+from florence_onnx import Florence2  # noqa: E402
 from florence_onnx.bundles import bundle, precisions  # noqa: E402
+from florence_onnx.bundles.own_tasks import gather  # noqa: E402
 from florence_onnx.errors import CheckpointError, VerificationError  # noqa: E402
 from tests import exported_bundles  # noqa: E402
 from tests.conftest import Exported  # noqa: E402
@@ -260,3 +262,11 @@ def test_weights_beyond_the_limit_of_protobuf_lie_beside_the_graph(
     monkeypatch.setattr("export.graphs.files._MAX_PROTOBUF_BYTES", 1000)
     test_tied_weights_are_stored_once(tmp_path)
     assert (tmp_path / "tied.onnx_data").stat().st_size == pytest.approx(300 * 32 * 4, rel=0.1)
+
+
+def test_this_layout_carries_tasks_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    known = gather(["docvqa"])
+    written = export_transformers_js(checkpoint, tmp_path / "out", tasks=known)
+    assert written.tasks == known
+    answer = Florence2.from_bundle(written).run("docvqa", np.zeros((40, 40, 3), np.uint8), text_input="What is it?")
+    assert isinstance(answer.results, str) and answer.task.token == "<DocVQA>"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from florence_onnx import BundleFormatError, Florence2, GenerationOptions, InputError, tasks
 from florence_onnx.bundles import bundle
+from tests import descriptions
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
 
@@ -64,9 +65,9 @@ def damaged(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     weights += np.random.default_rng(0).normal(0, 4 * weights.std(), weights.shape).astype(np.float32)
     weights.flush()
-    described = json.loads((output / bundle.DESCRIPTION).read_text())
-    described["files"][bundle.WEIGHTS]["sha256"] = bundle.sha256(output / bundle.WEIGHTS)
-    (output / bundle.DESCRIPTION).write_text(json.dumps(described))
+    files = descriptions.read(output)["files"]
+    files[bundle.WEIGHTS]["sha256"] = bundle.sha256(output / bundle.WEIGHTS)
+    descriptions.change(output, files=files)
     return output
 
 

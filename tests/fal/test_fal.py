@@ -57,6 +57,7 @@ class SlowModel:
     """A real model whose encoder waits at a gate, so that requests queue up behind it; records the sizes of its batches."""
 
     max_batch = 0
+    tasks = tasks.TASKS
 
     def __init__(self, model: Florence2) -> None:
         self._model = model

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from florence_onnx import Florence2, Region, tasks
+from tests.own_tasks import REGION, SAME_AS, copy_demo
 
 mcp = pytest.importorskip("mcp", reason="pip install -e '.[mcp]'")
 
@@ -136,3 +137,26 @@ def test_a_model_that_does_not_load_is_said_at_the_first_call() -> None:
     answer = call(work, "--model", "no/such/bundle")
     assert answer.is_error
     assert "no/such/bundle" in answer.content[0].text
+
+
+def test_own_tasks_are_tools(tmp_path: Path) -> None:
+    bundle = copy_demo(tmp_path / "bundle")
+    model = Florence2.from_pretrained(bundle, device="cpu")
+    width, height = Image.open(SAMPLE).size
+    edges = (REGION.x1 * width, REGION.y1 * height, REGION.x2 * width, REGION.y2 * height)
+    box = {name: edge / 1000 + 0.1 for name, edge in zip(("x1", "y1", "x2", "y2"), edges, strict=True)}
+    asked = {"find-shapes": {}, "ask-region": {"text_input": "What is", **box}, "outline": box}
+
+    async def work(client: Any) -> Any:
+        found = {tool.name: tool for tool in (await client.list_tools()).tools}
+        return found, {slug: await client.call_tool(slug, {"image": SAMPLE, **given}) for slug, given in asked.items()}
+
+    found, answers = call(work, "--model", str(bundle))
+    assert set(found) == {*tasks.TASKS, *SAME_AS}
+    assert found["find-shapes"].description == "Finds drawn shapes."
+    assert found["outline"].description == "A task of this fine-tune, <OUTLINE>."
+    assert {"text_input", "x1", "y1", "x2", "y2", "image"} == set(found["ask-region"].input_schema["required"])
+    for slug, answer in answers.items():
+        same, _, given = SAME_AS[slug]
+        assert not answer.is_error, answer
+        assert answer.structured_content["results"] == model.run(same, SAMPLE, **given).to_dict()["results"]

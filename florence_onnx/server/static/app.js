@@ -166,21 +166,26 @@ function updateTask() {
   const task = currentTask();
   byId("task-hint").textContent = hintOf(task);
   byId("text-hint").textContent = textHintOf(task);
-  byId("text-field").hidden = task.needs !== "text";
-  byId("region-field").hidden = task.needs !== "region";
-  region.enable(task.needs === "region");
+  byId("text-field").hidden = !takes(task, "text");
+  byId("region-field").hidden = !takes(task, "region");
+  region.enable(takes(task, "region"));
   showProblem(null);
   updateCode();
 }
 
+/** Whether a task takes an input, by the words of its `needs`. */
+const takes = (task, input) => task.needs.split("+").includes(input);
+
 /** @returns {{text_input?: string, region?: import("./client.js").Region}} the task's arguments besides the image */
 function readInput(task) {
   if (!image) throw new InputError("Choose an image first: drop or paste one, choose a file, or pick a sample.", "image");
-  if (task.needs === "region") return { region: region.read() };
-  if (task.needs === "nothing") return {};
-  const text = byId("text").value;
-  if (!text.trim()) throw new InputError("This task needs a text. Enter one first.", "text");
-  return { text_input: text };
+  const input = {};
+  if (takes(task, "text")) {
+    input.text_input = byId("text").value;
+    if (!input.text_input.trim()) throw new InputError("This task needs a text. Enter one first.", "text");
+  }
+  if (takes(task, "region")) input.region = region.read();
+  return input;
 }
 
 async function run() {
@@ -277,8 +282,8 @@ function snippets() {
     model: config.model,
     fileName: image?.name ?? "image.png",
     contentType: image?.blob.type || "image/png",
-    text: task.needs === "text" ? byId("text").value || "red circle" : undefined,
-    region: task.needs === "region" ? region.value : undefined,
+    text: takes(task, "text") ? byId("text").value || "red circle" : undefined,
+    region: takes(task, "region") ? region.value : undefined,
   });
 }
 

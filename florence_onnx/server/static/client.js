@@ -2,7 +2,8 @@
 
 /**
  * @typedef {{x1: number, y1: number, x2: number, y2: number}} Region corners in thousandths of width and height
- * @typedef {{slug: string, token: string, needs: "nothing" | "text" | "region", output: "boxes" | "quads" | "polygons" | "text"}} Task
+ * @typedef {{slug: string, token: string, needs: "nothing" | "text" | "region" | "text+region",
+ *   output: "boxes" | "quads" | "polygons" | "text", description: string, is_own: boolean}} Task
  * @typedef {{model: string, provider: string, precision: string, auth: boolean, prefix: string, tasks: Task[],
  *   samples: {name: string, url: string, width: number, height: number}[], max_bytes: number}} Config
  * @typedef {{x: number, y: number}} Point

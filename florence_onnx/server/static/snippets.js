@@ -107,8 +107,10 @@ JSON
 
 /** The arguments besides the image, by their names in the API; an example if the region is not given yet. */
 function inputs({ text, region }) {
-  if (text !== undefined) return [["text_input", text]];
-  return region === undefined ? [] : [["region", region ?? EXAMPLE_REGION]];
+  return [
+    ...(text === undefined ? [] : [["text_input", text]]),
+    ...(region === undefined ? [] : [["region", region ?? EXAMPLE_REGION]]),
+  ];
 }
 
 const pythonInput = (request) => inputs(request).map(([name, value]) => `\n        ${quote(name)}: ${spaced(value)},`).join("");

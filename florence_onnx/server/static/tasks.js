@@ -4,7 +4,8 @@ import { make } from "./dom.js";
 
 /** @typedef {import("./client.js").Task} Task */
 
-const GROUPS = ["Detection", "Segmentation", "OCR", "Captioning", "Region"];
+const OWN = "Of this model";
+const GROUPS = ["Detection", "Segmentation", "OCR", "Captioning", "Region", OWN];
 
 const HINTS = {
   "object-detection": "Boxes around objects, labelled with their category.",
@@ -43,7 +44,8 @@ export function fillTasks(select, tasks) {
 }
 
 /** @param {Task} task */
-export const hintOf = ({ slug, token }) => `${HINTS[slug] ?? "A task of this model."} Task token\u00a0${token}.`;
+export const hintOf = ({ slug, token, description }) =>
+  `${(HINTS[slug] ?? description) || "A task of this model."} Task token\u00a0${token}.`;
 
 /** @param {Task} task */
 export const textHintOf = ({ slug }) => TEXT_HINTS[slug] ?? "The text for this task.";
@@ -55,7 +57,8 @@ const makeOption = ({ slug }) => make("option", { value: slug, textContent: titl
 
 const capitalize = (text) => text[0].toUpperCase() + text.slice(1);
 
-function groupOf({ slug, needs, output }) {
+function groupOf({ slug, needs, output, is_own }) {
+  if (is_own) return OWN;
   if (needs === "region") return "Region";
   if (output === "boxes") return "Detection";
   if (output === "polygons") return "Segmentation";

@@ -1,0 +1,53 @@
+"""The images that `run` is given: paths, URLs, and folders of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import typer
+
+from florence_onnx.errors import ImageNotFoundError
+from florence_onnx.images import url
+
+SUFFIXES = frozenset(
+    [
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
+        *(".tga", ".tif", ".tiff", ".webp"),
+    ]
+)
+"""What the name of an image ends with, in lower case; only files in folders are chosen by it."""
+
+
+def expand(given: Sequence[str], *, recursive: bool) -> list[str]:
+    """Replaces each folder by its images, sorted by path, and says on standard error how many other files it has.
+
+    Args:
+        given: Paths, `http(s)` URLs, `data:` URIs.
+        recursive: Whether folders inside a folder are searched too.
+
+    Raises:
+        ImageNotFoundError: A folder has no images.
+    """
+    return [image for each in given for image in _images_of(each, recursive)]
+
+
+def _images_of(given: str, recursive: bool) -> Iterator[str]:
+    if url.is_url(given) or url.is_data_uri(given) or not _is_folder(given):
+        yield given
+        return
+    folder = Path(given)
+    files = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
+    images = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not images:
+        deeper = "" if recursive else "; --recursive also searches the folders in it"
+        raise ImageNotFoundError(f"{given} has no images ({len(files)} other files){deeper}")
+    typer.echo(f"{given}: {len(images)} images, {len(files) - len(images)} other files ignored", err=True)
+    yield from map(str, images)
+
+
+def _is_folder(given: str) -> bool:
+    try:
+        return Path(given).is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has NUL
+        return False
