@@ -9,6 +9,7 @@ any other code runs there: it makes new locks at once, and starts threads anew w
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import threading
@@ -23,7 +24,8 @@ UNUSABLE = (
 )
 """Message for what does not survive a fork, with the name of the device."""
 _log = logging.getLogger("florence_onnx")
-_registered: set[weakref.WeakMethod[Callable[[], None]]] = set()
+_registered: dict[int, tuple[weakref.ref[Any], Callable[[Any], None]]] = {}
+_numbers = itertools.count()
 _count = 0
 
 
@@ -38,8 +40,11 @@ def call_in_child(method: Callable[[], None]) -> None:
     Args:
         method: Must neither wait for a lock nor raise; its object is referred to weakly.
     """
-    # `discard` of a set is atomic; a `WeakSet` that another thread iterates over at the fork stays in that state.
-    _registered.add(weakref.WeakMethod(method, _registered.discard))
+    number, forget = next(_numbers), _registered.pop
+    # No `WeakMethod`, whose callback fails for objects that die with the interpreter, and no `WeakSet`, which stays in the
+    # state of an iteration that another thread is in at the fork; `pop` of a dict is atomic.
+    owner = weakref.ref(method.__self__, lambda _: forget(number, None))  # type: ignore[attr-defined]
+    _registered[number] = owner, method.__func__  # type: ignore[attr-defined]
 
 
 def leak(value: Any) -> None:
@@ -73,12 +78,12 @@ class Lock:
 def _after_fork_in_child() -> None:
     global _count
     _count += 1
-    for reference in list(_registered):
-        method = reference()
-        if method is None:
+    for reference, method in list(_registered.values()):
+        owner = reference()
+        if owner is None:
             continue
         try:
-            method()
+            method(owner)
         except Exception:  # noqa: BLE001 - the others must be told nevertheless; Python itself would only print it
             _log.exception("%r failed after a fork", method)
 

@@ -190,7 +190,7 @@ def _close_files(context: Any) -> bool:
     if multiprocessing.parent_process() is None and os.getpid() == PARENT:
         return True
     context.files.close()
-    return bool(context.files._folder.is_dir())
+    return bool(context.files.folder.is_dir())
 
 
 def mcp() -> Call:
