@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -49,7 +50,7 @@ from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
-from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.prediction import EncodedImage, Prediction, with_scores
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
@@ -293,8 +294,7 @@ class Florence2:
             TextInputError: A prompt is too long.
             ProviderError: The device failed.
         """
-        config = self._bundle.generation.resolve(options)
-        self._answering.check(config)
+        config = self._resolve(options)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
         answers = self._answering.answer(
@@ -475,8 +475,7 @@ class Florence2:
         check_arguments(tasks, images, text_inputs, regions)
         check_batch_size(batch_size)
         failures = Failures(on_error, len(images) if isinstance(images, Sized) else None)
-        config = self._bundle.generation.resolve(options)
-        self._answering.check(config)
+        config = self._resolve(options)
         requests: Iterable[Request] = read_requests(tasks, images, text_inputs, regions, failures, self._bundle.tasks)
         known: list[Request] = []
         if failures.count is not None:  # wrong arguments then fail before any work is done
@@ -679,7 +678,17 @@ class Florence2:
         text = self._tokenizer.decode(sequence.token_ids)
         results = parse(task, text, encoded.size)
         others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
-        return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others)
+        prediction = Prediction(
+            results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
+        )
+        if sequence.scores is None:
+            return prediction
+        return with_scores(prediction, sequence.scores, self._tokenizer.decode, self._tokenizer.location_ids)
+
+    def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
+        config = self._bundle.generation.resolve(options)
+        self._answering.check(config)
+        return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 
 
 @lru_cache(maxsize=1)

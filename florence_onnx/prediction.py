@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
-from florence_onnx.answers.results import Image, to_dict
+from florence_onnx.answers.results import Image, TextScore, to_dict
 from florence_onnx.errors import InputError
+from florence_onnx.generation.token_scores import TokenScores
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.tasks import Task
 
@@ -87,6 +88,17 @@ class Prediction(Generic[R]):
     alternatives: tuple[Prediction[R], ...] = ()
     """The other answers, where `num_return_sequences` asks for more than one: from beam search best first."""
 
+    token_logprobs: tuple[float, ...] | None = field(default=None, compare=False)
+    """Log-probability of each of `token_ids` by the model itself, before any other generation option; None without the option
+    `scores`. 0 for tokens that were given: the start token, and a forced first one."""
+    text_score: TextScore | None = field(default=None, compare=False)
+    """How sure the model was of an answer that is text, also word by word; None for others and without the option `scores`."""
+
+    @property
+    def sequence_logprob(self) -> float | None:
+        """Log-probability of the whole answer: the sum of `token_logprobs`."""
+        return None if self.token_logprobs is None else sum(self.token_logprobs)
+
     @property
     def picture(self) -> PILImage.Image:
         """Deprecated name of `source_image`."""
@@ -121,16 +133,22 @@ class Prediction(Generic[R]):
 
         return draw.draw(self.source_image, self.results)
 
-    def to_dict(self, *, with_image: bool = False) -> dict[str, Any]:
+    def to_dict(self, *, with_image: bool = False, with_scores: bool = False) -> dict[str, Any]:
         """fal's JSON for this answer.
 
         Args:
             with_image: Whether to draw and include the annotated image; otherwise `image` is None.
+            with_scores: Whether to add what fal's JSON does not have: `score` of each box, quad and outline (null without
+                the option `scores`), `sequence_logprob`, and `text_score` of an answer that is text.
 
         Returns:
             `{"results": …}`, and `"image"` for tasks with geometry, as fal has it.
         """
-        answer: dict[str, Any] = {"results": to_dict(self.results)}
+        answer: dict[str, Any] = {"results": to_dict(self.results, with_scores=with_scores)}
+        if with_scores:
+            answer["sequence_logprob"] = self.sequence_logprob
+            if isinstance(self.results, str):
+                answer["text_score"] = to_dict(self.text_score)
         if self.task.has_image:
             answer["image"] = to_dict(self.image) if with_image else None
         return answer
@@ -164,3 +182,34 @@ class Prediction(Generic[R]):
         from florence_onnx.answers.supervision_detections import to_detections
 
         return to_detections(self.results, self.source_image.size, classes)
+
+
+def with_scores(
+    prediction: Prediction[Any],
+    scores: TokenScores,
+    decode: Callable[[Sequence[int]], str],
+    location_ids: range | None,
+) -> Prediction[Any]:
+    """Adds the scores of the tokens to a prediction, and those of what was made of them.
+
+    Args:
+        prediction: Without scores.
+        scores: Of its `token_ids`.
+        decode: Turns token ids into text.
+        location_ids: Ids of `<loc_0>` to `<loc_999>`; None where the vocabulary has none.
+    """
+    from florence_onnx.answers import scoring
+
+    locations = location_ids or range(0)
+    columns = zip(prediction.token_ids, scores.log_probs, scores.near, strict=True)
+    tokens = [
+        scoring.ScoredToken(token, decode([token]), log_prob, near, token in locations, index < scores.num_given)
+        for index, (token, log_prob, near) in enumerate(columns)
+    ]
+    is_text = isinstance(prediction.results, str)
+    return replace(
+        prediction,
+        results=scoring.score_results(prediction.results, prediction.task.parser, prediction.text, tokens, decode),
+        text_score=scoring.score_text(tokens, decode) if is_text else None,
+        token_logprobs=scores.log_probs,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ class PromptTokenizer:
         self._pad_token_id = pad_token_id
         self.image_token_id: int | None = self._tokenizer.token_to_id("<image>")
         """What stands for image tokens in transformers' `input_ids`; None in Microsoft's layout, which has no such token."""
+
+    @cached_property
+    def location_ids(self) -> range | None:
+        """Ids of `<loc_0>` to `<loc_999>`; None where the vocabulary does not have them in a row."""
+        ids = [self._tokenizer.token_to_id(f"<loc_{number}>") for number in (0, 999)]
+        if None in ids or ids[1] - ids[0] != 999:
+            return None
+        return range(ids[0], ids[1] + 1)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.

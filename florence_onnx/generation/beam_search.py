@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,8 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.sampling import draw_without_replacement, new_generator
 from florence_onnx.generation.scores import LogProbs, StepScores, sort_top_k
-from florence_onnx.generation.search import DecodeStep, Floats, GeneratedSequence, Ids, initial_tokens
+from florence_onnx.generation.search import DecodeStep, Floats, GeneratedSequence, Ids, initial_tokens, new_scorer
+from florence_onnx.generation.token_scores import TokenDistribution, TokenScores
 
 _UNREACHABLE = np.float32(-1.0e9)
 """Score of a beam that must not be chosen, as in transformers. Not -inf: differences and sums of it stay finite."""
@@ -28,6 +30,7 @@ class _Hypothesis:
     """Sum of log-probabilities / length ** length_penalty."""
     is_finished: bool
     is_truncated: bool
+    token_scores: TokenScores | None = None
 
 
 class _BeamState:
@@ -50,6 +53,8 @@ class _BeamState:
         self.scores[0] = 0
         self.best = [_Hypothesis((), _UNREACHABLE, False, False)] * k
         self._can_improve = True
+        self._scorer = new_scorer(config)
+        self._token_scores = [None if self._scorer is None else self._scorer.start(self.rows[0])] * k
 
     @property
     def length(self) -> int:
@@ -98,7 +103,12 @@ class _BeamState:
                 log_probs.ban(first_row + beam, banned)
 
     def advance(
-        self, scores: Floats, parents: Ids, tokens: Ids, would_end: npt.NDArray[np.bool_]
+        self,
+        scores: Floats,
+        parents: Ids,
+        tokens: Ids,
+        would_end: npt.NDArray[np.bool_],
+        distribution: Callable[[int], TokenDistribution],
     ) -> tuple[Ids, Ids] | None:
         """Extends the beams by one token.
 
@@ -107,6 +117,7 @@ class _BeamState:
             parents: `(C,)`, the beams that they extend.
             tokens: `(C,)`, the tokens that they append.
             would_end: `(K,)`, whether the model would end each beam here unforced (known at the token limit only).
+            distribution: Returns the model's distribution after a beam.
 
         Returns:
             Parent beam and token of each next beam, both `(K,)`, or None when the search is finished.
@@ -116,20 +127,42 @@ class _BeamState:
         stops = (tokens == self._end_tokens[0]) | at_limit
         for token in self._end_tokens[1:]:
             stops |= tokens == token
-        self._finish(scores, parents, tokens, stops, at_limit & ~would_end)
+        token_scores = self._score(parents, tokens, distribution)
+        self._finish(scores, parents, tokens, stops, at_limit & ~would_end, token_scores)
         scores = scores + stops * _UNREACHABLE
         following = np.argsort(-scores, kind="stable")[:k]
         self.scores, parents, tokens = scores[following], parents[following], tokens[following]
         pairs = zip(parents.tolist(), tokens.tolist(), strict=True)
         self.rows = [[*self.rows[parent], token] for parent, token in pairs]
+        self._token_scores = [token_scores[rank] for rank in following]
         if stops.all() or not self._may_continue():
             return None
         for row in self.rows:
             self.processors.add(row)
         return parents, tokens
 
+    def _score(
+        self, parents: Ids, tokens: Ids, distribution: Callable[[int], TokenDistribution]
+    ) -> list[TokenScores | None]:
+        """The token scores of each continuation."""
+        if self._scorer is None:
+            return [None] * len(tokens)
+        pairs = zip(parents.tolist(), tokens.tolist(), strict=True)
+        found: list[TokenScores | None] = []
+        for parent, token in pairs:
+            before = self._token_scores[parent]
+            assert before is not None, "every beam is scored where one is"
+            found.append(self._scorer.extend(before, distribution(parent), token))
+        return found
+
     def _finish(
-        self, scores: Floats, parents: Ids, tokens: Ids, stops: npt.NDArray[np.bool_], is_cut: npt.NDArray[np.bool_]
+        self,
+        scores: Floats,
+        parents: Ids,
+        tokens: Ids,
+        stops: npt.NDArray[np.bool_],
+        is_cut: npt.NDArray[np.bool_],
+        token_scores: Sequence[TokenScores | None],
     ) -> None:
         """Merges continuations that stop into the finished hypotheses (transformers' `_update_finished_beams`).
 
@@ -141,23 +174,25 @@ class _BeamState:
             tokens: See `scores`.
             stops: `(C,)`, whether a continuation ends its beam.
             is_cut: `(K,)`, whether the token limit would cut a beam off.
+            token_scores: Of each continuation.
         """
         k = self._config.num_beams
         is_closed = not self._can_improve or (self._config.early_stopping is True and self._is_full)
         if is_closed or not stops[:k].any():
             return
         normed = scores / np.float32(self.length**self._config.length_penalty)
-        for rank in np.flatnonzero(stops[:k]):
+        for rank in np.flatnonzero(stops[:k]).tolist():
             sequence = (*self.rows[parents[rank]], int(tokens[rank]))
-            self.best.append(_Hypothesis(sequence, normed[rank], True, bool(is_cut[parents[rank]])))
+            is_truncated = bool(is_cut[parents[rank]])
+            self.best.append(_Hypothesis(sequence, normed[rank], True, is_truncated, token_scores[rank]))
         self.best = sorted(self.best, key=lambda hypothesis: -hypothesis.score)[:k]
 
     def result(self) -> GeneratedSequence:
         """The best finished hypothesis, and as many others as are asked for."""
         wanted = [each for each in self.best[: self._config.num_return_sequences] if each.is_finished]
-        found = [GeneratedSequence(each.token_ids, each.is_truncated) for each in wanted]
+        found = [GeneratedSequence(each.token_ids, each.is_truncated, scores=each.token_scores) for each in wanted]
         if not found:  # settings that contradict each other left nothing possible
-            return GeneratedSequence(tuple(self.rows[0]), True)
+            return GeneratedSequence(tuple(self.rows[0]), True, scores=self._token_scores[0])
         return replace(found[0], alternatives=tuple(found[1:]))
 
     @property
@@ -179,6 +214,19 @@ class _BeamState:
             bool(reachable > (worst if hypothesis.is_finished else _UNREACHABLE)) for hypothesis in self.best
         )
         return self._can_improve
+
+
+def _distributions(
+    scores: StepScores, log_probs: LogProbs | None, first_row: int, num_rows: int
+) -> Callable[[int], TokenDistribution]:
+    """The distribution after each beam of a prompt whose rows start at `first_row`, computed when it is asked for."""
+
+    @functools.cache
+    def of_row(row: int) -> TokenDistribution:
+        # `log_probs` overwrites the logits that it was made of
+        return scores.distribution(row, scores.num_tokens - 1) if log_probs is None else log_probs.distribution(row)
+
+    return lambda beam: of_row(first_row + min(beam, num_rows - 1))
 
 
 class BeamSearch:
@@ -216,7 +264,11 @@ class BeamSearch:
         for index, state in enumerate(self._active):
             first_row = index * width
             continuations = state.continuations(scores, log_probs, first_row, width)
-            step = state.advance(*continuations, np.resize(would_end[first_row : first_row + width], k))
+            step = state.advance(
+                *continuations,
+                np.resize(would_end[first_row : first_row + width], k),
+                _distributions(scores, log_probs, first_row, width),
+            )
             if step is not None:
                 rows.append(first_row + np.minimum(step[0], width - 1))
                 tokens.append(step[1])

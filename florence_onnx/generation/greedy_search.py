@@ -11,7 +11,7 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.prompt_lookup import PromptLookup
 from florence_onnx.generation.scores import StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, initial_tokens
+from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, initial_tokens, new_scorer
 
 
 class _Row:
@@ -27,6 +27,8 @@ class _Row:
         if lookup_ids is not None and config.prompt_lookup_num_tokens:
             self._lookup = PromptLookup(lookup_ids, self.tokens, config.prompt_lookup_num_tokens)
         self._draft: list[int] = []
+        self._scorer = new_scorer(config)
+        self._scores = None if self._scorer is None else self._scorer.start(self.tokens)
         self.answer: GeneratedSequence | None = None
 
     def advance(self, scores: StepScores, row: int) -> int:
@@ -57,12 +59,14 @@ class _Row:
         # whether the answer was complete.
         unforced = scores.best_token(row, position) if at_limit else self._end_tokens[0]
         token = self._best(scores, row, position)
+        if self._scorer is not None and self._scores is not None:
+            self._scores = self._scorer.extend(self._scores, scores.distribution(row, position), token)
         tokens.append(token)
         self._processors.add(tokens)
         if self._lookup is not None:
             self._lookup.append(token)
         if at_limit or token in self._end_tokens:
-            self.answer = GeneratedSequence(tuple(tokens), unforced not in self._end_tokens)
+            self.answer = GeneratedSequence(tuple(tokens), unforced not in self._end_tokens, scores=self._scores)
 
     def _best(self, scores: StepScores, row: int, position: int) -> int:
         if self._dense is not None:

@@ -106,6 +106,9 @@ class GenerationOptions:
     checkpoint has none, draws anew at each call."""
     num_return_sequences: int | None = None
     """Answers per prompt, with `do_sample` or several beams: `Prediction.alternatives` has those after the first."""
+    scores: bool | None = None
+    """Whether to keep the probabilities of the tokens: `Prediction.token_logprobs`, and `score` of boxes and outlines. They are the
+    model's own, before all other settings, and change no token."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,9 @@ class SearchConfig:
     eta_cutoff: float = 0.0
     seed: int | None = None
     num_return_sequences: int = 1
+    scores: bool = False
+    location_ids: range | None = None
+    """Ids of `<loc_0>` to `<loc_999>`, for `scores`; `Florence2` fills them in."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -293,5 +299,6 @@ _CHECKS: dict[str, values.Check] = {
     "eta_cutoff": _number(0, 1),
     "seed": lambda name, value, vocab: values.seed(name, value, MAX_SEED),
     "num_return_sequences": _whole(1, MAX_BEAMS),
+    "scores": values.flag,
 }
 OPTION_NAMES = tuple(each.name for each in fields(GenerationOptions))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, initial_tokens
+from florence_onnx.generation.search import DecodeStep, GeneratedSequence, initial_tokens, new_scorer
 
 
 def new_generator(seed: int | None, index: int) -> np.random.Generator:
@@ -65,6 +66,8 @@ class _Sample:
         self._bans = LogitsProcessors(config, self.tokens, encoder_ids)
         self._processors = DenseProcessors(config, self._bans, encoder_ids)
         self._random = new_generator(config.seed, index)
+        self._scorer = new_scorer(config)
+        self._scores = None if self._scorer is None else self._scorer.start(self.tokens)
         self.answer: GeneratedSequence | None = None
 
     def advance(self, scores: StepScores, row: int) -> None:
@@ -74,13 +77,15 @@ class _Sample:
         tokens, last = self.tokens, scores.num_tokens - 1
         is_forced = self._processors.is_forced(len(tokens))
         token = draw(self._random, self._processors(tokens, scores.logits(row, last).copy()))
+        if self._scorer is not None and self._scores is not None:
+            self._scores = self._scorer.extend(self._scores, scores.distribution(row, last), token)
         tokens.append(token)
         self._bans.add(tokens)
         ends = self._config.end_tokens
         if token in ends or len(tokens) >= self._config.max_length:
             # a forced end says nothing; whether the likeliest token would have been an end does
             would_end = scores.best_token(row, last) in ends if is_forced else token in ends
-            self.answer = GeneratedSequence(tuple(tokens), not would_end)
+            self.answer = GeneratedSequence(tuple(tokens), not would_end, scores=self._scores)
 
 
 class SampleSearch:
@@ -124,4 +129,4 @@ class SampleSearch:
 
     def results(self) -> list[GeneratedSequence]:
         found = [[sample.answer for sample in samples if sample.answer is not None] for samples in self._prompts]
-        return [GeneratedSequence(best.token_ids, best.truncated, tuple(others)) for best, *others in found]
+        return [replace(best, alternatives=tuple(others)) for best, *others in found]

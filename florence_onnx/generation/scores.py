@@ -17,6 +17,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from florence_onnx.generation.token_scores import ListedDistribution, TokenDistribution, WholeDistribution
+
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -46,6 +48,9 @@ class LogProbs(Protocol):
             Scores (best first), beams and tokens, each `(k,)`.
         """
 
+    def distribution(self, row: int) -> TokenDistribution:
+        """The model's own distribution of a row, whatever was banned or forced."""
+
 
 class StepScores(Protocol):
     """Scores of one decoder call: for each row, one set of V scores for each fed token."""
@@ -62,6 +67,9 @@ class StepScores(Protocol):
 
     def logits(self, row: int, position: int) -> Floats:
         """All logits `(V,)` at a position; valid until the next decoder call."""
+
+    def distribution(self, row: int, position: int) -> TokenDistribution:
+        """The model's distribution of the token after a position."""
 
 
 class AllScores:
@@ -87,9 +95,15 @@ class AllScores:
         return int(self._logits.shape[1])
 
     def best_token(self, row: int, position: int, banned: Sequence[int] = ()) -> int:
-        for token in banned:
-            self._logits[row, position, token] = -np.inf
-        return int(self._logits[row, position].argmax())
+        logits = self._logits[row, position]
+        if not banned:
+            return int(logits.argmax())
+        ids = list(banned)
+        own = logits[ids]
+        logits[ids] = -np.inf
+        best = int(logits.argmax())
+        logits[ids] = own  # the model's distribution may still be asked for
+        return best
 
     def log_probs(self, k: int) -> LogProbs:
         self._log_probs.read(self._logits[:, -1])
@@ -98,6 +112,9 @@ class AllScores:
     def logits(self, row: int, position: int) -> Floats:
         logits: Floats = self._logits[row, position]
         return logits
+
+    def distribution(self, row: int, position: int) -> TokenDistribution:
+        return WholeDistribution(self._logits[row, position])
 
 
 class BlockedLogProbs:
@@ -133,15 +150,26 @@ class BlockedLogProbs:
         self._maxima -= greatest
         np.exp(self._values, out=self._scratch)
         self._log_sums: Floats = np.log(self._scratch.sum(axis=1, keepdims=True))
+        self._banned: dict[int, dict[int, float]] = {}
+        self._forced: dict[int, TokenDistribution] = {}
 
     def ban(self, row: int, tokens: Sequence[int]) -> None:
+        own = self._banned.setdefault(row, {})
         for token in tokens:
+            own.setdefault(token, float(self._values[row, token]))
             self._values[row, token] = -np.inf
             if token < self._blocks[0].size:
                 block = token % self._maxima.shape[1]
                 self._maxima[row, block] = self._blocks[row, :, block].max()
 
+    def distribution(self, row: int) -> TokenDistribution:
+        forced = self._forced.get(row)
+        return forced or WholeDistribution(self._values[row], float(self._log_sums[row, 0]), self._banned.get(row))
+
     def force(self, row: int, token: int) -> None:
+        # at most once an answer, so that a copy costs nothing
+        own = WholeDistribution(self._values[row].copy(), float(self._log_sums[row, 0]), self._banned.get(row))
+        self._forced.setdefault(row, own)
         self._values[row] = self._maxima[row] = -np.inf
         self._values[row, token] = self._log_sums[row] = 0
         if token < self._blocks[0].size:
@@ -243,11 +271,18 @@ class TopScores:
             self._log_sums[:, -1],
             self._vocab_size,
             lambda row: self.logits(row, last),
+            lambda row: self.distribution(row, last),
         )
 
     def logits(self, row: int, position: int) -> Floats:
         logits: Floats = self._all()[row, position]
         return logits
+
+    def distribution(self, row: int, position: int) -> TokenDistribution:
+        values, log_sum = self._values[row, position], float(self._log_sums[row, position])
+        if self._fetched is not None:
+            return WholeDistribution(self._fetched[row, position], float(values[0]) + log_sum)
+        return ListedDistribution(values, self._ids[row, position], float(values[0]) + log_sum)
 
     def _all(self) -> Floats:
         if self._fetched is None:
@@ -259,7 +294,13 @@ class _TopLogProbs:
     """Log-probabilities of the top-k of some rows; rows for which they do not decide are completed one by one."""
 
     def __init__(
-        self, shifted: Floats, ids: Ids, log_sums: Floats, vocab_size: int, fetch_row: Callable[[int], Floats]
+        self,
+        shifted: Floats,
+        ids: Ids,
+        log_sums: Floats,
+        vocab_size: int,
+        fetch_row: Callable[[int], Floats],
+        distribution: Callable[[int], TokenDistribution],
     ) -> None:
         """Wraps the last position of `TopScores`.
 
@@ -269,12 +310,14 @@ class _TopLogProbs:
             log_sums: `(R,)`, as for `TopScores`.
             vocab_size: V.
             fetch_row: Returns all logits `(V,)` of a row.
+            distribution: Returns the model's distribution of a row.
         """
         self._shifted = shifted
         self._ids = ids
         self._log_sums = log_sums
         self._vocab_size = vocab_size
         self._fetch_row = fetch_row
+        self._distribution = distribution
         self._banned: dict[int, list[int]] = {}
         self._forced: dict[int, int] = {}
 
@@ -283,6 +326,9 @@ class _TopLogProbs:
 
     def force(self, row: int, token: int) -> None:
         self._forced[row] = token
+
+    def distribution(self, row: int) -> TokenDistribution:
+        return self._distribution(row)
 
     def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
         rows = [first_row if is_shared else first_row + beam for beam in range(len(beam_scores))]

@@ -10,6 +10,7 @@ import numpy as np
 
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
+from florence_onnx.generation.token_scores import TokenScorer, TokenScores
 
 __all__ = ["DecodeStep", "Floats", "GeneratedSequence", "Ids", "Search", "TeacherForcing", "initial_tokens"]
 
@@ -24,6 +25,8 @@ class GeneratedSequence:
     """Whether the token limit ended the answer before the model did."""
     alternatives: tuple[GeneratedSequence, ...] = ()
     """The other answers to the prompt, where `num_return_sequences` asks for some; in beam search best first."""
+    scores: TokenScores | None = None
+    """Probabilities of the tokens, where the option `scores` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,8 @@ def initial_tokens(config: SearchConfig) -> list[int]:
     if forced is None or forced in (*config.end_tokens, *suppressed) or config.max_length <= 2:
         return [config.decoder_start_token_id]
     return [config.decoder_start_token_id, forced]
+
+
+def new_scorer(config: SearchConfig) -> TokenScorer | None:
+    """What scores the tokens of a search; None where the option `scores` does not ask for it."""
+    return TokenScorer(config.location_ids) if config.scores else None
