@@ -373,6 +373,32 @@ class Florence2:
         """
         self._answering.check(self._bundle.generation.resolve(options))
 
+    @property
+    def max_prompt_bytes(self) -> int:
+        """Most UTF-8 bytes of a prompt: as many of the longest token as there is room for beside the image tokens.
+
+        Blanks before a `<mask>` token, which belong to it however many they are, are not considered.
+        """
+        return self._num_prompt_tokens * self._tokenizer.max_token_bytes
+
+    def check_prompt_bytes(self, num_bytes: int) -> None:
+        """Checks whether a text can be short enough for a prompt, without tokenizing it.
+
+        Most texts that pass are still too long: the exact limit is in tokens, and `run` checks it.
+
+        Args:
+            num_bytes: UTF-8 bytes of the text.
+
+        Raises:
+            TextInputError: No text of that length fits.
+        """
+        if num_bytes > self._num_prompt_tokens and num_bytes > self.max_prompt_bytes:
+            raise TextInputError(
+                f"the text has {num_bytes:,} bytes; this model has room for {self._num_prompt_tokens} tokens beside "
+                f"{self._bundle.sizes.num_image_tokens} image tokens, which are {self.max_prompt_bytes:,} bytes at the "
+                "very most: shorten text_input"
+            )
+
     def score_tokens(
         self,
         task: Task[Any] | str,
@@ -447,13 +473,19 @@ class Florence2:
 
     def _encode_prompts(self, requests: Sequence[_Request]) -> tuple[Ids, Ids]:
         """The prompts' `input_ids` and `attention_mask`, both `(P, T)`; raises TextInputError where one is too long."""
-        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
+        prompts = [request.prompt for request in requests]
+        for prompt in prompts:
+            self.check_prompt_bytes(len(prompt.encode()))
+        input_ids, attention_mask = self._tokenizer.encode(prompts)
         self._check_lengths(attention_mask, [request.task.slug for request in requests])
         return input_ids, attention_mask
 
+    @property
+    def _num_prompt_tokens(self) -> int:
+        return self._bundle.sizes.max_positions - self._bundle.sizes.num_image_tokens
+
     def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
-        num_image_tokens = self._bundle.sizes.num_image_tokens
-        room = self._bundle.sizes.max_positions - num_image_tokens
+        num_image_tokens, room = self._bundle.sizes.num_image_tokens, self._num_prompt_tokens
         for name, length in zip(names, attention_mask.sum(axis=1), strict=True):
             if length > room:
                 raise TextInputError(

@@ -97,19 +97,19 @@ class Task(Generic[R]):
     def _check_text(self, text_input: str | None) -> None:
         if self.needs != "text":
             if text_input is not None:
-                raise TextInputError(f"task {self.slug!r} takes no text_input, got {text_input!r}; leave it out")
+                raise TextInputError(f"task {self.slug!r} takes no text_input, got {_shorten(text_input)}; leave it out")
             return
         if text_input is None:
             raise TextInputError(f'task {self.slug!r} needs text: pass text_input="…"')
         if not isinstance(text_input, str):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
-            raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
+            raise TextInputError(f"task {self.slug!r} needs text, and text_input={_shorten(text_input)} is blank")
         # a lone surrogate, as in a file name that is not UTF-8; the tokenizer would raise an obscure TypeError
         try:
             text_input.encode()
         except UnicodeEncodeError as error:
-            raise TextInputError(f"text_input={text_input!r} is not valid Unicode: {error}") from error
+            raise TextInputError(f"text_input={_shorten(text_input)} is not valid Unicode: {error}") from error
 
     def _check_region(self, region: Region | None) -> None:
         remedy = (
@@ -310,6 +310,11 @@ def get(task: Task[Any] | str) -> Task[Any]:
         known = ", ".join(f"{each.slug} ({each.token})" for each in TASKS.values())
         raise UnknownTaskError(f"unknown task {task!r}{_suggestion(task)}; the tasks are: {known}")
     return found
+
+
+def _shorten(text: object) -> str:
+    """A text as it stands in an error: at most 100 characters of it."""
+    return repr(text) if not isinstance(text, str) or len(text) <= 100 else f"{text[:100]!r}…"
 
 
 def _suggestion(task: object) -> str:

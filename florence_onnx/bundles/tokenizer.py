@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class PromptTokenizer:
         self._pad_token_id = pad_token_id
         self.image_token_id: int | None = self._tokenizer.token_to_id("<image>")
         """What stands for image tokens in transformers' `input_ids`; None in Microsoft's layout, which has no such token."""
+
+    @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """UTF-8 bytes of the longest token, so that T tokens hold at most T times as many.
+
+        In byte-level BPE each character of a token stands for one byte; special tokens are written as they are.
+        """
+        return max(len(token.encode()) if token.startswith("<") else len(token) for token in self._tokenizer.get_vocab())
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.
