@@ -97,7 +97,9 @@ class Task(Generic[R]):
     def _check_text(self, text_input: str | None) -> None:
         if self.needs != "text":
             if text_input is not None:
-                raise TextInputError(f"task {self.slug!r} takes no text_input, got {_shorten(text_input)}; leave it out")
+                raise TextInputError(
+                    f"task {self.slug!r} takes no text_input, got {_shorten(text_input)}; leave it out"
+                )
             return
         if text_input is None:
             raise TextInputError(f'task {self.slug!r} needs text: pass text_input="…"')

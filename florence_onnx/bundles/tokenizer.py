@@ -48,7 +48,9 @@ class PromptTokenizer:
 
         In byte-level BPE each character of a token stands for one byte; special tokens are written as they are.
         """
-        return max(len(token.encode()) if token.startswith("<") else len(token) for token in self._tokenizer.get_vocab())
+        return max(
+            len(token.encode()) if token.startswith("<") else len(token) for token in self._tokenizer.get_vocab()
+        )
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.

@@ -99,7 +99,8 @@ def _unquote(part: bytes) -> bytes:
     unquoted, is_kept = codes.copy(), np.ones(len(codes), dtype=bool)
     unquoted[at] = high[is_escape] * 16 + low[is_escape]
     is_kept[at + 1] = is_kept[at + 2] = is_kept[-2:] = False
-    return unquoted[is_kept].tobytes()
+    content: bytes = unquoted[is_kept].tobytes()
+    return content
 
 
 def _base64_decoded(parts: Iterator[bytes], head: str) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from florence_onnx.answers.results import Image, to_dict
@@ -16,12 +17,15 @@ from florence_onnx.fal.service import Publish, Service, as_data_uri, without_ima
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import Prediction, encode_png
 from florence_onnx.server.file_store import FileStore
+from florence_onnx.server.listener import ConnectionLimit
 from florence_onnx.server.metrics import Metrics
 from florence_onnx.server.results_store import ResultsStore
 from florence_onnx.server.settings import ServerSettings
 
 TOKEN_SECONDS = 3600.0
 """Seconds for which an upload token is valid."""
+BODY_THREADS = 2
+"""Large bodies that are parsed at the same time."""
 _log = logging.getLogger("florence_onnx.server")
 
 
@@ -48,6 +52,10 @@ class ServerContext:
             observe=self.metrics.observe,
         )
         self.metrics.add_service(self.service.stats)
+        self.connections = ConnectionLimit(settings.max_connections)
+        self.metrics.add_connections(lambda: (self.connections.num_open, self.connections.num_refused))
+        self.body_pool = ThreadPoolExecutor(BODY_THREADS, thread_name_prefix="florence-body")
+        """Parses large bodies; few threads, because they share the interpreter's lock with the event loop."""
         self.num_active = 0
         """HTTP requests in flight; changed by the event loop only."""
         self._tokens: dict[str, float] = {}
@@ -78,6 +86,7 @@ class ServerContext:
     def close(self) -> None:
         """Ends the service at once and deletes the stored files."""
         self.service.close(timeout=0)
+        self.body_pool.shutdown(wait=False, cancel_futures=True)
         self.files.close()
 
     # -------------------------------------------------------------------------------------------------------- responses

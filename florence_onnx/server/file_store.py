@@ -53,7 +53,7 @@ class FileStore:
         self._reserved: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def put(self, content: bytes, name: str, content_type: str, token: str | None = None) -> str:
+    def put(self, content: bytes | bytearray, name: str, content_type: str, token: str | None = None) -> str:
         """Stores a file; deletes the oldest files if there is no room.
 
         Args:
@@ -93,7 +93,14 @@ class FileStore:
                 self._reserved.popitem(last=False)
         return token, self._path_of(token, name)
 
-    def put_reserved(self, token: str, content: bytes) -> None:
+    def check_reserved(self, token: str) -> None:
+        """Raises RequestError, 404, if a URL was not reserved or has been used."""
+        with self._lock:
+            is_reserved = token in self._reserved
+        if not is_reserved:
+            raise problems.not_found(f"storage/upload/{token}")
+
+    def put_reserved(self, token: str, content: bytes | bytearray) -> None:
         """Stores a file under a reserved URL; each can be used once.
 
         Raises:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,9 +13,10 @@ from fastapi.responses import FileResponse
 from florence_onnx.fal import problems
 from florence_onnx.server.context import TOKEN_SECONDS
 from florence_onnx.server.file_store import IMAGE_TYPES
-from florence_onnx.server.responses import base_url, get_context, json_response, read_json
+from florence_onnx.server.responses import base_url, get_context, json_response, read_body, read_json
 
 router = APIRouter()
+get = partial(router.api_route, methods=["GET", "HEAD"])
 
 
 @router.post("/storage/auth/token")
@@ -31,7 +34,7 @@ async def upload(request: Request) -> Response:
     """Stores a file that is sent in one request."""
     name = request.headers.get("X-Fal-File-Name", "file")
     content_type = request.headers.get("Content-Type", "application/octet-stream")
-    address = get_context(request).files.put(await request.body(), name, content_type)
+    address = await asyncio.to_thread(get_context(request).files.put, await read_body(request), name, content_type)
     return json_response({"access_url": base_url(request) + address})
 
 
@@ -53,12 +56,14 @@ async def initiate(request: Request) -> Response:
 @router.put("/storage/upload/{token}")
 async def upload_reserved(token: str, request: Request) -> Response:
     """Stores a file under a reserved URL. It cannot be guessed, so no key is needed."""
-    get_context(request).files.put_reserved(token, await request.body())
+    files = get_context(request).files
+    files.check_reserved(token)  # before the body is read: anybody can send one here
+    await asyncio.to_thread(files.put_reserved, token, await read_body(request))
     return Response(status_code=200)
 
 
-@router.get("/files/{token}/{name}")
-@router.get("/files/{token}")
+@get("/files/{token}/{name}")
+@get("/files/{token}")
 async def download(token: str, request: Request) -> Response:
     """Sends a stored file."""
     stored = get_context(request).files.get(token)
