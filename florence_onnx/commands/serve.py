@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import ssl
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

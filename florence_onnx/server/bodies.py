@@ -64,13 +64,9 @@ def parse(body: bytearray) -> Any:
 def _parse_large(body: bytearray) -> Any:
     rest, long = _take_out(body, f"long-{secrets.token_hex(8)}-")
     parsed = json.loads(rest)
-    found = {}
     if isinstance(parsed, dict):
-        found = {key: _read_long(body, *long[each]) for key, each in parsed.items() if _is_key(each, long)}
-    body.clear()  # before the strings are made: they take as much memory again
-    for key, value in found.items():
-        # a data: URI is ASCII; what is not gets no image out of it, but should take no more than a byte a character
-        parsed[key] = value if isinstance(value, TooLong) else value.decode("latin-1")
+        parsed |= {key: _read_long(body, *long[each]) for key, each in parsed.items() if _is_key(each, long)}
+    body.clear()
     return parsed
 
 
@@ -151,15 +147,19 @@ def _is_escaped(body: bytearray, begin: int, position: int) -> bool:
     raise BodyError(f"The body has {_MAX_BACKSLASHES:,} backslashes in a row")
 
 
-def _read_long(body: bytearray, begin: int, end: int) -> bytearray | TooLong:
-    """A `data:` URI without its JSON escapes, or the length of another string."""
+def _read_long(body: bytearray, begin: int, end: int) -> str | TooLong:
+    """A `data:` URI without its JSON escapes, which are replaced in the body itself; the length of another string."""
     if not body.startswith(_DATA, begin):
         return TooLong(end - begin)
-    unescaped = bytearray()
+    written = begin
     for part in _slices(body, begin, end):
-        is_plain = part == part.translate(None, _SPECIAL)
-        unescaped += part if is_plain else json.loads(f'"{part.decode("latin-1")}"').encode("latin-1", "replace")
-    return unescaped
+        if part != part.translate(None, _SPECIAL):
+            part = json.loads(f'"{part.decode("latin-1")}"').encode("latin-1", "replace")  # never longer
+        body[written : written + len(part)] = part
+        written += len(part)
+    # a data: URI is ASCII; what is not gets no image out of it, but should take no more than a byte a character
+    with memoryview(body) as view:
+        return str(view[begin:written], "latin-1")
 
 
 def _slices(body: bytearray, begin: int, end: int) -> Iterator[bytes]:
