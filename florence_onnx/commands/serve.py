@@ -133,7 +133,7 @@ def serve(
         )
         chosen_format = _choose("--log-format", log_format, _LOG_FORMATS)
         bind, run = _import_serve()
-        _check_certificate(settings)
+        check_certificate(settings)
         listeners = bind(host, port)  # before the model is loaded, which may take minutes
         _warn(settings, model)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
@@ -164,7 +164,8 @@ def _import_serve() -> tuple[Callable[..., Any], Callable[..., None]]:
     return bind, serve
 
 
-def _check_certificate(settings: ServerSettings) -> None:
+def check_certificate(settings: ServerSettings) -> None:
+    """Raises InputError if TLS cannot be served with a certificate and its key."""
     if settings.certificate is None:
         return
     try:

@@ -91,7 +91,7 @@ class ServerSettings:
         for origin in self.origins:
             _check_origin(origin)
         for host in self.trusted_hosts:
-            if not _HOST.fullmatch(host):
+            if not _HOST.fullmatch(host) and not _is_address(host):
                 raise InputError(f"a trusted host is a name without port or scheme, *.example.com or *, got {host!r}")
         self._check_numbers()
         if (self.certificate is None) != (self.private_key is None):
@@ -153,7 +153,7 @@ class ServerSettings:
         return ("localhost", "127.0.0.1", "::1", self.host.lower(), *FAL_HOSTS, *public)
 
 
-_HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+")
+_HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 def _host_name(header: str) -> str:
@@ -167,12 +167,16 @@ def _matches(name: str, pattern: str) -> bool:
     return pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:]))
 
 
-def _is_local_name(name: str) -> bool:
+def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return "." not in name or name.endswith(tuple(f".{domain}" for domain in _LOCAL_DOMAINS))
+        return False
     return True
+
+
+def _is_local_name(name: str) -> bool:
+    return _is_address(name) or "." not in name or name.endswith(tuple(f".{domain}" for domain in _LOCAL_DOMAINS))
 
 
 def _check_public_url(url: str) -> None:
