@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from florence_onnx.errors import ImageDecodeError, ImageTooLargeError
 
-_SLICE = 1 << 18
+_SLICE = 1 << 17
 """Characters that are decoded at a time: a step takes at most a few milliseconds, after which other threads may run."""
+_LARGE = 1 << 20
+"""Characters of a URI above which one is decoded at a time."""
+# Several at once would take as long, since each step holds the interpreter's lock, and keep other threads waiting longer.
+_LARGE_LOCK = threading.Lock()
 _BLANKS = " \t\n\r\f\v"
-_HEX = np.full(256, 255, dtype=np.uint8)
+_HEX_VALUES = bytes(int(chr(code), 16) if chr(code) in "0123456789abcdefABCDEF" else 255 for code in range(256))
 """Value of a hexadecimal digit by its ASCII code; 255 for everything else."""
-_HEX[np.frombuffer(b"0123456789ABCDEF", np.uint8)] = _HEX[np.frombuffer(b"0123456789abcdef", np.uint8)] = range(16)
 
 
 def is_url(address: str) -> bool:
@@ -59,8 +64,14 @@ def decode_data_uri(uri: str, *, max_bytes: int) -> bytes:
     if (len(uri) - comma) * 3 // 4 > max_bytes:
         check_length(_min_content_bytes(uri, comma + 1, is_base64=is_base64), max_bytes, head)
     decoded = _unquoted(uri, comma + 1)
+    parts = _base64_decoded(decoded, head) if is_base64 else decoded
+    with _LARGE_LOCK if len(uri) > _LARGE else contextlib.nullcontext():
+        return _gather(parts, max_bytes, head)
+
+
+def _gather(parts: Iterator[bytes], max_bytes: int, head: str) -> bytes:
     content = io.BytesIO()  # its getvalue does not copy
-    for part in _base64_decoded(decoded, head) if is_base64 else decoded:
+    for part in parts:
         check_length(content.tell() + len(part), max_bytes, head)
         content.write(part)
     return content.getvalue()
@@ -91,15 +102,15 @@ def _unquoted(uri: str, begin: int) -> Iterator[bytes]:
 def _unquote(part: bytes) -> bytes:
     if b"%" not in part:
         return part
-    codes = np.frombuffer(part + b"..", np.uint8)  # a "%" at the end is then followed by no hexadecimal digit
-    at = np.flatnonzero(codes == ord("%"))
-    high, low = _HEX[codes[at + 1]], _HEX[codes[at + 2]]
-    is_escape = (high < 16) & (low < 16)
-    at = at[is_escape]
-    unquoted, is_kept = codes.copy(), np.ones(len(codes), dtype=bool)
-    unquoted[at] = high[is_escape] * 16 + low[is_escape]
-    is_kept[at + 1] = is_kept[at + 2] = is_kept[-2:] = False
-    content: bytes = unquoted[is_kept].tobytes()
+    padded = part + b".."  # a "%" at the end is then followed by no hexadecimal digit
+    codes = np.frombuffer(padded, np.uint8)[:-2]
+    digits = np.frombuffer(padded.translate(_HEX_VALUES), np.uint8)
+    high, low = digits[1:-1], digits[2:]
+    is_escape = (codes == ord("%")) & (high < 16) & (low < 16)
+    is_kept = np.ones(len(codes), dtype=bool)
+    is_kept[1:] &= ~is_escape[:-1]
+    is_kept[2:] &= ~is_escape[:-2]
+    content: bytes = np.where(is_escape, (high << 4) | low, codes)[is_kept].tobytes()
     return content
 
 

@@ -24,8 +24,8 @@ from florence_onnx.server.settings import ServerSettings
 
 TOKEN_SECONDS = 3600.0
 """Seconds for which an upload token is valid."""
-BODY_THREADS = 2
-"""Large bodies that are parsed at the same time."""
+BODY_THREADS = 1
+"""Large bodies that are parsed at the same time: several would take as long, and keep the event loop waiting longer."""
 _log = logging.getLogger("florence_onnx.server")
 
 
@@ -55,7 +55,7 @@ class ServerContext:
         self.connections = ConnectionLimit(settings.max_connections)
         self.metrics.add_connections(lambda: (self.connections.num_open, self.connections.num_refused))
         self.body_pool = ThreadPoolExecutor(BODY_THREADS, thread_name_prefix="florence-body")
-        """Parses large bodies; few threads, because they share the interpreter's lock with the event loop."""
+        """Parses large bodies."""
         self.num_active = 0
         """HTTP requests in flight; changed by the event loop only."""
         self._tokens: dict[str, float] = {}
