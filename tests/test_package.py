@@ -88,7 +88,7 @@ ROOMS = {
     "fal": {"answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
         *("_version", "answers", "errors", "fal", "generation", "images", "model", "prediction", "tasks"),
-        *("fastapi", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
+        *("fastapi", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
         *("_version", "answers", "errors", "fal", "images", "model", "tasks"),

@@ -27,7 +27,7 @@ from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
 # the import that fails is not always that of the package itself
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "pythonjsonlogger", "starlette", "anyio")
+_PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "anyio")
 _LOG_FORMATS = ("json", "text")
 
 
