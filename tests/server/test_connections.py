@@ -238,11 +238,12 @@ def test_connections_above_the_limit_get_503_and_old_silent_ones_make_room(serve
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[LiveServer]:
-    """A server with 128 files, which others can reach, without a key."""
+    """A server with 128 files, which others can reach, without a key; nothing may be idle for long."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # what a child inherits
     try:
-        with serve("--host", "0.0.0.0", "--grace", "0", environment=ONE_THREAD) as running:
+        options = ("--host", "0.0.0.0", "--idle-timeout", "1", "--grace", "0")
+        with serve(*options, environment=ONE_THREAD) as running:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             yield running
     finally:
@@ -261,6 +262,25 @@ def test_the_limit_of_open_files_limits_connections(small: LiveServer) -> None:
         wait_for(lambda: httpx.get(f"{small.url}/health").status_code == 200)
         assert httpx.post(f"{small.url}/{APP}/caption", json=arguments(tasks.CAPTION), timeout=60).json() == CAPTION
     assert len(small.stderr) < 10_000 and "Traceback" not in small.stderr
+
+
+def test_idle_connections_are_closed(small: LiveServer) -> None:
+    """One that sends no second request, and one that does not read its response."""
+    with connect(small, f"GET /health HTTP/1.1\r\n{HEAD}\r\n") as kept:
+        assert statuses(read_all(kept)) == [200]
+    content = b"x" * 30_000_000
+    stored = httpx.post(f"{small.url}/files/upload", content=content).json()["access_url"].removeprefix(small.url)
+    with connect(small, f"GET {stored} HTTP/1.1\r\n{HEAD}\r\n") as unread:
+        wait_for(lambda: num_connections(small) == 2)
+        wait_for(lambda: num_connections(small) == 1)
+        answer = read_all(unread)
+    assert statuses(answer[:100]) in ([200], []) and len(answer) < len(content)
+
+
+def num_connections(server: LiveServer) -> float:
+    """Open connections, the one that asks included."""
+    with httpx.Client(base_url=server.url) as asking:
+        return metric(asking, "florence_connections")
 
 
 def test_too_few_descriptors_for_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
