@@ -19,7 +19,7 @@ RESERVED_FILES = 64
 """Descriptors that are kept for everything but connections: downloads, stored files, refusals, libraries."""
 MIN_CONNECTIONS = 16
 """Fewest connections that a server can work with."""
-BACKLOG = 128
+BACKLOG = 512
 """Connections that the system accepts for us before we do."""
 _LOG_SECONDS = 10.0
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -88,7 +88,7 @@ class Listener(socket.socket):
                 if error.errno not in _NO_DESCRIPTOR:
                     raise
                 self.limit.count_refusal()
-                time.sleep(0.01)  # the connection cannot even be closed; asyncio would log it 128 times
+                time.sleep(0.01)  # the connection cannot even be closed; asyncio would log it BACKLOG times
                 break
             if self.limit.has_room():
                 return _Connection(self.limit, connection.detach()), address
