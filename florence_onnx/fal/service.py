@@ -201,9 +201,10 @@ class Service:
         return job
 
     def _read(self, task: Task[Any], arguments: object) -> contract.Arguments:
-        if not self.settings.allow_options:
-            return contract.read_arguments(task, arguments, self.settings.options)
-        return contract.read_arguments(task, arguments, self.settings.options, self.model.check_options)
+        check_options = self.model.check_options if self.settings.allow_options else None
+        return contract.read_arguments(
+            task, arguments, self.settings.options, check_options, self.model.check_prompt_bytes
+        )
 
     def cancel(self, job: Job) -> bool:
         """Cancels a request; returns False if it has already ended.

@@ -65,6 +65,7 @@ class SlowModel:
         self.entered = threading.Event()
         self.batches: list[int] = []
         self.num_encoded = 0
+        self.check_prompt_bytes = model.check_prompt_bytes
 
     def encode(self, image: Any) -> Any:
         self.num_encoded += 1
