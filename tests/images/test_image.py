@@ -113,7 +113,7 @@ def test_formats_stay_usable_after_their_file_is_closed(image_format: str, tmp_p
     path.write_bytes(_encode(_image(), image_format))
     with Image.open(path) as reference:
         expected = reference.convert("RGB")
-    loaded = load(path)
+    loaded = load(path, formats=[image_format])
     _assert_same(loaded, expected)
     _assert_same(loaded.resize((10, 10)), expected.resize((10, 10)))
 
