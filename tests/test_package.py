@@ -231,6 +231,8 @@ LAZY = {
         "image",
         "images.addresses",
         "images.connection",
+        "images.decoder_child",
+        "images.decoder_processes",
         "images.download",
     ),
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from florence_onnx.fal import problems
 from florence_onnx.fal.contract import Arguments
 from florence_onnx.fal.problems import RequestError
+from florence_onnx.prediction import EncodedImage
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 """fal's names of the states."""
@@ -57,6 +58,8 @@ class Job:
     """Resolves to the result, or to a `RequestError`."""
     image: PILImage.Image | None = None
     """The decoded image, from when it is loaded until its features are computed."""
+    encoded: EncodedImage | None = None
+    """The image's features, if they were cached when it was loaded, until they are used."""
     digest: bytes = b""
     """SHA-256 of the image file, the key of the feature cache."""
     was_fetched: bool = False
@@ -136,7 +139,7 @@ class Job:
             if self._state == "COMPLETED":
                 return False
             self._state = "COMPLETED"
-            self.image = None
+            self.image = self.encoded = None
             # results are kept for an hour; a `data:` URI of megabytes need not be
             self.arguments = dataclasses.replace(self.arguments, image_url="")
         settle()

@@ -17,10 +17,13 @@ import hashlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image as PILImage
 
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
@@ -28,8 +31,10 @@ from florence_onnx.fal import contract, problems
 from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
+from florence_onnx.fal.memory import MemoryBudget, NotWantedError
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.images.opening import DecodingEndedError
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tasks import Task
@@ -71,7 +76,10 @@ class ServiceSettings:
     loaders: int = 4
     """Threads that fetch and decode images, and threads that draw them."""
     max_loaded: int = 8
-    """Most decoded images that wait for the model, as they take the most memory."""
+    """Most decoded images that wait for the model."""
+    max_decoded_bytes: int = 2**30
+    """Most bytes of images that are being decoded, wait for the model, are answered or are drawn on. A request whose image
+    has no room yet waits. Cached images count towards `feature_cache_bytes`."""
     feature_cache_bytes: int = 256 * 2**20
     """Most bytes of cached image features; 0 caches none."""
     options: GenerationOptions = contract.DEFAULT_OPTIONS
@@ -110,6 +118,8 @@ class Service:
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
+        self._memory = MemoryBudget(self.settings.max_decoded_bytes + self.settings.feature_cache_bytes)
+        self._draws = publish is not without_image
         self._condition = threading.Condition()
         self._waiting: list[Job] = []  # accepted, image not loaded
         self._loading: set[Job] = set()
@@ -180,6 +190,7 @@ class Service:
         is_cancelled = job.cancel()
         if is_cancelled:
             self._count("failed")
+            self._end_loading(job)
         with self._condition:
             self._condition.notify_all()
         return is_cancelled
@@ -220,6 +231,7 @@ class Service:
             self._condition.notify_all()
         for job in left:
             self._fail(job, problems.shutting_down())
+        self._reader.close()
         for thread in self._threads if is_done else ():
             thread.join()
         self._draw_pool.shutdown(wait=is_done)
@@ -236,6 +248,8 @@ class Service:
                 self._load(job)
             except RequestError as problem:
                 self._fail(job, problem)
+            except (DecodingEndedError, NotWantedError):
+                self._fail(job, problems.shutting_down())  # or it has ended already, and stays as it is
             except Exception:  # noqa: BLE001 - one request must not end the thread that serves all of them
                 _log.exception("request %s: loading the image failed", job.id)
                 self._fail(job, problems.internal())
@@ -263,9 +277,34 @@ class Service:
         begin = time.monotonic()
         content = self._reader.read(job.arguments.image_url)
         job.digest = hashlib.sha256(content).digest()
-        if self._cache.get(job.digest) is None:
-            job.image = self._reader.decode(content)
+        job.encoded = self._cache.get(job.digest)
+        if job.encoded is None:
+            job.image = self._decode_image(job, content)
         self._record(job, "load", begin)
+
+    def _decode_image(self, job: Job, content: bytes) -> PILImage.Image:
+        """Decodes an image when there is memory for it and for drawing on it."""
+        taken = kept = drawing = 0
+
+        def admit(peak_bytes: int, result_bytes: int) -> None:
+            nonlocal taken, kept, drawing
+            kept, drawing = result_bytes, result_bytes if self._draws and job.arguments.task.has_image else 0
+            self._memory.take(peak_bytes + drawing, lambda: job.is_waiting and not job.has_expired)
+            taken = peak_bytes + drawing
+
+        try:
+            image = self._reader.decode(content, key=job, admit=admit)
+        except BaseException:
+            self._memory.give(taken)
+            raise
+        weakref.finalize(image, self._memory.give, kept).atexit = False
+        self._memory.give(taken - kept - drawing)
+        job.future.add_done_callback(lambda ended: self._memory.give(drawing))
+        return image
+
+    def _end_loading(self, job: Job) -> None:
+        self._reader.end(job)
+        self._memory.look()
 
     def _drop_ended(self) -> None:
         """Removes cancelled requests and fails expired ones. The caller holds the lock."""
@@ -277,6 +316,7 @@ class Service:
                 self._condition.notify_all()
         for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
             self._fail(job, problems.timed_out())  # at once; the download runs into its own timeout
+            self._end_loading(job)
 
     def _seconds_to_expiry(self) -> float | None:
         jobs = (*self._waiting, *self._loading, *self._ready)
@@ -333,20 +373,17 @@ class Service:
             if job.state != "IN_PROGRESS":  # cancelled in the meantime
                 continue
             begin = time.monotonic()
-            found = by_digest.get(job.digest) or self._cache.get(job.digest)
+            found = by_digest.get(job.digest) or job.encoded or self._cache.get(job.digest)
             is_new = found is None
             if found is None:
-                found = self.model.encode(self._image(job))
+                assert job.image is not None
+                found = self.model.encode(job.image, copy=False)
                 self._cache.put(job.digest, found)
             by_digest[job.digest] = encoded[job] = found
-            job.image = None
+            job.image = job.encoded = None
             self._count("encoded" if is_new else "reused")
             self._record(job, "vision", begin)
         return encoded
-
-    def _image(self, job: Job) -> Any:
-        # None if the features were cached when the image was loaded; they have been evicted since
-        return job.image if job.image is not None else self._reader.decode(self._reader.read(job.arguments.image_url))
 
     def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, EncodedImage]) -> None:
         if not jobs:

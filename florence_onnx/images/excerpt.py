@@ -46,4 +46,4 @@ def make_excerpt(stream: BinaryIO, parts: Sequence[tuple[int, int]]) -> BinaryIO
         stream: A stream that can seek; nothing else may read from it meanwhile.
         parts: Start and end of each part in bytes, in order; none is empty.
     """
-    return io.BufferedReader(_Parts(stream, parts), 2**16)  # type: ignore[return-value]
+    return io.BufferedReader(_Parts(stream, parts), 2**16)

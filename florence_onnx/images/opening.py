@@ -14,12 +14,15 @@ import struct
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from florence_onnx.errors import ImageDecodeError, ImageError, ImageTooLargeError, InputError
 from florence_onnx.images import gif_blocks, jpeg_scans, pixels, png_chunks, tiff_tags
+
+if TYPE_CHECKING:
+    from PIL import ImageFile
 
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 """The formats that are decoded, by Pillow's names, unless the caller allows more."""
@@ -66,8 +69,15 @@ DAMAGED = (
     zlib.error,
     Warning,  # where the caller turns warnings into errors
 )
+_PIXEL_BYTES = {"WEBP": 20, "AVIF": 16}
+"""Bytes that decoding takes for each pixel where it is more than 6, as measured by `benchmarks.serving.image_costs`: the
+decoders of these formats keep several copies of an image."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _ORIENTATION_TAG = 0x0112
+
+
+class DecodingEndedError(Exception):
+    """Decoding was ended by who asked for it."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,11 @@ class OpenedImage:
         self._limits = limits
         self.size = opened.size
         """`(width, height)` in pixels, as stored."""
-        self.peak_bytes = _pixel_bytes(opened) * self.size[0] * self.size[1] + extra_bytes
+        num_pixels = self.size[0] * self.size[1]
+        self.peak_bytes = _PIXEL_BYTES.get(str(opened.format), 6) * num_pixels + extra_bytes
         """Bytes of memory that decoding takes at most, those of the result among them."""
+        self.result_bytes = pixels.BYTES * num_pixels
+        """Bytes of the result."""
 
     def decode(self, *, apply_exif: bool = True) -> pixels.PixelBlock:
         """Decodes the pixels to upright RGB.
@@ -238,7 +251,7 @@ def _recognise(head: bytes) -> str:
         return "TIFF"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
-    if head[4:12] in (b"ftypavif", b"ftypavis") or head[4:12] in (b"ftypmif1", b"ftypmsf1") and b"avif" in head:
+    if head[4:12] in (b"ftypavif", b"ftypavis") or (head[4:12] in (b"ftypmif1", b"ftypmsf1") and b"avif" in head):
         return "AVIF"
     return "BMP" if head[:2] == b"BM" else ""
 
@@ -303,9 +316,3 @@ def _check_run_lengths(opened: ImageFile.ImageFile, stream: BinaryIO, name: str)
             f"{name} is a run-length encoded BMP of {num_pixels:,} pixels in {num_bytes:,} bytes, allowed are "
             f"{_MAX_RUN_LENGTH_PIXELS:,} pixels and 4 bytes for each; save it as PNG"
         )
-
-
-def _pixel_bytes(opened: ImageFile.ImageFile) -> int:
-    """Returns the bytes that decoding takes for each pixel, by measurement (`benchmarks.serving.image_memory`)."""
-    by_format = {"WEBP": 20, "AVIF": 16, "GIF": 6}
-    return by_format.get(str(opened.format), 6)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image
 
 from florence_onnx.images.rgb import make_converter, strips
+
+if TYPE_CHECKING:
+    from PIL import ImageFile
 
 BYTES = 4
 """Bytes of a pixel: red, green, blue and one that Pillow does not use."""
@@ -60,7 +63,8 @@ class PixelBlock:
 
         `Image.frombuffer` makes such memory too, though for a few modes only.
         """
-        return Image.core.map_buffer(self.memory, self.size, "raw", 0, (mode, self.size[0] * BYTES, 1))
+        core = Image.core  # type: ignore[attr-defined]
+        return core.map_buffer(self.memory, self.size, "raw", 0, (mode, self.size[0] * BYTES, 1))
 
     def as_image(self) -> Image.Image:
         """Returns the block as an image of mode RGB, which keeps it alive."""

@@ -16,12 +16,14 @@ Images = Literal["url", "data", "none"]
 FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3.fal.media")
 """fal's host names, which a hosts file may point at this server, so that clients work unchanged."""
 MAX_PIXELS = 50_000_000
-"""Default for the most pixels of an image: several are in memory at a time, 150 MB each at this size."""
+"""Default for the most pixels of an image: 200 MB at this size, of the gigabyte that all images have together."""
+DECODERS = 4
+"""Default for the processes that decode images."""
 
 
 def default_limits() -> ImageLimits:
-    """Returns the image limits for untrusted callers: public addresses only, at most `MAX_PIXELS`."""
-    return ImageLimits(max_pixels=MAX_PIXELS, public_only=True)
+    """Returns the limits for images of untrusted callers: public addresses, few pixels, and decoders that can be ended."""
+    return ImageLimits(max_pixels=MAX_PIXELS, num_processes=DECODERS, public_only=True)
 
 
 @dataclass(frozen=True)

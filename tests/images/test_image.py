@@ -29,7 +29,8 @@ from florence_onnx.errors import (
     ImageNotFoundError,
     ImageTooLargeError,
 )
-from florence_onnx.images.decoding import MAX_PIXELS, load
+from florence_onnx.images.decoding import load
+from florence_onnx.images.opening import MAX_PIXELS
 from florence_onnx.images.preprocessing import IMAGE_MEAN, IMAGE_STD, preprocess
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
