@@ -90,13 +90,14 @@ def decode(opened: ImageFile.ImageFile, check: Callable[[tuple[int, int]], None]
         if opened.palette:
             opened.palette.dirty = 1  # the new memory has no palette yet
     opened.load()
-    check(opened.size)
+    check(opened.im.size)
+    decoded = opened._new(opened.im)  # of the size of its memory
     if opened.im is not target:  # the plugin made memory of its own, as that for GIF does
         del target, block
         block = PixelBlock(opened.im.size)
-        _convert(opened, block)
+        _convert(decoded, block)
     elif opened.mode not in _IN_PLACE:
-        _convert(opened, block)
+        _convert(decoded, block)
     return block
 
 
@@ -110,10 +111,10 @@ def turn(block: PixelBlock, orientation: int) -> None:
     if orientation not in TURNS:
         return
     flat = np.frombuffer(block.memory, np.uint8)
-    upright = TURNS[orientation]
+    turned = TURNS[orientation](block.pixels[..., 0])
+    plane = np.empty(turned.shape, np.uint8)
     for colour in range(3):
-        turned = upright(block.pixels[..., colour])
-        plane = np.empty(turned.shape, np.uint8)
+        turned = TURNS[orientation](block.pixels[..., colour])
         for top in range(0, len(turned), _TURN_ROWS):
             plane[top : top + _TURN_ROWS] = turned[top : top + _TURN_ROWS]
         flat[colour::BYTES] = plane.ravel()

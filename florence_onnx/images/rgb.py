@@ -49,6 +49,8 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // width)
+    if image.mode == "LAB":  # Pillow makes a colour transform for each strip, which takes longer than its pixels
+        rows = max(rows, -(-height // 8))
     for top in range(0, height, rows):
         yield top, image.crop((0, top, width, min(top + rows, height)))
 
