@@ -33,6 +33,8 @@ BLOCK_BYTES = 2**20
 """Pixels are sent in blocks of this many bytes, each of which is given back to the system once it was sent."""
 OPEN_BYTES = 256 * 2**20
 """Address space, beyond the encoded image, for reading a header."""
+_CANVAS_BYTES = 8
+"""Address space for each pixel that Pillow takes when it opens a WebP, though it does not write to it yet."""
 SLACK_BYTES = 64 * 2**20
 """Address space, beyond the estimate, for decoding: threads' stacks, buffers and fragments."""
 NAME = "the image"
@@ -43,6 +45,10 @@ INTERNAL = "internal"
 def main() -> None:
     """Decodes images from standard input until it ends."""
     warnings.simplefilter("ignore")  # of what strangers send; they would fill the parent's log
+    with contextlib.suppress(ImportError):  # a Pillow before 11.3
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one image must not take all cores
     receiver, sender = sys.stdin.buffer, sys.stdout.buffer
     while line := receiver.readline():
         request = json.loads(line)
@@ -63,7 +69,7 @@ def main() -> None:
 
 def _answer(request: dict[str, Any], content: bytes, receiver: BinaryIO, sender: BinaryIO) -> None:
     limits = DecodeLimits(request["max_pixels"], request["max_side"])
-    _limit_memory(OPEN_BYTES + len(content))
+    _limit_memory(OPEN_BYTES + len(content) + _CANVAS_BYTES * request["max_pixels"])
     opened = open_image(io.BytesIO(content), NAME, limits)
     _send(sender, {"peak_bytes": opened.peak_bytes, "result_bytes": opened.result_bytes})
     _set_alarm(0)  # the parent may have to wait for memory

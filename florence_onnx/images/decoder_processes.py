@@ -23,7 +23,12 @@ from florence_onnx.images.pixels import BYTES, PixelBlock
 
 _log = logging.getLogger("florence_onnx")
 _CODE = "import sys; sys.path[:] = {path!r}; from florence_onnx.images.decoder_child import main; main()"
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "32"}
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "32",
+}
 _PIPE_BYTES = 2**20
 """What a pipe holds: with the 64 KiB of the default, the two processes would wait for each other twenty times a megabyte."""
 SECONDS = 10.0
@@ -49,6 +54,7 @@ class _Process:
         )
         assert self._child.stdin is not None and self._child.stdout is not None
         self._to, self._from = self._child.stdin, self._child.stdout
+        self.pid = self._child.pid
         self.was_ended = False
 
     def send(self, message: dict[str, Any], content: bytes = b"") -> None:
