@@ -292,6 +292,10 @@ def _explain(head: bytes, name: str, formats: list[str], error: BaseException) -
         return f"{name} is empty (0 bytes)"
     if not isinstance(error, (UnidentifiedImageError, ImportError)):
         return f"{name} is a damaged image: {error}"
+    if formats and formats[0] in FORMATS:
+        if formats[0] not in Image.OPEN:
+            return f"{name} is of format {formats[0]}, which this Pillow cannot read; install a newer one"
+        return f"{name} is truncated or damaged: it begins as {formats[0]} and goes on as something else"
     other = next((other for start, other in _OTHERS.items() if head.startswith(start)), "")
     if other in _REFUSED:
         return f"{name} is of format {other}: {_REFUSED[other]}; convert it to PNG first"
@@ -303,8 +307,8 @@ def _explain(head: bytes, name: str, formats: list[str], error: BaseException) -
     if head[4:8] == b"ftyp" and "HEIF" not in formats:
         hint = "; for HEIC, install pillow-heif, call pillow_heif.register_heif_opener() and pass formats=['HEIF']"
     else:
-        hint = f"; if it is of another format that Pillow knows, pass that as formats=[…]; tried: {', '.join(formats) or '-'}"
-    return f"{name} is not an image that Pillow can read as {', '.join(FORMATS)}{hint}"
+        hint = "; if it is of another format that Pillow knows, convert it to PNG, or pass formats=[…] if you trust the file"
+    return f"{name} is not an image that Pillow can read as {', '.join((*FORMATS, *formats))}{hint}"
 
 
 def _check_run_lengths(opened: ImageFile.ImageFile, stream: BinaryIO, name: str) -> None:
