@@ -1,1 +1,2 @@
-"""The server: under load (`load`), under malformed requests (`malformed`), and compared with fal (`compare_fal`)."""
+"""The server: under load (`load`), under malformed requests (`malformed`), under
+hostile images (`image_costs`), and compared with fal (`compare_fal`)."""
