@@ -126,7 +126,7 @@ def print_images() -> None:
 # -------------------------------------------------------------------------------------------------------------- servers
 
 
-def ask(server: Server, content: bytes, *, timeout: float = 170.0) -> int:
+def ask(server: Server, content: bytes, *, timeout: float = 600.0) -> int:
     """Sends an image for a caption; returns the status, 0 if the caller hung up first."""
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     body = json.dumps({"image_url": uri}).encode()
@@ -196,7 +196,8 @@ def print_small() -> None:
         "PNG, 64 x 48": hostile.png(64, 48),
         "JPEG, 640 x 480": hostile.saved(image, "JPEG"),
     }.items():
-        here, there = [], []
+        here: list[float] = []
+        there: list[float] = []
         for _ in range(300):
             for times, decode in ((here, load), (there, processes.decode)):
                 begin = time.perf_counter()

@@ -93,6 +93,9 @@ class _Process:
             with contextlib.suppress(OSError):
                 pipe.close()
 
+    def is_running(self) -> bool:
+        return self._child.poll() is None
+
     def was_late(self) -> bool:
         """Whether the child, which has ended, ended itself because its time was over."""
         return self._child.wait() == -getattr(signal, "SIGALRM", 0) != 0
@@ -196,7 +199,7 @@ class DecoderProcesses:
         with self._lock:
             if not self._is_open:
                 raise DecodingEndedError
-            process = self._idle.pop() if self._idle else _Process()
+            process = self._take()
             self._busy[key] = process
         try:
             yield process
@@ -208,6 +211,15 @@ class DecoderProcesses:
                     self._idle.append(process)
             if not is_kept:
                 process.close()
+
+    def _take(self) -> _Process:
+        """Returns a process that runs. The caller holds the lock."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_running():
+                return process
+            process.close()  # the system may end it at any time, for want of memory
+        return _Process()
 
 
 def _make_error(name: str, message: str) -> Exception:
