@@ -18,16 +18,21 @@ import contextlib
 import io
 import json
 import mmap
+import os
 import signal
 import sys
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from florence_onnx.errors import ImageError, ImageTooLargeError
 from florence_onnx.images.opening import DecodeLimits, open_image
 from florence_onnx.images.pixels import PixelBlock
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 BLOCK_BYTES = 2**20
 """Pixels are sent in blocks of this many bytes, each of which is given back to the system once it was sent."""
@@ -104,10 +109,20 @@ def _set_alarm(seconds: float) -> None:
 
 def _limit_memory(more_bytes: int | None) -> None:
     """Limits the address space to what is used now and some more, where the system can; None is without a limit."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        soft = hard if more_bytes is None else used + more_bytes
+    if _STATM is None or resource is None:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(os.pread(_STATM, 32, 0).split()[0]) * mmap.PAGESIZE
+    soft = hard if more_bytes is None else used + more_bytes
+    with contextlib.suppress(ValueError):  # the system has a lower limit
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _open_statm() -> int | None:
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:  # not Linux
+        return None
+
+
+_STATM = _open_statm()

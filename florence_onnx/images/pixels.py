@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BYTES = 4
 """Bytes of a pixel: red, green, blue and one that Pillow does not use."""
-_OWN_PAGES = 2**18
+_OWN_PAGES = 2**24
 """Blocks of at least this many bytes have pages of their own, which go back to the system when the image is dropped."""
 _TURN_ROWS = 16
 """Rows that are turned at a time, so that the columns they come from stay in the processor's cache."""

@@ -293,9 +293,10 @@ def test_of_many_frames_the_first_one_is_decoded(image_format: str, monkeypatch:
 
     if image_format == "AVIF" and not (hasattr(features, "check") and features.check("avif")):
         pytest.skip("needs a Pillow with AVIF")
-    content = hostile.frames(image_format, 40, 32)
+    num_frames = 2 if image_format == "MPO" else 40  # old versions of Pillow write no more than two as MPO
+    content = hostile.frames(image_format, num_frames, 32)
     shown = Image.open(io.BytesIO(content))
-    assert shown.n_frames > 20  # type: ignore[attr-defined]
+    assert shown.n_frames > num_frames // 2  # type: ignore[attr-defined]
     first = pixels_of(shown)
     plugin = type(shown)
     really = plugin.seek
