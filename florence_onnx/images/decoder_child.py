@@ -6,8 +6,10 @@ Both sides send a line of JSON, and then bytes where the line announces some:
 parent: {"num_bytes", "max_pixels", "max_side", "seconds"}, the encoded image
 child:  {"peak_bytes", "result_bytes"}                       what it will take; waits for the parent's go-ahead
 parent: {}
-child:  {"size": [width, height]}, 4 * width * height bytes  RGB and a byte without meaning, row by row
+child:  {"size": [width, height], "is_shared"}, 4 * width * height bytes, row by row: RGB and a byte without meaning
 ```
+
+The bytes of small images are not sent: they lie in a file in memory that both sides share.
 
 Instead of any of its lines the child may send `{"error", "message"}`, the name of an error of `florence_onnx.errors`.
 """
@@ -34,6 +36,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
+SHARED_BYTES = 2**22
+"""Size of the shared file: an image of a megapixel. Through a pipe it would take as long as decoding it."""
 BLOCK_BYTES = 2**20
 """Pixels are sent in blocks of this many bytes, each of which is given back to the system once it was sent."""
 OPEN_BYTES = 256 * 2**20
@@ -47,8 +51,13 @@ INTERNAL = "internal"
 """Stands for an error that is none of ours."""
 
 
-def main() -> None:
-    """Decodes images from standard input until it ends."""
+def main(shared_file: int | None) -> None:
+    """Decodes images from standard input until it ends.
+
+    Args:
+        shared_file: Descriptor of the file of `SHARED_BYTES` for small images; None where there is none.
+    """
+    shared = None if shared_file is None else mmap.mmap(shared_file, SHARED_BYTES)
     warnings.simplefilter("ignore")  # of what strangers send; they would fill the parent's log
     with contextlib.suppress(ImportError):  # a Pillow before 11.3
         from PIL import AvifImagePlugin
@@ -60,7 +69,7 @@ def main() -> None:
         content = receiver.read(request["num_bytes"])
         _set_alarm(request["seconds"])
         try:
-            _answer(request, content, receiver, sender)
+            _answer(request, content, receiver, sender, shared)
         except MemoryError:
             message = f"{NAME} takes more memory to decode than images of its size do; save it in another format"
             _send(sender, {"error": ImageTooLargeError.__name__, "message": message})
@@ -72,7 +81,9 @@ def main() -> None:
         _limit_memory(None)
 
 
-def _answer(request: dict[str, Any], content: bytes, receiver: BinaryIO, sender: BinaryIO) -> None:
+def _answer(
+    request: dict[str, Any], content: bytes, receiver: BinaryIO, sender: BinaryIO, shared: mmap.mmap | None = None
+) -> None:
     limits = DecodeLimits(request["max_pixels"], request["max_side"])
     _limit_memory(OPEN_BYTES + len(content) + _CANVAS_BYTES * request["max_pixels"])
     opened = open_image(io.BytesIO(content), NAME, limits)
@@ -82,8 +93,13 @@ def _answer(request: dict[str, Any], content: bytes, receiver: BinaryIO, sender:
     _set_alarm(request["seconds"])
     _limit_memory(opened.peak_bytes + SLACK_BYTES)
     block = opened.decode()
-    _send(sender, {"size": block.size})
-    _send_pixels(block, sender)
+    num_bytes = block.num_bytes
+    if shared is not None and num_bytes <= SHARED_BYTES:
+        shared[:num_bytes] = memoryview(block.memory)[:num_bytes]
+        _send(sender, {"size": block.size, "is_shared": True})
+    else:
+        _send(sender, {"size": block.size, "is_shared": False})
+        _send_pixels(block, sender)
 
 
 def _send(sender: BinaryIO, message: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import mmap
 import os
 import signal
 import subprocess
@@ -17,12 +18,12 @@ from PIL import Image
 
 from florence_onnx import errors
 from florence_onnx.errors import ImageDecodeError, ImageTooLargeError
-from florence_onnx.images.decoder_child import INTERNAL
+from florence_onnx.images.decoder_child import INTERNAL, SHARED_BYTES
 from florence_onnx.images.opening import MAX_PIXELS, MAX_SIDE, DecodingEndedError
-from florence_onnx.images.pixels import BYTES, PixelBlock
+from florence_onnx.images.pixels import PixelBlock
 
 _log = logging.getLogger("florence_onnx")
-_CODE = "import sys; sys.path[:] = {path!r}; from florence_onnx.images.decoder_child import main; main()"
+_CODE = "import sys; sys.path[:] = {path!r}; from florence_onnx.images.decoder_child import main; main({file!r})"
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -30,7 +31,7 @@ _ENVIRONMENT = {
     "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "32",
 }
 _PIPE_BYTES = 2**20
-"""What a pipe holds: with the 64 KiB of the default, the two processes would wait for each other twenty times a megabyte."""
+"""What a pipe holds: with 64 KiB, the default, the two processes would wait for each other 16 times a megabyte."""
 SECONDS = 10.0
 """Default limit of decoding one image."""
 
@@ -43,15 +44,23 @@ class _Process:
     """A child and the pipes to it."""
 
     def __init__(self) -> None:
+        file = os.memfd_create("florence-onnx-pixels") if hasattr(os, "memfd_create") else None
+        self._shared: mmap.mmap | None = None
+        if file is not None:
+            os.ftruncate(file, SHARED_BYTES)
+            self._shared = mmap.mmap(file, SHARED_BYTES)
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _CODE.format(path=sys.path)],
+            [sys.executable, "-c", _CODE.format(path=sys.path, file=file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libtiff writes there what it thinks of strangers' files
             env={**os.environ, **_ENVIRONMENT},
             start_new_session=True,  # Ctrl-C is for the parent, which finishes what it has accepted
             pipesize=_PIPE_BYTES,
+            pass_fds=() if file is None else (file,),
         )
+        if file is not None:
+            os.close(file)
         assert self._child.stdin is not None and self._child.stdout is not None
         self._to, self._from = self._child.stdin, self._child.stdout
         self.pid = self._child.pid
@@ -71,9 +80,13 @@ class _Process:
             raise _make_error(message["error"], message["message"])
         return message
 
-    def receive_pixels(self, size: tuple[int, int]) -> PixelBlock:
+    def receive_pixels(self, size: tuple[int, int], *, is_shared: bool) -> PixelBlock:
         block = PixelBlock(size)
-        view = memoryview(block.memory)[: size[0] * size[1] * BYTES]
+        view = memoryview(block.memory)[: block.num_bytes]
+        if is_shared:
+            assert self._shared is not None
+            view[:] = memoryview(self._shared)[: len(view)]
+            return block
         while view:
             num_bytes = self._from.readinto(view)  # type: ignore[attr-defined]
             if not num_bytes:
@@ -178,8 +191,9 @@ class DecoderProcesses:
             process.was_ended = True  # it waits for a go-ahead that will not come
             raise
         process.send({})
-        width, height = process.receive()["size"]
-        return process.receive_pixels((width, height)).as_image()
+        result = process.receive()
+        width, height = result["size"]
+        return process.receive_pixels((width, height), is_shared=result["is_shared"]).as_image()
 
     def _explain(self, process: _Process, num_bytes: int) -> Exception:
         """Returns the error for a process that ended while it decoded."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BYTES = 4
 """Bytes of a pixel: red, green, blue and one that Pillow does not use."""
-_OWN_PAGES = 2**24
+_OWN_PAGES = 2**22
 """Blocks of at least this many bytes have pages of their own, which go back to the system when the image is dropped."""
 _TURN_ROWS = 16
 """Rows that are turned at a time, so that the columns they come from stay in the processor's cache."""
@@ -51,7 +51,8 @@ class PixelBlock:
             size: `(width, height)` in pixels.
         """
         self.size = size
-        self.memory = _allocate(size[0] * size[1] * BYTES)
+        self.num_bytes = size[0] * size[1] * BYTES
+        self.memory = _allocate(self.num_bytes)
 
     @property
     def pixels(self) -> npt.NDArray[np.uint8]:
