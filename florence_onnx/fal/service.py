@@ -248,8 +248,11 @@ class Service:
                 self._load(job)
             except RequestError as problem:
                 self._fail(job, problem)
-            except (DecodingEndedError, NotWantedError):
-                self._fail(job, problems.shutting_down())  # or it has ended already, and stays as it is
+            except (
+                DecodingEndedError,
+                NotWantedError,
+            ):  # of a job that has ended, which stays as it is, or will at once
+                self._fail(job, problems.timed_out() if job.has_expired else problems.shutting_down())
             except Exception:  # noqa: BLE001 - one request must not end the thread that serves all of them
                 _log.exception("request %s: loading the image failed", job.id)
                 self._fail(job, problems.internal())

@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER": "32",
 }
+_KEPT_VARIABLES = ("PATH", "PYTHON", "LD_", "DYLD_", "LANG", "LC_", "SYSTEMROOT", "TEMP", "TMP")
 _PIPE_BYTES = 2**20
 """What a pipe holds: with 64 KiB, the default, the two processes would wait for each other 16 times a megabyte."""
 SECONDS = 10.0
@@ -54,7 +55,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libtiff writes there what it thinks of strangers' files
-            env={**os.environ, **_ENVIRONMENT},
+            env=_make_environment(),
             start_new_session=True,  # Ctrl-C is for the parent, which finishes what it has accepted
             pipesize=_PIPE_BYTES,
             pass_fds=() if file is None else (file,),
@@ -234,6 +235,12 @@ class DecoderProcesses:
                 return process
             process.close()  # the system may end it at any time, for want of memory
         return _Process()
+
+
+def _make_environment() -> dict[str, str]:
+    """Returns what Python needs to start; a child that a stranger's file has taken over must not find keys and tokens."""
+    kept = {name: value for name, value in os.environ.items() if name.upper().startswith(_KEPT_VARIABLES)}
+    return {**kept, **_ENVIRONMENT}
 
 
 def _make_error(name: str, message: str) -> Exception:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def slow() -> bytes:
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
 def test_pixels_are_those_of_this_process(image_format: str, processes: DecoderProcesses) -> None:
-    if not features.check(image_format.lower()) and image_format in ("WEBP", "AVIF"):
+    if image_format in ("WEBP", "AVIF") and not features.check(image_format.lower()):
         pytest.skip(f"needs a Pillow with {image_format}")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -136,6 +137,19 @@ def test_processes_are_bounded_and_shared(processes: DecoderProcesses) -> None:
         sizes = list(pool.map(lambda _: processes.decode(SMALL, admit=count).size, range(6)))
     assert sizes == [(5, 4)] * 6
     assert most == 2 == len(pids(processes))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the environment in Linux's /proc")
+def test_decoders_do_not_know_our_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLORENCE_ONNX_API_KEY", "id:secret")
+    processes = DecoderProcesses(1)
+    try:
+        processes.decode(SMALL)
+        (child,) = pids(processes)
+        environment = Path(f"/proc/{child}/environ").read_bytes()
+        assert b"PATH=" in environment and b"secret" not in environment
+    finally:
+        processes.close()
 
 
 def test_after_close_nothing_runs() -> None:
