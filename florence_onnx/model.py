@@ -45,7 +45,7 @@ from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextI
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
-from florence_onnx.images import decoding
+from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
@@ -217,11 +217,14 @@ class Florence2:
         image: ImageInput,
         *,
         apply_exif: bool = True,
-        max_pixels: int = decoding.MAX_PIXELS,
+        max_pixels: int = opening.MAX_PIXELS,
+        max_side: int = opening.MAX_SIDE,
         max_bytes: int = decoding.MAX_BYTES,
         timeout: float = decoding.TIMEOUT,
         public_only: bool = False,
         allowed_hosts: Collection[str] = (),
+        formats: Collection[str] = opening.FORMATS,
+        copy: bool = True,
     ) -> EncodedImage:
         """Runs the vision encoder; its output serves any number of tasks.
 
@@ -229,25 +232,31 @@ class Florence2:
             image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
             apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
             max_pixels: Most pixels (width times height) to accept.
+            max_side: Most pixels of width and of height to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
             timeout: Seconds for a download, redirects included.
             public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
                 public internet, redirects included; proxies of the environment are not used.
             allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
+            formats: Formats to decode, by Pillow's names. Those beyond the default, such as `["ICO"]`, have no limits but
+                pixels and sides: for files that you trust, not together with `public_only`.
+            copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
         Raises:
             ImageError: The image cannot be read.
-            InputError: `allowed_hosts` is malformed.
+            InputError: `allowed_hosts` or `formats` is malformed.
         """
         loaded = decoding.load(
             image,
             apply_exif=apply_exif,
             max_pixels=max_pixels,
+            max_side=max_side,
             max_bytes=max_bytes,
             timeout=timeout,
             public_only=public_only,
             allowed_hosts=allowed_hosts,
-            copy=True,
+            formats=formats,
+            copy=copy,
         )
         return self._answering.encode(loaded)
 

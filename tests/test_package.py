@@ -250,6 +250,8 @@ LAZY = {
         "image",
         "images.addresses",
         "images.connection",
+        "images.decoder_child",
+        "images.decoder_processes",
         "images.download",
         "images.transfer",
     ),

@@ -1,6 +1,6 @@
 """The server's responses to malformed requests: `python -m benchmarks.serving.malformed --requests 10000`.
 
-Broken JSON, wrong types, damaged images, URLs that must not be fetched, unusual paths, methods and headers, bytes that are
+Broken JSON, wrong types, damaged and hostile images, URLs that must not be fetched, unusual paths, methods and headers, bytes that are
 not HTTP, bodies that cost more than they should, and connections that end in the middle.
 
 Prints how often each status came, and memory, threads and open files of the server before and after. The exit code is
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import json
 import random
 import socket
@@ -26,6 +27,7 @@ from benchmarks.serving.servers import Server, serve
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.fal.contract import APP
+from tests import hostile_images as hostile
 
 IMAGE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
 JPEG = PHOTOGRAPH.read_bytes()
@@ -123,6 +125,31 @@ def damaged_image(rng: random.Random) -> bytes:
     return http("POST", f"/{APP}/caption", json.dumps({"image_url": uri}).encode())
 
 
+@functools.cache
+def hostile_images() -> tuple[bytes, ...]:
+    """Returns small files that cost a loader much, or did."""
+    inner = hostile.png(3000, 3000)
+    return (
+        *(hostile.iptc(hostile.EPS), hostile.iptc(inner), hostile.icns(inner), hostile.ico(inner), hostile.EPS),
+        *(hostile.many_scans(500, count) for count in (20, 32, 33, 150)),
+        *(hostile.many_segments(5000), hostile.jpeg_with_shared_tags(), hostile.shared_tags(100, 10_000)),
+        *(hostile.huge_tile(3000), hostile.many_tiles(2000), hostile.run_lengths(500, 500)),
+        *(hostile.run_lengths(3000, 3000), hostile.gif_with_comments(50_000), hostile.gif_with_comments(50_000, 1)),
+        *(hostile.png(70_000, 1), hostile.png(2000, 2000, depth=16), hostile.png(9000, 9000), inner),
+        *(hostile.with_chunks(hostile.png(8, 8), hostile.compressed_text(3_000_000)),),
+        *(hostile.frames(name, 20) for name in ("GIF", "WEBP", "TIFF", "MPO", "PNG")),
+    )
+
+
+def hostile_image(rng: random.Random) -> bytes:
+    """A file that costs a loader much, half of the time with bytes changed."""
+    content = bytearray(rng.choice(hostile_images()))
+    for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    uri = "data:image/x;base64," + base64.b64encode(content).decode()
+    return http("POST", f"/{APP}/caption", json.dumps({"image_url": uri}).encode())
+
+
 def bad_address(rng: random.Random) -> bytes:
     """A URL that must not be fetched, or is not valid."""
     return http("POST", f"/{APP}/caption", json.dumps({"image_url": rng.choice(ADDRESSES)}).encode())
@@ -198,7 +225,7 @@ def cut_off(rng: random.Random) -> bytes:
 
 
 KINDS: tuple[Make, ...] = (
-    *(broken_json, wrong_types, damaged_image, bad_address, odd_request, no_http),
+    *(broken_json, wrong_types, damaged_image, hostile_image, bad_address, odd_request, no_http),
     *(costly_body, refused_body, cut_off),
 )
 PARTIAL = {"no_http", "cut_off"}

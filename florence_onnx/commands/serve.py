@@ -62,6 +62,9 @@ def serve(
     cache_mb: Annotated[
         int, typer.Option(help="MiB of image features to cache for further requests; 0 disables the cache.", min=0)
     ] = 256,
+    image_mb: Annotated[
+        int, typer.Option(help="MiB for decoded images of the requests in flight; further requests wait.", min=64)
+    ] = 1024,
     images: Annotated[str, typer.Option(help="Annotated images in results: url, data (a data: URI) or none.")] = "url",
     public_url: Annotated[
         str | None, typer.Option(help="URL of the server as clients see it, if it is behind a proxy.")
@@ -127,6 +130,7 @@ def serve(
                 max_waiting=max_waiting,
                 max_accepted_bytes=accepted_mb * 2**20,
                 feature_cache_bytes=cache_mb * 2**20,
+                max_decoded_bytes=image_mb * 2**20,
                 options=parse_options(parse_assignments(option or ())),
                 allow_options=allow_options,
             ),

@@ -20,15 +20,17 @@ FAL_HOSTS = ("fal.run", "queue.fal.run", "rest.fal.ai", "rest.alpha.fal.ai", "v3
 _LOCAL_DOMAINS = ("localhost", "local", "internal", "lan", "home.arpa")
 """Domains in which nobody can register a name."""
 MAX_PIXELS = 50_000_000
-"""Default for the most pixels of an image: several are in memory at a time, 150 MB each at this size."""
+"""Default for the most pixels of an image: 200 MB at this size, of the gigabyte that all images have together."""
+DECODERS = 4
+"""Default for the processes that decode images."""
 
 LEAST_RATE = 1024.0
 """Default for the least bytes a second of a download."""
 
 
 def default_limits() -> ImageLimits:
-    """Returns the image limits for untrusted callers: public addresses only, at most `MAX_PIXELS`, no dripping."""
-    return ImageLimits(max_pixels=MAX_PIXELS, public_only=True, least_rate=LEAST_RATE)
+    """Returns the limits for images of untrusted callers: public addresses, few pixels, no dripping, decoders that can be ended."""
+    return ImageLimits(max_pixels=MAX_PIXELS, num_processes=DECODERS, public_only=True, least_rate=LEAST_RATE)
 
 
 @dataclass(frozen=True)
