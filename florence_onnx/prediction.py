@@ -18,7 +18,7 @@ from florence_onnx.answers.results import Image, TextScore, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.generation.token_scores import TokenScores
 from florence_onnx.runtime.device_memory import DeviceArray
-from florence_onnx.tasks import Task
+from florence_onnx.tasks import DENSE_REGION_CAPTION, OBJECT_DETECTION, Task
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -153,6 +153,16 @@ class Prediction(Generic[R]):
             answer["image"] = to_dict(self.image) if with_image else None
         return answer
 
+    def above(self, min_score: float) -> Prediction[R]:
+        """The prediction with only the boxes, quads and outlines whose score is at least `min_score`.
+
+        Raises:
+            InputError: The answer is text, or has no scores.
+        """
+        from florence_onnx.answers.scoring import keep_above
+
+        return replace(self, results=keep_above(self.results, min_score))
+
     def to_transformers(self, *, integers: bool = True) -> dict[str, Any]:
         """The dict that transformers' `processor.post_process_generation` returns for this answer.
 
@@ -161,13 +171,19 @@ class Prediction(Generic[R]):
                 Microsoft's code.
 
         Returns:
-            `{task token: answer}`; see `florence_onnx.answers.reference_dict`.
+            `{task token: answer}`; see `florence_onnx.answers.reference_dict`. With the option `scores` boxes of `<OD>` and
+            `<DENSE_REGION_CAPTION>` come with `scores`, as Microsoft's code for large has them.
         """
         from florence_onnx.answers.postprocess import description_with_bboxes_or_polygons
         from florence_onnx.answers.reference_dict import reference_dict
 
         with_polygons = self.task.parser is description_with_bboxes_or_polygons
-        return {self.task.token: reference_dict(self.results, with_polygons=with_polygons, integers=integers)}
+        with_scores = self.task in (OBJECT_DETECTION, DENSE_REGION_CAPTION)
+        return {
+            self.task.token: reference_dict(
+                self.results, with_polygons=with_polygons, integers=integers, with_scores=with_scores
+            )
+        }
 
     def to_supervision(self, classes: Sequence[str] | None = None) -> Detections:
         """This answer as `supervision.Detections`; needs the extra `supervision`.

@@ -10,7 +10,7 @@ from florence_onnx.answers.results import BoundingBox, BoundingBoxes, OCRBoundin
 Number = int | float
 
 
-def reference_dict(results: object, *, with_polygons: bool, integers: bool) -> Any:
+def reference_dict(results: object, *, with_polygons: bool, integers: bool, with_scores: bool = False) -> Any:
     """The value under the task token in `post_process_generation`'s dict.
 
     Labels of boxes lose their characters beyond ASCII, as in the reference.
@@ -19,6 +19,8 @@ def reference_dict(results: object, *, with_polygons: bool, integers: bool) -> A
         results: An answer of any task.
         with_polygons: Whether the answer may be either boxes or polygons, which has keys of its own
             (`<OPEN_VOCABULARY_DETECTION>`).
+        with_scores: Whether boxes come with `scores`, as in Microsoft's code for large (`<OD>`, `<DENSE_REGION_CAPTION>`); left
+            out where a box has none.
         integers: Whether coordinates are truncated, as transformers (4.57 to 5.24) does; Microsoft's code does not.
 
     Returns:
@@ -34,7 +36,9 @@ def reference_dict(results: object, *, with_polygons: bool, integers: bool) -> A
         boxes = [_corners(box, integers) for box in results.bboxes]
         labels = [_ascii(box.label) for box in results.bboxes]
         if not with_polygons:
-            return {"bboxes": boxes, "labels": labels}
+            scores = [box.score for box in results.bboxes]
+            kept = {"scores": scores} if with_scores and None not in scores else {}
+            return {"bboxes": boxes, "labels": labels, **kept}
         return {"bboxes": boxes, "bboxes_labels": labels, **_polygons(results.polygons, "polygons_labels", integers)}
     return results
 

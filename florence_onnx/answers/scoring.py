@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from florence_onnx.answers.locations import Size
@@ -23,6 +23,7 @@ from florence_onnx.answers.results import (
     TextScore,
     WordScore,
 )
+from florence_onnx.errors import InputError
 
 _LOCATION = re.compile(r"<loc_\d+>")
 _MARK = re.compile(r"<[^<>\s]+>")
@@ -80,6 +81,23 @@ def score_text(tokens: Sequence[ScoredToken], decode: Decode) -> TextScore | Non
     """The score of an answer that is text; None where it has no tokens that the model chose."""
     chosen = [token for token in tokens if not token.is_given]
     return _text_score(chosen, decode) if chosen else None
+
+
+def keep_above(results: Any, min_score: float) -> Any:
+    """The boxes, quads and outlines whose score is at least `min_score`.
+
+    Raises:
+        InputError: The results are text, or have no scores.
+    """
+    if not isinstance(results, BoundingBoxes | OCRBoundingBox | PolygonOutput):
+        raise InputError("the answer is text: only boxes, quads and outlines can be dropped by their score")
+    return type(results)(*(_above(getattr(results, field.name), min_score) for field in fields(results)))
+
+
+def _above(items: Sequence[Any], min_score: float) -> tuple[Any, ...]:
+    if any(item.score is None for item in items):
+        raise InputError("this answer has no scores: ask with GenerationOptions(scores=True)")
+    return tuple(item for item in items if item.score >= min_score)
 
 
 def _order(tokens: Sequence[ScoredToken]) -> list[int | None]:

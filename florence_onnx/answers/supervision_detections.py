@@ -29,8 +29,8 @@ def to_detections(results: object, size: tuple[int, int], classes: Sequence[str]
 
     Returns:
         `xyxy` `(n, 4)` float32 in pixels; `class_id` `(n,)`; `data["class_name"]`; for quads also `data["xyxyxyxy"]`
-        `(n, 4, 2)`; for polygons `mask` `(n, H, W)`, one an object, whose outlines are united. `confidence` is None: the
-        model gives none by itself.
+        `(n, 4, 2)`; for polygons `mask` `(n, H, W)`, one an object, whose outlines are united. `confidence` `(n,)` are the
+        scores (of an object of several outlines their mean); None without the option `scores`.
 
     Raises:
         InputError: The answer is text.
@@ -46,15 +46,18 @@ def to_detections(results: object, size: tuple[int, int], classes: Sequence[str]
     if isinstance(results, OCRBoundingBox):
         boxes = [[quad.x, quad.y, quad.x + quad.w, quad.y + quad.h] for quad in results.quad_boxes]
         labels = [quad.label for quad in results.quad_boxes]
+        scores = [quad.score for quad in results.quad_boxes]
         corners = [[(point.x, point.y) for point in quad.quad] for quad in results.quad_boxes]
         data["xyxyxyxy"] = np.array(corners, dtype=np.float32).reshape(-1, 4, 2)
     elif isinstance(results, BoundingBoxes) and not results.polygons:
         boxes = [[box.x, box.y, box.x + box.w, box.y + box.h] for box in results.bboxes]
         labels = [box.label for box in results.bboxes]
+        scores = [box.score for box in results.bboxes]
     elif isinstance(results, BoundingBoxes | PolygonOutput):
         objects = _objects(results.polygons)
         boxes = [_bounds(parts) for parts in objects]
         labels = [parts[0].label for parts in objects]
+        scores = [_mean_score(parts) for parts in objects]
         masks = [np.any([polygon_to_mask(_vertices(part), size) for part in parts], axis=0) for parts in objects]
         mask = np.array(masks, dtype=bool).reshape(-1, size[1], size[0])
     else:
@@ -64,9 +67,20 @@ def to_detections(results: object, size: tuple[int, int], classes: Sequence[str]
     return Detections(
         xyxy=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         mask=mask,
+        confidence=_confidence(scores),
         class_id=np.array([ids.get(label, UNLISTED) for label in labels], dtype=int),
         data=data,
     )
+
+
+def _mean_score(parts: Sequence[Polygon]) -> float | None:
+    scores = [part.score for part in parts if part.score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _confidence(scores: Sequence[float | None]) -> npt.NDArray[np.float32] | None:
+    known = [score for score in scores if score is not None]
+    return np.array(known, dtype=np.float32) if known and len(known) == len(scores) else None
 
 
 def _objects(polygons: Sequence[Polygon]) -> list[list[Polygon]]:

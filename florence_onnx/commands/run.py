@@ -78,6 +78,12 @@ def run(
         int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
     ] = None,
     option: GenerationOption = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Say how sure the model is: of each box, quad, outline, and of texts.")
+    ] = False,
+    min_score: Annotated[
+        float | None, typer.Option(help="Leave out boxes, quads and outlines of a lower score.", min=0, max=1)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
@@ -97,12 +103,13 @@ def run(
     makes the exit code 1.
     """
     with exit_on_error():
-        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
+        wanted = GenerationOptions(beams, max_new_tokens, scores=True if scores or min_score is not None else None)
+        options = merge(parse_options(parse_assignments(option or ())), wanted)
         if parser is not None and prompt is None:
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
         chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
-        request = _Request(chosen, text, parse_region(region), options)
+        request = _Request(chosen, text, parse_region(region), options, min_score)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -150,9 +157,11 @@ class _Request:
     text: str | None
     region: Region | None
     options: GenerationOptions
+    min_score: float | None = None
 
     def run(self, model: Florence2, image: str) -> Prediction[Any]:
-        return model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+        found = model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+        return found if self.min_score is None else found.above(self.min_score)
 
 
 def _run_all(
@@ -197,9 +206,10 @@ class _JsonReport:
     """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …, "truncated": …}`, and the results of `alternatives` where there are any."""
-        results = prediction.to_dict()["results"]
-        line = {"image": image, "results": results, "truncated": prediction.truncated}
+        """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives` if there are any."""
+        answer = prediction.to_dict(with_scores=prediction.token_logprobs is not None)
+        answer.pop("image", None)  # the annotated one, which is not asked for
+        line = {"image": image, **answer, "truncated": prediction.truncated}
         if prediction.alternatives:
             line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
         self._write(line)
@@ -222,6 +232,9 @@ class _TextReport:
         typer.echo(f"{url.shorten(image)}:")
         for line in _describe(prediction.results):
             typer.echo(f"  {line}")
+        if prediction.text_score is not None:
+            score = prediction.text_score
+            typer.echo(f"  (token probability: {score.mean:.3f} on average, {score.least:.3f} at least)")
         for number, other in enumerate(prediction.alternatives, start=2):
             typer.echo(f"  answer {number}:")
             for line in _describe(other.results):
@@ -247,8 +260,13 @@ def _describe(results: object) -> list[str]:
 def _describe_boxes(boxes: Sequence[Any]) -> list[str]:
     width = max((len(box.label) for box in boxes), default=0)
     return [
-        f"{box.label:{width}}  x {box.x:7.1f}  y {box.y:7.1f}  w {box.w:7.1f}  h {box.h:7.1f}".lstrip() for box in boxes
+        f"{box.label:{width}}  x {box.x:7.1f}  y {box.y:7.1f}  w {box.w:7.1f}  h {box.h:7.1f}{_score(box)}".lstrip()
+        for box in boxes
     ]
+
+
+def _score(item: Any) -> str:
+    return "" if item.score is None else f"  score {item.score:.3f}"
 
 
 def _describe_polygon(polygon: Polygon) -> str:
@@ -256,4 +274,4 @@ def _describe_polygon(polygon: Polygon) -> str:
         return f"{polygon.label} empty outline".lstrip()
     xs, ys = [point.x for point in polygon.points], [point.y for point in polygon.points]
     span = f"x {min(xs):.1f} to {max(xs):.1f}, y {min(ys):.1f} to {max(ys):.1f}"
-    return f"{polygon.label} outline of {len(polygon.points)} points, {span}".lstrip()
+    return f"{polygon.label} outline of {len(polygon.points)} points, {span}{_score(polygon)}".lstrip()

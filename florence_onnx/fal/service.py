@@ -559,7 +559,8 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
     Returns:
         `quads` (four points for each text box), `polygons` (of open-vocabulary detection), `text` (the generated text,
         location tokens included) and `truncated` (whether generation stopped at the token limit);
-        `alternatives` (the results of further answers) where `num_return_sequences` asks for some.
+        `alternatives` (the results of further answers) where `num_return_sequences` asks for some; with the option `scores`
+        `scores` (of each box, quad or outline in their order), `sequence_logprob` and `text_score` (see `Prediction`).
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
@@ -571,4 +572,15 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         "text": prediction.text,
         "truncated": prediction.truncated,
         **({"alternatives": others} if others else {}),
+        **({} if prediction.token_logprobs is None else _scores(prediction)),
+    }
+
+
+def _scores(prediction: Prediction[Any]) -> dict[str, Any]:
+    results = prediction.results
+    items = () if isinstance(results, str) else [item for part in vars(results).values() for item in part]
+    return {
+        "scores": [item.score for item in items],
+        "sequence_logprob": prediction.sequence_logprob,
+        "text_score": to_dict(prediction.text_score),
     }
