@@ -150,6 +150,12 @@ def tiny_fp16(export_of: Callable[[str, str], Exported]) -> Exported:
     return export_of("tiny", "fp16")
 
 
+@pytest.fixture(scope="session")
+def sized(export_of: Callable[[str, str], Exported]) -> Exported:
+    """The smallest regular model with vision encoders for `exported_bundles.SIZES`, in fp32."""
+    return export_of("tiny", "sizes-fp32")
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, parse_image_size
 from florence_onnx.errors import CheckpointError, FlorenceError
 from florence_onnx.runtime.tensorrt import DEFAULT_MAX_BATCH
 
@@ -49,6 +49,14 @@ def export(
         Layout, typer.Option(help="Three graphs for this package, or four as in onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pixels at which the model reads images: the side of a square, or WIDTHxHEIGHT. May be repeated: the bundle "
+            "then has a vision encoder for each, the first is the default. Default: the checkpoint's own size.",
+            metavar="SIZE",
+        ),
+    ] = None,
     processor: Annotated[
         str | None,
         typer.Option(help="Tokenizer and preprocessing, for a checkpoint that has none.", metavar="DIR|HUB"),
@@ -87,6 +95,8 @@ def export(
             check_tensorrt(precision or ["fp32"], layout is Layout.BUNDLE, max_batch)
         with _console.status(f"loading {checkpoint}") as status:
             loaded = load_checkpoint(checkpoint, revision=revision, processor=processor, adapter=adapter, base=base)
+            if image_size:
+                loaded = loaded.resized([parse_image_size(each) for each in image_size])
             for note in loaded.notes:
                 _console.log(f"note: {note}", markup=False)
 

@@ -15,6 +15,7 @@ from florence_onnx.bundles.bundle import (
     JS_GRAPHS,
     JS_SUFFIXES,
     PREFERRED_PRECISIONS,
+    VISION_ENCODER,
     WEIGHTS,
     Bundle,
     choose,
@@ -27,6 +28,7 @@ _log = logging.getLogger("florence_onnx")
 _HUB_FILES = (
     "*.json",
     *(f"{graph}*" for graph in GRAPHS),
+    f"{Path(VISION_ENCODER).stem}_*.onnx",
     WEIGHTS,
 )
 
