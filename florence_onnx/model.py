@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -21,9 +21,10 @@ from PIL import Image as PILImage
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
+from florence_onnx.answers.placed import region_to_input, to_source
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub, memory
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, ImageSize
 from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.generate import new_search
@@ -31,20 +32,25 @@ from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.images.placement import Fit, check_fit
+from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.answering import Answering, HostAnswering, to_image
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
-from florence_onnx.runtime.sessions import SessionOptions
+from florence_onnx.runtime.sessions import CPU, SessionOptions
 from florence_onnx.tasks import Task, parse
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
 
 R = TypeVar("R")
+EXACT_PRECISIONS = ("fp32", "fp16")
+"""Precisions of a vision encoder in which an image's features do not depend on the images beside it."""
 _log = logging.getLogger("florence_onnx")
 
 
@@ -56,11 +62,19 @@ class _Request:
     image: ImageInput | EncodedImage
     formatted_input: str
     """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
+    region: Region | None = None
+    """The region, in bins of the source image."""
 
     @property
     def prompt(self) -> str:
         """The whole prompt, ready for the tokenizer."""
         return self.task.fill_prompt(self.formatted_input)
+
+    def placed(self, encoded: EncodedImage) -> _Request:
+        """The same about the encoded image, with the region in the bins of the model's input."""
+        assert self.region is not None and encoded.placement is not None
+        moved = region_to_input(self.region, encoded.placement)
+        return replace(self, image=encoded, formatted_input=self.task.format_input(None, moved))
 
 
 class Florence2:
@@ -69,28 +83,34 @@ class Florence2:
     def __init__(
         self,
         bundle: Bundle,
-        vision_encoder: Engine,
+        vision_encoder: Engine | VisionEncoders[Any],
         text_model: TextBackend,
         provider: str,
         precision: str | None = None,
         tokenizer: PromptTokenizer | None = None,
         resident: ResidentModel | None = None,
+        fit: Fit = "stretch",
     ) -> None:
         """Composes stages that are loaded already; call `from_pretrained` or `from_bundle` instead."""
         self._bundle = bundle
-        self._vision_encoder = vision_encoder
+        if not isinstance(vision_encoder, VisionEncoders):
+            vision_encoder = VisionEncoders(bundle, vision_encoder)
+        self._encoders: VisionEncoders[Any] = vision_encoder
+        self._vision_encoder: Engine = self._encoders.default
+        self._fit = check_fit(fit)
         self._text_model = text_model
         self._provider = provider
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
         if resident is None:
-            self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
+            can_batch = provider == CPU and (bundle.vision_precision or bundle.precision) in EXACT_PRECISIONS
+            self._answering: Answering = HostAnswering(bundle, self._encoders, text_model, can_batch=can_batch)
         else:
             # takes time to import, and a CPU does not need it
             from florence_onnx.inference.device_answering import DeviceAnswering
 
-            self._answering = DeviceAnswering(bundle.sizes, resident)
+            self._answering = DeviceAnswering(bundle, resident)
 
     @classmethod
     def from_pretrained(
@@ -104,6 +124,8 @@ class Florence2:
         session_options: SessionOptions | None = None,
         graph_cache: bool | str | os.PathLike[str] | None = None,
         max_batch: int | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit = "stretch",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Florence2:
@@ -129,11 +151,17 @@ class Florence2:
                 enters it at any decode step and leaves it when it is finished, and features and KV caches stay in
                 device memory. 0 decodes each call by itself, through the host. None is 32 on a GPU and 0 on a CPU. For
                 the device memory that this needs see `florence-onnx info`.
+            image_size: Pixels at which images are read where a call does not say: the side of a square, or
+                `(width, height)`. None for the bundle's default. Only the vision encoder of this size is loaded; those
+                of others, if the bundle has some, at the first call that asks for them.
+            fit: How images of other aspect ratios are fitted where a call does not say: `"stretch"`, as transformers
+                does, or `"pad"`, with margins.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept, instead of the hub client's default.
 
         Raises:
             BundleError: The model is missing, damaged or of another format.
+            InputError: The bundle has no vision encoder for `image_size`, or options contradict each other.
             ProviderError: The execution provider cannot run here.
             MissingExtraError: No ONNX Runtime is installed.
         """
@@ -148,6 +176,8 @@ class Florence2:
             session_options=session_options,
             graph_cache=graph_cache,
             max_batch=max_batch,
+            image_size=image_size,
+            fit=check_fit(fit),
         )
         return cls.from_bundle(bundle, options)
 
@@ -162,6 +192,11 @@ class Florence2:
         return cls(*load(bundle, options or LoadOptions()))
 
     @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes `(width, height)` in pixels at which the model can read images."""
+        return self._bundle.image_sizes
+
+    @property
     def max_batch(self) -> int:
         """Most prompts in flight, those of all threads together; 0 where each call is decoded by itself."""
         return 0 if self._resident is None else self._resident.max_batch
@@ -172,6 +207,8 @@ class Florence2:
         self,
         image: ImageInput,
         *,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
         apply_exif: bool = True,
         max_pixels: int = decoding.MAX_PIXELS,
         max_bytes: int = decoding.MAX_BYTES,
@@ -183,6 +220,10 @@ class Florence2:
 
         Args:
             image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
+            image_size: Pixels at which the model reads the image: one of `image_sizes`, `(width, height)` or the side of a
+                square; None for the default of this model. Smaller is faster and sees less.
+            fit: `"stretch"`, as transformers does, or `"pad"`, which keeps the aspect ratio with margins; None for the
+                default of this model. Coordinates of results are those of the image in either case.
             apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
             max_pixels: Most pixels (width times height) to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
@@ -193,8 +234,9 @@ class Florence2:
 
         Raises:
             ImageError: The image cannot be read.
-            InputError: `allowed_hosts` is malformed.
+            InputError: The model has no such image size, or `fit` or `allowed_hosts` is malformed.
         """
+        preparation = self._prepare(image_size, fit)
         loaded = decoding.load(
             image,
             apply_exif=apply_exif,
@@ -205,28 +247,58 @@ class Florence2:
             allowed_hosts=allowed_hosts,
             copy=True,
         )
-        return self._answering.encode(loaded)
+        return self._answering.encode(loaded, preparation)
+
+    def encode_batch(
+        self,
+        images: Iterable[ImageInput | EncodedImage],
+        *,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
+    ) -> list[EncodedImage]:
+        """Runs the vision encoder on several images, as many at a time as pays: on a CPU that is where they are small.
+
+        Args:
+            images: Images as for `encode`, with its defaults for URLs and EXIF; encoded ones are returned as they are.
+                Those that occur several times, as the same object or the same name, are encoded once.
+            image_size: As for `encode`.
+            fit: As for `encode`.
+
+        Returns:
+            One per image, in order.
+
+        Raises:
+            InputError: As for `encode`, or an image was encoded by another model.
+            ProviderError: The device failed.
+        """
+        return self._answering.encode_all(_as_images(images), self._prepare(image_size, fit))
+
+    def _prepare(self, image_size: ImageSize | None, fit: Fit | None) -> Preparation:
+        sizes = (self._bundle if image_size is None else self._bundle.resized(image_size)).sizes
+        chosen = self._fit if fit is None else check_fit(fit)
+        return Preparation(sizes.image_size, sizes.image_mean, sizes.image_std, chosen)
 
     def encode_pixels(self, pixel_values: npt.NDArray[np.float32]) -> list[EncodedImage]:
         """Runs the vision encoder on images that were preprocessed elsewhere, such as by transformers' processor.
 
         Args:
-            pixel_values: `(B, 3, H, W)` float32, normalised, of the size that the model reads.
+            pixel_values: `(B, 3, H, W)` float32, normalised, of one of the sizes that the model reads (`image_sizes`).
 
         Returns:
-            B images; their `source_image` is what the pixels show, at the model's size.
+            B images; their `source_image` is what the pixels show, at that size.
 
         Raises:
             InputError: `pixel_values` has another shape.
             ProviderError: The device failed.
         """
         sizes = self._bundle.sizes
-        width, height = sizes.image_size
         values = np.asarray(pixel_values, dtype=np.float32)
-        if values.ndim != 4 or values.shape[1:] != (3, height, width):
+        known = [(3, height, width) for width, height in self.image_sizes]
+        if values.ndim != 4 or values.shape[1:] not in known:
+            shapes = " or ".join(f"(B, 3, {height}, {width})" for _, height, width in known)
+            sides = " or ".join(f"{width} x {height}" for _, height, width in known)
             raise InputError(
-                f"pixel_values must be (B, 3, {height}, {width}) for this model, got {values.shape}; preprocess images "
-                f"to {width} x {height}"
+                f"pixel_values must be {shapes} for this model, got {values.shape}; preprocess images to {sides}"
             )
         return [self._answering.encode_pixels(each[None], to_image(each, sizes)) for each in values]
 
@@ -253,8 +325,11 @@ class Florence2:
         config = self._bundle.generation.resolve(options)
         self._answering.check(config)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
-        self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
-        _, sequences = self._answering.answer(images, ids, mask, lambda indices: new_search(len(indices), config, None))
+        counts = [each.num_image_tokens for each in images]
+        self._check_lengths(mask, [f"row {row}" for row in range(len(images))], counts)
+        _, sequences = self._answering.answer(
+            images, ids, mask, lambda indices: new_search(len(indices), config, None), self._prepare(None, None)
+        )
         return sequences
 
     @overload
@@ -266,6 +341,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[R]: ...
 
     @overload
@@ -277,6 +354,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[Any]: ...
 
     def run(
@@ -287,6 +366,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
@@ -297,12 +378,19 @@ class Florence2:
             region: Region in location bins, for the tasks that need one; see `Region.from_pixels`.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
+            image_size: Pixels at which the model reads the image, where it is not encoded already: one of `image_sizes`,
+                `(width, height)` or the side of a square; None for the default of this model. Smaller is faster and sees
+                less.
+            fit: `"stretch"`, as transformers does, or `"pad"`, which keeps the aspect ratio with margins; None for the
+                default of this model. Coordinates of results are those of the image in either case.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong.
             ProviderError: The device failed.
         """
-        return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
+        return self.run_batch(
+            [task], [image], text_inputs=[text_input], regions=[region], options=options, image_size=image_size, fit=fit
+        )[0]
 
     def run_batch(
         self,
@@ -312,6 +400,8 @@ class Florence2:
         text_inputs: Iterable[str | None] | None = None,
         regions: Iterable[Region | None] | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> list[Prediction[Any]]:
         """Runs several requests as one batch.
 
@@ -326,6 +416,8 @@ class Florence2:
             text_inputs: One entry per image, None where the task takes no text.
             regions: One entry per image, None where the task takes no region.
             options: Generation options for all requests.
+            image_size: As for `run`, for all images that are not encoded already; encoded ones may be of several sizes.
+            fit: As for `run`.
 
         Returns:
             One prediction per image, in order.
@@ -337,14 +429,17 @@ class Florence2:
         requests = _make_requests(tasks, images, text_inputs, regions)
         if not requests:
             return []
+        preparation = self._prepare(image_size, fit)
+        requests = self._place_regions(requests, preparation)
         config = self._bundle.generation.resolve(options)
         self._answering.check(config)
-        input_ids, attention_mask = self._encode_prompts(requests)
+        input_ids, attention_mask = self._encode_prompts(requests, preparation)
         # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first
         # token, and an answer that repeats the text has no space there.
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
 
-        encoder_ids = self._encoder_ids(input_ids, attention_mask)
+        counts = [self._num_image_tokens(request.image, preparation) for request in requests]
+        encoder_ids = self._encoder_ids(input_ids, attention_mask, counts)
 
         def make_search(indices: Sequence[int]) -> Search:
             return new_search(
@@ -355,7 +450,7 @@ class Florence2:
             )
 
         encoded, sequences = self._answering.answer(
-            [request.image for request in requests], input_ids, attention_mask, make_search
+            [request.image for request in requests], input_ids, attention_mask, make_search, preparation
         )
         return [
             self._make_prediction(request.task, each, sequence)
@@ -398,12 +493,19 @@ class Florence2:
             InputError: As for `run`, or `token_ids` is empty, too long, or has a token outside the vocabulary.
             ProviderError: The device failed.
         """
-        requests = _make_requests(task, [image], [text_input], [region])
+        preparation = self._prepare(None, None)
+        requests = self._place_regions(_make_requests(task, [image], [text_input], [region]), preparation)
         self._check_tokens(token_ids)
-        input_ids, attention_mask = self._encode_prompts(requests)
+        input_ids, attention_mask = self._encode_prompts(requests, preparation)
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
         if len(logits):  # nothing follows the last token
-            self._answering.answer([image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits))
+            self._answering.answer(
+                [requests[0].image],
+                input_ids,
+                attention_mask,
+                lambda _: TeacherForcing(token_ids, logits),
+                preparation,
+            )
         return logits
 
     def warm_up(self) -> None:
@@ -430,10 +532,21 @@ class Florence2:
             "provider": self._provider,
             "max_batch": self.max_batch,
             "model": dict(vars(sizes)),
+            "image_sizes": [self._describe_size(size) for size in self.image_sizes],
+            "fit": self._fit,
             "generation": vars(bundle.generation.resolve(None)),
             "source": dict(bundle.source),
             "verification": dict(bundle.verification),
             "device_memory": memory.table(bundle),
+        }
+
+    def _describe_size(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        resized = self._bundle.resized(image_size)
+        return {
+            "image_size": image_size,
+            "num_image_tokens": resized.sizes.num_image_tokens,
+            "is_loaded": image_size in self._encoders.loaded,
+            "device_memory": memory.table(resized),
         }
 
     # --------------------------------------------------------------------------------- between requests and stages
@@ -445,16 +558,32 @@ class Florence2:
         if not all(0 <= token < sizes.vocab_size for token in token_ids):
             raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
 
-    def _encode_prompts(self, requests: Sequence[_Request]) -> tuple[Ids, Ids]:
+    def _place_regions(self, requests: Sequence[_Request], preparation: Preparation) -> list[_Request]:
+        """Regions of images with margins in the bins of the model's input; encodes these images first, to know their size."""
+        is_moved = [request.region is not None and _is_padded(request.image, preparation) for request in requests]
+        moved = [request for request, needed in zip(requests, is_moved, strict=True) if needed]
+        encoded = iter(self._answering.encode_all([request.image for request in moved], preparation))
+        return [
+            request.placed(next(encoded)) if needed else request
+            for request, needed in zip(requests, is_moved, strict=True)
+        ]
+
+    def _num_image_tokens(self, image: ImageInput | EncodedImage, preparation: Preparation) -> int:
+        if isinstance(image, EncodedImage):
+            return image.num_image_tokens
+        return self._bundle.resized(preparation.image_size).sizes.num_image_tokens
+
+    def _encode_prompts(self, requests: Sequence[_Request], preparation: Preparation) -> tuple[Ids, Ids]:
         """The prompts' `input_ids` and `attention_mask`, both `(P, T)`; raises TextInputError where one is too long."""
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
-        self._check_lengths(attention_mask, [request.task.slug for request in requests])
+        counts = [self._num_image_tokens(request.image, preparation) for request in requests]
+        self._check_lengths(attention_mask, [request.task.slug for request in requests], counts)
         return input_ids, attention_mask
 
-    def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
-        num_image_tokens = self._bundle.sizes.num_image_tokens
-        room = self._bundle.sizes.max_positions - num_image_tokens
-        for name, length in zip(names, attention_mask.sum(axis=1), strict=True):
+    def _check_lengths(self, attention_mask: Ids, names: Sequence[str], counts: Sequence[int]) -> None:
+        lengths = attention_mask.sum(axis=1)
+        for name, length, num_image_tokens in zip(names, lengths, counts, strict=True):
+            room = self._bundle.sizes.max_positions - num_image_tokens
             if length > room:
                 raise TextInputError(
                     f"the prompt of {name} has {length} tokens; this model has room for {room} "
@@ -475,17 +604,44 @@ class Florence2:
             )
         return ids, mask
 
-    def _encoder_ids(self, input_ids: Ids, attention_mask: Ids) -> list[list[int]]:
+    def _encoder_ids(self, input_ids: Ids, attention_mask: Ids, counts: Sequence[int]) -> list[list[int]]:
         """What `generate` takes for the text encoder's tokens: image tokens, then the prompt without padding."""
         image_token = self._tokenizer.image_token_id
-        image = [] if image_token is None else [image_token] * self._bundle.sizes.num_image_tokens
-        return [image + row[mask == 1].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        image = [] if image_token is None else [image_token]
+        return [
+            image * count + row[mask == 1].tolist()
+            for row, mask, count in zip(input_ids, attention_mask, counts, strict=True)
+        ]
 
     def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
-        results = parse(task, text, encoded.size)
+        results = _parse(task, text, encoded)
         others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
         return Prediction(results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others)
+
+
+def _parse(task: Task[Any], text: str, encoded: EncodedImage) -> Any:
+    """The results of a generated text, in pixels of the source image."""
+    placement = encoded.placement
+    if placement is None or placement.fit == "stretch":
+        return parse(task, text, encoded.size)
+    return to_source(parse(task, text, placement.image_size), placement)
+
+
+def _is_padded(image: ImageInput | EncodedImage, preparation: Preparation) -> bool:
+    return image.is_padded if isinstance(image, EncodedImage) else preparation.fit == "pad"
+
+
+def _as_images(images: Iterable[ImageInput | EncodedImage]) -> list[ImageInput | EncodedImage]:
+    """The list of images that a batch method was given.
+
+    Raises:
+        InputError: It is a single image.
+    """
+    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
+    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
+        raise InputError("images must be a list of images; for a single one call run")
+    return list(images)
 
 
 def _make_requests(
@@ -495,12 +651,9 @@ def _make_requests(
     regions: Iterable[Region | None] | None,
 ) -> list[_Request]:
     """Checks and formats the arguments of `Florence2.run_batch`; one request per image."""
-    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
-    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
-        raise InputError("images must be a list of images; for a single one call run")
+    images = _as_images(images)
     if isinstance(text_inputs, str):
         raise InputError("text_inputs must be a list with one entry per image, got a string")
-    images = list(images)
     count = len(images)
     columns: Mapping[str, Sequence[Any]] = {
         "tasks": [task_or_tasks] * count if isinstance(task_or_tasks, str | Task) else list(task_or_tasks),
@@ -515,5 +668,5 @@ def _make_requests(
         columns["tasks"], images, columns["text_inputs"], columns["regions"], strict=True
     ):
         task = tasks.get(name)
-        requests.append(_Request(task, image, task.format_input(text, region)))
+        requests.append(_Request(task, image, task.format_input(text, region), region))
     return requests

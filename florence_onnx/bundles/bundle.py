@@ -215,9 +215,11 @@ class Bundle:
         """The sizes `(width, height)` in pixels at which the model can read images."""
         return tuple(each.image_size for each in self.encoders) or (self.sizes.image_size,)
 
-    def num_image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Image tokens N at one of `image_sizes`; errors as for `resized`."""
-        return self.resized(image_size).sizes.num_image_tokens
+    @property
+    def all_num_image_tokens(self) -> tuple[int, ...]:
+        """Image tokens N at each of `image_sizes`, without repetitions."""
+        counts = [each.num_image_tokens for each in self.encoders] or [self.sizes.num_image_tokens]
+        return tuple(dict.fromkeys(counts))
 
     def resized(self, image_size: ImageSize) -> Bundle:
         """The same bundle with another default image size: its sizes, vision encoder and memory are those of that size.

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from PIL import Image as PILImage
 
-from florence_onnx.bundles.bundle import ModelSizes
+from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import (
-    AnyImage,
-    Key,
-    check_features,
-    image_key,
-    load,
-    preprocess,
-    prompts_by_image,
-)
+from florence_onnx.images.placement import Placement
+from florence_onnx.images.preprocessing import Preparation
+from florence_onnx.inference.answering import AnyImage, Key, image_key, load, prompts_by_image, split_encoded
 from florence_onnx.inference.continuous_batching import DecodeRequest
 from florence_onnx.inference.resident_model import ResidentModel
 from florence_onnx.prediction import EncodedImage
@@ -31,8 +25,8 @@ from florence_onnx.runtime.workers import map_in_batches
 class DeviceAnswering:
     """Images are encoded in batches, and the prompts of all callers are decoded in one continuous batch."""
 
-    def __init__(self, sizes: ModelSizes, resident: ResidentModel) -> None:
-        self._sizes = sizes
+    def __init__(self, bundle: Bundle, resident: ResidentModel) -> None:
+        self._bundle = bundle
         self._resident = resident
 
     def check(self, config: SearchConfig) -> None:
@@ -48,11 +42,16 @@ class DeviceAnswering:
                 f'{needed}; device="cuda" has no such limit'
             )
 
-    def encode(self, image: PILImage.Image) -> EncodedImage:
-        return self.encode_pixels(preprocess(self._sizes, image), image)
+    def encode(self, image: PILImage.Image, preparation: Preparation) -> EncodedImage:
+        features = self._resident.encode([preparation.pixel_values(image)])[0]
+        return EncodedImage(features, image, preparation.placement(image))
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
-        return EncodedImage(self._resident.encode([pixel_values])[0], image)
+        return EncodedImage(self._resident.encode([pixel_values])[0], image, Placement(image.size, image.size))
+
+    def encode_all(self, images: Sequence[AnyImage], preparation: Preparation) -> list[EncodedImage]:
+        encoded = dict(self._encode_all(images, preparation))
+        return [encoded[image_key(image)] for image in images]
 
     def answer(
         self,
@@ -60,6 +59,7 @@ class DeviceAnswering:
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
+        preparation: Preparation,
     ) -> tuple[list[EncodedImage], list[GeneratedSequence]]:
         indices = prompts_by_image(images)
         encoded: dict[Key, EncodedImage] = {}
@@ -70,7 +70,7 @@ class DeviceAnswering:
             return DecodeRequest(prompt_ids, features, lambda: new_search([index]))
 
         def requests() -> Iterator[list[DecodeRequest]]:
-            for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}):
+            for key, each in self._encode_all(images, preparation):
                 encoded[key] = each
                 order.extend(indices[key])
                 features = self._resident.upload(each.stored)
@@ -83,20 +83,16 @@ class DeviceAnswering:
         by_index = dict(zip(order, answers, strict=True))
         return [encoded[image_key(image)] for image in images], [by_index[index] for index in range(len(images))]
 
-    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage]]:
+    def _encode_all(self, images: Sequence[AnyImage], preparation: Preparation) -> Iterator[tuple[Key, EncodedImage]]:
         """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
-        raw: list[tuple[Key, ImageInput]] = []
-        for key, image in images.items():
-            if isinstance(image, EncodedImage):
-                yield key, check_features(self._sizes, image)
-            else:
-                raw.append((key, image))
+        encoded, raw = split_encoded(self._bundle, images)
+        yield from encoded.items()
 
         def prepare(pair: tuple[Key, ImageInput]) -> tuple[Key, PILImage.Image, Floats]:
             loaded = load(pair[1])
-            return pair[0], loaded, preprocess(self._sizes, loaded)
+            return pair[0], loaded, preparation.pixel_values(loaded)
 
-        for batch in map_in_batches(prepare, raw, MAX_IMAGES):
+        for batch in map_in_batches(prepare, list(raw.items()), MAX_IMAGES):
             features = self._resident.encode([pixel_values for *_, pixel_values in batch])
             for (key, loaded, _), stored in zip(batch, features, strict=True):
-                yield key, EncodedImage(stored, loaded)
+                yield key, EncodedImage(stored, loaded, preparation.placement(loaded))
