@@ -20,17 +20,21 @@ from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
     DeviceOption,
+    FitOption,
     GenerationOption,
+    ImageSizeOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
     parse_assignments,
     parse_region,
+    parse_size,
 )
 from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
 from florence_onnx.images import url
+from florence_onnx.images.placement import check_fit
 
 
 def run(
@@ -49,6 +53,8 @@ def run(
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
+    image_size: ImageSizeOption = None,
+    fit: FitOption = "stretch",
     beams: Annotated[
         int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
     ] = None,
@@ -68,7 +74,9 @@ def run(
         request = _Request(tasks.get(task), text, parse_region(region), options)
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         folder = open_folder(draw, request.task)
-        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        florence = Florence2.from_pretrained(
+            model, device=device, precision=precision, image_size=parse_size(image_size), fit=check_fit(fit)
+        )
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
         num_failed = _run_all(florence, request, images, _JsonReport() if as_json else _TextReport(), folder)

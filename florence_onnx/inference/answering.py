@@ -26,7 +26,7 @@ from florence_onnx.runtime.engine import Engine
 AnyImage = ImageInput | EncodedImage
 Key = str | int
 
-BATCH_PIXELS = 0
+BATCH_PIXELS = 32 * 64 * 64
 """Most pixels of the images that a CPU encodes in one run. Measured: benchmarks/results/omniparser.md."""
 
 
