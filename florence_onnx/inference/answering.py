@@ -26,8 +26,9 @@ from florence_onnx.runtime.engine import Engine
 AnyImage = ImageInput | EncodedImage
 Key = str | int
 
-BATCH_PIXELS = 32 * 64 * 64
-"""Most pixels of the images that a CPU encodes in one run. Measured: benchmarks/results/omniparser.md."""
+BATCH_PIXELS = 8 * 64 * 64
+"""Most pixels of the images that a CPU encodes in one run, measured with Florence-2-base (benchmarks/results/omniparser.md):
+eight of 64 x 64 take three quarters of the time of single ones, more are slower again, and larger images gain nothing."""
 
 
 class Answering(Protocol):
