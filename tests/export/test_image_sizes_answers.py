@@ -12,6 +12,7 @@ from PIL import Image
 from florence_onnx import Florence2, GenerationOptions, InputError, Region, tasks
 from florence_onnx.images import preprocessing
 from florence_onnx.inference import answering
+from florence_onnx.inference.vision_encoders import VisionEncoders
 from tests.conftest import NO_TORCH, Exported
 from tests.exported_bundles import SIZES
 
@@ -139,6 +140,14 @@ def test_vision_encoders_are_loaded_when_they_are_used(sized: Exported, crops: l
         for size in loaded()[1:]
     ]
     assert options == ["1"], "its weights stay in the file, which the first has mapped as well"
+
+
+def test_engines_of_one_size_refuse_others(model: Florence2) -> None:
+    """As those of TensorRT, which are built for the shapes of one size."""
+    alone = VisionEncoders(model._bundle, model._vision_encoder)
+    assert alone.get((128, 128)) is model._vision_encoder
+    with pytest.raises(InputError, match=r"loaded for images of \(128, 128\) pixels only; .*image_size=\(64, 64\)"):
+        alone.get((64, 64))
 
 
 def test_memory_is_forecast_for_each_size(model: Florence2) -> None:
