@@ -47,7 +47,7 @@ from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextI
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
-from florence_onnx.images import decoding
+from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Fit, check_fit
 from florence_onnx.images.preprocessing import Preparation
@@ -247,11 +247,14 @@ class Florence2:
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
         apply_exif: bool = True,
-        max_pixels: int = decoding.MAX_PIXELS,
+        max_pixels: int = opening.MAX_PIXELS,
+        max_side: int = opening.MAX_SIDE,
         max_bytes: int = decoding.MAX_BYTES,
         timeout: float = decoding.TIMEOUT,
         public_only: bool = False,
         allowed_hosts: Collection[str] = (),
+        formats: Collection[str] = opening.FORMATS,
+        copy: bool = True,
     ) -> EncodedImage:
         """Runs the vision encoder; its output serves any number of tasks.
 
@@ -263,26 +266,32 @@ class Florence2:
                 default of this model. Coordinates of results are those of the image in either case.
             apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
             max_pixels: Most pixels (width times height) to accept.
+            max_side: Most pixels of width and of height to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
             timeout: Seconds for a download, redirects included.
             public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
                 public internet, redirects included; proxies of the environment are not used.
             allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
+            formats: Formats to decode, by Pillow's names. Those beyond the default, such as `["ICO"]`, have no limits but
+                pixels and sides: for files that you trust, not together with `public_only`.
+            copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
         Raises:
             ImageError: The image cannot be read.
-            InputError: The model has no such image size, or `fit` or `allowed_hosts` is malformed.
+            InputError: The model has no such image size, or `fit`, `allowed_hosts` or `formats` is malformed.
         """
         preparation = self._prepare(image_size, fit)
         loaded = decoding.load(
             image,
             apply_exif=apply_exif,
             max_pixels=max_pixels,
+            max_side=max_side,
             max_bytes=max_bytes,
             timeout=timeout,
             public_only=public_only,
             allowed_hosts=allowed_hosts,
-            copy=True,
+            formats=formats,
+            copy=copy,
         )
         return self._answering.encode(loaded, preparation)
 
@@ -656,15 +665,16 @@ class Florence2:
 
     def _drop_long(self, pairs: Sequence[Placed], batch: Batch) -> list[Placed]:
         """The requests, with their images, whose prompts fit into the model."""
-        _, attention_mask = self._tokenizer.encode([request.prompt for request, _ in pairs])
         counts = self._count_image_tokens([image for _, image in pairs], batch.preparation)
         fitting = []
-        for pair, mask, count in zip(pairs, attention_mask, counts, strict=True):
+        for pair, count in zip(pairs, counts, strict=True):
+            request = pair[0]
             try:
-                self._check_lengths(mask[None], [pair[0].task.slug], [count])
+                self.check_prompt_bytes(len(request.prompt.encode()))
+                self._check_lengths(self._tokenizer.encode([request.prompt])[1], [request.task.slug], [count])
                 fitting.append(pair)
             except TextInputError as error:
-                batch.failures.add([pair[0].index], error)
+                batch.failures.add([request.index], error)
         return fitting
 
     def check_options(self, options: GenerationOptions | None) -> None:
@@ -677,6 +687,32 @@ class Florence2:
             OptionsError: They are not possible with this model on its device.
         """
         self._answering.check(self._bundle.generation.resolve(options))
+
+    @property
+    def max_prompt_bytes(self) -> int:
+        """Most UTF-8 bytes of a prompt: as many of the longest token as there is room for beside the image tokens.
+
+        Blanks before a `<mask>` token, which belong to it however many they are, are not considered.
+        """
+        return self._num_prompt_tokens * self._tokenizer.max_token_bytes
+
+    def check_prompt_bytes(self, num_bytes: int) -> None:
+        """Checks whether a text can be short enough for a prompt, without tokenizing it.
+
+        Most texts that pass are still too long: the exact limit is in tokens, and `run` checks it.
+
+        Args:
+            num_bytes: UTF-8 bytes of the text.
+
+        Raises:
+            TextInputError: No text of that length fits.
+        """
+        if num_bytes > self._num_prompt_tokens and num_bytes > self.max_prompt_bytes:
+            raise TextInputError(
+                f"the text has {num_bytes:,} bytes; this model has room for {self._num_prompt_tokens} tokens beside "
+                f"{min(self._bundle.all_num_image_tokens)} image tokens, which are {self.max_prompt_bytes:,} bytes at the "
+                "very most: shorten text_input"
+            )
 
     def score_tokens(
         self,
@@ -709,6 +745,7 @@ class Florence2:
             [(each, image) for each in found], preparation, self._answering.encode_all, raise_error
         )
         self._check_tokens(token_ids)
+        self.check_prompt_bytes(len(request.prompt.encode()))
         input_ids, attention_mask = self._tokenizer.encode([request.prompt])
         self._check_lengths(attention_mask, [request.task.slug], self._count_image_tokens([image], preparation))
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
@@ -776,6 +813,11 @@ class Florence2:
 
     def _count_image_tokens(self, images: Sequence[AnyImage], preparation: Preparation) -> list[int]:
         return [count_image_tokens(self._bundle, image, preparation) for image in images]
+
+    @property
+    def _num_prompt_tokens(self) -> int:
+        """Most tokens of a prompt, beside the smallest image that the model can read."""
+        return self._bundle.sizes.max_positions - min(self._bundle.all_num_image_tokens)
 
     def _check_lengths(self, attention_mask: Ids, names: Sequence[str], counts: Sequence[int]) -> None:
         lengths = attention_mask.sum(axis=1)
