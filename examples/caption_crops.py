@@ -45,7 +45,7 @@ def main() -> int:
         model = Florence2.from_pretrained(arguments.model, image_size=arguments.image_size, fit=arguments.fit)
         with Image.open(arguments.image) as image:
             crops = cut(image.convert("RGB"), boxes)
-        predictions = model.run_batch("<CAPTION>", crops, options=OPTIONS)
+        predictions = model.run_batch("<CAPTION>", crops, options=OPTIONS, batch_size=max(1, len(crops)))
     except FlorenceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

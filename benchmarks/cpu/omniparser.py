@@ -56,7 +56,7 @@ def measure(bundle: str, image_size: int, count: int, passes: int, threads: int)
     for number in range(passes):
         crops = make_crops(count, seed=number)
         begin, processor_begin = time.perf_counter(), time.process_time()
-        answers = model.run_batch("<CAPTION>", crops, options=OPTIONS)
+        answers = model.run_batch("<CAPTION>", crops, options=OPTIONS, batch_size=count)
         seconds.append((time.perf_counter() - begin) / count)
         processor_seconds.append((time.process_time() - processor_begin) / count)
         memory.append(_memory("VmRSS"))

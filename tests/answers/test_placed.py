@@ -3,6 +3,7 @@ coordinates are those of that canvas less its margins."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, GenerationOptions, InputError, Point, Region, tasks
+from florence_onnx import (
+    EncodedImage,
+    Florence2,
+    GenerationOptions,
+    ImageNotFoundError,
+    InputError,
+    Point,
+    Prediction,
+    Region,
+    tasks,
+)
 from florence_onnx.answers.locations import from_tokens
 from florence_onnx.answers.placed import text_to_input, to_source
 from florence_onnx.answers.results import (
@@ -107,6 +118,98 @@ def test_regions_are_given_in_the_image(
     assert all(abs(a - b) <= 3 for a, b in zip(echoed, [region.x1, region.y1, region.x2, region.y2], strict=False))
 
 
+@pytest.fixture(scope="module")
+def continuous() -> Florence2:
+    return Florence2.from_pretrained("demo", device="cpu", max_batch=2)
+
+
+def test_location_tokens_of_texts_and_prompts_are_mapped_as_regions(model: Florence2, wide: Image.Image) -> None:
+    task, region = tasks.REGION_TO_CATEGORY, Region.from_pixels(57, 94, 173, 189, wide.size)
+    tokens = region.location_tokens
+    encoded = model.encode(wide, fit="pad")
+    expected = model.run(task, encoded, region=region, options=GREEDY)
+    assert model.run(task, encoded, text_input=tokens, options=GREEDY) == expected
+    assert model.run(task, wide, region=tokens, fit="pad", options=GREEDY) == expected
+    for image in (encoded, wide):
+        found = model.run_prompt(f"{task.token}{tokens}", image, fit="pad", options=GREEDY)
+        assert (found.token_ids, found.results) == (expected.token_ids, expected.results)
+    stretched = model.run_prompt(f"{task.token}{tokens}", wide, options=GREEDY)
+    assert stretched.token_ids == model.run(task, wide, region=region, options=GREEDY).token_ids != expected.token_ids
+
+
+@pytest.mark.parametrize("max_batch", [0, 2])
+def test_portions_of_images_with_margins(
+    model: Florence2, continuous: Florence2, wide: Image.Image, max_batch: int
+) -> None:
+    """Images that occur in several portions, with regions and without, in a list and from an iterator."""
+    used = continuous if max_batch else model
+    region = Region.from_pixels(57, 94, 173, 189, wide.size)
+    other = wide.crop((0, 0, 300, 100))
+    asked = [
+        (tasks.OBJECT_DETECTION, wide, None),
+        (tasks.REGION_TO_CATEGORY, other, region),
+        (tasks.REGION_TO_CATEGORY, wide, region),
+        (tasks.REGION_TO_CATEGORY, wide, region.location_tokens),
+        (tasks.OBJECT_DETECTION, other, None),
+    ]
+    expected = [model.run(task, image, region=given, fit="pad", options=GREEDY) for task, image, given in asked]
+    names, images, regions = ([each[at] for each in asked] for at in range(3))
+    for given in (images, iter(images)):
+        found = used.run_each(names, given, regions=regions, fit="pad", batch_size=2, options=GREEDY)
+        assert list(found) == expected
+
+
+@pytest.mark.parametrize("max_batch", [0, 2])
+def test_an_image_that_fails_has_its_place_beside_regions(
+    model: Florence2, continuous: Florence2, wide: Image.Image, max_batch: int
+) -> None:
+    used = continuous if max_batch else model
+    region = Region.from_pixels(57, 94, 173, 189, wide.size)
+    names = [tasks.OBJECT_DETECTION, tasks.REGION_TO_CATEGORY, tasks.REGION_TO_CATEGORY, tasks.OBJECT_DETECTION]
+    arguments: dict[str, Any] = {"regions": [None, region, region, None], "fit": "pad", "options": GREEDY}
+    found = used.run_batch(names, [wide, "missing.png", wide, "missing.png"], on_error="return", **arguments)
+    assert [type(each) for each in found] == [Prediction, ImageNotFoundError, Prediction, ImageNotFoundError]
+    assert [str(found[at])[:14] for at in (1, 3)] == ["image 2 of 4: ", "image 4 of 4: "]
+    with pytest.raises(ImageNotFoundError, match="image 2 of 4: "):
+        used.run_batch(names, [wide, "missing.png", wide, "missing.png"], **arguments)
+    with pytest.raises(ImageNotFoundError, match="image 2 of 2: "):
+        used.encode_batch([wide, "missing.png"], fit="pad")
+
+
+def test_scores_are_those_of_the_canvas(model: Florence2, wide: Image.Image, canvas: Image.Image) -> None:
+    """The tokens are the same, so the scores are, on boxes and quads whose coordinates were mapped."""
+    options = GenerationOptions(num_beams=1, scores=True)
+    for task in (tasks.OBJECT_DETECTION, tasks.OCR_WITH_REGION):
+        expected = model.run(task, canvas, options=options)
+        found = model.run(task, wide, fit="pad", options=options)
+        assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-5)
+        assert found.results == model.run(task, wide, fit="pad", options=GREEDY).results, "in pixels of the image"
+        boxes, others = _items(found), _items(expected)
+        assert boxes and [each.score for each in boxes] == [pytest.approx(each.score) for each in others]
+        assert all(0 < each.score <= 1 and each.score_parts.coordinates for each in boxes)
+    region = Region.from_pixels(57, 94, 173, 189, wide.size)
+    answer = model.run(tasks.REGION_TO_CATEGORY, wide, region=region, fit="pad", options=options)
+    assert answer.text_score is not None and answer.sequence_logprob is not None
+
+
+def _items(prediction: Prediction[Any]) -> list[Any]:
+    return list(getattr(prediction.results, "bboxes", ()) or getattr(prediction.results, "quad_boxes", ()))
+
+
+def test_a_pickled_image_keeps_its_placement(model: Florence2, wide: Image.Image) -> None:
+    encoded = model.encode(wide, fit="pad")
+    again: EncodedImage = pickle.loads(pickle.dumps(encoded))
+    assert again.placement == encoded.placement == Placement(wide.size, (128, 128), "pad")
+    assert model.run("<OD>", again, options=GREEDY) == model.run("<OD>", encoded, options=GREEDY)
+
+
+def test_a_pickled_model_keeps_its_fit(wide: Image.Image) -> None:
+    padding = Florence2.from_pretrained("demo", device="cpu", fit="pad")
+    again: Florence2 = pickle.loads(pickle.dumps(padding))
+    assert again is not padding and again.info() == padding.info()
+    assert again.encode(wide).is_padded
+
+
 def test_logits_of_a_region_are_those_of_the_answer(model: Florence2, wide: Image.Image) -> None:
     region = Region.from_pixels(57, 94, 173, 189, wide.size)
     encoded = model.encode(wide, fit="pad")
@@ -137,3 +240,5 @@ def test_results_of_another_type_are_refused(model: Florence2) -> None:
     assert model.run(count, Path(SCENE)).results["n"] > 0
     with pytest.raises(InputError, match='fit="pad" cannot map a dict back'):
         model.run(count, Path(SCENE), fit="pad")
+    found = model.run_batch([count, "<OD>"], [Path(SCENE)] * 2, fit="pad", options=GREEDY, on_error="return")
+    assert [type(each) for each in found] == [InputError, Prediction]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, GenerationOptions, InputError, Region, tasks
+from florence_onnx import BundleFormatError, Florence2, GenerationOptions, InputError, Region, tasks
 from florence_onnx.images import preprocessing
 from florence_onnx.inference import answering
 from florence_onnx.inference.vision_encoders import VisionEncoders
+from tests import descriptions
 from tests.conftest import NO_TORCH, Exported
 from tests.exported_bundles import SIZES
 
@@ -140,6 +144,29 @@ def test_vision_encoders_are_loaded_when_they_are_used(sized: Exported, crops: l
         for size in loaded()[1:]
     ]
     assert options == ["1"], "its weights stay in the file, which the first has mapped as well"
+
+
+def test_a_pickled_model_keeps_its_image_size(sized: Exported, crops: list[Image.Image]) -> None:
+    model = Florence2.from_pretrained(sized.bundle, device="cpu", image_size=64)
+    again: Florence2 = pickle.loads(pickle.dumps(model))
+    assert again is not model and again.info() == model.info()
+    assert again.encode(crops[0]).num_image_tokens == 5
+
+
+def test_a_graph_of_another_size_than_described_is_refused_when_it_is_loaded(
+    sized: Exported, crops: list[Image.Image], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sized.bundle, tmp_path / "bundle"))
+    entries = descriptions.read(folder)["image_sizes"]
+    entries[1]["num_image_tokens"] = 6
+    descriptions.change(folder, image_sizes=entries)
+    model = Florence2.from_pretrained(folder, device="cpu")
+    assert model.encode(crops[0]).num_image_tokens == 17
+    said = r"says num_image_tokens 6, but .*vision_encoder_64x64\.onnx has 5 there"
+    with pytest.raises(BundleFormatError, match=said):
+        model.encode(crops[0], image_size=64)
+    with pytest.raises(BundleFormatError, match=said):
+        Florence2.from_pretrained(folder, device="cpu", image_size=64)
 
 
 def test_engines_of_one_size_refuse_others(model: Florence2) -> None:
