@@ -1,10 +1,10 @@
 """`Florence2`: composes the stages. Every request starts and ends here:
 
 ```text
-tasks, images, text_inputs, regions ─read_requests─▶ Request ─portions─▶ P requests at a time
+tasks, images, text_inputs, regions ─read_requests─▶ Request ─portions─▶ P requests at a time ─place─▶ with margins
 prompts ─PromptTokenizer.encode─▶ input_ids (P, T), attention_mask (P, T)
 images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence
-GeneratedSequence ─PromptTokenizer.decode─▶ text ─tasks.parse─▶ results ─▶ Prediction
+GeneratedSequence ─PromptTokenizer.decode─▶ text ─parse_placed─▶ results ─▶ Prediction
 ```
 """
 
