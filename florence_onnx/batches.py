@@ -19,8 +19,12 @@ from PIL import Image as PILImage
 
 from florence_onnx import tasks
 from florence_onnx.answers.locations import Region
+from florence_onnx.answers.placed import text_to_input
 from florence_onnx.errors import FlorenceError, InputError
+from florence_onnx.generation.options import SearchConfig
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.images.placement import Placement
+from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.answering import AnyImage, Key, image_key
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.tasks import FormattedInput, Task
@@ -43,16 +47,21 @@ class Request:
     task: Task[Any]
     image: ImageInput | EncodedImage
     given: FormattedInput
+    placement: Placement | None = None
+    """Where the image lies in the model's input, if it has margins there: location tokens of the prompt are mapped by it."""
 
     @property
     def formatted_input(self) -> str:
         """The part of the prompt that the caller chose: text, a region's location tokens, or nothing."""
-        return self.given.text or self.given.location_tokens
+        return self._mapped(self.given.text or self.given.location_tokens)
 
     @property
     def prompt(self) -> str:
         """The whole prompt, ready for the tokenizer."""
-        return self.task.fill_prompt(self.given)
+        return self._mapped(self.task.fill_prompt(self.given))
+
+    def _mapped(self, text: str) -> str:
+        return text if self.placement is None else text_to_input(text, self.placement)
 
 
 class Failures:
@@ -155,15 +164,20 @@ def _next(column: Iterator[Any], name: str, count: int) -> Any:
     return found
 
 
+def check_images(images: object) -> None:
+    """Raises InputError for a single image."""
+    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
+    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
+        raise InputError("images must be a list of images; for a single one call run")
+
+
 def check_arguments(tasks: object, images: object, text_inputs: object, regions: object) -> None:
     """Checks what can be checked before any image is read.
 
     Raises:
         InputError: A single value was given where a list is needed, or lists differ in length.
     """
-    # a string or an array can be iterated over: without this check each letter or row would be taken for an image
-    if isinstance(images, str | bytes | os.PathLike | np.ndarray | PILImage.Image | EncodedImage):
-        raise InputError("images must be a list of images; for a single one call run")
+    check_images(images)
     for name, column in (("text_inputs", text_inputs), ("regions", regions)):
         if isinstance(column, str):
             raise InputError(f"{name} must be a list with one entry per image, got a string")
@@ -218,3 +232,14 @@ class Encodings:
         # the image too: as long as it lives, no other object has its id
         new = {key: (r.image, each) for key, r, each in zip(keys, portion, encoded, strict=True) if each is not None}
         self._kept = {key: pair for key, pair in {**kept, **new}.items() if not is_known or self._left[key]}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all portions of a batch share."""
+
+    config: SearchConfig
+    preparation: Preparation
+    """Of the images that are not encoded."""
+    failures: Failures
+    encodings: Encodings

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from florence_onnx.bundles.bundle import KEY_INPUTS, Bundle
+from florence_onnx.bundles.bundle import KEY_INPUTS, VISION_ENCODER, Bundle
 from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import BundleFormatError, InputError, ProviderError
 from florence_onnx.inference.decoder import DecoderShape, TextBackend, TextModel
 from florence_onnx.inference.transformers_js import TransformersJsTextModel
-from florence_onnx.runtime import cuda, graph_sizes, tensorrt
+from florence_onnx.inference.vision_encoders import VisionEncoders
+from florence_onnx.runtime import cuda, graph_sizes, memory_errors, tensorrt
 from florence_onnx.runtime import providers as provider_presets
 from florence_onnx.runtime.engine import Engine, OnnxEngine, load_engines
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider, candidates
-from florence_onnx.runtime.sessions import CUDA_PROVIDERS, TENSORRT, onnxruntime
+from florence_onnx.runtime.sessions import CPU, CUDA_PROVIDERS, TENSORRT, onnxruntime
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
 
+DISABLE_PREPACKING = "session.disable_prepacking"
+"""Session config entry that leaves weights as they are in the file."""
 DEFAULT_MAX_BATCH = 32
 """Most prompts in flight on a GPU. A decode step reads all weights once, for one prompt or for 32, so a batch costs
 little more than a single prompt."""
@@ -35,7 +38,7 @@ class Stages(NamedTuple):
     """The loaded parts of a model, in the order of the arguments of `Florence2`."""
 
     bundle: Bundle
-    vision_encoder: Engine
+    vision_encoder: VisionEncoders[Any]
     text_model: TextBackend
     provider: str
     """Name of the execution provider that runs the graphs."""
@@ -44,10 +47,12 @@ class Stages(NamedTuple):
     tokenizer: PromptTokenizer
     resident: ResidentModel | None = None
     """The graphs with features and KV caches in device memory and continuous batching; None where `max_batch` is 0."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """How images are fitted into the model's size by default."""
 
 
 def load(bundle: Bundle, options: LoadOptions) -> Stages:
-    """Loads all stages of a model.
+    """Loads all stages of a model, and of several vision encoders that of the default image size.
 
     Args:
         bundle: The model on disk.
@@ -55,9 +60,11 @@ def load(bundle: Bundle, options: LoadOptions) -> Stages:
 
     Raises:
         BundleError: A file is damaged, or the bundle has another precision.
-        InputError: Options contradict each other, or are malformed.
+        InputError: Options contradict each other or are malformed, or there is no vision encoder for the image size.
         ProviderError: The execution provider cannot run here.
     """
+    if options.image_size is not None:
+        bundle = bundle.resized(options.image_size)
     is_computed = options.is_bf16 and bundle.precision == "fp32"
     if not is_computed and not bundle.has_precision(options.precision):
         raise BundleFormatError(f"{bundle.path} has precision {bundle.precision}, not {options.precision}")
@@ -136,13 +143,36 @@ def _load(bundle: Bundle, options: LoadOptions) -> Stages:
             names = [KEY_INPUTS[graph] for graph in graphs]
             engines = load_engines(list(graphs.values()), names, options, cuda_graphs=max_batch > 0)
     graph_sizes.check(bundle, dict(zip(bundle.stages(is_resident=max_batch > 0), engines, strict=True)))
-    vision_encoder, *text = engines
+    first, *text = engines
+    encoders = VisionEncoders(bundle, first, _vision_opener(provider, options, max_batch))
     backend = text_backend(bundle, text)
     if provider in CUDA_PROVIDERS:
         _check_kernels(bundle, text[0])
     precision = BF16 if options.is_bf16 else bundle.precision
-    resident = _resident(bundle, (vision_encoder, text[0], text[1]), max_batch) if max_batch else None
-    return Stages(bundle, vision_encoder, backend, vision_encoder.provider, precision, tokenizer.result(), resident)
+    resident = _resident(bundle, encoders, (text[0], text[1]), max_batch) if max_batch else None
+    return Stages(bundle, encoders, backend, first.provider, precision, tokenizer.result(), resident, options.fit)
+
+
+def _vision_opener(provider: str, options: LoadOptions, max_batch: int) -> Callable[[Bundle], OnnxEngine] | None:
+    """Loads vision encoders of further image sizes; None for TensorRT, whose engines are built for one size.
+
+    On the CPU a further one reads its weights where they are mapped from the bundle's file, instead of packing a copy for
+    its kernels: 61 MiB instead of 383 for Florence-2-base at 64 pixels, and 15 % slower in batches of eight
+    (benchmarks/results/omniparser.md). The graph cache maps packed weights already.
+    """
+    if provider == TENSORRT:
+        return None
+    if provider == CPU and options.graph_cache_folder is None:
+        options = replace(options, session_options={DISABLE_PREPACKING: "1", **(options.session_options or {})})
+
+    def load_encoder(resized: Bundle) -> OnnxEngine:
+        path = resized.graph(VISION_ENCODER)
+        with memory_errors.said_as_such(str(path), [path]):
+            engine = OnnxEngine(path, options, expected_inputs=KEY_INPUTS[VISION_ENCODER], cuda_graphs=max_batch > 0)
+        graph_sizes.check(resized, {VISION_ENCODER: engine})
+        return engine
+
+    return load_encoder
 
 
 def _provider(options: LoadOptions) -> str:
@@ -240,13 +270,15 @@ def _check_kernels(bundle: Bundle, engine: OnnxEngine) -> None:
         ) from error
 
 
-def _resident(bundle: Bundle, engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine], max_batch: int) -> ResidentModel:
+def _resident(
+    bundle: Bundle, encoders: VisionEncoders[OnnxEngine], text: tuple[OnnxEngine, OnnxEngine], max_batch: int
+) -> ResidentModel:
     from florence_onnx.inference.decoder_call import ResidentSizes
     from florence_onnx.inference.resident_model import ResidentModel
 
     sizes = ResidentSizes(decoder_shape(bundle), bundle.sizes.num_image_tokens, bundle.sizes.width)
-    max_tokens = tensorrt.MAX_TOKENS if engines[-1].provider == TENSORRT else None
-    return ResidentModel(engines, sizes, max_batch, max_tokens)
+    max_tokens = tensorrt.MAX_TOKENS if text[-1].provider == TENSORRT else None
+    return ResidentModel(encoders, text, sizes, max_batch, max_tokens)
 
 
 def decoder_shape(bundle: Bundle) -> DecoderShape:

@@ -1,10 +1,10 @@
 """`Florence2`: composes the stages. Every request starts and ends here:
 
 ```text
-tasks, images, text_inputs, regions ─read_requests─▶ Request ─portions─▶ P requests at a time
+tasks, images, text_inputs, regions ─read_requests─▶ Request ─portions─▶ P requests at a time ─place─▶ with margins
 prompts ─PromptTokenizer.encode─▶ input_ids (P, T), attention_mask (P, T)
 images, input_ids, attention_mask ─Answering.answer─▶ EncodedImage, GeneratedSequence
-GeneratedSequence ─PromptTokenizer.decode─▶ text ─tasks.parse─▶ results ─▶ Prediction
+GeneratedSequence ─PromptTokenizer.decode─▶ text ─parse_placed─▶ results ─▶ Prediction
 ```
 """
 
@@ -27,18 +27,20 @@ from florence_onnx.answers.locations import Region
 from florence_onnx.batches import (
     DEVICE_BATCH_FACTOR,
     HOST_BATCH_SIZE,
+    Batch,
     Encodings,
     Failures,
     OnError,
     Request,
     check_arguments,
     check_batch_size,
+    check_images,
     portions,
     read_requests,
 )
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub, memory
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, ImageSize
 from florence_onnx.bundles.precisions import Precision
 from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextInputError
@@ -47,22 +49,28 @@ from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
+from florence_onnx.images.placement import Fit, check_fit
+from florence_onnx.images.preprocessing import Preparation
+from florence_onnx.inference.answering import Answer, Answering, AnyImage, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
+from florence_onnx.placing import Placed, count_image_tokens, parse_placed, place
 from florence_onnx.prediction import EncodedImage, Prediction, with_scores
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
 from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
-from florence_onnx.runtime.sessions import SessionOptions
-from florence_onnx.tasks import Task, parse
+from florence_onnx.runtime.sessions import CPU, SessionOptions
+from florence_onnx.tasks import Task
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
 
 R = TypeVar("R")
+EXACT_PRECISIONS = ("fp32", "fp16")
+"""Precisions of a vision encoder in which an image's features do not depend on the images beside it."""
 _log = logging.getLogger("florence_onnx")
 
 
@@ -72,16 +80,21 @@ class Florence2:
     def __init__(
         self,
         bundle: Bundle,
-        vision_encoder: Engine,
+        vision_encoder: Engine | VisionEncoders[Any],
         text_model: TextBackend,
         provider: str,
         precision: str | None = None,
         tokenizer: PromptTokenizer | None = None,
         resident: ResidentModel | None = None,
+        fit: Fit = "stretch",
     ) -> None:
         """Composes stages that are loaded already; call `from_pretrained` or `from_bundle` instead."""
         self._bundle = bundle
-        self._vision_encoder = vision_encoder
+        if not isinstance(vision_encoder, VisionEncoders):
+            vision_encoder = VisionEncoders(bundle, vision_encoder)
+        self._encoders: VisionEncoders[Any] = vision_encoder
+        self._vision_encoder: Engine = self._encoders.default
+        self._fit = check_fit(fit)
         self._text_model = text_model
         self._provider = provider
         self._precision = precision or bundle.precision
@@ -89,12 +102,13 @@ class Florence2:
         self._resident = resident
         self._load_options: LoadOptions | None = None
         if resident is None:
-            self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
+            can_batch = provider == CPU and (bundle.vision_precision or bundle.precision) in EXACT_PRECISIONS
+            self._answering: Answering = HostAnswering(bundle, self._encoders, text_model, can_batch=can_batch)
         else:
             # takes time to import, and a CPU does not need it
             from florence_onnx.inference.device_answering import DeviceAnswering
 
-            self._answering = DeviceAnswering(bundle.sizes, resident)
+            self._answering = DeviceAnswering(bundle, resident)
 
     @classmethod
     def from_pretrained(
@@ -108,6 +122,8 @@ class Florence2:
         session_options: SessionOptions | None = None,
         graph_cache: bool | str | os.PathLike[str] | None = None,
         max_batch: int | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit = "stretch",
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Florence2:
@@ -136,12 +152,17 @@ class Florence2:
                 enters it at any decode step and leaves it when it is finished, and features and KV caches stay in
                 device memory. 0 decodes each call by itself, through the host. None is 32 on a GPU and 0 on a CPU. For
                 the device memory that this needs see `florence-onnx info`.
+            image_size: Pixels at which images are read where a call does not say: the side of a square, or
+                `(width, height)`. None for the bundle's default. Only the vision encoder of this size is loaded; those
+                of others, if the bundle has some, at the first call that asks for them.
+            fit: How images of other aspect ratios are fitted where a call does not say: `"stretch"`, as transformers
+                does, or `"pad"`, with margins.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept, instead of the hub client's default.
 
         Raises:
             BundleError: The model is missing, damaged or of another format.
-            InputError: `precision` or another argument is malformed.
+            InputError: The bundle has no vision encoder for `image_size`, or `precision` or another argument is malformed.
             ProviderError: The execution provider cannot run here.
             DeviceMemoryError: There is not enough memory, of the device or of the computer.
             MissingExtraError: No ONNX Runtime is installed.
@@ -158,6 +179,8 @@ class Florence2:
             session_options=session_options,
             graph_cache=graph_cache,
             max_batch=max_batch,
+            image_size=image_size,
+            fit=check_fit(fit),
         )
         return cls.from_bundle(bundle, options)
 
@@ -206,6 +229,11 @@ class Florence2:
         return self
 
     @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes `(width, height)` in pixels at which the model can read images."""
+        return self._bundle.image_sizes
+
+    @property
     def max_batch(self) -> int:
         """Most prompts in flight, those of all threads together; 0 where each call is decoded by itself."""
         return 0 if self._resident is None else self._resident.max_batch
@@ -216,6 +244,8 @@ class Florence2:
         self,
         image: ImageInput,
         *,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
         apply_exif: bool = True,
         max_pixels: int = opening.MAX_PIXELS,
         max_side: int = opening.MAX_SIDE,
@@ -230,6 +260,10 @@ class Florence2:
 
         Args:
             image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
+            image_size: Pixels at which the model reads the image: one of `image_sizes`, `(width, height)` or the side of a
+                square; None for the default of this model. Smaller is faster and sees less.
+            fit: `"stretch"`, as transformers does, or `"pad"`, which keeps the aspect ratio with margins; None for the
+                default of this model. Coordinates of results are those of the image in either case.
             apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
             max_pixels: Most pixels (width times height) to accept.
             max_side: Most pixels of width and of height to accept.
@@ -244,8 +278,9 @@ class Florence2:
 
         Raises:
             ImageError: The image cannot be read.
-            InputError: `allowed_hosts` or `formats` is malformed.
+            InputError: The model has no such image size, or `fit`, `allowed_hosts` or `formats` is malformed.
         """
+        preparation = self._prepare(image_size, fit)
         loaded = decoding.load(
             image,
             apply_exif=apply_exif,
@@ -258,28 +293,62 @@ class Florence2:
             formats=formats,
             copy=copy,
         )
-        return self._answering.encode(loaded)
+        return self._answering.encode(loaded, preparation)
+
+    def encode_batch(
+        self,
+        images: Iterable[ImageInput | EncodedImage],
+        *,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
+    ) -> list[EncodedImage]:
+        """Runs the vision encoder on several images, as many at a time as pays: on a CPU that is where they are small.
+
+        Args:
+            images: Images as for `encode`, with its defaults for URLs and EXIF; encoded ones are returned as they are.
+                Those that occur several times, as the same object or the same name, are encoded once.
+            image_size: As for `encode`.
+            fit: As for `encode`.
+
+        Returns:
+            One per image, in order.
+
+        Raises:
+            InputError: As for `encode`, or an image was encoded by another model.
+            ProviderError: The device failed.
+        """
+        check_images(images)
+        listed = list(images)
+        failures = Failures("raise", len(listed))
+        found = self._answering.encode_all(listed, self._prepare(image_size, fit), failures.add)
+        return [found[index] for index in range(len(listed))]
+
+    def _prepare(self, image_size: ImageSize | None, fit: Fit | None) -> Preparation:
+        sizes = (self._bundle if image_size is None else self._bundle.resized(image_size)).sizes
+        chosen = self._fit if fit is None else check_fit(fit)
+        return Preparation(sizes.image_size, sizes.image_mean, sizes.image_std, chosen)
 
     def encode_pixels(self, pixel_values: npt.NDArray[np.float32]) -> list[EncodedImage]:
         """Runs the vision encoder on images that were preprocessed elsewhere, such as by transformers' processor.
 
         Args:
-            pixel_values: `(B, 3, H, W)` float32, normalised, of the size that the model reads.
+            pixel_values: `(B, 3, H, W)` float32, normalised, of one of the sizes that the model reads (`image_sizes`).
 
         Returns:
-            B images; their `source_image` is what the pixels show, at the model's size.
+            B images; their `source_image` is what the pixels show, at that size.
 
         Raises:
             InputError: `pixel_values` has another shape.
             ProviderError: The device failed.
         """
         sizes = self._bundle.sizes
-        width, height = sizes.image_size
         values = np.asarray(pixel_values, dtype=np.float32)
-        if values.ndim != 4 or values.shape[1:] != (3, height, width):
+        known = [(3, height, width) for width, height in self.image_sizes]
+        if values.ndim != 4 or values.shape[1:] not in known:
+            shapes = " or ".join(f"(B, 3, {height}, {width})" for _, height, width in known)
+            sides = " or ".join(f"{width} x {height}" for _, height, width in known)
             raise InputError(
-                f"pixel_values must be (B, 3, {height}, {width}) for this model, got {values.shape}; preprocess images "
-                f"to {width} x {height}"
+                f"pixel_values must be {shapes} for this model, got {values.shape}; preprocess images to {sides}"
             )
         return [self._answering.encode_pixels(each[None], to_image(each, sizes)) for each in values]
 
@@ -305,9 +374,15 @@ class Florence2:
         """
         config = self._resolve(options)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
-        self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
+        counts = [each.num_image_tokens for each in images]
+        self._check_lengths(mask, [f"row {row}" for row in range(len(images))], counts)
         answers = self._answering.answer(
-            images, ids, mask, lambda indices: new_search(len(indices), config, None), raise_error
+            images,
+            ids,
+            mask,
+            lambda indices: new_search(len(indices), config, None),
+            self._prepare(None, None),
+            raise_error,
         )
         return [answer[1] for answer in answers if answer is not None]
 
@@ -320,6 +395,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[R]: ...
 
     @overload
@@ -331,6 +408,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[Any]: ...
 
     def run(
@@ -341,6 +420,8 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
@@ -353,12 +434,19 @@ class Florence2:
                 well: `"<loc_52><loc_332><loc_932><loc_774>"`.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
+            image_size: Pixels at which the model reads the image, where it is not encoded already: one of `image_sizes`,
+                `(width, height)` or the side of a square; None for the default of this model. Smaller is faster and sees
+                less.
+            fit: `"stretch"`, as transformers does, or `"pad"`, which keeps the aspect ratio with margins; None for the
+                default of this model. Coordinates of results are those of the image in either case.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong.
             ProviderError: The device failed.
         """
-        return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
+        return self.run_batch(
+            [task], [image], text_inputs=[text_input], regions=[region], options=options, image_size=image_size, fit=fit
+        )[0]
 
     def run_prompt(
         self,
@@ -367,6 +455,8 @@ class Florence2:
         *,
         parser: str | None = None,
         options: GenerationOptions | None = None,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Prediction[Any]:
         """Runs a prompt of any wording on one image, as Microsoft's users write it.
 
@@ -377,12 +467,14 @@ class Florence2:
             parser: Reads the answer: a name of `florence_onnx.answers.postprocess.PARSERS`. None: the parser of the task
                 whose token the prompt has; any other answer is text.
             options: As for `run`.
+            image_size: As for `run`.
+            fit: As for `run`; location tokens in the prompt are those of the image in either case.
 
         Raises:
             InputError: The prompt, the parser, the image or an option is wrong.
             ProviderError: The device failed.
         """
-        return self.run(to_task(prompt, parser), image, options=options)
+        return self.run(to_task(prompt, parser), image, options=options, image_size=image_size, fit=fit)
 
     @overload
     def run_batch(
@@ -395,6 +487,8 @@ class Florence2:
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
         on_error: Literal["raise"] = "raise",
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> list[Prediction[Any]]: ...
 
     @overload
@@ -408,6 +502,8 @@ class Florence2:
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
         on_error: OnError,
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> list[Prediction[Any] | FlorenceError]: ...
 
     def run_batch(
@@ -420,6 +516,8 @@ class Florence2:
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
         on_error: OnError = "raise",
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Sequence[Prediction[Any] | FlorenceError]:
         """Runs any number of requests, some at a time, and returns all predictions.
 
@@ -443,6 +541,8 @@ class Florence2:
                 are not faster, and four times `max_batch` with continuous batching.
             on_error: `"raise"`: the first error of a request ends the call. `"return"`: the error takes the place of the
                 prediction, and all other requests are answered.
+            image_size: As for `run`, for all images that are not encoded already; encoded ones may be of several sizes.
+            fit: As for `run`.
 
         Returns:
             One prediction per image, in order.
@@ -461,6 +561,8 @@ class Florence2:
                 options=options,
                 batch_size=batch_size,
                 on_error=on_error,
+                image_size=image_size,
+                fit=fit,
             )
         )
 
@@ -474,6 +576,8 @@ class Florence2:
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
         on_error: OnError = "raise",
+        image_size: ImageSize | None = None,
+        fit: Fit | None = None,
     ) -> Iterator[Prediction[Any] | FlorenceError]:
         """As `run_batch`, but yields predictions in order while further images are not read yet, in flat memory.
 
@@ -484,20 +588,21 @@ class Florence2:
         check_arguments(tasks, images, text_inputs, regions)
         check_batch_size(batch_size)
         failures = Failures(on_error, len(images) if isinstance(images, Sized) else None)
-        config = self._resolve(options)
+        config, preparation = self._resolve(options), self._prepare(image_size, fit)
         requests: Iterable[Request] = read_requests(tasks, images, text_inputs, regions, failures, self._bundle.tasks)
         known: list[Request] = []
         if failures.count is not None:  # wrong arguments then fail before any work is done
             requests = known = list(requests)
         default = DEVICE_BATCH_FACTOR * self.max_batch if self.max_batch else HOST_BATCH_SIZE
-        return self._run_portions(portions(requests, batch_size or default), config, failures, Encodings(known))
+        batch = Batch(config, preparation, failures, Encodings(known))
+        return self._run_portions(portions(requests, batch_size or default), batch)
 
     def _run_portions(
-        self, portions: Iterable[list[Request]], config: SearchConfig, failures: Failures, encodings: Encodings
+        self, portions: Iterable[list[Request]], batch: Batch
     ) -> Iterator[Prediction[Any] | FlorenceError]:
-        index = 0
+        failures, index = batch.failures, 0
         for portion in portions:
-            found = self._run_portion(portion, config, failures, encodings)
+            found = self._run_portion(portion, batch)
             last = portion[-1].index
             while index <= last:
                 yield found.pop(index) if index in found else failures.by_index.pop(index)
@@ -506,64 +611,70 @@ class Florence2:
             yield failures.by_index.pop(index)
             index += 1
 
-    def _run_portion(
-        self, portion: list[Request], config: SearchConfig, failures: Failures, encodings: Encodings
-    ) -> dict[int, Prediction[Any]]:
+    def _run_portion(self, portion: Sequence[Request], batch: Batch) -> dict[int, Prediction[Any]]:
         """The predictions by the requests' indices, without those that failed."""
-        requests = self._drop_long(portion, failures)
+        pairs = self._drop_long([(request, batch.encodings.find(request.image)) for request in portion], batch)
+        pairs = place(pairs, batch.preparation, self._answering.encode_all, batch.failures.add)
+        requests, images = [request for request, _ in pairs], [image for _, image in pairs]
         if not requests:
             return {}
         input_ids, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         # Encoded without its prompt: there the text follows a space, which byte-level BPE makes part of the first
         # token, and an answer that repeats the text has no space there.
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
-        encoder_ids = self._encoder_ids(input_ids, attention_mask)
+        counts = self._count_image_tokens(images, batch.preparation)
+        encoder_ids = self._encoder_ids(input_ids, attention_mask, counts)
 
         def make_search(rows: Sequence[int]) -> Search:
-            return new_search(len(rows), config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
+            return new_search(
+                len(rows), batch.config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows]
+            )
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
-            failures.add([requests[row].index for row in rows], error)
+            batch.failures.add([requests[row].index for row in rows], error)
 
-        images = [encodings.find(request.image) for request in requests]
         try:
-            answers = self._answering.answer(images, input_ids, attention_mask, make_search, failed)
+            answers = self._answering.answer(images, input_ids, attention_mask, make_search, batch.preparation, failed)
         except ProviderError as error:
-            if not failures.are_kept:
+            if not batch.failures.are_kept:
                 raise
-            return self._run_alone(requests, error, config, failures, encodings)
-        encodings.keep(requests, [answer and answer[0] for answer in answers])
-        return {
-            request.index: self._make_prediction(request.task, *answer)
-            for request, answer in zip(requests, answers, strict=True)
-            if answer is not None
-        }
+            return self._run_alone(requests, error, batch)
+        batch.encodings.keep(requests, [answer and answer[0] for answer in answers])
+        return self._make_predictions(requests, answers, batch.failures)
 
-    def _run_alone(
-        self,
-        requests: Sequence[Request],
-        error: ProviderError,
-        config: SearchConfig,
-        failures: Failures,
-        encodings: Encodings,
+    def _make_predictions(
+        self, requests: Sequence[Request], answers: Sequence[Answer | None], failures: Failures
     ) -> dict[int, Prediction[Any]]:
+        predictions = {}
+        for request, answer in zip(requests, answers, strict=True):
+            if answer is None:
+                continue
+            try:
+                predictions[request.index] = self._make_prediction(request.task, *answer)
+            except InputError as error:
+                failures.add([request.index], error)
+        return predictions
+
+    def _run_alone(self, requests: Sequence[Request], error: ProviderError, batch: Batch) -> dict[int, Prediction[Any]]:
         """Runs requests one by one that have failed together, to find out whose error it is."""
         if len(requests) == 1:
-            failures.add([requests[0].index], error)
+            batch.failures.add([requests[0].index], error)
             return {}
-        alone = [self._run_portion([request], config, failures, encodings) for request in requests]
+        alone = [self._run_portion([request], batch) for request in requests]
         return {index: prediction for each in alone for index, prediction in each.items()}
 
-    def _drop_long(self, requests: Sequence[Request], failures: Failures) -> list[Request]:
-        """The requests whose prompts fit into the model."""
+    def _drop_long(self, pairs: Sequence[Placed], batch: Batch) -> list[Placed]:
+        """The requests, with their images, whose prompts fit into the model."""
+        counts = self._count_image_tokens([image for _, image in pairs], batch.preparation)
         fitting = []
-        for request in requests:
+        for pair, count in zip(pairs, counts, strict=True):
+            request = pair[0]
             try:
                 self.check_prompt_bytes(len(request.prompt.encode()))
-                self._check_lengths(self._tokenizer.encode([request.prompt])[1], [request.task.slug])
-                fitting.append(request)
+                self._check_lengths(self._tokenizer.encode([request.prompt])[1], [request.task.slug], [count])
+                fitting.append(pair)
             except TextInputError as error:
-                failures.add([request.index], error)
+                batch.failures.add([request.index], error)
         return fitting
 
     def check_options(self, options: GenerationOptions | None) -> None:
@@ -599,7 +710,7 @@ class Florence2:
         if num_bytes > self._num_prompt_tokens and num_bytes > self.max_prompt_bytes:
             raise TextInputError(
                 f"the text has {num_bytes:,} bytes; this model has room for {self._num_prompt_tokens} tokens beside "
-                f"{self._bundle.sizes.num_image_tokens} image tokens, which are {self.max_prompt_bytes:,} bytes at the "
+                f"{min(self._bundle.all_num_image_tokens)} image tokens, which are {self.max_prompt_bytes:,} bytes at the "
                 "very most: shorten text_input"
             )
 
@@ -628,15 +739,24 @@ class Florence2:
             InputError: As for `run`, or `token_ids` is empty, too long, or has a token outside the vocabulary.
             ProviderError: The device failed.
         """
-        (request,) = read_requests(task, [image], [text_input], [region], Failures("raise", 1), self._bundle.tasks)
+        preparation = self._prepare(None, None)
+        found = read_requests(task, [image], [text_input], [region], Failures("raise", 1), self._bundle.tasks)
+        ((request, image),) = place(
+            [(each, image) for each in found], preparation, self._answering.encode_all, raise_error
+        )
         self._check_tokens(token_ids)
         self.check_prompt_bytes(len(request.prompt.encode()))
         input_ids, attention_mask = self._tokenizer.encode([request.prompt])
-        self._check_lengths(attention_mask, [request.task.slug])
+        self._check_lengths(attention_mask, [request.task.slug], self._count_image_tokens([image], preparation))
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
         if len(logits):  # nothing follows the last token
             self._answering.answer(
-                [image], input_ids, attention_mask, lambda _: TeacherForcing(token_ids, logits), raise_error
+                [image],
+                input_ids,
+                attention_mask,
+                lambda _: TeacherForcing(token_ids, logits),
+                preparation,
+                raise_error,
             )
         return logits
 
@@ -664,11 +784,22 @@ class Florence2:
             "provider": self._provider,
             "max_batch": self.max_batch,
             "model": dict(vars(sizes)),
+            "image_sizes": [self._describe_size(size) for size in self.image_sizes],
+            "fit": self._fit,
             "generation": vars(bundle.generation.resolve(None)),
             "tasks": list(bundle.tasks),
             "source": dict(bundle.source),
             "verification": dict(bundle.verification),
             "device_memory": memory.table(bundle),
+        }
+
+    def _describe_size(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        resized = self._bundle.resized(image_size)
+        return {
+            "image_size": image_size,
+            "num_image_tokens": resized.sizes.num_image_tokens,
+            "is_loaded": image_size in self._encoders.loaded,
+            "device_memory": memory.table(resized),
         }
 
     # --------------------------------------------------------------------------------- between requests and stages
@@ -680,17 +811,22 @@ class Florence2:
         if not all(0 <= token < sizes.vocab_size for token in token_ids):
             raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
 
+    def _count_image_tokens(self, images: Sequence[AnyImage], preparation: Preparation) -> list[int]:
+        return [count_image_tokens(self._bundle, image, preparation) for image in images]
+
     @property
     def _num_prompt_tokens(self) -> int:
-        return self._bundle.sizes.max_positions - self._bundle.sizes.num_image_tokens
+        """Most tokens of a prompt, beside the smallest image that the model can read."""
+        return self._bundle.sizes.max_positions - min(self._bundle.all_num_image_tokens)
 
-    def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
-        num_image_tokens, room = self._bundle.sizes.num_image_tokens, self._num_prompt_tokens
-        for name, length in zip(names, attention_mask.sum(axis=1), strict=True):
+    def _check_lengths(self, attention_mask: Ids, names: Sequence[str], counts: Sequence[int]) -> None:
+        lengths = attention_mask.sum(axis=1)
+        for name, length, count in zip(names, lengths, counts, strict=True):
+            room = self._bundle.sizes.max_positions - count
             if length > room:
                 raise TextInputError(
                     f"the prompt of {name} has {length} tokens; this model has room for {room} "
-                    f"beside {num_image_tokens} image tokens: shorten text_input"
+                    f"beside {count} image tokens: shorten text_input"
                 )
 
     def _check_input_ids(self, input_ids: Ids, attention_mask: Ids | None, count: int) -> tuple[Ids, Ids]:
@@ -707,15 +843,18 @@ class Florence2:
             )
         return ids, mask
 
-    def _encoder_ids(self, input_ids: Ids, attention_mask: Ids) -> list[list[int]]:
+    def _encoder_ids(self, input_ids: Ids, attention_mask: Ids, counts: Sequence[int]) -> list[list[int]]:
         """What `generate` takes for the text encoder's tokens: image tokens, then the prompt without padding."""
         image_token = self._tokenizer.image_token_id
-        image = [] if image_token is None else [image_token] * self._bundle.sizes.num_image_tokens
-        return [image + row[mask == 1].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        image = [] if image_token is None else [image_token]
+        return [
+            image * count + row[mask == 1].tolist()
+            for row, mask, count in zip(input_ids, attention_mask, counts, strict=True)
+        ]
 
     def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
-        results = parse(task, text, encoded.size)
+        results = parse_placed(task, text, encoded)
         others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
         prediction = Prediction(
             results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others

@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from florence_onnx.answers.results import Image, TextScore, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.generation.token_scores import TokenScores
+from florence_onnx.images.placement import Placement
 from florence_onnx.runtime.device_memory import DeviceArray
 from florence_onnx.tasks import DENSE_REGION_CAPTION, OBJECT_DETECTION, Task
 
@@ -47,6 +48,18 @@ class EncodedImage:
     """Image features `(N, D)`, in the memory of the device that computed them."""
     source_image: PILImage.Image = field(repr=False)
     """The image that was encoded, RGB."""
+    placement: Placement | None = None
+    """How it was fitted into the vision encoder's input; None where it was stretched to the model's default size."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the vision encoder saw margins, so that location bins are not those of `source_image`."""
+        return self.placement is not None and self.placement.fit == "pad"
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N, the rows of its features; more at larger image sizes."""
+        return int(self.stored.shape[0])
 
     @property
     def picture(self) -> PILImage.Image:
@@ -61,7 +74,7 @@ class EncodedImage:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the features as an array on the host: another process cannot read this one's device memory."""
-        return EncodedImage, (self.image_features, self.source_image)
+        return EncodedImage, (self.image_features, self.source_image, self.placement)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -159,6 +159,12 @@ def published(export_of: Callable[[str, str], Exported], shared_folder: Path) ->
     return exported_bundles.published(shared_folder)
 
 
+@pytest.fixture(scope="session")
+def sized(export_of: Callable[[str, str], Exported]) -> Exported:
+    """The smallest regular model with vision encoders for `exported_bundles.SIZES`, in fp32."""
+    return export_of("tiny", "sizes-fp32")
+
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 

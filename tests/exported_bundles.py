@@ -8,6 +8,7 @@ OUT/tiny/checkpoint            what was exported
 OUT/tiny/fp32                  a bundle
 OUT/tiny/transformers-js-fp32  the same in the layout of transformers.js
 OUT/tiny/published             that, and the files of other precisions that repositories have
+OUT/tiny/sizes-fp32            a bundle with a vision encoder for each of SIZES
 OUT/tiny/….steps               what the export said that it does, one step a line
 ```
 """
@@ -40,6 +41,10 @@ FOR_OTHERS = (
 """Model and kind of what the environments without PyTorch look at."""
 
 _TRANSFORMERS_JS = "transformers-js-"
+_SIZES = "sizes-"
+
+SIZES = ((128, 128), (64, 64), (160, 96))
+"""Image sizes of the bundles for several: the checkpoint's own, OmniParser's, and a rectangle."""
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
@@ -73,7 +78,7 @@ def bundle(folder: Path, model: str, kind: str) -> Path:
     Args:
         folder: What processes share.
         model: A key of `CONFIGS`.
-        kind: A precision, or `transformers-js-fp32` or `transformers-js-fp16`.
+        kind: A precision, or one behind `transformers-js-` or `sizes-`.
     """
     source = checkpoint(folder, model)
 
@@ -82,6 +87,9 @@ def bundle(folder: Path, model: str, kind: str) -> Path:
         if kind.startswith(_TRANSFORMERS_JS):
             precision = kind.removeprefix(_TRANSFORMERS_JS)
             export_transformers_js(load_checkpoint(source), path, precision=precision, progress=said.append)
+        elif kind.startswith(_SIZES):
+            resized = load_checkpoint(source).resized(SIZES)
+            export_bundle(resized, path, precision=kind.removeprefix(_SIZES), progress=said.append)
         else:
             export_bundle(load_checkpoint(source), path, precision=kind, progress=said.append)
         (folder / model / f"{kind}.steps").write_text("\n".join(said), encoding="utf-8")

@@ -52,7 +52,7 @@ def test_every_example_is_tested_and_documented() -> None:
     """Each script has a test here, a docstring with its command, and `demo` as its default model."""
     scripts = sorted(path.name for path in EXAMPLES.glob("*.py"))
     tests = Path(__file__).read_text(encoding="utf-8")
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     for name in scripts:
         source = (EXAMPLES / name).read_text(encoding="utf-8")
         assert f'run("{name}"' in tests.replace("run(\n        ", "run("), name
@@ -75,6 +75,18 @@ def test_caption_folder(tmp_path: Path) -> None:
         ["a.png", ground_truth(1)["caption"]],
         ["more/b.PNG", ground_truth(5)["caption"]],
     ]
+
+
+def test_caption_crops(tmp_path: Path) -> None:
+    """A line for each box; sizes are those of the model, and the whole scene has the caption that was drawn."""
+    boxes = [[0, 0, 384, 355], [86, 170, 144, 229], [10, 10, 10.4, 10.4]]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes), encoding="utf-8")
+    printed = run("caption_crops.py", SCENE, tmp_path / "boxes.json", "--image-size", "128").splitlines()
+    lines = [json.loads(line) for line in printed]
+    assert [line["box"] for line in lines] == boxes
+    assert lines[0]["caption"] == ground_truth(1)["caption"]
+    assert all(isinstance(line["caption"], str) for line in lines)
+    run("caption_crops.py", SCENE, tmp_path / "boxes.json", "--image-size", "64", code=2)
 
 
 def test_detect_and_crop(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def measure(
     """
     decoder = bundles.DECODER_TOP if (bundle / bundles.DECODER_TOP).is_file() else bundles.DECODER
     prompt = {"text_length": PROMPT_TOKENS, "encoder_length": num_image_tokens + PROMPT_TOKENS, "capacity": CAPACITY}
+    prompt["image_tokens"] = num_image_tokens  # an axis of bundles for several image sizes
     for variant in variants:
         cases: dict[str, list[tuple[str, dict[str, int]]]] = {
             bundles.VISION_ENCODER: [(f"batch {n}", {"batch": n}) for n in batches if n <= 8],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import transformers
 import florence_onnx
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import own_tasks
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, SizedEncoder
 from florence_onnx.bundles.description import sealed
 from florence_onnx.bundles.memory import ITEMSIZES
 from florence_onnx.errors import CheckpointError
@@ -25,6 +26,7 @@ from florence_onnx.tasks import Task
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.json_files import write_json
+from ..checkpoints.preprocessing import count_image_tokens
 from ..checkpoints.sizes import model_sizes
 from ..graphs.plans import OPSET, export_graphs, plans
 from ..graphs.top_k import add_top_k
@@ -151,7 +153,19 @@ def _write_exact(
     write_json(directory / bundles.GENERATION_CONFIG, checkpoint.generation)
     graphs = _write_graphs(checkpoint, directory, progress)
     progress("comparing answers with transformers")
-    return graphs, checks.check_tokens(checkpoint, _unverified(checkpoint, directory, "fp32"), images)
+    return graphs, _check_tokens(checkpoint, directory, "fp32", images)
+
+
+def _check_tokens(
+    checkpoint: Checkpoint, directory: Path, precision: str, images: Sequence[ImageInput]
+) -> dict[str, Any]:
+    """Token agreement by the name of the search; with several image sizes those beside the default are named behind it."""
+    bundle = _unverified(checkpoint, directory, precision)
+    found = checks.check_tokens(checkpoint, bundle, images)
+    for size in checkpoint.other_image_sizes:
+        other = checks.check_tokens(checkpoint.resized([size]), bundle.resized(size), images)
+        found |= {f"{search}, {bundles.size_name(size)}": tokens for search, tokens in other.items()}
+    return found
 
 
 def _finish(
@@ -166,22 +180,27 @@ def _finish(
 ) -> None:
     """Turns a directory of verified fp32 graphs into a bundle of the given precision."""
     own = precision if precision == "fp32" else vision_precision or precision
-    graphs = graphs | _convert_graphs(checkpoint, directory, {bundles.VISION_ENCODER: own}, precision, progress)
+    graphs = graphs | _convert_graphs(checkpoint, directory, own, precision, progress)
     progress("sharing weights")
     gather_weights([directory / plan.name for plan in plans(checkpoint)], directory / bundles.WEIGHTS)
     graphs |= _add_top_k(checkpoint, directory, precision)
     bundle = _unverified(checkpoint, directory, precision)
     if precision != "fp32":
         progress(f"comparing answers in {precision}")
-        tokens = checks.check_tokens(checkpoint, bundle, images)
+        tokens = _check_tokens(checkpoint, directory, precision, images)
+    has_memory = {precision, own} <= set(ITEMSIZES)
     description = bundles.describe(
         precision=precision,
         vision_precision=own if own != precision else None,
         sizes=bundle.sizes,
         source=bundle.source,
         verification={"graphs": graphs, "tokens": tokens, "versions": versions()},
-        memory=measure(bundle) if {precision, own} <= set(ITEMSIZES) else None,
+        memory=measure(bundle) if has_memory else None,
         files=_files(directory),
+        encoders=[
+            replace(each, memory=measure(bundle.resized(each.image_size)) if has_memory else {})
+            for each in bundle.encoders
+        ],
     )
     # Written last: without it the directory is not a bundle, wherever the process is killed.
     write_json(directory / bundles.DESCRIPTION, sealed(description))
@@ -193,12 +212,12 @@ def _write_graphs(checkpoint: Checkpoint, directory: Path, progress: Progress) -
 
 
 def _convert_graphs(
-    checkpoint: Checkpoint, directory: Path, precisions: dict[str, str], default: str, progress: Progress
+    checkpoint: Checkpoint, directory: Path, vision: str, default: str, progress: Progress
 ) -> dict[str, Any]:
-    """Converts each graph to its precision in `precisions` or else to `default`, and checks it by that bound."""
+    """Converts the vision encoders to `vision` and the other graphs to `default`, and checks each by that bound."""
     found = {}
     for plan in plans(checkpoint):
-        precision = precisions.get(plan.name, default)
+        precision = vision if bundles.is_vision_encoder(plan.name) else default
         conversion = PRECISIONS[precision].conversion(plan.name)
         if conversion is None:
             continue
@@ -219,7 +238,22 @@ def _add_top_k(checkpoint: Checkpoint, directory: Path, precision: str) -> dict[
 def _unverified(checkpoint: Checkpoint, directory: Path, precision: str) -> Bundle:
     sizes = model_sizes(checkpoint.config, checkpoint.preprocessing)
     generation = bundles.generation_defaults(checkpoint.generation, sizes, directory)
-    return Bundle(directory, "florence_onnx", precision, sizes, generation, checkpoint.source)
+    sizes_of_all = [checkpoint.preprocessing.image_size, *checkpoint.other_image_sizes]
+    return Bundle(
+        directory,
+        "florence_onnx",
+        precision,
+        sizes,
+        generation,
+        checkpoint.source,
+        encoders=_encoders(checkpoint, sizes_of_all) if len(sizes_of_all) > 1 else (),
+    )
+
+
+def _encoders(checkpoint: Checkpoint, image_sizes: Sequence[tuple[int, int]]) -> tuple[SizedEncoder, ...]:
+    names = [bundles.VISION_ENCODER, *map(bundles.vision_encoder_name, image_sizes[1:])]
+    counts = [count_image_tokens(checkpoint.config, size) for size in image_sizes]
+    return tuple(SizedEncoder(*each) for each in zip(image_sizes, counts, names, strict=True))
 
 
 def versions() -> dict[str, Any]:

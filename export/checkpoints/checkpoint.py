@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from .generation import GenerationSettings, read_settings
 from .json_files import read_json
 from .model_card import read_facts
 from .original import load_original, share_weights
-from .preprocessing import Preprocessing, count_image_tokens, has_preprocessing, read_preprocessing
+from .preprocessing import Preprocessing, check_image_size, count_image_tokens, has_preprocessing, read_preprocessing
 from .quantized import check_not_quantized
 from .sizes import model_sizes
 from .tokenizer import SPECIAL_TOKENS, has_tokenizer, load_tokenizer
@@ -67,6 +67,8 @@ class Checkpoint:
     """What is unusual about the checkpoint, each a sentence for the user."""
     load_reference: Callable[[], Florence2ForConditionalGeneration | None] = field(default=lambda: None, repr=False)
     """Loads the model as its own library does; None where no library does, and `model` is the reference."""
+    other_image_sizes: tuple[tuple[int, int], ...] = ()
+    """Sizes `(width, height)` in pixels for which an export has a vision encoder each, beside `preprocessing.image_size`."""
 
     @property
     def config(self) -> Florence2Config:
@@ -77,6 +79,23 @@ class Checkpoint:
     def num_image_tokens(self) -> int:
         """Rows of `image_features` per image: 577 at 768 x 768 pixels."""
         return count_image_tokens(self.config, self.preprocessing.image_size)
+
+    def resized(self, image_sizes: Sequence[tuple[int, int]]) -> Checkpoint:
+        """The same checkpoint, for images of other sizes; the model and the reference are shared.
+
+        Args:
+            image_sizes: `(width, height)` in pixels; the first is the default of an export, repetitions are ignored.
+
+        Raises:
+            CheckpointError: A size does not fit the checkpoint's position embeddings.
+        """
+        first, *others = dict.fromkeys(image_sizes)
+        for size in (first, *others):
+            check_image_size(self.config, size)
+        inputs = replace(self.preprocessing, image_size=first)
+        return replace(
+            self, preprocessing=inputs, other_image_sizes=tuple(others), load_reference=lambda: self.reference
+        )
 
     @functools.cached_property
     def reference(self) -> Florence2ForConditionalGeneration:

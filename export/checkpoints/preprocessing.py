@@ -12,6 +12,8 @@ from florence_onnx.errors import CheckpointError
 
 from .json_files import read_json
 
+MIN_PROMPT_TOKENS = 16
+"""Positions that an image must leave to the prompt: the longest prompt without an input has 13 tokens."""
 _BICUBIC = 3
 _RESCALE_FACTOR = 1 / 255
 
@@ -24,7 +26,7 @@ class Preprocessing:
     """
 
     image_size: tuple[int, int]
-    """`(width, height)` in pixels; both are equal."""
+    """`(width, height)` in pixels. Both are equal in a checkpoint; an export may be for rectangles, see `Checkpoint.resized`."""
     image_mean: tuple[float, float, float]
     """Mean of the channels R, G, B, in the range 0 to 1."""
     image_std: tuple[float, float, float]
@@ -102,18 +104,43 @@ def _channels(name: str, values: dict[str, Any], key: str) -> tuple[float, float
 
 
 def count_image_tokens(config: Florence2Config, image_size: tuple[int, int]) -> int:
-    """Counts the image tokens of a square image: the grid cells of the last vision stage, plus one for their mean.
+    """Counts the image tokens of an image: the grid cells of the last vision stage, plus one for their mean.
+
+    Args:
+        config: In transformers' native layout.
+        image_size: `(width, height)` in pixels.
 
     Raises:
         CheckpointError: The grid is empty or larger than the position embedding.
     """
-    vision = config.vision_config
-    side = image_size[0]
-    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
-        side = (side + 2 * padding - kernel) // stride + 1
-    if not 0 < side <= vision.max_position_embeddings:
+    columns, rows = (_count_cells(config, side) for side in image_size)
+    return columns * rows + 1
+
+
+def check_image_size(config: Florence2Config, image_size: tuple[int, int]) -> None:
+    """Checks whether a model can read images of a size `(width, height)` in pixels that is not its own.
+
+    Raises:
+        CheckpointError: Its position embedding is too small, or the image leaves the text encoder no positions for a prompt.
+    """
+    count = count_image_tokens(config, image_size)
+    room = config.text_config.max_position_embeddings - count
+    if room < MIN_PROMPT_TOKENS:
         raise CheckpointError(
-            f"images of {image_size[0]} pixels give {side} cells a side; the checkpoint has positions for 1 to "
-            f"{vision.max_position_embeddings}: check `size` in preprocessor_config.json"
+            f"images of {image_size[0]} x {image_size[1]} pixels give {count} image tokens; of the text encoder's "
+            f"{config.text_config.max_position_embeddings} positions they leave {max(room, 0)} for a prompt, which needs "
+            f"{MIN_PROMPT_TOKENS}: choose a smaller size"
         )
-    return side * side + 1
+
+
+def _count_cells(config: Florence2Config, side: int) -> int:
+    """Cells of the last vision stage along one side of an image, which has one position embedding for each."""
+    vision, cells = config.vision_config, side
+    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        cells = (cells + 2 * padding - kernel) // stride + 1
+    if not 0 < cells <= vision.max_position_embeddings:
+        raise CheckpointError(
+            f"images of {side} pixels give {cells} cells a side; the checkpoint has positions for 1 to "
+            f"{vision.max_position_embeddings}: choose a size that fits, or check `size` in preprocessor_config.json"
+        )
+    return cells

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, parse_image_size
 from florence_onnx.bundles.own_tasks import gather
 from florence_onnx.bundles.task_presets import PRESETS
 from florence_onnx.errors import CheckpointError, FlorenceError
@@ -52,6 +52,14 @@ def export(
         Layout, typer.Option(help="Three graphs for this package, or four as in onnx-community/Florence-2-*.")
     ] = Layout.BUNDLE,
     revision: RevisionOption = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pixels at which the model reads images: the side of a square, or WIDTHxHEIGHT. May be repeated: the bundle "
+            "then has a vision encoder for each, the first is the default. Default: the checkpoint's own size.",
+            metavar="SIZE",
+        ),
+    ] = None,
     processor: ProcessorOption = None,
     adapter: AdapterOption = None,
     base: BaseOption = None,
@@ -89,6 +97,8 @@ def export(
             check_tensorrt(precision or ["fp32"], layout is Layout.BUNDLE, max_batch)
         with _console.status(f"loading {checkpoint}") as status:
             loaded = load_checkpoint(checkpoint, revision=revision, processor=processor, adapter=adapter, base=base)
+            if image_size:
+                loaded = loaded.resized([parse_image_size(each) for each in image_size])
             for note in loaded.notes:
                 _console.log(f"note: {note}", markup=False)
 

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import track
 
 from florence_onnx import tasks
+from florence_onnx.bundles.bundle import parse_image_size
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.options import GenerationOptions
 
 from ..verification.agreement import Comparison
-from ..verification.answerers import Answerer, BundleAnswerer, open_bundle, open_reference
+from ..verification.answerers import Answerer, BundleAnswerer, open_reference, open_sizes
 from ..verification.comparison import compare_models, resolve_searches
 from ..verification.photograph import PHOTOGRAPH
 from ..verification.questions import Question, find_images, load_images, make_questions
@@ -64,6 +65,14 @@ def verify(
     precision: Annotated[
         str | None, typer.Option(help="Which files to load if a bundle has several precisions.")
     ] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pixels at which a bundle of several image sizes reads images: the side of a square, or WIDTHxHEIGHT; may be "
+            "repeated. Default: all its sizes, one after the other.",
+            metavar="SIZE",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     json_file: Annotated[
         str | None, typer.Option("--json", help="Also write the figures as JSON; - is standard output.", metavar="FILE")
@@ -75,6 +84,9 @@ def verify(
 ) -> None:
     """Measures how much bundles of any precision agree with fp32, task by task.
 
+    A bundle of several image sizes answers at each of them; the reference always reads images at its own size. The time for
+    an image and for an answer is measured too.
+
     Tasks with a text or region input get it from the reference's own answers: its caption, or its first detected
     object. Logits are compared along the reference's answer. Every task must reach every bar (--min-…, --max-…);
     otherwise the command exits with 1. Where the reference is a checkpoint, --revision, --processor, --adapter and
@@ -84,7 +96,12 @@ def verify(
     try:
         asked = [tasks.get(name) for name in dict.fromkeys(task or tasks.TASKS)]
         named_images = _find(images, limit)
-        candidates = [open_bundle(name, precision=precision, device=device) for name in dict.fromkeys(bundle)]
+        sizes = [parse_image_size(each) for each in image_size or ()]
+        candidates = [
+            each
+            for name in dict.fromkeys(bundle)
+            for each in open_sizes(name, sizes, precision=precision, device=device)
+        ]
         parts = {"revision": revision, "processor": processor, "adapter": adapter, "base": base}
         reference_model = open_reference(reference, candidates[0].generation, device=device, **parts)
         searches = resolve_searches(reference_model.generation, beams or (), max_new_tokens)
@@ -138,7 +155,7 @@ def _questions(
 
 def _measure(
     reference_model: Answerer,
-    candidates: Sequence[Answerer],
+    candidates: Sequence[BundleAnswerer],
     questions: Iterator[Question],
     searches: Sequence[GenerationOptions],
 ) -> list[Agreement]:
@@ -146,7 +163,14 @@ def _measure(
     for each in compare_models(reference_model, candidates, questions, searches):
         found[each.candidate.name, each.num_beams][each.question.task.slug].append(each.comparison)
     return [
-        make_agreement(candidate.name, candidate.precision, num_beams, found[candidate.name, num_beams])
+        make_agreement(
+            candidate.name,
+            candidate.precision,
+            num_beams,
+            found[candidate.name, num_beams],
+            image_size=candidate.image_size,
+            timing=candidate.stopwatch.timing(num_beams),
+        )
         for candidate in candidates
         for num_beams in (options.num_beams or 1 for options in searches)
     ]

@@ -1,4 +1,7 @@
-"""The three graphs of a bundle: names, example inputs, dynamic axes, and the inputs that each is checked on."""
+"""The graphs of a bundle: names, example inputs, dynamic axes, and the inputs that each is checked on.
+
+There is a vision encoder for each image size.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,12 @@ class GraphPlan:
 
 
 def plans(checkpoint: Checkpoint) -> list[GraphPlan]:
-    """Returns the plans of the vision encoder, the text encoder and the decoder."""
-    vision = VisionEncoder(checkpoint.model, checkpoint.preprocessing.image_size)
-    num_image_tokens = vision.num_image_tokens
-    return [
-        _vision_plan(vision, checkpoint.preprocessing.image_size),
-        _text_encoder_plan(checkpoint, num_image_tokens),
-        _decoder_plan(checkpoint, num_image_tokens),
-    ]
+    """Returns the plans of the vision encoders, the default size first, of the text encoder and of the decoder."""
+    first, others = checkpoint.preprocessing.image_size, checkpoint.other_image_sizes
+    vision = [_vision_plan(checkpoint, bundle.VISION_ENCODER, first)]
+    vision += [_vision_plan(checkpoint, bundle.vision_encoder_name(size), size) for size in others]
+    num_image_tokens = checkpoint.num_image_tokens
+    return [*vision, _text_encoder_plan(checkpoint, num_image_tokens), _decoder_plan(checkpoint, num_image_tokens)]
 
 
 def export_graphs(
@@ -78,11 +79,12 @@ def export_graphs(
         )
 
 
-def _vision_plan(module: VisionEncoder, image_size: tuple[int, int]) -> GraphPlan:
+def _vision_plan(checkpoint: Checkpoint, name: str, image_size: tuple[int, int]) -> GraphPlan:
+    module = VisionEncoder(checkpoint.model, image_size, is_shared=bool(checkpoint.other_image_sizes))
     width, height = image_size
     pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     axes = {"pixel_values": {0: "batch"}, "image_features": {0: "batch"}}
-    return GraphPlan(bundle.VISION_ENCODER, module, {"pixel_values": pixels}, ["image_features"], axes)
+    return GraphPlan(name, module, {"pixel_values": pixels}, ["image_features"], axes)
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
@@ -101,10 +103,12 @@ def _text_encoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPl
         "image_features": torch.randn(2, num_image_tokens, text.d_model, generator=generator),
     }
     prompt = {0: "prompts", 1: "text_length"}
-    axes = {"input_ids": prompt, "attention_mask": prompt, "image_features": {0: "prompts"}}
+    is_sized = not checkpoint.other_image_sizes
+    features = {0: "prompts"} if is_sized else {0: "prompts", 1: "image_tokens"}
+    axes = {"input_ids": prompt, "attention_mask": prompt, "image_features": features}
     outputs = cache_names("cross_key_values", text.decoder_layers)
     axes |= {name: {0: "prompts", (3 if name.endswith(".key") else 2): "encoder_length"} for name in outputs}
-    return GraphPlan(bundle.TEXT_ENCODER, TextEncoder(checkpoint.model), inputs, outputs, axes)
+    return GraphPlan(bundle.TEXT_ENCODER, TextEncoder(checkpoint.model, is_sized=is_sized), inputs, outputs, axes)
 
 
 def _decoder_plan(checkpoint: Checkpoint, num_image_tokens: int) -> GraphPlan:

@@ -24,7 +24,11 @@ class TextEncoder(nn.Module):
     factor of `query @ key`, and not in every decode step.
     """
 
-    def __init__(self, model: Florence2ForConditionalGeneration) -> None:
+    def __init__(self, model: Florence2ForConditionalGeneration, *, is_sized: bool = True) -> None:
+        """Args:
+        model: The model, whose weights are shared.
+        is_sized: Whether N is fixed, as it is with a single image size.
+        """
         super().__init__()
         bart = model.model.language_model
         self.encoder: Any = bart.encoder
@@ -32,6 +36,7 @@ class TextEncoder(nn.Module):
         self.queries = nn.ModuleList(
             Projection(layer.self_attn.q_proj, scales=(layer.self_attn.scaling,)) for layer in bart.encoder.layers
         )
+        self.is_sized = is_sized
         self.embed_scale = float(getattr(bart.encoder.embed_tokens, "embed_scale", 1.0))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor) -> tuple[Tensor, ...]:
@@ -42,7 +47,9 @@ class TextEncoder(nn.Module):
         states = encoder.layernorm_embedding(states + positions)
         # Image tokens are always attended to: 0 on the left. The bias is padded and not the mask, because the CUDA
         # provider has no Pad for integers.
-        bias = functional.pad(masking_bias(attention_mask[:, None, None, :] != 0), (int(image_features.shape[1]), 0))
+        num_image_tokens = image_features.shape[1]
+        left = int(num_image_tokens) if self.is_sized else num_image_tokens
+        bias = functional.pad(masking_bias(attention_mask[:, None, None, :] != 0), (left, 0))
         for layer, project_query in zip(encoder.layers, self.queries, strict=True):
             attended = self._attention(layer.self_attn, project_query, states, bias)
             states = layer.self_attn_layer_norm(states + attended)

@@ -221,10 +221,90 @@ class DirectChannelAttention(nn.Module):
         return _apply(self.proj, merge_heads(value @ attention.transpose(2, 3)))
 
 
-def channel_attention(source: Any, num_tokens: int) -> nn.Module:
-    """Chooses the cheaper form: `ChannelAttention` saves two products of N·C² operations and adds two of C³."""
-    is_cheaper = source.proj.weight.shape[0] < num_tokens
-    return (ChannelAttention if is_cheaper else DirectChannelAttention)(source, num_tokens)
+class SharedDirectChannelAttention(nn.Module):
+    """`DirectChannelAttention` with weights that do not depend on N: the factor N^-½ multiplies the queries.
+
+    Bundles for several image sizes store such weights once.
+    """
+
+    def __init__(self, source: Any, num_tokens: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = _split_projections(source)
+        self.proj: nn.Linear = source.proj
+        self.groups: int = source.groups
+        self.scale: float = num_tokens**-0.5
+
+    def forward(self, states: Tensor) -> Tensor:
+        query, key, value = (
+            split_heads(_apply(linear, states), self.groups) for linear in (self.query, self.key, self.value)
+        )
+        # Queries are scaled and not the scores, which are sums over the tokens and might exceed fp16.
+        attention = ((query * self.scale).transpose(2, 3) @ key).softmax(-1)
+        return _apply(self.proj, merge_heads(value @ attention.transpose(2, 3)))
+
+
+class SharedChannelAttention(nn.Module):
+    """`ChannelAttention` with the weights of `SharedDirectChannelAttention`, byte by byte.
+
+    Weights are left factors here, `W (x'x)` instead of `(x'x) W'`, so that each is read in the layout of a linear layer:
+    the transpose of a weight would be other bytes, and would be stored as well.
+    """
+
+    def __init__(self, source: Any, num_tokens: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = _split_projections(source)
+        self.proj: nn.Linear = source.proj
+        self.groups: int = source.groups
+        self.num_tokens = num_tokens
+        self.shrink: float = 2.0 ** -round(math.log2(num_tokens) / 2)
+
+    def forward(self, states: Tensor) -> Tensor:
+        attention = self._scores(states).softmax(-1)
+        channels = int(states.shape[2])
+        product = keep_axes((attention @ self._by_group(self.value.weight)).flatten(1, 2), 1, channels, channels)
+        bias = keep_axes((attention @ self._by_group(self.value.bias)).flatten(1, 2), 1, channels, 1)
+        bias = (self.proj.weight @ bias).transpose(1, 2) + self.proj.bias
+        return states @ (self.proj.weight @ product).transpose(1, 2) + bias
+
+    def _by_group(self, tensor: Tensor) -> Tensor:
+        """`(C, …)` to `(groups, d, …)`; a bias gets a last axis of 1."""
+        return tensor.reshape(self.groups, -1, int(tensor.shape[1]) if tensor.dim() == 2 else 1)
+
+    def _scores(self, states: Tensor) -> Tensor:
+        """Returns the attention scores `(B, groups, d, d)`, queries by keys; `ChannelAttention` explains the terms."""
+        channels = int(states.shape[2])
+        size, scale = channels // self.groups, self.num_tokens**-0.5
+        ones = states.new_ones(1, int(states.shape[1]))
+        states = states * self.shrink
+        total = (ones @ states).transpose(1, 2)
+        by_key = keep_axes(self.key.weight @ (states.transpose(1, 2) @ states), 1, self.groups, size, channels)
+        query_total = keep_axes(self.query.weight @ total, 1, self.groups, size, 1)
+        key_total = keep_axes(self.key.weight @ total, 1, self.groups, 1, size)
+        key_bias = self.key.bias.reshape(self.groups, 1, size)
+        factor = scale / self.shrink
+        scores: Tensor = (self._by_group(self.query.weight) @ by_key.transpose(2, 3)) * (factor / self.shrink)
+        scores = scores + (query_total * factor) * key_bias
+        return scores + self._by_group(self.query.bias) * (key_total * factor + key_bias * (self.num_tokens * scale))
+
+
+def _split_projections(source: Any) -> list[nn.Linear]:
+    """The projections of queries, keys and values, which a checkpoint has as one layer."""
+    pairs = zip(source.qkv.weight.chunk(3), source.qkv.bias.chunk(3), strict=True)
+    return [with_scale(weight, bias, 1.0) for weight, bias in pairs]
+
+
+def channel_attention(source: Any, num_tokens: int, *, is_shared: bool = False) -> nn.Module:
+    """Chooses the cheaper form: `ChannelAttention` saves two products of N·C² operations and adds two of C³.
+
+    Args:
+        source: The module of transformers.
+        num_tokens: N.
+        is_shared: Whether encoders of other image sizes share the weights, which then must not depend on N.
+    """
+    forms: tuple[type[nn.Module], type[nn.Module]] = (DirectChannelAttention, ChannelAttention)
+    if is_shared:
+        forms = (SharedDirectChannelAttention, SharedChannelAttention)
+    return forms[source.proj.weight.shape[0] < num_tokens](source, num_tokens)
 
 
 class _Block(nn.Module):
@@ -250,12 +330,15 @@ class _Block(nn.Module):
 class VisionEncoder(nn.Module):
     """`pixel_values` `(B, 3, H, W)` to `image_features` `(B, N, D)`; the first token is the mean of the others."""
 
-    def __init__(self, model: Florence2ForConditionalGeneration, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Florence2ForConditionalGeneration, image_size: tuple[int, int], *, is_shared: bool = False
+    ) -> None:
         """Takes the weights over from a model.
 
         Args:
             model: The model; its weights are shared where they are not folded.
             image_size: `(width, height)` in pixels.
+            is_shared: Whether encoders of other image sizes share the weights in a bundle.
         """
         super().__init__()
         tower: Any = model.model.vision_tower
@@ -268,7 +351,8 @@ class VisionEncoder(nn.Module):
             for block in blocks:
                 spatial, channel = block.spatial_block, block.channel_block
                 layers.append(_Block(spatial, WindowAttention(spatial.window_attn, size), size))
-                layers.append(_Block(channel, channel_attention(channel.channel_attn, size[0] * size[1]), size))
+                attention = channel_attention(channel.channel_attn, size[0] * size[1], is_shared=is_shared)
+                layers.append(_Block(channel, attention, size))
         self.layers = nn.Sequential(*layers)
         self.projection: nn.Linear = projector.image_projection
         self.norm: nn.LayerNorm = projector.image_proj_norm

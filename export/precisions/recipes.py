@@ -29,12 +29,9 @@ class Recipe:
 
     def conversion(self, graph: str) -> Conversion | None:
         """Returns the conversion of a graph, given its file name in `florence_onnx.bundles.bundle`."""
-        by_name = {
-            bundle.VISION_ENCODER: self.vision_encoder,
-            bundle.TEXT_ENCODER: self.text_encoder,
-            bundle.DECODER: self.decoder,
-        }
-        return by_name[graph]
+        if bundle.is_vision_encoder(graph):
+            return self.vision_encoder
+        return {bundle.TEXT_ENCODER: self.text_encoder, bundle.DECODER: self.decoder}[graph]
 
 
 # The MatMul nodes of the vision encoder stay in fp32: see `to_dynamic_int8`.

@@ -15,6 +15,8 @@ from pathlib import Path
 from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import FlorenceError, ImageError, VerificationError
 from florence_onnx.images import decoding
+from florence_onnx.model import Florence2
+from florence_onnx.runtime.load_options import LoadOptions
 
 from ..bundles.writer import export_bundle
 from ..checkpoints.checkpoint import load_checkpoint
@@ -128,7 +130,7 @@ def _check_checkpoint(
         yield from _untried(target, _line(error), answers)
         return
     yield Row(target, EXPORT, "agrees", _describe_export(bundle))
-    ours = BundleAnswerer(target, bundle, device="cpu")
+    ours = BundleAnswerer(target, bundle, Florence2.from_bundle(bundle, LoadOptions(device="cpu")))
     theirs = CheckpointAnswerer(target, loaded, bundle.generation)
     for answer in answers:
         settings.progress(f"{target}: {_name(answer)}")

@@ -113,13 +113,13 @@ def _files(published: Sequence[Published]) -> str:
         (
             each.bundle.precision,
             each.bundle.vision_precision or each.bundle.precision,
-            " × ".join(map(str, each.bundle.sizes.image_size)),
+            ", ".join(f"{width} × {height}" for width, height in each.bundle.image_sizes),
             f"{each.num_bytes / 1e6:,.1f} MB",
             _changed(each.bundle) or "the checkpoint's",
         )
         for each in published
     ]
-    headings = ("precision", "vision encoder", "image size in pixels", "size", "generation defaults")
+    headings = ("precision", "vision encoder", "image sizes in pixels", "size", "generation defaults")
     return f"## Sizes\n\n{_table(headings, rows)}"
 
 

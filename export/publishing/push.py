@@ -167,7 +167,8 @@ def find_missing(bundle: Bundle) -> str | None:
     """What a bundle's verification lacks, as a phrase; None if every graph and the answers were compared."""
     verification = bundle.verification
     graphs, tokens = verification.get("graphs") or {}, verification.get("tokens") or {}
-    absent = [path.name for path in bundle.graphs.values() if path.name not in graphs]
+    names = [path.name for path in bundle.graphs.values()] + [each.graph for each in bundle.encoders]
+    absent = [name for name in dict.fromkeys(names) if name not in graphs]
     if not verification:
         return "it has no record of a verification"
     if absent:

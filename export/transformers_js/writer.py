@@ -83,6 +83,9 @@ def export_transformers_js(
     """
     if precision not in ("fp32", "fp16"):
         raise CheckpointError(f"the transformers.js layout is written in fp32 or fp16, not {precision!r}")
+    width, height = checkpoint.preprocessing.image_size
+    if checkpoint.other_image_sizes or width != height:
+        raise CheckpointError("the transformers.js layout has one image size, a square: give one --image-size SIDE")
     loaded = [decoding.load(image) for image in images]
     with new_directory(Path(output), force=force) as directory:
         progress("running the checkpoint in PyTorch")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from florence_onnx.bundles import bundle as bundles
 from florence_onnx.bundles import hub
-from florence_onnx.bundles.bundle import Bundle
+from florence_onnx.bundles.bundle import Bundle, size_name
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationDefaults, GenerationOptions
 from florence_onnx.images import preprocessing
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from .reference import Encoded
 
 Floats = npt.NDArray[np.float32]
+
+T = TypeVar("T")
 
 _RECENT = 64
 """Answers that are cached: enough for one image, whose questions are made from other answers about it."""
@@ -51,28 +57,75 @@ class Answerer(Protocol):
         """Returns the logits `(L - 1, V)` at every position of a given answer of L tokens."""
 
 
-class BundleAnswerer:
-    """A bundle on ONNX Runtime."""
+@dataclass(frozen=True)
+class Timing:
+    """Medians of what a model took on this machine."""
 
-    def __init__(self, name: str, bundle: Bundle, *, device: str = "auto") -> None:
+    vision_seconds: float
+    """Of encoding an image, preprocessing included."""
+    decoding_seconds: float
+    """Of an answer about an encoded image."""
+
+
+class Stopwatch:
+    """Seconds that a model took."""
+
+    def __init__(self) -> None:
+        self._vision: list[float] = []
+        self._decoding: dict[int, list[float]] = defaultdict(list)
+
+    def time_vision(self, function: Callable[[], T]) -> T:
+        """Calls a function that encodes an image."""
+        return _time(function, self._vision)
+
+    def time_decoding(self, num_beams: int, function: Callable[[], T]) -> T:
+        """Calls a function that decodes an answer."""
+        return _time(function, self._decoding[num_beams])
+
+    def timing(self, num_beams: int) -> Timing | None:
+        """Median seconds for an image and for an answer; None where nothing was answered."""
+        vision, decoding = self._vision, self._decoding[num_beams]
+        return Timing(statistics.median(vision), statistics.median(decoding)) if vision and decoding else None
+
+
+def _time(function: Callable[[], T], seconds: list[float]) -> T:
+    begin = time.perf_counter()
+    result = function()
+    seconds.append(time.perf_counter() - begin)
+    return result
+
+
+class BundleAnswerer:
+    """A bundle on ONNX Runtime, at one of its image sizes."""
+
+    def __init__(self, name: str, bundle: Bundle, model: Florence2) -> None:
+        """Args:
+        name: As the user gave it; with the image size where the bundle has several.
+        bundle: The bundle, resized to the image size.
+        model: The loaded bundle, which other sizes may share.
+        """
         self.name = name
         self.precision = bundle.precision
         self.generation = bundle.generation
-        self._model = Florence2.from_bundle(bundle, LoadOptions(device=device))
+        self.image_size = bundle.sizes.image_size
+        """`(width, height)` in pixels at which it reads images."""
+        self.stopwatch = Stopwatch()
+        self._model = model
         # An image is encoded once for all its questions, and searches that give the same tokens are scored once.
-        self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(
-            lambda image: self._model.encode(image.image)
-        )
+        self._encode: Callable[[NamedImage], EncodedImage] = functools.lru_cache(1)(self._run_encoder)
         self.answer = functools.lru_cache(_RECENT)(self._answer)
         self.score = functools.lru_cache(1)(self._score)
 
+    def _run_encoder(self, image: NamedImage) -> EncodedImage:
+        return self.stopwatch.time_vision(lambda: self._model.encode(image.image, image_size=self.image_size))
+
     def _answer(self, question: Question, options: GenerationOptions) -> Answer:
-        prediction = self._model.run(
-            question.task,
-            self._encode(question.image),
-            text_input=question.text_input,
-            region=question.region,
-            options=options,
+        encoded = self._encode(question.image)
+        prediction = self.stopwatch.time_decoding(
+            options.num_beams or 1,
+            lambda: self._model.run(
+                question.task, encoded, text_input=question.text_input, region=question.region, options=options
+            ),
         )
         return Answer(prediction.token_ids, prediction.text, prediction.results, question.image.size)
 
@@ -115,12 +168,42 @@ class CheckpointAnswerer:
 
 
 def open_bundle(name: str, *, precision: str | None = None, device: str = "auto") -> BundleAnswerer:
-    """Loads a bundle from a directory, a hub repository, or `demo`.
+    """Loads a bundle from a directory, a hub repository, or `demo`, for its default image size.
 
     Raises:
         FlorenceError: The bundle is missing or cannot be loaded.
     """
-    return BundleAnswerer(name, hub.resolve(name, precision=precision), device=device)
+    bundle = hub.resolve(name, precision=precision)
+    return BundleAnswerer(name, bundle, Florence2.from_bundle(bundle, LoadOptions(device=device)))
+
+
+def open_sizes(
+    name: str,
+    image_sizes: Sequence[tuple[int, int]] = (),
+    *,
+    precision: str | None = None,
+    device: str = "auto",
+) -> list[BundleAnswerer]:
+    """Loads a bundle once, to answer at each of several image sizes.
+
+    Args:
+        name: As for `open_bundle`.
+        image_sizes: `(width, height)` in pixels; empty for all that the bundle has.
+        precision: As for `open_bundle`.
+        device: As for `open_bundle`.
+
+    Raises:
+        FlorenceError: The bundle is missing or cannot be loaded.
+        InputError: It has no such image size.
+    """
+    bundle = hub.resolve(name, precision=precision)
+    found = [bundle.resized(size) for size in image_sizes or bundle.image_sizes]
+    model = Florence2.from_bundle(found[0], LoadOptions(device=device))
+    has_several = len(bundle.image_sizes) > 1
+    return [
+        BundleAnswerer(f"{name}, {size_name(each.sizes.image_size)}" if has_several else name, each, model)
+        for each in found
+    ]
 
 
 def is_bundle(name: str) -> bool:

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from .agreement import Comparison, Figures, summarise
+from .answerers import Timing
 
 OVERALL = "all tasks"
 
@@ -43,6 +44,9 @@ class Agreement:
     overall: Figures
     tasks: Mapping[str, Figures]
     """By the task's slug."""
+    image_size: tuple[int, int] | None = None
+    """`(width, height)` in pixels at which the bundle read the images."""
+    timing: Timing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a dict for JSON; figures that are not finite become None."""
@@ -50,6 +54,8 @@ class Agreement:
             "bundle": self.bundle,
             "precision": self.precision,
             "num_beams": self.num_beams,
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "seconds": None if self.timing is None else asdict(self.timing),
             "overall": figures_to_dict(self.overall),
             "tasks": {slug: figures_to_dict(figures) for slug, figures in self.tasks.items()},
         }
@@ -74,11 +80,18 @@ class Bar:
 
 
 def make_agreement(
-    bundle: str, precision: str, num_beams: int, by_task: Mapping[str, Sequence[Comparison]]
+    bundle: str,
+    precision: str,
+    num_beams: int,
+    by_task: Mapping[str, Sequence[Comparison]],
+    *,
+    image_size: tuple[int, int] | None = None,
+    timing: Timing | None = None,
 ) -> Agreement:
     """Aggregates the comparisons of one bundle and search, given by the task's slug."""
     overall = summarise([each for comparisons in by_task.values() for each in comparisons])
-    return Agreement(bundle, precision, num_beams, overall, {slug: summarise(found) for slug, found in by_task.items()})
+    figures = {slug: summarise(found) for slug, found in by_task.items()}
+    return Agreement(bundle, precision, num_beams, overall, figures, image_size, timing)
 
 
 def figures_to_dict(figures: Figures) -> dict[str, Any]:
@@ -119,11 +132,18 @@ def tasks_table(agreement: Agreement) -> Table:
 
 
 def bundles_table(agreements: Sequence[Agreement]) -> Table:
-    """Makes a table with a row per bundle and search, over all tasks."""
-    table = _table(OVERALL, ("bundle", "precision", "search"))
+    """Makes a table with a row per bundle, image size and search, over all tasks, and the time for an image and an answer."""
+    table = _table(OVERALL, ("bundle", "precision", "search", "vision\nin ms", "decoding\nin ms"))
     for each in agreements:
-        table.add_row(each.bundle, each.precision, _search(each.num_beams), *_cells(each.overall))
+        times = _milliseconds(each.timing)
+        table.add_row(each.bundle, each.precision, _search(each.num_beams), *times, *_cells(each.overall))
     return table
+
+
+def _milliseconds(timing: Timing | None) -> tuple[str, str]:
+    if timing is None:
+        return "", ""
+    return f"{1e3 * timing.vision_seconds:.1f}", f"{1e3 * timing.decoding_seconds:.1f}"
 
 
 def _table(title: str, first: Sequence[str]) -> Table:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from florence_onnx.bundles import description, own_tasks, precisions
 from florence_onnx.bundles.json_files import read_json
@@ -23,6 +23,7 @@ from florence_onnx.errors import (
     BundleFormatError,
     BundleNotFoundError,
     CorruptGraphError,
+    InputError,
     OptionsError,
 )
 from florence_onnx.generation import option_values as values
@@ -34,6 +35,7 @@ FORMAT_VERSION = 3
 """Version 3: every token has its own slot of the self KV cache, and there is a decoder that selects the top-k."""
 DESCRIPTION = "florence_onnx.json"
 VISION_ENCODER = "vision_encoder.onnx"
+"""The vision encoder of the default image size; for those of others see `vision_encoder_name`."""
 TEXT_ENCODER = "text_encoder.onnx"
 DECODER = "decoder.onnx"
 DECODER_TOP = "decoder_top.onnx"
@@ -77,6 +79,49 @@ PREFERRED_PRECISIONS = ("int8", "fp32", "fp16", "int4")
 
 Layout = Literal["florence_onnx", "transformers.js"]
 
+ImageSize: TypeAlias = int | tuple[int, int]
+"""An image size as callers give it: `(width, height)` in pixels, or the side of a square."""
+
+
+def vision_encoder_name(image_size: tuple[int, int]) -> str:
+    """File name of the vision encoder for a further image size `(width, height)` of a bundle."""
+    return f"{Path(VISION_ENCODER).stem}_{size_name(image_size)}.onnx"
+
+
+def is_vision_encoder(graph: str) -> bool:
+    """Whether a graph's file name is that of a vision encoder, for whatever image size."""
+    return graph == VISION_ENCODER or graph.startswith(f"{Path(VISION_ENCODER).stem}_")
+
+
+def size_name(image_size: tuple[int, int]) -> str:
+    """`(width, height)` as people write it: `384x384`."""
+    return f"{image_size[0]}x{image_size[1]}"
+
+
+def as_image_size(image_size: ImageSize) -> tuple[int, int]:
+    """`(width, height)` of an image size.
+
+    Raises:
+        InputError: It is neither a positive whole number nor two of them.
+    """
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    is_valid = len(sides) == 2 and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not is_valid or min(sides) < 1:
+        raise InputError(f"image_size must be a number of pixels or (width, height), such as 384; got {image_size!r}")
+    return sides[0], sides[1]
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """`(width, height)` of an image size as the command lines take it: `384`, or `512x384`.
+
+    Raises:
+        InputError: It is neither.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"an image size is a number of pixels or WIDTHxHEIGHT, such as 384 or 512x384; got {text!r}")
+    return as_image_size((int(sides[0]), int(sides[-1])))
+
 
 @dataclass(frozen=True)
 class ModelSizes:
@@ -112,6 +157,20 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class SizedEncoder:
+    """One of several vision encoders of a bundle: an entry of `image_sizes` in its description."""
+
+    image_size: tuple[int, int]
+    """`(width, height)` in pixels."""
+    num_image_tokens: int
+    """N, the rows of its `image_features` per image."""
+    graph: str
+    """Its file name."""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    """As `Bundle.memory`, for images of this size."""
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A model directory that was read and checked; no graph is loaded."""
 
@@ -136,6 +195,10 @@ class Bundle:
     """Precision of each graph in `JS_GRAPHS`; empty in the other layout."""
     tasks: Mapping[str, Task[Any]] = field(default_factory=dict)
     """Tasks that the bundle carries beside Florence-2's, by slug; see `bundles.own_tasks`."""
+    encoders: tuple[SizedEncoder, ...] = ()
+    """The vision encoders of a bundle for several image sizes, the default first; empty where there is one size."""
+    vision_encoder: str = VISION_ENCODER
+    """File name of the vision encoder for `sizes.image_size`."""
 
     def has_precision(self, wanted: Precision | None) -> bool:
         """Whether it has a precision, or all of those that are asked for by module; InputError as for `precisions.parse`."""
@@ -149,10 +212,43 @@ class Bundle:
             return self.modules[module]
         return self.vision_precision or self.precision if module == precisions.VISION else self.precision
 
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes `(width, height)` in pixels at which the model can read images."""
+        return tuple(each.image_size for each in self.encoders) or (self.sizes.image_size,)
+
+    @property
+    def all_num_image_tokens(self) -> tuple[int, ...]:
+        """Image tokens N at each of `image_sizes`, without repetitions."""
+        counts = [each.num_image_tokens for each in self.encoders] or [self.sizes.num_image_tokens]
+        return tuple(dict.fromkeys(counts))
+
+    def resized(self, image_size: ImageSize) -> Bundle:
+        """The same bundle with another default image size: its sizes, vision encoder and memory are those of that size.
+
+        Args:
+            image_size: One of `image_sizes`; a number is the side of a square.
+
+        Raises:
+            InputError: The bundle has no vision encoder for that size; the message names those that there are.
+        """
+        wanted = as_image_size(image_size)
+        if wanted == self.sizes.image_size:
+            return self
+        found = next((each for each in self.encoders if each.image_size == wanted), None)
+        if found is None:
+            known = ", ".join(map(size_name, self.image_sizes))
+            raise InputError(
+                f"this model reads images of {known} pixels, not {size_name(wanted)}: choose one of these, or export it "
+                f"again with --image-size {size_name(wanted)} as well"
+            )
+        sizes = replace(self.sizes, image_size=wanted, num_image_tokens=found.num_image_tokens)
+        return replace(self, sizes=sizes, vision_encoder=found.graph, memory=found.memory)
+
     def graph(self, name: str) -> Path:
-        """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`."""
+        """Path of a graph, named as in `GRAPHS` or `JS_GRAPHS`; `VISION_ENCODER` is that for `sizes.image_size`."""
         if self.layout == "florence_onnx":
-            return self.path / name
+            return self.path / (self.vision_encoder if name == VISION_ENCODER else name)
         return self.path / precisions.js_file(name, self.modules[name])
 
     @property
@@ -256,6 +352,7 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
         stated: dict[str, Any] = described["model"]
         model = ModelSizes(**{name: _as_tuple(value) for name, value in stated.items()})
         found: str = described["precision"]
+        encoders = _read_encoders(described.get("image_sizes"), model)
     except (KeyError, TypeError, AttributeError, BundleFormatError) as error:
         raise BundleFormatError(
             f"{path / DESCRIPTION} is incomplete or damaged ({error}); export the bundle again"
@@ -273,6 +370,7 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
         described.get("memory") or {},
         own,
         tasks=own_tasks.read(path),
+        encoders=encoders,
     )
     _check_precision(bundle, precision)
     return bundle
@@ -306,6 +404,37 @@ def _check_description(described: Mapping[str, Any]) -> None:
     for name in ("source", "verification"):
         description.as_object(name, described.get(name, {}))
     description.check_memory(described.get("memory"))
+
+
+def _read_encoders(entries: object, sizes: ModelSizes) -> tuple[SizedEncoder, ...]:
+    """Reads `image_sizes` of a description, which a bundle of one size does not have.
+
+    Raises:
+        BundleFormatError: An entry is damaged, or they contradict each other or the model's sizes.
+    """
+    if entries is None:
+        return ()
+    if not isinstance(entries, list):
+        raise BundleFormatError(f"image_sizes must be a list, got {description.shown(entries)}")
+    found = tuple(_read_encoder(description.check_encoder(entry), sizes) for entry in entries)
+    known = [each.image_size for each in found]
+    if len(set(known)) < len(known):
+        raise BundleFormatError(f"image_sizes has a size twice: {', '.join(map(size_name, known))}")
+    default = SizedEncoder(sizes.image_size, sizes.num_image_tokens, VISION_ENCODER)
+    if not found or replace(found[0], memory={}) != default:
+        raise BundleFormatError(
+            f"image_sizes must begin with {size_name(default.image_size)}, {default.num_image_tokens} image tokens and "
+            f"{VISION_ENCODER}, as model says"
+        )
+    return found
+
+
+def _read_encoder(stated: Mapping[str, Any], sizes: ModelSizes) -> SizedEncoder:
+    image_size, count, graph = _as_tuple(stated["image_size"]), stated["num_image_tokens"], stated["graph"]
+    replace(sizes, image_size=image_size, num_image_tokens=count)  # which checks them together
+    if not is_vision_encoder(graph):
+        raise BundleFormatError(f"{description.shown(graph)} cannot be the name of a vision encoder")
+    return SizedEncoder(image_size, count, graph, stated.get("memory") or {})
 
 
 def _check_version(path: Path, version: object) -> None:
@@ -512,13 +641,16 @@ def describe(
     verification: Mapping[str, Any],
     memory: Mapping[str, Any] | None,
     files: Mapping[str, Any],
+    encoders: Sequence[SizedEncoder] = (),
 ) -> dict[str, Any]:
     """The content of `florence_onnx.json`, as `read` expects it."""
+    several = {"image_sizes": [asdict(each) for each in encoders]} if encoders else {}
     return {
         "format_version": FORMAT_VERSION,
         "precision": precision,
         "vision_precision": vision_precision,
         "model": asdict(sizes),
+        **several,
         "source": dict(source),
         "verification": dict(verification),
         "memory": memory,

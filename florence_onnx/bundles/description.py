@@ -133,6 +133,25 @@ def check_file(name: object, facts: object) -> None:
         )
 
 
+def check_encoder(entry: object) -> dict[str, Any]:
+    """Checks an entry of `image_sizes`, which describes the vision encoder for one image size.
+
+    Returns:
+        The entry.
+
+    Raises:
+        BundleFormatError: A value is missing, of another type, or out of range.
+    """
+    stated = as_object("image_sizes", entry)
+    size, graph = stated.get("image_size"), stated.get("graph")
+    check_size("image_size", tuple(size) if isinstance(size, list) else size)
+    check_size("num_image_tokens", stated.get("num_image_tokens"))
+    if not isinstance(graph, str) or not _FILE_NAME.fullmatch(graph):
+        raise BundleFormatError(f"graph must be the name of a file in the bundle, got {shown(graph)}")
+    check_memory(stated.get("memory"))
+    return stated
+
+
 def check_memory(memory: object) -> None:
     """Checks the bytes that `florence_onnx.bundles.memory` computes with; None and `{}` stand for none.
 

@@ -16,6 +16,7 @@ from florence_onnx.bundles.bundle import (
     DESCRIPTION,
     GRAPHS,
     PREFERRED_PRECISIONS,
+    VISION_ENCODER,
     WEIGHTS,
     Bundle,
     choose,
@@ -37,6 +38,7 @@ _log = logging.getLogger("florence_onnx")
 BUNDLE_FILES = (
     "*.json",
     *(f"{graph}*" for graph in GRAPHS),
+    f"{Path(VISION_ENCODER).stem}_*.onnx",
     WEIGHTS,
 )
 """Patterns of the files of one bundle at the top of a repository."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from florence_onnx.answers.locations import Region
+from florence_onnx.bundles.bundle import parse_image_size
 from florence_onnx.errors import FlorenceError, OptionsError
 
 DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
@@ -24,6 +25,18 @@ ModelOption = Annotated[str, typer.Option(help=MODEL_HELP)]
 BundleArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 PrecisionOption = Annotated[str | None, typer.Option(help=PRECISION_HELP)]
 DeviceOption = Annotated[str, typer.Option(help=DEVICE_HELP)]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Pixels at which images are read: the side of a square or WIDTHxHEIGHT; `info` lists the model's sizes.  "
+        "[default: the model's]",
+        metavar="SIZE",
+    ),
+]
+FitOption = Annotated[
+    str,
+    typer.Option(help="stretch images to that size, as transformers does, or pad them to keep their aspect ratio."),
+]
 GenerationOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -32,6 +45,15 @@ GenerationOption = Annotated[
         metavar="NAME=VALUE",
     ),
 ]
+
+
+def parse_size(value: str | None) -> tuple[int, int] | None:
+    """Parses the value of `--image-size`; returns None for None.
+
+    Raises:
+        InputError: It is not a size.
+    """
+    return None if value is None else parse_image_size(value)
 
 
 def parse_region(value: str | None) -> Region | None:

@@ -22,12 +22,15 @@ from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
     DeviceOption,
+    FitOption,
     GenerationOption,
+    ImageSizeOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
     parse_assignments,
     parse_region,
+    parse_size,
 )
 from florence_onnx.commands.captions import CaptionFiles, check_options
 from florence_onnx.commands.image_list import expand
@@ -35,6 +38,7 @@ from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
 from florence_onnx.images import url
+from florence_onnx.images.placement import check_fit
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime.providers import BF16
 
@@ -71,6 +75,8 @@ def run(
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
+    image_size: ImageSizeOption = None,
+    fit: FitOption = "stretch",
     beams: Annotated[
         int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
     ] = None,
@@ -119,7 +125,9 @@ def run(
             images = captions.missing(images)
         if not images:
             return
-        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        florence = Florence2.from_pretrained(
+            model, device=device, precision=precision, image_size=parse_size(image_size), fit=check_fit(fit)
+        )
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
         report = _JsonReport() if as_json else _TextReport()

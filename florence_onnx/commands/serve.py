@@ -14,15 +14,19 @@ import typer
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.arguments import (
     DeviceOption,
+    FitOption,
     GenerationOption,
+    ImageSizeOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
     parse_assignments,
+    parse_size,
 )
 from florence_onnx.errors import InputError, MissingExtraError
 from florence_onnx.fal.service import ServiceSettings
 from florence_onnx.generation.option_names import parse_options
+from florence_onnx.images.placement import check_fit
 from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
@@ -39,6 +43,8 @@ def serve(
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
+    image_size: ImageSizeOption = None,
+    fit: FitOption = "stretch",
     host: Annotated[
         str, typer.Option(help="Address to listen on. The default can only be reached from this machine.")
     ] = "127.0.0.1",
@@ -148,7 +154,9 @@ def serve(
         check_certificate(settings)
         listeners = bind(host, port)  # before the model is loaded, which may take minutes
         _warn(settings, model)
-        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        florence = Florence2.from_pretrained(
+            model, device=device, precision=precision, image_size=parse_size(image_size), fit=check_fit(fit)
+        )
         florence.warm_up()
         scheme = "https" if certificate else "http"
         port = listeners[0].getsockname()[1]

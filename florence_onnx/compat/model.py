@@ -85,7 +85,7 @@ class Florence2ForConditionalGeneration:
         images = self.florence.encode_pixels(np.asarray(pixel_values, dtype=np.float32))
         ids = np.asarray(input_ids, dtype=np.int64)
         mask = None if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
-        first = self._num_leading_image_tokens(ids)
+        first = _num_leading_image_tokens(ids, images[0].num_image_tokens) if images else 0
         answers = self.florence.generate_tokens(
             images, ids[:, first:], None if mask is None else mask[:, first:], options
         )
@@ -95,11 +95,11 @@ class Florence2ForConditionalGeneration:
             row[: len(answer.token_ids)] = answer.token_ids
         return as_array(padded, np.int64)
 
-    def _num_leading_image_tokens(self, ids: npt.NDArray[np.int64]) -> int:
-        """Tokens in front that are one and the same, as often as an image has tokens."""
-        count: int = self.config.num_image_tokens
-        leading = ids[:, :count]
-        return count if ids.shape[1] > count > 1 and (leading == ids[0, 0]).all() else 0
+
+def _num_leading_image_tokens(ids: npt.NDArray[np.int64], count: int) -> int:
+    """Tokens in front that are one and the same, as often as an image has tokens (`count`)."""
+    leading = ids[:, :count]
+    return count if ids.shape[1] > count > 1 and (leading == ids[0, 0]).all() else 0
 
 
 def _options(arguments: dict[str, Any]) -> GenerationOptions:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from PIL import Image as PILImage
 
-from florence_onnx.bundles.bundle import ModelSizes
+from florence_onnx.bundles.bundle import Bundle, ModelSizes
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.generate import drive
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
-from florence_onnx.images import decoding, preprocessing
+from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.images.placement import Placement
+from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.engine import Engine
 
@@ -25,6 +28,12 @@ Key = str | int
 Answer = tuple[EncodedImage, GeneratedSequence]
 Failed = Callable[[Sequence[int], FlorenceError], None]
 """Takes the indices of the prompts about one image, and the error that concerns them."""
+Outcome = tuple[Key, EncodedImage | FlorenceError]
+"""A distinct image's key, and the encoded image or why there is none."""
+
+BATCH_PIXELS = 8 * 64 * 64
+"""Most pixels of the images that a CPU encodes in one run, measured with Florence-2-base (benchmarks/results/omniparser.md):
+eight of 64 x 64 take three quarters of the time of single ones, more are slower again, and larger images gain nothing."""
 
 
 class Answering(Protocol):
@@ -37,11 +46,25 @@ class Answering(Protocol):
             OptionsError: It feeds more tokens in one step than the graphs take.
         """
 
-    def encode(self, image: PILImage.Image) -> EncodedImage:
+    def encode(self, image: PILImage.Image, preparation: Preparation) -> EncodedImage:
         """Runs the vision encoder on a loaded RGB image; the result refers to that image, without a copy."""
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
-        """Runs the vision encoder on `pixel_values` `(1, 3, H, W)` of an image."""
+        """Runs the vision encoder on `pixel_values` `(1, 3, H, W)` of an image, at one of the bundle's image sizes."""
+
+    def encode_all(
+        self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed
+    ) -> dict[int, EncodedImage]:
+        """Encodes images, each distinct one once, as many in one run as pays; encoded ones are returned as they are.
+
+        Args:
+            images: May occur several times.
+            preparation: Of the images that are not encoded.
+            failed: Called with an error that concerns one image only, and its indices; may raise.
+
+        Returns:
+            The encoded image of each index, without those that `failed` was told of.
+        """
 
     def answer(
         self,
@@ -49,15 +72,17 @@ class Answering(Protocol):
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
+        preparation: Preparation,
         failed: Failed,
     ) -> list[Answer | None]:
         """Answers P prompts, each about one image; an image that occurs several times is encoded once.
 
         Args:
-            images: The image of each prompt.
+            images: The image of each prompt. Those that are encoded may differ in their number of image tokens.
             input_ids: `(P, T)`, padded on the right.
             attention_mask: `(P, T)`, 1 for tokens, 0 for padding.
             new_search: Makes a search for prompts by their indices; called again when decoding starts over.
+            preparation: Of the images that are not encoded.
             failed: Called with an error that concerns one image only, and the indices of the prompts about it; may raise.
 
         Returns:
@@ -71,20 +96,39 @@ class Answering(Protocol):
 class HostAnswering:
     """All tensors pass through the host between two runs; the prompts of one call are decoded as one batch."""
 
-    def __init__(self, sizes: ModelSizes, vision_encoder: Engine, text_model: TextBackend) -> None:
-        self._sizes = sizes
-        self._vision_encoder = vision_encoder
+    def __init__(
+        self, bundle: Bundle, encoders: VisionEncoders[Engine], text_model: TextBackend, *, can_batch: bool = False
+    ) -> None:
+        """Args:
+        bundle: The model.
+        encoders: Its vision encoders.
+        text_model: Its text graphs.
+        can_batch: Whether an image's features do not depend on the images beside it, and a batch may be faster.
+        """
+        self._bundle = bundle
+        self._encoders = encoders
         self._text_model = text_model
+        self._can_batch = can_batch
 
     def check(self, config: SearchConfig) -> None:
         """Accepts every search: the graphs take any number of tokens."""
 
-    def encode(self, image: PILImage.Image) -> EncodedImage:
-        return self.encode_pixels(preprocess(self._sizes, image), image)
+    def encode(self, image: PILImage.Image, preparation: Preparation) -> EncodedImage:
+        return self._run([image], [preparation.pixel_values(image)], [preparation.placement(image)])[0]
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
-        features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
-        return EncodedImage(np.asarray(features[0], dtype=np.float32), image)
+        return self._run([image], [pixel_values], [Placement(image.size, image.size)])[0]
+
+    def _run(
+        self, images: Sequence[PILImage.Image], pixel_values: Sequence[Floats], placements: Sequence[Placement]
+    ) -> list[EncodedImage]:
+        """Encodes images of one size in one run."""
+        engine = self._encoders.get(placements[0].image_size)
+        pixels = pixel_values[0] if len(pixel_values) == 1 else np.concatenate(pixel_values)
+        features = np.asarray(engine.run({"pixel_values": pixels})["image_features"], dtype=np.float32)
+        # copied from a batch, which one of its images would keep in memory otherwise
+        rows = [features[0]] if len(images) == 1 else [row.copy() for row in features]
+        return [EncodedImage(*each) for each in zip(rows, images, placements, strict=True)]
 
     def answer(
         self,
@@ -92,39 +136,100 @@ class HostAnswering:
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
+        preparation: Preparation,
         failed: Failed,
     ) -> list[Answer | None]:
-        encoded = self._encode_all(images, failed)
-        rows = [row for row in range(len(images)) if row in encoded]
+        encoded = self.encode_all(images, preparation, failed)
         answers: list[Answer | None] = [None] * len(images)
-        if not rows:
-            return answers
-        mask = attention_mask[rows]
-        length = int(mask.sum(axis=1).max())
-        image_features = np.stack([encoded[row].image_features for row in rows])
-        session = self._text_model.start(input_ids[rows, :length], mask[:, :length], image_features)
-        for row, sequence in zip(rows, drive(session, new_search(rows)), strict=True):
-            answers[row] = encoded[row], sequence
+        # The graph takes as many image tokens of one prompt as of the others: images of other sizes are other batches.
+        for rows in _rows_by_length(encoded):
+            mask = attention_mask[rows]
+            length = int(mask.sum(axis=1).max())
+            image_features = np.stack([encoded[row].image_features for row in rows])
+            session = self._text_model.start(input_ids[rows, :length], mask[:, :length], image_features)
+            for row, sequence in zip(rows, drive(session, new_search(rows)), strict=True):
+                answers[row] = encoded[row], sequence
         return answers
 
-    def _encode_all(self, images: Sequence[AnyImage], failed: Failed) -> dict[int, EncodedImage]:
-        """The encoded image of each prompt, by the prompt's index; without those that `failed` was told of."""
-        # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a
-        # whole batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
-        encoded: dict[int, EncodedImage] = {}
-        for indices in prompts_by_image(images).values():
-            try:
-                found = self._encoded(images[indices[0]])
-            except FlorenceError as error:
-                failed(indices, error)
-            else:
-                encoded.update(dict.fromkeys(indices, found))
-        return encoded
+    def encode_all(
+        self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed
+    ) -> dict[int, EncodedImage]:
+        return encode_distinct(images, failed, lambda distinct: self._encode_each(distinct, preparation))
 
-    def _encoded(self, image: AnyImage) -> EncodedImage:
-        if isinstance(image, EncodedImage):
-            return check_features(self._sizes, image)
-        return self.encode(load(image))
+    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation) -> Iterator[Outcome]:
+        width, height = preparation.image_size
+        # An int8 encoder has one scale for the activations of a whole batch (DynamicQuantizeMatMul): an image's
+        # features would depend on the images beside it.
+        num_images = max(1, BATCH_PIXELS // (width * height)) if self._can_batch else 1
+        batch: dict[Key, PILImage.Image] = {}
+        for key, image in images.items():
+            if isinstance(image, EncodedImage):
+                yield key, checked(self._bundle, image)
+                continue
+            try:
+                batch[key] = load(image)
+            except FlorenceError as error:
+                yield key, error
+            if len(batch) == num_images:
+                yield from self._encode_batch(batch, preparation)
+                batch = {}
+        yield from self._encode_batch(batch, preparation)
+
+    def _encode_batch(self, batch: Mapping[Key, PILImage.Image], preparation: Preparation) -> Iterator[Outcome]:
+        """Encodes images in one run or, where that fails, one by one, to find out whose error it is."""
+        if not batch:
+            return
+        images = list(batch.values())
+        try:
+            pixels = [preparation.pixel_values(image) for image in images]
+            found = self._run(images, pixels, [preparation.placement(image) for image in images])
+        except FlorenceError as error:
+            if len(batch) == 1:
+                yield next(iter(batch)), error
+                return
+            for key, image in batch.items():
+                yield from self._encode_batch({key: image}, preparation)
+        else:
+            yield from zip(batch, found, strict=True)
+
+
+def _rows_by_length(encoded: Mapping[int, EncodedImage]) -> list[list[int]]:
+    """The indices of prompts, in order, in lists of those whose images have equally many tokens."""
+    by_length: dict[int, list[int]] = {}
+    for row in sorted(encoded):
+        by_length.setdefault(encoded[row].num_image_tokens, []).append(row)
+    return list(by_length.values())
+
+
+def encode_distinct(
+    images: Sequence[AnyImage], failed: Failed, encode: Callable[[Mapping[Key, AnyImage]], Iterable[Outcome]]
+) -> dict[int, EncodedImage]:
+    """Encodes each distinct image once.
+
+    Args:
+        images: May occur several times.
+        failed: As for `Answering.encode_all`.
+        encode: Encodes distinct images, and returns for each its key with the encoded image or an error.
+
+    Returns:
+        The encoded image of each index, without those that `failed` was told of.
+    """
+    indices = prompts_by_image(images)
+    encoded: dict[int, EncodedImage] = {}
+    for key, found in encode({key: images[same[0]] for key, same in indices.items()}):
+        if isinstance(found, FlorenceError):
+            failed(indices[key], found)
+        else:
+            encoded.update(dict.fromkeys(indices[key], found))
+    return encoded
+
+
+def checked(bundle: Bundle, image: EncodedImage) -> EncodedImage | FlorenceError:
+    """An encoded image, or what `check_features` raises."""
+    try:
+        return check_features(bundle, image)
+    except FlorenceError as error:
+        return error
 
 
 def raise_error(indices: Sequence[int], error: FlorenceError) -> None:
@@ -137,28 +242,24 @@ def load(image: ImageInput) -> PILImage.Image:
     return decoding.load(image, copy=True)
 
 
-def preprocess(sizes: ModelSizes, image: PILImage.Image) -> Floats:
-    """The `pixel_values` of an RGB image, `(1, 3, H, W)` float32."""
-    return preprocessing.preprocess(image, size=sizes.image_size, mean=sizes.image_mean, std=sizes.image_std)
-
-
 def to_image(pixel_values: Floats, sizes: ModelSizes) -> PILImage.Image:
-    """The image that `pixel_values` `(3, H, W)` show: the inverse of `preprocess`, except that the size stays the model's."""
+    """The image that `pixel_values` `(3, H, W)` show, at the size that they have."""
     scaled = pixel_values.transpose(1, 2, 0) * np.asarray(sizes.image_std) + np.asarray(sizes.image_mean)
     return PILImage.fromarray(np.clip(np.rint(scaled * 255), 0, 255).astype(np.uint8))
 
 
-def check_features(sizes: ModelSizes, encoded: EncodedImage) -> EncodedImage:
-    """Returns an encoded image whose features have the shape of this model's.
+def check_features(bundle: Bundle, encoded: EncodedImage) -> EncodedImage:
+    """Returns an encoded image whose features have the shape of this model's, at one of its image sizes.
 
     Raises:
         InputError: They have another shape, so another model has encoded the image.
     """
     shape = encoded.stored.shape
-    if shape != (sizes.num_image_tokens, sizes.width):
+    known = [(count, bundle.sizes.width) for count in bundle.all_num_image_tokens]
+    if shape not in known:
         raise InputError(
             f"this image was encoded by another model: its features are {shape}, here they are "
-            f"{(sizes.num_image_tokens, sizes.width)}; encode it again"
+            f"{' or '.join(map(str, known))}; encode it again"
         )
     return encoded
 

@@ -33,11 +33,11 @@ class BatchDecoder(Protocol):
     def batch_size(self) -> int: ...
 
     @property
-    def text_length(self) -> int: ...
+    def encoder_length(self) -> int: ...
 
-    def padded_length(self, num_tokens: int) -> int: ...
+    def padded_length(self, prompt_ids: Ids, features: DeviceArray) -> int: ...
 
-    def allocate(self, batch_size: int, text_length: int) -> None: ...
+    def allocate(self, batch_size: int, encoder_length: int) -> None: ...
 
     def release(self) -> None: ...
 
@@ -58,7 +58,7 @@ class DecodeRequest:
     def __init__(self, prompt_ids: Ids, features: DeviceArray, new_search: Callable[[], Search]) -> None:
         """Args:
         prompt_ids: `(T,)`.
-        features: `(N, D)` on the decoder's device.
+        features: `(N, D)` on the decoder's device; N may differ between requests.
         new_search: Makes a search of one prompt; called again when decoding starts over.
         """
         self.prompt_ids = prompt_ids
@@ -295,12 +295,12 @@ class ContinuousBatch:
     def _make_room(self, request: DecodeRequest) -> bool:
         """Whether the batch has room for a request, or was given room now."""
         decoder = self._decoder
-        length = decoder.padded_length(len(request.prompt_ids))
-        self._num_shorter = self._num_shorter + 1 if length < decoder.text_length else 0
+        length = decoder.padded_length(request.prompt_ids, request.features)
+        self._num_shorter = self._num_shorter + 1 if length < decoder.encoder_length else 0
         if not self._in_flight:
             self._allocate(length)
             return True
-        if length > decoder.text_length:
+        if length > decoder.encoder_length:
             return False  # longer buffers can only replace those of an empty batch: it waits, and those behind it too
         return len(self._in_flight) < decoder.batch_size or self._grow_batch()
 
@@ -308,10 +308,11 @@ class ContinuousBatch:
         """Allocates an empty batch for the requests that wait, at least as large as the present one."""
         decoder = self._decoder
         with self._changed:
-            lengths = [decoder.padded_length(len(request.prompt_ids)) for request in self._waiting][: self._max_batch]
+            first = list(self._waiting)[: self._max_batch]
+        lengths = [decoder.padded_length(request.prompt_ids, request.features) for request in first]
         length = max([length, *lengths])
         if self._num_shorter < SHRINK_AFTER:
-            length = max(length, decoder.text_length)
+            length = max(length, decoder.encoder_length)
         batch_size = max(decoder.batch_size, min(self._max_batch, padded_count(len(lengths))))
         while True:
             try:

@@ -33,13 +33,15 @@ class ResidentSizes:
 
     shape: DecoderShape
     num_image_tokens: int
+    """N at the default image size."""
     width: int
     """D, columns of the image features."""
 
-    def text_length(self, num_tokens: int) -> int:
-        """The length to which a prompt of `num_tokens` tokens is padded."""
-        longest = self.shape.max_positions - self.num_image_tokens
-        return next((length for length in TEXT_LENGTHS if num_tokens <= length < longest), longest)
+    def encoder_length(self, num_tokens: int, num_image_tokens: int) -> int:
+        """The encoder positions for a prompt of `num_tokens` tokens, padded, behind its image tokens."""
+        longest = self.shape.max_positions - num_image_tokens
+        padded = next((length for length in TEXT_LENGTHS if num_tokens <= length < longest), longest)
+        return num_image_tokens + padded
 
 
 class PackedTensors:

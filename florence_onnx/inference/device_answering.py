@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 from PIL import Image as PILImage
 
-from florence_onnx.bundles.bundle import ModelSizes
+from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import FlorenceError, OptionsError
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.search import Floats, Ids, Search
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.images.placement import Placement
+from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.answering import (
     Answer,
     AnyImage,
     Failed,
     Key,
-    check_features,
+    Outcome,
+    checked,
+    encode_distinct,
     image_key,
     load,
-    preprocess,
     prompts_by_image,
 )
 from florence_onnx.inference.continuous_batching import DecodeRequest
@@ -37,8 +41,8 @@ _Prepared = tuple[PILImage.Image, Floats]
 class DeviceAnswering:
     """Images are encoded in batches, and the prompts of all callers are decoded in one continuous batch."""
 
-    def __init__(self, sizes: ModelSizes, resident: ResidentModel) -> None:
-        self._sizes = sizes
+    def __init__(self, bundle: Bundle, resident: ResidentModel) -> None:
+        self._bundle = bundle
         self._resident = resident
 
     def check(self, config: SearchConfig) -> None:
@@ -54,11 +58,17 @@ class DeviceAnswering:
                 f'{needed}; device="cuda" has no such limit'
             )
 
-    def encode(self, image: PILImage.Image) -> EncodedImage:
-        return self.encode_pixels(preprocess(self._sizes, image), image)
+    def encode(self, image: PILImage.Image, preparation: Preparation) -> EncodedImage:
+        features = self._resident.encode([preparation.pixel_values(image)])[0]
+        return EncodedImage(features, image, preparation.placement(image))
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
-        return EncodedImage(self._resident.encode([pixel_values])[0], image)
+        return EncodedImage(self._resident.encode([pixel_values])[0], image, Placement(image.size, image.size))
+
+    def encode_all(
+        self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed
+    ) -> dict[int, EncodedImage]:
+        return encode_distinct(images, failed, lambda distinct: self._encode_each(distinct, preparation))
 
     def answer(
         self,
@@ -66,6 +76,7 @@ class DeviceAnswering:
         input_ids: Ids,
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
+        preparation: Preparation,
         failed: Failed,
     ) -> list[Answer | None]:
         indices = prompts_by_image(images)
@@ -77,7 +88,7 @@ class DeviceAnswering:
             return DecodeRequest(prompt_ids, features, lambda: new_search([index]))
 
         def requests() -> Iterator[list[DecodeRequest]]:
-            for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}):
+            for key, each in self._encode_each({key: images[same[0]] for key, same in indices.items()}, preparation):
                 if isinstance(each, FlorenceError):
                     failed(indices[key], each)
                     continue
@@ -98,34 +109,28 @@ class DeviceAnswering:
                 answers[index] = encoded[image_key(images[index])], sequence
         return answers
 
-    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
+    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation) -> Iterator[Outcome]:
         """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
         raw: list[tuple[Key, ImageInput]] = []
         for key, image in images.items():
             if isinstance(image, EncodedImage):
-                yield key, self._checked(image)
+                yield key, checked(self._bundle, image)
             else:
                 raw.append((key, image))
 
-        for batch in map_in_batches(self._prepare, raw, MAX_IMAGES):
-            yield from self._encode_batch(batch)
+        for batch in map_in_batches(partial(self._prepare, preparation), raw, MAX_IMAGES):
+            yield from self._encode_batch(batch, preparation)
 
-    def _checked(self, image: EncodedImage) -> EncodedImage | FlorenceError:
-        try:
-            return check_features(self._sizes, image)
-        except FlorenceError as error:
-            return error
-
-    def _prepare(self, pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
+    def _prepare(self, preparation: Preparation, pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
         try:
             loaded = load(pair[1])
+            return pair[0], (loaded, preparation.pixel_values(loaded))
         except FlorenceError as error:
             return pair[0], error
-        return pair[0], (loaded, preprocess(self._sizes, loaded))
 
     def _encode_batch(
-        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]]
-    ) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
+        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]], preparation: Preparation
+    ) -> Iterator[Outcome]:
         prepared: list[tuple[Key, _Prepared]] = []
         for key, each in batch:
             if isinstance(each, FlorenceError):
@@ -140,4 +145,4 @@ class DeviceAnswering:
             yield from ((key, copy(error)) for key, _ in prepared)
             return
         for (key, (loaded, _)), stored in zip(prepared, features, strict=True):
-            yield key, EncodedImage(stored, loaded)
+            yield key, EncodedImage(stored, loaded, preparation.placement(loaded))

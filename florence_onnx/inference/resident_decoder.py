@@ -41,8 +41,11 @@ class ResidentDecoder:
         self._num_top = int(decoder.output_shapes[TOP_IDS][-1])
         self._memory = decoder.memory
         self._tables: dict[int, SlotTable] = {}
-        self._features = self._memory.allocate((1, sizes.num_image_tokens, sizes.width), np.float32)
+        self._features = {sizes.num_image_tokens: self._new_features(sizes.num_image_tokens)}
         self._reset()
+
+    def _new_features(self, num_image_tokens: int) -> DeviceArray:
+        return self._memory.allocate((1, num_image_tokens, self._sizes.width), np.float32)
 
     # ------------------------------------------------------------------------------------------------ the batch
 
@@ -57,15 +60,15 @@ class ResidentDecoder:
         return self._capacity
 
     @property
-    def text_length(self) -> int:
-        """The longest prompt, in tokens, that can be added now; shorter ones are padded to it."""
-        return self._text_length
+    def encoder_length(self) -> int:
+        """Image and prompt tokens of the longest request that can be added now; shorter prompts are padded to it."""
+        return self._encoder_length
 
-    def padded_length(self, num_tokens: int) -> int:
-        """The `text_length` that a prompt of `num_tokens` tokens needs."""
-        return self._sizes.text_length(num_tokens)
+    def padded_length(self, prompt_ids: Ids, features: DeviceArray) -> int:
+        """The `encoder_length` that a prompt `(T,)` about features `(N, D)` needs."""
+        return self._sizes.encoder_length(len(prompt_ids), features.shape[0])
 
-    def allocate(self, batch_size: int, text_length: int) -> None:
+    def allocate(self, batch_size: int, encoder_length: int) -> None:
         """Allocates the buffers of an empty batch, unless they are there already.
 
         Raises:
@@ -74,11 +77,11 @@ class ResidentDecoder:
         assert not self._tables, "prompts are in flight"
         # A cache that grew further is not kept: it was for answers that are rarely so long.
         is_small = self._capacity <= CAPACITY_GROWTH * FIRST_CAPACITY
-        if (batch_size, text_length) == (self._batch_size, self._text_length) and is_small:
+        if (batch_size, encoder_length) == (self._batch_size, self._encoder_length) and is_small:
             return
         self.release()
         try:
-            self._allocate(batch_size, text_length)
+            self._allocate(batch_size, encoder_length)
         except MemoryError:
             self.release()
             raise
@@ -102,8 +105,8 @@ class ResidentDecoder:
         """Encodes a prompt: writes its cross KV at the lowest free batch index.
 
         Args:
-            prompt_ids: `(T,)`, at most `text_length`.
-            features: `(N, D)` float32 on this device.
+            prompt_ids: `(T,)`.
+            features: `(N, D)` float32 on this device; N + T is at most `encoder_length`.
 
         Returns:
             The batch index.
@@ -113,15 +116,17 @@ class ResidentDecoder:
             ProviderError: The provider failed.
         """
         batch_index = min(set(range(self._batch_size)) - set(self._tables))
-        prompt = self._prompt
+        num_image_tokens = features.shape[0]
+        prompt = self._prompt(num_image_tokens)
         prompt.on_host("input_ids")[0] = prompt_ids[-1]  # padding, which the mask hides: any token
         prompt.on_host("input_ids")[0, : len(prompt_ids)] = prompt_ids
         mask = prompt.on_host("attention_mask")[0]
-        mask[:] = np.arange(self._text_length) < len(prompt_ids)
+        mask[:] = np.arange(len(mask)) < len(prompt_ids)
         prompt.upload()
-        self._memory.copy(features, self._features)  # a captured graph reads at one address
-        self._encoding(batch_index).run()
-        self._mask[batch_index, self._sizes.num_image_tokens :] = mask
+        self._memory.copy(features, self._features[num_image_tokens])  # a captured graph reads at one address
+        self._encoding(batch_index, num_image_tokens).run()
+        self._mask[batch_index, :num_image_tokens] = 1
+        self._mask[batch_index, num_image_tokens:] = mask
         self._mask_on_device.upload(self._mask)
         self._tables[batch_index] = SlotTable(self._capacity, self._sizes.shape.max_positions)
         return batch_index
@@ -196,30 +201,44 @@ class ResidentDecoder:
         call.bind(tensors, [_first(caches, batch_size) for caches in self._caches])
         return call
 
-    def _encoding(self, batch_index: int) -> OnnxBinding:
+    def _prompt(self, num_image_tokens: int) -> PackedTensors:
+        """The buffers for the ids and mask of a prompt behind that many image tokens, padded to `encoder_length`."""
+        prompt = self._prompts.get(num_image_tokens)
+        if prompt is None:
+            if num_image_tokens not in self._features:
+                self._features[num_image_tokens] = self._new_features(num_image_tokens)
+            shape = (1, self._encoder_length - num_image_tokens)
+            fields = dict.fromkeys(("input_ids", "attention_mask"), (shape, np.int64))
+            prompt = self._prompts[num_image_tokens] = PackedTensors(self._memory, fields)
+        return prompt
+
+    def _encoding(self, batch_index: int, num_image_tokens: int) -> OnnxBinding:
         """The text encoder bound so that it writes the cross KV of one batch index."""
-        binding = self._encodings.get(batch_index)
+        key = batch_index, num_image_tokens
+        binding = self._encodings.get(key)
         if binding is None:
             binding = self._text_encoder.bind()
             for name in ("input_ids", "attention_mask"):
-                binding.bind_input(name, self._prompt.on_device(name))
-            binding.bind_input("image_features", self._features)
+                binding.bind_input(name, self._prompts[num_image_tokens].on_device(name))
+            binding.bind_input("image_features", self._features[num_image_tokens])
             for name, cross in self._cross.items():
                 binding.bind_output(name, cross[batch_index : batch_index + 1])
             binding.capture()
-            self._encodings[batch_index] = binding
+            self._encodings[key] = binding
         return binding
 
     # ---------------------------------------------------------------------------------------------------- buffers
 
     def _reset(self) -> None:
-        self._batch_size = self._text_length = 0
+        self._batch_size = self._encoder_length = 0
         self._capacity = FIRST_CAPACITY
         self._cache_set = 0
         self._cross: dict[str, DeviceArray] = {}
         self._caches: list[dict[str, DeviceArray]] = []
         self._calls: dict[tuple[int, int], DecoderCall] = {}
-        self._encodings: dict[int, OnnxBinding] = {}
+        # by batch index and number of image tokens, since shapes differ with the latter
+        self._encodings: dict[tuple[int, int], OnnxBinding] = {}
+        self._prompts: dict[int, PackedTensors] = {}
 
     def _release_calls(self) -> None:
         for call in self._calls.values():
@@ -229,11 +248,8 @@ class ResidentDecoder:
         for binding in self._encodings.values():
             binding.release()
 
-    def _allocate(self, batch_size: int, text_length: int) -> None:
+    def _allocate(self, batch_size: int, encoder_length: int) -> None:
         memory = self._memory
-        encoder_length = self._sizes.num_image_tokens + text_length
-        fields = dict.fromkeys(("input_ids", "attention_mask"), ((1, text_length), np.int64))
-        self._prompt = PackedTensors(memory, fields)
         self._cross = self._new_cross(batch_size, encoder_length)
         # TensorRT does not promise to read a cache before it writes an output to the same memory. There the two sets
         # take turns: a step reads one and writes the other, at twice the memory.
@@ -243,7 +259,7 @@ class ResidentDecoder:
         self._mask = np.ones((batch_size, encoder_length), dtype=np.int64)
         self._mask_on_device = memory.allocate(self._mask.shape, np.int64)
         self._mask_on_device.upload(self._mask)
-        self._batch_size, self._text_length = batch_size, text_length
+        self._batch_size, self._encoder_length = batch_size, encoder_length
 
     def _new_cross(self, batch_size: int, encoder_length: int) -> dict[str, DeviceArray]:
         """Cross KV: keys `(P, H, d, E)`, values `(P, H, E, d)`."""

@@ -17,6 +17,7 @@ from florence_onnx.generation.search import GeneratedSequence
 from florence_onnx.inference.continuous_batching import ContinuousBatch, DecodeRequest
 from florence_onnx.inference.decoder_call import ResidentSizes, padded_count
 from florence_onnx.inference.resident_decoder import ResidentDecoder
+from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.runtime.cuda_memory import CudaMemory
 from florence_onnx.runtime.device_memory import DeviceArray, DeviceMemory
 from florence_onnx.runtime.engine import OnnxBinding, OnnxEngine
@@ -29,14 +30,14 @@ _log = logging.getLogger("florence_onnx")
 class ResidentVision:
     """The vision encoder, from pixel values on the host to features on the device. For the device thread only."""
 
-    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes) -> None:
+    def __init__(self, encoders: VisionEncoders[OnnxEngine], sizes: ResidentSizes) -> None:
         """Args:
-        engine: `vision_encoder.onnx`.
+        encoders: The vision encoders of the model's image sizes.
         sizes: Of the model.
         """
-        self._engine = engine
+        self._encoders = encoders
         self._sizes = sizes
-        self._batches: dict[int, _VisionBatch] = {}
+        self._batches: dict[tuple[int, ...], _VisionBatch] = {}
 
     def encode(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
         """Encodes a batch of images in one run, or by halves where memory does not hold the batch.
@@ -44,7 +45,7 @@ class ResidentVision:
         In int8 the activations of a run share one scale, so that features may depend on the other images of the batch.
 
         Args:
-            pixel_values: At most `bundles.memory.MAX_IMAGES`, each `(1, 3, H, W)` float32.
+            pixel_values: At most `bundles.memory.MAX_IMAGES`, each `(1, 3, H, W)` float32, all of one size.
 
         Returns:
             Features of each image, `(N, D)` float32.
@@ -54,43 +55,48 @@ class ResidentVision:
             ProviderError: The provider failed.
         """
         count = padded_count(len(pixel_values))
+        key = count, *pixel_values[0].shape[1:]
         try:
-            batch = self._batches.get(count)
+            batch = self._batches.get(key)
             if batch is None:
-                batch = self._batches[count] = _VisionBatch(self._engine, self._sizes, count, pixel_values[0].shape[1:])
+                batch = self._batches[key] = self._new_batch(*key)
             return batch.run(pixel_values)
         except DeviceMemoryError as error:
-            self._batches.pop(count, None)
+            self._batches.pop(key, None)
             if len(pixel_values) == 1:
                 raise
             _log.warning("a batch of %d images does not fit, trying halves: %s", len(pixel_values), error)
         half = count // 2
         return self.encode(pixel_values[:half]) + self.encode(pixel_values[half:])
 
+    def _new_batch(self, count: int, channels: int, height: int, width: int) -> _VisionBatch:
+        engine = self._encoders.get((width, height))
+        features = (count, self._encoders.num_image_tokens((width, height)), self._sizes.width)
+        return _VisionBatch(engine, features, (count, channels, height, width))
+
 
 class _VisionBatch:
     """Buffers and binding of the vision encoder for one batch size."""
 
-    def __init__(self, engine: OnnxEngine, sizes: ResidentSizes, count: int, image: tuple[int, ...]) -> None:
+    def __init__(self, engine: OnnxEngine, features: tuple[int, ...], pixels: tuple[int, ...]) -> None:
         """Args:
-        engine: `vision_encoder.onnx`.
-        sizes: Of the model.
-        count: Images of a run.
-        image: `(3, H, W)`.
+        engine: The vision encoder for the size of the images.
+        features: `(B, N, D)` for the B images of a run.
+        pixels: `(B, 3, H, W)`.
         """
         memory = engine.memory
         self._memory = memory
-        self._staging: Floats = np.zeros((count, *image), dtype=np.float32)
+        self._staging: Floats = np.zeros(pixels, dtype=np.float32)
         _pin(memory, self._staging)
         self._pixels = memory.allocate(self._staging.shape, np.float32)
-        self._features = memory.allocate((count, sizes.num_image_tokens, sizes.width), np.float32)
+        self._features = memory.allocate(features, np.float32)
         self._binding: OnnxBinding = engine.bind()
         self._binding.bind_input("pixel_values", self._pixels)
         self._binding.bind_output("image_features", self._features)
         self._binding.capture()
 
     def run(self, pixel_values: Sequence[Floats]) -> list[DeviceArray]:
-        """Encodes at most `count` images, each `(1, 3, H, W)`; the rest of the batch is left from earlier runs."""
+        """Encodes at most B images, each `(1, 3, H, W)`; the rest of the batch is left from earlier runs."""
         for at, pixels in enumerate(pixel_values):
             self._staging[at] = pixels[0]
         self._pixels.upload(self._staging)
@@ -125,30 +131,32 @@ class ResidentModel:
 
     def __init__(
         self,
-        engines: tuple[OnnxEngine, OnnxEngine, OnnxEngine],
+        encoders: VisionEncoders[OnnxEngine],
+        text: tuple[OnnxEngine, OnnxEngine],
         sizes: ResidentSizes,
         max_batch: int,
         max_tokens: int | None = None,
     ) -> None:
         """Args:
-        engines: `vision_encoder.onnx`, `text_encoder.onnx`, `decoder_top.onnx`.
+        encoders: The vision encoders of the model's image sizes.
+        text: `text_encoder.onnx`, `decoder_top.onnx`.
         sizes: Of the model.
         max_batch: Most prompts in flight.
         max_tokens: Most tokens of a prompt that a decode step takes, over all its beams; None for any number.
         """
         self.max_tokens = max_tokens
         self.max_batch = max_batch
-        self._engines = engines
+        self._encoders = encoders
+        self._text = text
         self._sizes = sizes
-        self._memory = engines[0].memory
+        self._memory = encoders.default.memory
         self._lock = forks.Lock()
         self._started: _Started | None = self._start()
         forks.call_in_child(self._forget_in_child)
 
     def _start(self) -> _Started:
-        vision_encoder, text_encoder, decoder = self._engines
-        batch = ContinuousBatch(ResidentDecoder(text_encoder, decoder, self._sizes), self.max_batch)
-        return _Started(ResidentVision(vision_encoder, self._sizes), batch, weakref.finalize(self, batch.close))
+        batch = ContinuousBatch(ResidentDecoder(*self._text, self._sizes), self.max_batch)
+        return _Started(ResidentVision(self._encoders, self._sizes), batch, weakref.finalize(self, batch.close))
 
     def _running(self) -> _Started:
         """The buffers and the device thread; new ones at the first call in a forked child, which has no such thread."""

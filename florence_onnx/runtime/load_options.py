@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from florence_onnx.bundles.bundle import ImageSize
 from florence_onnx.bundles.precisions import Precision
 from florence_onnx.runtime import graph_cache
 from florence_onnx.runtime.providers import BF16, Options, Provider
@@ -34,6 +36,11 @@ class LoadOptions:
     """Folder of the graph cache; True for the default folder, False for no cache, None for the environment's choice."""
     max_batch: int | None = None
     """Most prompts in flight on the device; None for the device's default, 0 for no continuous batching."""
+
+    image_size: ImageSize | None = None
+    """Image size that is read by default, whose vision encoder is loaded; None for the bundle's default."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """How images are fitted into that size by default."""
 
     @property
     def graph_cache_folder(self) -> Path | None:

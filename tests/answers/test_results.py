@@ -36,7 +36,7 @@ FAL_FIELDS = {
 def test_fields_are_those_of_fal_in_its_order(name: str) -> None:
     fields = dataclasses.fields(getattr(results, name))
     assert [field.name for field in fields if not field.metadata.get("extra")] == FAL_FIELDS[name]
-    assert all(field.default in ((), 0) for field in fields if field.metadata.get("extra"))
+    assert all(field.default in ((), 0, None) for field in fields if field.metadata.get("extra"))
 
 
 def test_boxes_become_fals_json() -> None:

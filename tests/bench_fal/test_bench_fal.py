@@ -401,9 +401,9 @@ def test_an_answer_that_is_not_json_is_an_error(serve: Callable[..., StandIn], t
 def test_every_call_in_process_runs_the_vision_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoded, original = [], HostAnswering.encode
 
-    def count(self: HostAnswering, image: Any) -> Any:
+    def count(self: HostAnswering, image: Any, preparation: Any) -> Any:
         encoded.append(image.size)
-        return original(self, image)
+        return original(self, image, preparation)
 
     monkeypatch.setattr(HostAnswering, "encode", count)
     arguments = ("--targets", "in-process", "--tasks", "caption,object-detection", "--repeats", 2, "--device", "cpu")

@@ -275,3 +275,26 @@ def test_configure_changes_what_a_bundle_does_by_default(tmp_path: Path) -> None
     for arguments, said in (((copy, "num_beams=0"), "num_beams"), (("demo", "num_beams=1"), "cannot be configured")):
         wrong = _run("configure", *arguments)
         assert wrong.exit_code == 2 and said in wrong.stderr
+
+
+@needs_demo
+def test_run_takes_an_image_size_and_a_fit() -> None:
+    result = _run("run", "<OD>", SCENES[0], "--image-size", "128x128", "--fit", "pad", "--json")
+    assert result.exit_code == 0, result.output
+    (padded,) = _lines(result)
+    (stretched,) = _lines(_run("run", "<OD>", SCENES[0], "--json"))
+    assert padded["results"] != stretched["results"], "the scene is not square"
+    wrong = _run("run", "<OD>", SCENES[0], "--image-size", "64")
+    assert wrong.exit_code == 2
+    assert "this model reads images of 128x128 pixels, not 64x64" in wrong.stderr
+    assert _run("run", "<OD>", SCENES[0], "--image-size", "64x").exit_code == 2
+    fit = _run("run", "<OD>", SCENES[0], "--fit", "crop")
+    assert fit.exit_code == 2 and "fit must be 'stretch' or 'pad', got 'crop'" in fit.stderr
+
+
+@needs_demo
+def test_info_lists_the_image_sizes() -> None:
+    result = _run("info", "demo")
+    assert result.exit_code == 0, result.output
+    (size,) = json.loads(result.stdout)["image_sizes"]
+    assert (size["image_size"], size["num_image_tokens"], size["is_loaded"]) == ([128, 128], 65, True)

@@ -151,7 +151,7 @@ def kernels(*bundles: str) -> Any:
         harness = Harness(bundle, provider_options={"enable_cuda_graph": 0})
         calls = [harness.run() for _ in range(2)][-1]
         harness.counters.reset()
-        harness.decoder._encoding(0).run()
+        harness.decoder._encoding(0, harness.encoded.num_image_tokens).run()
         text = harness.counters.num_kernels
         found[bundle] = {"text encoder": text, "step": (calls["kernels"] - text) / calls["steps"]}
     return found

@@ -28,14 +28,14 @@ from florence_onnx.bundles.pulling import pull
 from tests import descriptions
 from tests.bundles.test_hub import relabelled
 from tests.command_line import run_here
-from tests.conftest import NO_TORCH
+from tests.conftest import NO_TORCH, Exported
 from tests.local_hub import TOKEN, LocalHub, files_in
 from tests.own_tasks import ENTRIES, SAME_AS
 
 yaml = pytest.importorskip("yaml", reason=NO_TORCH)
 from export.__main__ import main  # noqa: E402
 from export.checkpoints.model_card import read_facts  # noqa: E402
-from export.publishing.push import push  # noqa: E402
+from export.publishing.push import find_missing, push  # noqa: E402
 
 SCENE = bundle.DEMO_DIRECTORY.parent / "samples" / "scene-1.png"
 NAME = "owner/florence"
@@ -132,6 +132,21 @@ def test_several_precisions_go_into_one_repository(hub: LocalHub, tmp_path: Path
     metadata, text = card_of(hub)
     assert "base_model" not in metadata  # the demo comes from a folder
     assert 'precision="int8"' in text and text.count("128 × 128") == 2
+
+
+def test_a_bundle_of_several_image_sizes_goes_to_the_hub_whole(hub: LocalHub, sized: Exported) -> None:
+    push(sized.bundle, NAME, license="mit")
+    assert (
+        pull(NAME).bundles[0].image_sizes == bundle.read(sized.bundle).image_sizes == ((128, 128), (64, 64), (160, 96))
+    )
+    folder = hub.repository(NAME)
+    assert folder is not None
+    assert {path.name for path in sized.bundle.glob("vision_encoder*")} <= set(files_in(folder))
+    text = card_of(hub)[1]
+    assert "| 128 × 128, 64 × 64, 160 × 96 |" in text and "answers, greedy, 64x64 |" in text
+    unverified = bundle.read(sized.bundle)
+    del unverified.verification["graphs"]["vision_encoder_64x64.onnx"]  # type: ignore[attr-defined]
+    assert find_missing(unverified) == "vision_encoder_64x64.onnx was not compared with the checkpoint"
 
 
 def test_a_revision_is_a_branch(hub: LocalHub, exported: Path) -> None:

@@ -18,6 +18,7 @@ from florence_onnx.bundles import bundle
 from tests import descriptions
 from tests.command_line import run_here
 from tests.conftest import NO_TORCH, Exported
+from tests.exported_bundles import SIZES
 
 pytest.importorskip("rapidfuzz", reason=NO_TORCH)
 onnx = pytest.importorskip("onnx", reason=NO_TORCH)
@@ -132,6 +133,26 @@ def test_a_damaged_bundle_is_told_from_a_sound_one(tiny: Exported, damaged: Path
     assert all(str(damaged) in line for line in report["failures"]) and len(report["failures"]) == 2
     without_bar = run_verify(damaged, *arguments)
     assert without_bar.returncode == 0, without_bar.stderr
+
+
+def test_every_image_size_has_its_agreement_and_time(sized: Exported) -> None:
+    """The reference reads images at its own size, so that smaller sizes show what they cost."""
+    source = sized.bundle.parent / "checkpoint"
+    arguments = ("--reference", source, *SHORT, "--beams", "1", "--task", "caption", "--device", "cpu")
+    done = run_verify_here(sized.bundle, *arguments, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["bundles"]
+    assert [each["image_size"] for each in found] == [list(size) for size in SIZES]
+    assert [each["bundle"] for each in found] == [f"{sized.bundle}, {width}x{height}" for width, height in SIZES]
+    assert all(0 < each["seconds"][name] < 60 for each in found for name in ("vision_seconds", "decoding_seconds"))
+    own, *others = (each["overall"] for each in found)
+    assert own["exact"] == 1 and own["logit_max_abs"] < 2e-3
+    assert all(other["logit_max_abs"] > 0.1 for other in others), "at other sizes a random model sees other things"
+    assert "in ms" in done.stderr and "64x64" in done.stderr
+    one = run_verify_here(sized.bundle, *arguments, "--json", "-", "--image-size", "64")
+    assert [each["image_size"] for each in json.loads(one.stdout)["bundles"]] == [[64, 64]]
+    wrong = run_verify_here(sized.bundle, *arguments, "--image-size", "65")
+    assert wrong.returncode == 2 and "reads images of 128x128, 64x64, 160x96 pixels, not 65x65" in wrong.stderr
 
 
 def test_the_reference_may_be_a_bundle_without_torch_installed(tiny: Exported) -> None:

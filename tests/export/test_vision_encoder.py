@@ -69,7 +69,10 @@ def test_windows_are_sorted_while_heads_are_split(tower: Any) -> None:
         assert_close(found, attention(states.unflatten(1, (side, side))).reshape(states.shape))
 
 
-@pytest.mark.parametrize("form", ["ChannelAttention", "DirectChannelAttention"])
+@pytest.mark.parametrize(
+    "form",
+    ["ChannelAttention", "DirectChannelAttention", "SharedChannelAttention", "SharedDirectChannelAttention"],
+)
 @torch.inference_mode()
 def test_channel_attention_in_either_form(tower: Any, form: str) -> None:
     for _, _, channel, side in stages(tower):

@@ -203,7 +203,7 @@ class FakeDecoder:
 
     def __init__(self, **on: Callable[..., None]) -> None:
         self.on = on
-        self.batch_size = self.text_length = 0
+        self.batch_size = self.encoder_length = 0
         self.used: dict[int, SlotTable] = {}
         self.log: list[Any] = []
 
@@ -212,18 +212,18 @@ class FakeDecoder:
         if name in self.on:
             self.on[name](*arguments)
 
-    def padded_length(self, num_tokens: int) -> int:
-        return 16 if num_tokens <= 16 else 64
+    def padded_length(self, prompt_ids: Any, features: object) -> int:
+        return 16 if len(prompt_ids) <= 16 else 64
 
-    def allocate(self, batch_size: int, text_length: int) -> None:
-        if (batch_size, text_length) == (self.batch_size, self.text_length):
+    def allocate(self, batch_size: int, encoder_length: int) -> None:
+        if (batch_size, encoder_length) == (self.batch_size, self.encoder_length):
             return
-        self._call("allocate", batch_size, text_length)
-        self.batch_size, self.text_length = batch_size, text_length
+        self._call("allocate", batch_size, encoder_length)
+        self.batch_size, self.encoder_length = batch_size, encoder_length
 
     def release(self) -> None:
         assert not self.used
-        self.batch_size = self.text_length = 0
+        self.batch_size = self.encoder_length = 0
 
     def grow_batch(self, batch_size: int) -> None:
         self._call("grow_batch", batch_size)
@@ -231,7 +231,7 @@ class FakeDecoder:
 
     def add(self, prompt_ids: Any, features: object) -> int:
         assert len(self.used) < self.batch_size
-        assert len(prompt_ids) <= self.text_length
+        assert len(prompt_ids) <= self.encoder_length
         batch_index = min(set(range(self.batch_size)) - set(self.used))
         self._call("add", batch_index)
         self.used[batch_index] = SlotTable(64, 100)

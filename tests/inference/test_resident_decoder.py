@@ -14,7 +14,8 @@ from florence_onnx.inference.decoder_call import ResidentSizes
 from florence_onnx.inference.resident_decoder import ResidentDecoder
 from florence_onnx.runtime.engine import OnnxEngine
 
-TEXT_LENGTH = 16
+NUM_IMAGE_TOKENS = 65
+ENCODER_LENGTH = NUM_IMAGE_TOKENS + 16
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +103,14 @@ class Prompts:
 
 
 def test_prompts_join_branch_and_leave(model: Florence2, decoder: ResidentDecoder) -> None:
-    decoder.allocate(4, TEXT_LENGTH)
+    decoder.allocate(4, ENCODER_LENGTH)
     prompts = Prompts(model, decoder)
     first, second = prompts.add(), prompts.add(5)
     prompts.step({first: 2, second: 2})
     prompts.branch(first, 3)
     prompts.step({first: 1, second: 4})
     prompts.keep(second, 4)
-    third = prompts.add(TEXT_LENGTH)
+    third = prompts.add(ENCODER_LENGTH - NUM_IMAGE_TOKENS)
     prompts.step({first: 1, second: 1, third: 2})
     prompts.remove(first)
     fourth, fifth = prompts.add(1), prompts.add()
@@ -122,7 +123,7 @@ def test_prompts_join_branch_and_leave(model: Florence2, decoder: ResidentDecode
 
 
 def test_caches_grow_and_free_slots_are_reused(model: Florence2, decoder: ResidentDecoder) -> None:
-    decoder.allocate(2, TEXT_LENGTH)
+    decoder.allocate(2, ENCODER_LENGTH)
     prompts = Prompts(model, decoder, seed=1)
     batch_index, other = prompts.add(), prompts.add()
     prompts.step({batch_index: 2, other: 2})
@@ -140,7 +141,7 @@ def test_caches_grow_and_free_slots_are_reused(model: Florence2, decoder: Reside
 
 
 def test_the_batch_grows_beside_prompts_in_flight(model: Florence2, decoder: ResidentDecoder) -> None:
-    decoder.allocate(1, TEXT_LENGTH)
+    decoder.allocate(1, ENCODER_LENGTH)
     prompts = Prompts(model, decoder, seed=2)
     first = prompts.add()
     prompts.step({first: 2})
@@ -154,12 +155,14 @@ def test_the_batch_grows_beside_prompts_in_flight(model: Florence2, decoder: Res
 
 def test_prompts_of_other_lengths(model: Florence2, decoder: ResidentDecoder) -> None:
     """A prompt that fills the encoder, after short ones have left."""
-    decoder.allocate(1, TEXT_LENGTH)
+    decoder.allocate(1, ENCODER_LENGTH)
     prompts = Prompts(model, decoder, seed=3)
     prompts.remove(prompts.add())
-    room = model._bundle.sizes.max_positions - model._bundle.sizes.num_image_tokens
-    assert decoder.padded_length(room) == room
-    decoder.allocate(2, room)
+    sizes = model._bundle.sizes
+    room = sizes.max_positions - sizes.num_image_tokens
+    features: Any = np.zeros((sizes.num_image_tokens, sizes.width))
+    assert decoder.padded_length(np.zeros(room, dtype=np.int64), features) == sizes.max_positions
+    decoder.allocate(2, sizes.max_positions)
     batch_index = prompts.add(room)
     prompts.add(2)
     prompts.step({batch_index: 2, 1 - batch_index: 1})
@@ -167,7 +170,7 @@ def test_prompts_of_other_lengths(model: Florence2, decoder: ResidentDecoder) ->
 
 def test_top_k_tokens_are_those_of_the_logits(model: Florence2) -> None:
     decoder = new_decoder(model)
-    decoder.allocate(2, TEXT_LENGTH)
+    decoder.allocate(2, ENCODER_LENGTH)
     prompts = Prompts(model, decoder, seed=4)
     batch_indices = [prompts.add(), prompts.add()]
     prompts.step(dict.fromkeys(batch_indices, 2))
@@ -188,7 +191,7 @@ def test_top_k_tokens_are_those_of_the_logits(model: Florence2) -> None:
 def test_a_batch_that_cannot_grow_goes_on_unchanged(model: Florence2, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without memory for a larger batch, the prompts in flight go on as before."""
     decoder = new_decoder(model)
-    decoder.allocate(1, TEXT_LENGTH)
+    decoder.allocate(1, ENCODER_LENGTH)
     prompts = Prompts(model, decoder, seed=5)
     batch_index = prompts.add()
     prompts.step({batch_index: 2})
