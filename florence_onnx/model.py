@@ -861,7 +861,8 @@ class Florence2:
         )
         if sequence.scores is None:
             return prediction
-        return with_scores(prediction, sequence.scores, self._tokenizer.decode, self._tokenizer.location_ids)
+        tokenizer = self._tokenizer
+        return with_scores(prediction, sequence.scores, tokenizer.decode, tokenizer.token_text, tokenizer.location_ids)
 
     def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
         config = self._bundle.generation.resolve(options)

@@ -217,6 +217,7 @@ def with_scores(
     prediction: Prediction[Any],
     scores: TokenScores,
     decode: Callable[[Sequence[int]], str],
+    token_text: Callable[[int], str],
     location_ids: range | None,
 ) -> Prediction[Any]:
     """Adds the scores of the tokens to a prediction, and those of what was made of them.
@@ -225,6 +226,7 @@ def with_scores(
         prediction: Without scores.
         scores: Of its `token_ids`.
         decode: Turns token ids into text.
+        token_text: Turns a single one into text.
         location_ids: Ids of `<loc_0>` to `<loc_999>`; None where the vocabulary has none.
     """
     from florence_onnx.answers import scoring
@@ -232,7 +234,7 @@ def with_scores(
     locations = location_ids or range(0)
     columns = zip(prediction.token_ids, scores.log_probs, scores.near, strict=True)
     tokens = [
-        scoring.ScoredToken(token, decode([token]), log_prob, near, token in locations, index < scores.num_given)
+        scoring.ScoredToken(token, token_text(token), log_prob, near, token in locations, index < scores.num_given)
         for index, (token, log_prob, near) in enumerate(columns)
     ]
     is_text = isinstance(prediction.results, str)

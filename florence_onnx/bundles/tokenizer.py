@@ -39,6 +39,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._pad_token_id = pad_token_id
+        self._texts: dict[int, str] = {}
         self.image_token_id: int | None = self._tokenizer.token_to_id("<image>")
         """What stands for image tokens in transformers' `input_ids`; None in Microsoft's layout, which has no such token."""
 
@@ -80,6 +81,12 @@ class PromptTokenizer:
         """Encodes text without `<s>` and `</s>`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def token_text(self, token_id: int) -> str:
+        """What a token decodes to by itself."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self.decode([token_id])
+        return self._texts[token_id]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Decodes a generated sequence, with its special tokens (location tokens among them) unless they are to be skipped.

@@ -63,7 +63,9 @@ class WholeDistribution:
         return float(self._changed.get(token, self._logits[token])) - self._log_sum
 
     def probability(self, first: int, last: int) -> float:
-        return sum(math.exp(self.log_prob(token)) for token in range(first, last + 1))
+        if self._changed:
+            return sum(math.exp(self.log_prob(token)) for token in range(first, last + 1))
+        return float(np.exp(self._logits[first : last + 1] - np.float32(self._log_sum)).sum())
 
 
 class ListedDistribution:
