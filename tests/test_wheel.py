@@ -96,9 +96,13 @@ SERVING = """
 import signal, subprocess, sys, time, urllib.request
 command = [sys.executable, "-m", "florence_onnx", "serve", "--port", "0"]
 server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+said = []
 for line in server.stderr:
+    said.append(line)
     if "listening on" in line:
         break
+else:
+    raise AssertionError("".join(said))
 base = line[line.index("http://"):].split('"')[0]
 assert b"app.js" in urllib.request.urlopen(base).read()
 assert b"florence_queue_depth" in urllib.request.urlopen(base + "/metrics").read()

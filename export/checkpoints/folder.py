@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from florence_onnx.bundles.hub import connection_errors
 from florence_onnx.errors import CheckpointError
 
 from .model_card import MODEL_CARD
@@ -70,7 +71,7 @@ def _download(repo_id: str, revision: str | None, *, with_weights: bool) -> Path
         if has_weights(folder, SAFETENSORS) or (folder / "adapter_model.safetensors").is_file():
             return folder
         return fetch(*_PICKLED_PATTERNS)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, *connection_errors(), ValueError) as error:
         raise CheckpointError(_download_advice(repo_id, revision, error)) from error
 
 

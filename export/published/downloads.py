@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from florence_onnx.bundles.hub import default_cache
+from florence_onnx.bundles.hub import connection_errors, default_cache
 
 from ..checkpoints.folder import patterns
 
@@ -51,7 +51,7 @@ def make_plan(checkpoint: str, revision: str | None) -> Plan:
     try:
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         info = api.model_info(checkpoint, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, *connection_errors(), ValueError) as error:
         return Plan(checkpoint, is_cached=is_cached, problem=" ".join(str(error).split())[:120])
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or ()}
     wanted = patterns(sizes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from florence_onnx.bundles.bundle import sha256
+from florence_onnx.bundles.hub import connection_errors
 from florence_onnx.errors import ImageDownloadError, ImageError, ImageNotFoundError
 from florence_onnx.images import decoding
 from florence_onnx.images.download import download
@@ -88,7 +89,7 @@ def _fetch_from_hub(repository: str, path: str, downloads: Path) -> Path:
         return Path(
             hf_hub_download(repository, path, repo_type="dataset", local_dir=downloads / repository, endpoint=endpoint)
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, *connection_errors()) as error:
         raise ImageDownloadError(f"cannot download {path} of the data set {repository}: {_line(error)}") from error
 
 

@@ -279,7 +279,7 @@ def _errors(repository: str) -> Iterator[None]:
     except FlorenceError:
         raise
     # the client raises RuntimeError for a file that it could not upload
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HfHubHTTPError, *hub.connection_errors(), RuntimeError, ValueError) as error:
         status = hub.status_of(error)
         if status in hub.REFUSALS:
             raise HubAccessError(

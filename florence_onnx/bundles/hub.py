@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -215,7 +216,7 @@ def download(repository: str, revision: str | None, fetch: Callable[[], T], lack
         raise BundleNotFoundError(
             f"no hub repository {repository!r}; if it is private, log in with: hf auth login"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, *connection_errors()) as error:
         if status_of(error) in REFUSALS:
             raise HubAccessError(
                 f"the hub refuses the token for {repository}: log in with hf auth login, or set HF_TOKEN ({error})"
@@ -225,6 +226,15 @@ def download(repository: str, revision: str | None, fetch: Callable[[], T], lack
             f"{repository!r} {found} and the hub could not be reached ({error}); "
             "download it on a machine with a network and pass its directory"
         ) from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where it reaches no hub: an OSError, since version 1 one of its HTTP library.
+
+    That library is httpx, under one of two names; whichever the client uses is imported by then.
+    """
+    libraries = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return (OSError, *(library.HTTPError for library in libraries if library is not None))
 
 
 REFUSALS = (401, 403)
