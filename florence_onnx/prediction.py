@@ -191,7 +191,8 @@ class Prediction(Generic[R]):
         from florence_onnx.answers.reference_dict import reference_dict
 
         with_polygons = self.task.parser is description_with_bboxes_or_polygons
-        with_scores = self.task in (OBJECT_DETECTION, DENSE_REGION_CAPTION)
+        has_scores = self.token_logprobs is not None
+        with_scores = has_scores and self.task in (OBJECT_DETECTION, DENSE_REGION_CAPTION)
         return {
             self.task.token: reference_dict(
                 self.results, with_polygons=with_polygons, integers=integers, with_scores=with_scores

@@ -32,7 +32,7 @@ class StateFolder:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         """The folder."""
         self._lock = FileLock(self.path / _LOCK)
-        self._lock.acquire(blocking=False)
+        self._lock.acquire(timeout=0)
 
     def restore(self) -> None:
         """Creates the folder again if something has deleted it, as cleaners of temporary files do."""
@@ -40,7 +40,7 @@ class StateFolder:
             return
         self.path.mkdir(mode=0o700, exist_ok=True)
         self._lock.release(force=True)
-        self._lock.acquire(blocking=False)
+        self._lock.acquire(timeout=0)
 
     def close(self) -> None:
         """Deletes the folder."""
@@ -65,7 +65,7 @@ def _is_dead(folder: Path) -> bool:
     if not lock.exists():
         return time.time() - folder.stat().st_mtime > _YOUNG_SECONDS
     try:
-        with FileLock(lock, blocking=False):
+        with FileLock(lock).acquire(timeout=0):
             return True
     except Timeout:
         return False
