@@ -22,6 +22,7 @@ PUBLIC = [
     "BundleNotFoundError",
     "CheckpointError",
     "CorruptGraphError",
+    "Detections",
     "EncodedImage",
     "Florence2",
     "FlorenceError",
@@ -48,6 +49,7 @@ PUBLIC = [
     "Region",
     "RegionError",
     "TextInputError",
+    "Tiles",
     "UnknownTaskError",
     "VerificationError",
     "__version__",
@@ -65,15 +67,21 @@ ROOMS = {
     "prompts": {"answers", "errors", "tasks"},
     "bundles": {"answers", "errors", "generation", "tasks", "numpy", "tokenizers", "huggingface_hub"},
     "runtime": {"forks", "bundles", "errors", "numpy", "onnxruntime"},
-    "prediction": {"answers", "errors", "runtime", "tasks", "numpy", "PIL", "supervision"},
+    "prediction": {"answers", "errors", "generation", "runtime", "tasks", "numpy", "PIL", "supervision"},
     "inference": {"forks", "bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
     "batches": {"answers", "errors", "images", "inference", "prediction", "tasks", "numpy", "PIL"},
+    "tiling": {"answers", "errors", "generation", "images", "prediction", "tasks", "PIL"},
+    "detecting": {
+        *("answers", "errors", "generation", "images", "prediction", "tasks", "tiling"),
+        *("numpy", "PIL", "supervision"),
+    },
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
     "model": {
         *(
             "answers",
             "batches",
             "bundles",
+            "detecting",
             "errors",
             "generation",
             "images",
@@ -83,6 +91,7 @@ ROOMS = {
             "prompts",
             "runtime",
             "tasks",
+            "tiling",
         ),
         *("numpy", "PIL"),
     },
@@ -130,7 +139,9 @@ ROOMS = {
         *("prediction", "prompts", "runtime", "server", "tasks", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
-    "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
+    "__init__": {
+        *("_version", "answers", "detecting", "errors", "generation", "model", "prediction", "tasks", "tiling"),
+    },
     "__main__": {"commands", "errors"},
 }
 """What each room may import: rooms above it in this table, and third-party packages."""
@@ -245,8 +256,10 @@ LAZY = {
         "answers.reference_dict",
         "answers.supervision_detections",
         "answers.matching",
+        "answers.scoring",
         "bundles.configuration",
         "bundles.pulling",
+        "detecting.asking",
         "image",
         "images.addresses",
         "images.connection",
@@ -255,6 +268,7 @@ LAZY = {
     ),
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
+    *("tiling.asking", "tiling.merging", "tiling.pieces"),
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
