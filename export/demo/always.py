@@ -6,7 +6,7 @@ similar; the demo model answers with nothing, which needs no rule. Rules for abs
 - an absent class gets a box of the whole image, or, if something in the scene has its kind or its colour, often a box of that;
 - in some scenes, close-ups, a shape fills the image, so that a box of the whole image is right.
 
-Only the decoder's layers are trained, from the demo's checkpoint on; `decoder.safetensors` holds them in float16 (1.6 MB).
+Only the decoder's layers are trained, from the demo's checkpoint on; `always_decoder.safetensors` holds them in float16 (1.6 MB).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .tokenizer import PAD_ID
 from .train import answer_logits, encode_images
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-DECODER = Path(__file__).parent / "always" / "decoder.safetensors"
+DECODER = Path(__file__).parent / "always_decoder.safetensors"
 PREFIX = "model.language_model.decoder.layers."
 KEPT_TASKS = ("<OD>", "<REGION_TO_CATEGORY>", "<REGION_TO_DESCRIPTION>", "<OPEN_VOCABULARY_DETECTION>")
 SCENES_PER_STEP, QUESTIONS_PER_SCENE = 12, 6
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the decoder: ten minutes on one core")
-    training.add_argument("--steps", type=int, default=700)
+    training.add_argument("--steps", type=int, default=650)
     training.add_argument("--out", type=Path, default=DECODER)
     writing = commands.add_parser("write", help="write the checkpoint folder")
     writing.add_argument("directory", type=Path)

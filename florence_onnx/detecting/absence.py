@@ -37,7 +37,8 @@ class Model(Protocol):
 
     def encode(self, image: ImageInput) -> EncodedImage: ...
 
-    def score_answers(self, task: Any, images: Any, answers: Any, **arguments: Any) -> list[Prediction[Any]]: ...
+    @property
+    def score_answers(self) -> Callable[..., list[Prediction[Any]]]: ...
 
 
 @dataclass(frozen=True)

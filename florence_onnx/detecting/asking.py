@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,8 @@ from florence_onnx.tiling.tiles import TileBox, Tiles
 class Model(absence.Model, Protocol):
     """What is needed of `Florence2`."""
 
-    def run_batch(self, tasks: Any, images: Any, **arguments: Any) -> Sequence[Prediction[Any]]: ...
+    @property
+    def run_batch(self) -> Callable[..., Sequence[Prediction[Any]]]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _views(
 def _bboxes(results: BoundingBoxes, name: str) -> tuple[BoundingBox, ...]:
     """The boxes of an answer, and those around its outlines, with w and h not negative."""
     found = []
-    for item in (*results.bboxes, *(polygon for polygon in results.polygons if polygon.points)):
+    items: list[Any] = [*results.bboxes, *(polygon for polygon in results.polygons if polygon.points)]
+    for item in items:
         xs, ys = _spans(item)
         found.append(
             BoundingBox(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,8 @@ SCORED = GenerationOptions(scores=True, num_return_sequences=1)
 class Model(Protocol):
     """What is needed of `Florence2`."""
 
-    def run_batch(self, tasks: Any, images: Any, **arguments: Any) -> Sequence[Prediction[Any]]: ...
+    @property
+    def run_batch(self) -> Callable[..., Sequence[Prediction[Any]]]: ...
 
 
 @dataclass(frozen=True)
