@@ -30,6 +30,8 @@ from florence_onnx.tiling.tiles import TileBox, Tiles
 
 IOU = 0.5
 """Intersection over union above which two pieces are the same thing."""
+SAME_PLACE = 0.7
+"""As `IOU`, for pieces of different tiles with different labels."""
 COVERED = 0.6
 """Share of a cut piece's area above which it is part of a complete one."""
 ALIGNED = 0.5
@@ -84,7 +86,9 @@ def _is_same(piece: Piece, other: Piece) -> bool:
 
 
 def _is_part_of(piece: Piece, other: Piece) -> bool:
-    return _is_same(piece, other) and intersection(piece.box, other.box) > COVERED * piece.area
+    """Whether a cut piece shows what a complete one shows too. Lines of text never contain one another."""
+    area = min(piece.area, other.area) if _is_text(piece) else piece.area
+    return _is_same(piece, other) and intersection(piece.box, other.box) > COVERED * area
 
 
 def _joined(parts: Sequence[Piece]) -> list[Piece]:
@@ -162,15 +166,19 @@ def suppress(pieces: Sequence[Piece], iou: float = IOU) -> list[Piece]:
     """
     kept: list[Piece] = []
     for piece in sorted(pieces, key=lambda each: (bool(each.cut), each.is_whole, -each.score)):
-        if not any(_is_same(piece, other) and _is_on(piece, other, iou) for other in kept):
+        if not any(_is_on(piece, other, iou) for other in kept):
             kept.append(piece)
     return sorted(kept, key=lambda each: -each.score)
 
 
 def _is_on(piece: Piece, other: Piece, iou: float) -> bool:
-    if piece.cut or piece.is_whole or _is_text(piece):
-        return box_iou(piece.box, other.box) > iou or intersection(piece.box, other.box) > COVERED * piece.area > 0
-    return box_iou(piece.box, other.box) > iou
+    """Whether two pieces are the same thing."""
+    share = box_iou(piece.box, other.box)
+    # two tiles may name a thing differently; a single tile that gives a place two names means both
+    if piece.tile != other.tile and share > (iou if piece.cut else SAME_PLACE):
+        return True
+    is_part = (piece.cut or piece.is_whole or _is_text(piece)) and _is_part_of(piece, other)
+    return _is_same(piece, other) and (is_part or share > iou)
 
 
 def in_reading_order(pieces: Sequence[Piece]) -> list[Piece]:
