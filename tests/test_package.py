@@ -128,6 +128,7 @@ ROOMS = {
             "answers",
             "bench_fal",
             "bundles",
+            "detecting",
             "errors",
             "fal",
             "generation",
@@ -136,7 +137,7 @@ ROOMS = {
             "mcp_server",
             "model",
         ),
-        *("prediction", "prompts", "runtime", "server", "tasks", "huggingface_hub", "rich", "typer"),
+        *("prediction", "prompts", "runtime", "server", "tasks", "tiling", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
     "__init__": {
