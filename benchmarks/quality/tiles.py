@@ -10,6 +10,9 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
 
 from benchmarks.quality.answers_file import write_part
 from export.demo.sheets import PixelBox, make_sheet
@@ -21,7 +24,7 @@ SEED = 20261202
 SIZE = 3000
 GREEDY = GenerationOptions(num_beams=1)
 Labelled = Sequence[tuple[str, PixelBox]]
-TASKS = (tasks.OBJECT_DETECTION, tasks.OCR_WITH_REGION)
+TASKS: tuple[tasks.Task[Any], ...] = (tasks.OBJECT_DETECTION, tasks.OCR_WITH_REGION)
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ def count(found: Labelled, true: Labelled, seconds: float = 0.0) -> Counts:
     return Counts(len(true), len(found), len(hits), sum(max(0, number - 1) for number in on_things), seconds)
 
 
-def ask(model: Florence2, image: object, task: tasks.Task[object], tiles: Tiles | None, true: Labelled) -> Counts:
+def ask(model: Florence2, image: Image, task: tasks.Task[Any], tiles: Tiles | None, true: Labelled) -> Counts:
     """Runs a task on a sheet and counts."""
     start = time.perf_counter()
-    results = model.run(task, image, tiles=tiles, options=GREEDY).results  # type: ignore[call-overload]
+    results = model.run(task, image, tiles=tiles, options=GREEDY).results
     seconds = time.perf_counter() - start
     items = results.bboxes if task is tasks.OBJECT_DETECTION else results.quad_boxes
     return count([(item.label, (item.x, item.y, item.x + item.w, item.y + item.h)) for item in items], true, seconds)

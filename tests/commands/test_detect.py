@@ -33,7 +33,8 @@ def test_json_has_what_python_has(tmp_path: Path) -> None:
         found = model.detect(image, ["circle", "square"], options=GenerationOptions(num_beams=1)).to_dict()
         assert line["image"] == image and line["results"]["square"] == []
         assert [box["x"] for box in line["results"]["circle"]] == [box["x"] for box in found["results"]["circle"]]
-        assert line["presence"] == pytest.approx(found["presence"], rel=1e-3)
+        assert line["presence"]["square"] is None
+        assert line["presence"]["circle"] == pytest.approx(found["presence"]["circle"], rel=1e-3)
     assert "no such image" in lines[2]["error"]
     with Image.open(tmp_path / "scene-1.open-vocabulary-detection.png") as drawn, Image.open(SCENES[0]) as image:
         assert drawn.size == image.size
