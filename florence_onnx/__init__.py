@@ -13,6 +13,7 @@ from florence_onnx.answers.results import (
     Polygon,
     PolygonOutput,
 )
+from florence_onnx.detecting.detections import Detections
 from florence_onnx.errors import (
     BundleError,
     BundleFileMissingError,
@@ -41,6 +42,7 @@ from florence_onnx.errors import (
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.tiling.tiles import Tiles
 
 __all__ = [
     "BoundingBox",
@@ -51,6 +53,7 @@ __all__ = [
     "BundleNotFoundError",
     "CheckpointError",
     "CorruptGraphError",
+    "Detections",
     "DeviceMemoryError",
     "EncodedImage",
     "Florence2",
@@ -77,6 +80,7 @@ __all__ = [
     "Region",
     "RegionError",
     "TextInputError",
+    "Tiles",
     "UnknownTaskError",
     "VerificationError",
     "__version__",

@@ -22,6 +22,7 @@ PUBLIC = [
     "BundleNotFoundError",
     "CheckpointError",
     "CorruptGraphError",
+    "Detections",
     "EncodedImage",
     "Florence2",
     "FlorenceError",
@@ -48,6 +49,7 @@ PUBLIC = [
     "Region",
     "RegionError",
     "TextInputError",
+    "Tiles",
     "UnknownTaskError",
     "VerificationError",
     "__version__",
@@ -69,12 +71,18 @@ ROOMS = {
     "inference": {"forks", "bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
     "batches": {"answers", "errors", "generation", "images", "inference", "prediction", "tasks", "numpy", "PIL"},
     "placing": {"answers", "batches", "bundles", "errors", "images", "inference", "prediction", "tasks"},
+    "tiling": {"answers", "errors", "generation", "images", "prediction", "tasks", "PIL"},
+    "detecting": {
+        *("answers", "errors", "generation", "images", "prediction", "tasks", "tiling"),
+        *("numpy", "PIL", "supervision"),
+    },
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
     "model": {
         *(
             "answers",
             "batches",
             "bundles",
+            "detecting",
             "errors",
             "generation",
             "images",
@@ -85,6 +93,7 @@ ROOMS = {
             "prompts",
             "runtime",
             "tasks",
+            "tiling",
         ),
         *("numpy", "PIL"),
     },
@@ -121,6 +130,7 @@ ROOMS = {
             "answers",
             "bench_fal",
             "bundles",
+            "detecting",
             "errors",
             "fal",
             "generation",
@@ -129,10 +139,12 @@ ROOMS = {
             "mcp_server",
             "model",
         ),
-        *("prediction", "prompts", "runtime", "server", "tasks", "huggingface_hub", "rich", "typer"),
+        *("prediction", "prompts", "runtime", "server", "tasks", "tiling", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
-    "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
+    "__init__": {
+        *("_version", "answers", "detecting", "errors", "generation", "model", "prediction", "tasks", "tiling"),
+    },
     "__main__": {"commands", "errors"},
 }
 """What each room may import: rooms above it in this table, and third-party packages."""
@@ -250,6 +262,7 @@ LAZY = {
         "answers.scoring",
         "bundles.configuration",
         "bundles.pulling",
+        "detecting.asking",
         "image",
         "images.addresses",
         "images.connection",
@@ -260,6 +273,7 @@ LAZY = {
     ),
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
+    *("tiling.asking", "tiling.merging", "tiling.pieces"),
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 

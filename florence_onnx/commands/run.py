@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
+from florence_onnx import Florence2, GenerationOptions, Prediction, Region, Tiles, tasks
 from florence_onnx.answers.postprocess import PARSERS
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 from florence_onnx.bundles import hub
@@ -27,10 +27,12 @@ from florence_onnx.commands.arguments import (
     ImageSizeOption,
     ModelOption,
     PrecisionOption,
+    TilesOption,
     exit_on_error,
     parse_assignments,
     parse_region,
     parse_size,
+    parse_tiles,
 )
 from florence_onnx.commands.captions import CaptionFiles, check_options
 from florence_onnx.commands.image_list import expand
@@ -72,6 +74,7 @@ def run(
             metavar="X1,Y1,X2,Y2",
         ),
     ] = None,
+    tiles: TilesOption = None,
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
@@ -114,8 +117,8 @@ def run(
         if parser is not None and prompt is None:
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
-        chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
-        request = _Request(chosen, text, parse_region(region), options, min_score)
+        chosen = find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
+        request = _Request(chosen, text, parse_region(region), options, min_score, parse_tiles(tiles))
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -145,7 +148,7 @@ def _read_images(task: str, images: list[str] | None, *, has_task: bool) -> list
     return found
 
 
-def _find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
+def find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
     """A task of Florence-2 or of the model's bundle, whose graphs are not loaded for it.
 
     Raises:
@@ -166,9 +169,12 @@ class _Request:
     region: Region | None
     options: GenerationOptions
     min_score: float | None = None
+    tiles: Tiles | None = None
 
     def run(self, model: Florence2, image: str) -> Prediction[Any]:
-        found = model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+        found = model.run(
+            self.task, image, text_input=self.text, region=self.region, tiles=self.tiles, options=self.options
+        )
         return found if self.min_score is None else found.above(self.min_score)
 
 
@@ -182,7 +188,7 @@ def _run_all(
 ) -> int:
     """Runs the request on all images; returns the number of images that could not be read."""
     num_failed = 0
-    for image in _with_progress(images):
+    for image in with_progress(images):
         try:
             prediction = request.run(model, image)
         except ImageError as error:
@@ -197,7 +203,8 @@ def _run_all(
     return num_failed
 
 
-def _with_progress(images: Sequence[str]) -> Iterator[str]:
+def with_progress(images: Sequence[str]) -> Iterator[str]:
+    """The images, with a bar on standard error while they are worked on, if that is a terminal."""
     console = Console(stderr=True)
     if len(images) < 2 or not console.is_terminal:
         yield from images
@@ -257,15 +264,16 @@ class _TextReport:
 
 def _describe(results: object) -> list[str]:
     if isinstance(results, BoundingBoxes):
-        return [*_describe_boxes(results.bboxes), *map(_describe_polygon, results.polygons)] or ["nothing found"]
+        return [*describe_boxes(results.bboxes), *map(_describe_polygon, results.polygons)] or ["nothing found"]
     if isinstance(results, OCRBoundingBox):
-        return _describe_boxes(results.quad_boxes) or ["no text found"]
+        return describe_boxes(results.quad_boxes) or ["no text found"]
     if isinstance(results, PolygonOutput):
         return [_describe_polygon(polygon) for polygon in results.polygons] or ["nothing found"]
     return str(results).splitlines() or [""]
 
 
-def _describe_boxes(boxes: Sequence[Any]) -> list[str]:
+def describe_boxes(boxes: Sequence[Any]) -> list[str]:
+    """A line for each box or quad, in columns."""
     width = max((len(box.label) for box in boxes), default=0)
     return [
         f"{box.label:{width}}  x {box.x:7.1f}  y {box.y:7.1f}  w {box.w:7.1f}  h {box.h:7.1f}{_score(box)}".lstrip()
