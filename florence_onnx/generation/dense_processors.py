@@ -37,6 +37,7 @@ class DenseProcessors:
         self._processors: list[Processor] = []
         add = self._processors.append
         self._of_first_beam: Processor | None = None
+        self._allowed: Ids | None = None
         if config.sequence_bias:
             add(sequence_bias(config.sequence_bias))
         if config.encoder_repetition_penalty != 1:
@@ -60,7 +61,9 @@ class DenseProcessors:
         if config.renormalize_logits:
             add(lambda tokens, scores: log_softmax(scores))
 
-    def __call__(self, tokens: Sequence[int], scores: Floats, *, beam: int = 0) -> Floats:
+    def __call__(
+        self, tokens: Sequence[int], scores: Floats, *, beam: int = 0, allowed: Ids | None = None
+    ) -> Floats:
         """The scores of what may follow a row.
 
         Args:
@@ -68,11 +71,15 @@ class DenseProcessors:
             scores: `(V,)`, overwritten: logits, or log-probabilities in beam search.
             beam: Index of the row among the beams of its prompt. transformers 4.57 applies `encoder_repetition_penalty` to the
                 first beam only (it does not repeat the prompt for the others), and so do we.
+            allowed: The only tokens that may follow unless one is forced, increasing; None for any.
         """
+        is_limited = allowed is not None and not self.is_forced(len(tokens))
+        own = scores[allowed] if is_limited else None
+        self._allowed = allowed if is_limited else None
         for process in self._processors:
             if beam == 0 or process is not self._of_first_beam:
                 scores = process(tokens, scores)
-        return scores
+        return scores if own is None or allowed is None else _limited(scores, allowed, own)
 
     def is_forced(self, length: int) -> bool:
         """Whether what follows a row of `length` tokens is forced."""
@@ -84,11 +91,32 @@ class DenseProcessors:
             scores[list(forced)] = 0
         elif banned := self._bans.banned_before_forcing(tokens):
             scores[banned] = _MINUS_INFINITY
-        return scores
+        return scores if self._allowed is None else keep_only(scores, self._allowed)
 
     def _suppress(self, tokens: Sequence[int], scores: Floats) -> Floats:
         scores[self._bans.suppressed(len(tokens))] = _MINUS_INFINITY
         return scores
+
+
+def keep_only(scores: Floats, allowed: Ids) -> Floats:
+    """Sets all scores but some to minus infinity."""
+    found = np.full_like(scores, _MINUS_INFINITY)
+    found[allowed] = scores[allowed]
+    return found
+
+
+def _limited(scores: Floats, allowed: Ids, own: Floats) -> Floats:
+    """Scores after all processors, of which some may have banned every allowed token or raised another above them.
+
+    Args:
+        scores: `(V,)`.
+        allowed: `(n,)`.
+        own: `(n,)`, the scores of these tokens before all processors.
+    """
+    found = keep_only(scores, allowed)
+    if not np.isfinite(found[allowed]).any():
+        found[allowed] = own
+    return found
 
 
 def _ignoring_tokens(warp: Callable[[Floats], Floats]) -> Processor:
