@@ -39,6 +39,7 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.grammar import Choice, Grammar
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 
@@ -50,12 +51,14 @@ __all__ = [
     "BundleFormatError",
     "BundleNotFoundError",
     "CheckpointError",
+    "Choice",
     "CorruptGraphError",
     "DeviceMemoryError",
     "EncodedImage",
     "Florence2",
     "FlorenceError",
     "GenerationOptions",
+    "Grammar",
     "HubAccessError",
     "HubError",
     "Image",

@@ -45,12 +45,14 @@ from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextI
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
+from florence_onnx.grammar import GrammarCompiler
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.inference import choosing
 from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
-from florence_onnx.prediction import EncodedImage, Prediction, with_scores
+from florence_onnx.prediction import EncodedImage, Prediction, with_choices, with_scores
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
@@ -87,6 +89,7 @@ class Florence2:
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
+        self._grammars = GrammarCompiler(self._tokenizer, bundle.sizes.vocab_size, bundle.tasks)
         self._load_options: LoadOptions | None = None
         if resident is None:
             self._answering: Answering = HostAnswering(bundle.sizes, vision_encoder, text_model)
@@ -297,8 +300,8 @@ class Florence2:
         config = self._resolve(options)
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))])
-        answers = self._answering.answer(
-            images, ids, mask, lambda indices: new_search(len(indices), config, None), raise_error
+        answers = choosing.answer(
+            self._answering, images, ids, mask, config, lambda rows, own: new_search(len(rows), own, None), raise_error
         )
         return [answer[1] for answer in answers if answer is not None]
 
@@ -510,15 +513,17 @@ class Florence2:
         lookup_ids = [self._tokenizer.encode_text(request.formatted_input) for request in requests]
         encoder_ids = self._encoder_ids(input_ids, attention_mask)
 
-        def make_search(rows: Sequence[int]) -> Search:
-            return new_search(len(rows), config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
+        def make_search(rows: Sequence[int], own: SearchConfig) -> Search:
+            return new_search(len(rows), own, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
             failures.add([requests[row].index for row in rows], error)
 
         images = [encodings.find(request.image) for request in requests]
         try:
-            answers = self._answering.answer(images, input_ids, attention_mask, make_search, failed)
+            answers = choosing.answer(
+                self._answering, images, input_ids, attention_mask, config, make_search, failed
+            )
         except ProviderError as error:
             if not failures.are_kept:
                 raise
@@ -566,7 +571,7 @@ class Florence2:
         Raises:
             OptionsError: They are not possible with this model on its device.
         """
-        self._answering.check(self._bundle.generation.resolve(options))
+        self._resolve(options)
 
     def score_tokens(
         self,
@@ -681,12 +686,16 @@ class Florence2:
         prediction = Prediction(
             results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
         )
+        if sequence.choices:
+            prediction = with_choices(prediction, sequence.choices, self._tokenizer.decode)
         if sequence.scores is None:
             return prediction
         return with_scores(prediction, sequence.scores, self._tokenizer.decode, self._tokenizer.location_ids)
 
     def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
         config = self._bundle.generation.resolve(options)
+        if config.constrain is not None:
+            config = replace(config, constrain=self._grammars.compile(config))
         self._answering.check(config)
         return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 

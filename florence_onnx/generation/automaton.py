@@ -79,7 +79,9 @@ class Automaton:
         self._first, self._after_bos = first, after_bos
         self._end_tokens = np.unique(np.array(end_tokens, dtype=np.int64))
         distances = _distances(arcs)
-        self._nodes = {node: _Node(found) for node, found in arcs.items()}
+        # a vocabulary may lack the bytes that would complete a character
+        possible = {node: [arc for arc in found if arc.target in distances] for node, found in arcs.items()}
+        self._nodes = {node: _Node(found) for node, found in possible.items() if found}
         for node in self._nodes.values():
             node.costs = tuple(1 + distances[arc.target] for arc in node.arcs)
         self._distances = distances

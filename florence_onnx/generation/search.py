@@ -28,8 +28,8 @@ class GeneratedSequence:
     """The other answers to the prompt, where `num_return_sequences` asks for some; in beam search best first."""
     scores: TokenScores | None = None
     """Probabilities of the tokens, where the option `scores` asks for them."""
-    choices: tuple[float, ...] = ()
-    """Log-probability of each choice, in their order, where the answer is one of some choices."""
+    choices: tuple[tuple[tuple[int, ...], float], ...] = ()
+    """Of each choice its tokens and its log-probability, end token included, where the answer is one of some choices."""
 
 
 @dataclass(frozen=True)

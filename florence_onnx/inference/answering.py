@@ -30,6 +30,10 @@ Failed = Callable[[Sequence[int], FlorenceError], None]
 class Answering(Protocol):
     """The three graphs of a model behind one interface: images and prompts in, tokens out."""
 
+    @property
+    def max_rows(self) -> int | None:
+        """Most rows of a prompt in one step; None where there is no limit."""
+
     def check(self, config: SearchConfig) -> None:
         """Checks that the graphs can run a search.
 
@@ -75,6 +79,10 @@ class HostAnswering:
         self._sizes = sizes
         self._vision_encoder = vision_encoder
         self._text_model = text_model
+
+    @property
+    def max_rows(self) -> int | None:
+        return None
 
     def check(self, config: SearchConfig) -> None:
         """Accepts every search: the graphs take any number of tokens."""
