@@ -11,10 +11,9 @@ encoded as it stands behind `<s>` or a location token, without a blank in front 
 from __future__ import annotations
 
 import functools
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from florence_onnx.generation.options import SearchConfig
 from florence_onnx.tasks import Task
 from florence_onnx.tasks import get as get_task
 
+T = TypeVar("T")
 Kind = Literal["boxes", "quads", "polygons", "boxes_or_polygons", "text"]
 MAX_LABELS = 10_000
 MAX_LABEL_LENGTH = 1000
@@ -147,6 +147,9 @@ class Choice:
 
     choices: Sequence[str]
     """The texts; a list is kept as a tuple."""
+    has_region: bool = False
+    """Whether the model writes location tokens behind its text, as it does about a region: then a choice's log-probability is that of its
+    tokens followed by the end or by any location. Otherwise it is that of its tokens and the end."""
 
     def __post_init__(self) -> None:
         read = _read_texts(self.choices, "choice")
@@ -161,7 +164,7 @@ def read_constrain(value: Any, own: Mapping[str, Task[Any]]) -> Grammar | Choice
     Args:
         value: A grammar, a choice, a function, or JSON: an object with one field, `boxes`, `quads`, `polygons` or `text` (an object of
             the arguments of `Grammar`'s method of that name), `task` (a slug or token, or an object with `name` and `labels`) or
-            `choices` (a list).
+            `choices` (a list, or an object with `choices` and `has_region`).
         own: The tasks of the bundle by slug.
 
     Raises:
@@ -177,6 +180,8 @@ def read_constrain(value: Any, own: Mapping[str, Task[Any]]) -> Grammar | Choice
         )
     ((name, given),) = value.items()
     if name == "choices":
+        if isinstance(given, Mapping):
+            return _call("choices", Choice, given, {"choices", "has_region"})
         return Choice(given)
     if name == "task":
         chosen = dict(given) if isinstance(given, Mapping) else {"name": given}
@@ -193,9 +198,11 @@ def read_constrain(value: Any, own: Mapping[str, Task[Any]]) -> Grammar | Choice
     return _call(name, makers[name][0], given, makers[name][1])
 
 
-def _call(name: str, make: Callable[..., Grammar], given: Any, known: set[str]) -> Grammar:
-    if not isinstance(given, Mapping) or not set(given) <= known:
-        raise OptionsError(f"constrain: {name} takes an object with {' or '.join(known)} or {{}}, got {given!r:.200}")
+def _call(name: str, make: Callable[..., T], given: Any, known: set[str]) -> T:
+    if not isinstance(given, Mapping) or not set(given) <= known or (name == "choices" and name not in given):
+        raise OptionsError(f"constrain: {name} takes an object with {' and '.join(sorted(known))}, got {given!r:.200}")
+    if not isinstance(given.get("has_region", False), bool):
+        raise OptionsError(f"constrain: has_region must be true or false, got {given['has_region']!r:.200}")
     return make(**given)
 
 
@@ -267,7 +274,8 @@ class GrammarCompiler:
 
     def _compile(self, value: Grammar | Choice, end_tokens: tuple[int, ...]) -> Automaton | Choices:
         if isinstance(value, Choice):
-            return Choices(tuple(self._spell(choice, "choice") for choice in value.choices))
+            closing = self._tokenizer.location_ids or range(0) if value.has_region else range(0)
+            return Choices(tuple(self._spell(choice, "choice") for choice in value.choices), tuple(closing))
         builder = _Builder(self._tokenizer, value, end_tokens, self._text, self._spell)
         return builder.build()
 
@@ -321,38 +329,60 @@ def _after_bytes(state: Utf8, text: bytes) -> Utf8 | None:
     return found
 
 
+Place = Utf8 | bytes
+"""Within a text: the state of its present character, or its bytes so far where those may still become white space alone."""
+_BLANK_CHARACTERS = [chr(code) for code in range(0x80, 0x3001) if chr(code).isspace()]
+_MAYBE_BLANK = {b""} | {
+    character.encode()[:end] for character in _BLANK_CHARACTERS for end in range(1, len(character.encode()))
+}
+
+
 @dataclass(frozen=True)
 class _Text:
     """All tokens of text, by what they do to the character that is being spelled."""
 
-    arcs: Mapping[Utf8, Mapping[Utf8, Ids]]
-    """From a state to the next one."""
-    blank: Ids
-    """Those of white space alone."""
+    arcs: Mapping[Place, Mapping[Place, Ids]]
+    """From a place to the next one; a text starts at `b""` and may end at `_COMPLETE`, which it reaches with its first character that is
+    not white space."""
     barred: Ids
-    """Those with `<` or a line break, which labels must not have."""
+    """Tokens with `<` or a control character, which labels must not have."""
 
     @classmethod
     def read(cls, tokens: Mapping[int, bytes]) -> _Text:
         """Args: tokens, the bytes of each."""
-        found: dict[Utf8, dict[Utf8, list[int]]] = {_COMPLETE: {}}
+        plain = [token for token, text in tokens.items() if text.isascii()]
         odd = {token: text for token, text in tokens.items() if not text.isascii()}
-        found[_COMPLETE][_COMPLETE] = [token for token, text in tokens.items() if text.isascii() and text]
-        waiting = [_COMPLETE]
+        visible = [token for token in plain if tokens[token].decode().strip()]
+        found: dict[Place, dict[Place, list[int]]] = {_COMPLETE: {_COMPLETE: plain}, b"": {_COMPLETE: visible}}
+        waiting: list[Place] = [_COMPLETE, b""]
         while waiting:
-            state = waiting.pop()
+            place = waiting.pop()
             for token, text in odd.items():
-                after = _after_bytes(state, text)
+                after = _after_first(place + text) if isinstance(place, bytes) else _after_bytes(place, text)
                 if after is None:
                     continue
-                found[state].setdefault(after, []).append(token)
+                found[place].setdefault(after, []).append(token)
                 if after not in found:
                     found[after] = {}
                     waiting.append(after)
         arcs = {before: {after: _ids(ids) for after, ids in each.items()} for before, each in found.items()}
-        blank = [token for token, text in tokens.items() if not text.strip(string.whitespace.encode())]
-        barred = [token for token, text in tokens.items() if b"<" in text or b"\n" in text]
-        return cls(arcs, _ids(blank), _ids(barred))
+        return cls(
+            arcs, _ids(token for token, text in tokens.items() if min(text, default=0) < 0x20 or _BARRED & set(text))
+        )
+
+
+_BARRED = {ord("<"), 0x7F}
+
+
+def _after_first(text: bytes) -> Place | None:
+    """The place behind the first bytes of a text; None where no text begins so, or where they are white space alone."""
+    if text in _MAYBE_BLANK:
+        return text
+    state = _after_bytes(_COMPLETE, text)
+    if state is None:
+        return None
+    characters = text.decode(errors="ignore")  # without the one that is not complete
+    return state if characters.strip() or (not characters and state != _COMPLETE) else None
 
 
 def _ids(tokens: Iterable[int]) -> Ids:
@@ -399,7 +429,9 @@ class _Builder:
     def _locations(self) -> range:
         found = self.tokenizer.location_ids
         if found is None:
-            raise OptionsError("constrain: this model's vocabulary has no location tokens <loc_0> to <loc_999> in a row")
+            raise OptionsError(
+                "constrain: this model's vocabulary has no location tokens <loc_0> to <loc_999> in a row"
+            )
         return found
 
     def _mark(self, name: str) -> int:
@@ -438,14 +470,15 @@ class _Builder:
         self._behind.setdefault(behind, []).extend(nodes[label] for label in labels)
 
     def _draw_free_label(self, node: int, behind: int) -> None:
-        nodes = {state: self._node() for state in self.text.arcs}
-        for state, place in nodes.items():
-            for after, ids in self.text.arcs[state].items():
-                self._add_some(place, np.setdiff1d(ids, self.text.barred), nodes[after])
-        barred = np.union1d(self.text.blank, self.text.barred)
-        for after, ids in self.text.arcs[_COMPLETE].items():
-            self._add_some(node, np.setdiff1d(ids, barred), nodes[after])
-        self._behind.setdefault(behind, []).append(nodes[_COMPLETE])
+        self._behind.setdefault(behind, []).append(self._draw_any_text(node, self.text.barred))
+
+    def _draw_any_text(self, node: int, barred: Ids) -> int:
+        """Text without some tokens from a node on; returns the node where it may end."""
+        nodes = {place: node if place == b"" else self._node() for place in self.text.arcs}
+        for place, arcs in self.text.arcs.items():
+            for after, ids in arcs.items():
+                self._add_some(nodes[place], np.setdiff1d(ids, barred), nodes[after])
+        return nodes[_COMPLETE]
 
     def _add_some(self, node: int, ids: Ids, target: int) -> None:
         if len(ids):
@@ -500,14 +533,14 @@ class _Builder:
 
     def _draw_outlines(self, node: int, end: Callable[[int], None]) -> None:
         """Outlines from a node on, with `<sep>` between; `end` adds the arcs that may follow a complete one."""
-        third = self._run(node, 6)
+        complete = self._run(node, 6)
         half = self._node()
-        self._add(third, self._locations, half)
-        self._add(half, self._locations, third)
+        self._add(complete, self._locations, half)
+        self._add(half, self._locations, complete)
         again = self._node()
-        self._add(third, [self._mark("<sep>")], again)
+        self._add(complete, [self._mark("<sep>")], again)
         self._add(again, self._locations, self._first_of(node))
-        end(third)
+        end(complete)
 
     def _first_of(self, node: int) -> int:
         """The node behind the first location token from a node on."""
@@ -527,7 +560,11 @@ class _Builder:
         boxes, outlines = self._node(), self._node()
         for node in (boxes, outlines):
             self._end(node)
-        behind_box, behind_outline, behind = self._draw_label(boxes), self._draw_label(outlines), self._draw_label(start)
+        behind_box, behind_outline, behind = (
+            self._draw_label(boxes),
+            self._draw_label(outlines),
+            self._draw_label(start),
+        )
         self._draw_labelled_boxes(boxes, behind_box)
         self._repeat(outlines, self._draw_marked_outlines(behind_outline))
         for either in (behind_box, behind_outline):
@@ -536,13 +573,7 @@ class _Builder:
             self._share(each)
 
     def _draw_text(self, start: int) -> None:
-        nodes = {state: self._node() for state in self.text.arcs}
-        barred = self.text.barred if self.grammar.has_region else _ids([])
-        for node, state in [(start, _COMPLETE), *((node, state) for state, node in nodes.items())]:
-            skipped = np.union1d(barred, self.text.blank) if node == start else barred
-            for after, ids in self.text.arcs[state].items():
-                self._add_some(node, np.setdiff1d(ids, skipped), nodes[after])
-        whole = nodes[_COMPLETE]
+        whole = self._draw_any_text(start, self.text.barred if self.grammar.has_region else _ids([]))
         self._end(whole)
         if self.grammar.has_region:
             self._end(self._run(whole, 4, is_box=True))

@@ -521,9 +521,7 @@ class Florence2:
 
         images = [encodings.find(request.image) for request in requests]
         try:
-            answers = choosing.answer(
-                self._answering, images, input_ids, attention_mask, config, make_search, failed
-            )
+            answers = choosing.answer(self._answering, images, input_ids, attention_mask, config, make_search, failed)
         except ProviderError as error:
             if not failures.are_kept:
                 raise

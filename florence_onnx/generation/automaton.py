@@ -67,7 +67,9 @@ class _Node:
 class Automaton:
     """A `Constraint`. Where the token limit is near, it allows only what leaves room to reach the end."""
 
-    def __init__(self, arcs: Mapping[int, Sequence[Arc]], *, first: int, after_bos: int, end_tokens: Sequence[int]) -> None:
+    def __init__(
+        self, arcs: Mapping[int, Sequence[Arc]], *, first: int, after_bos: int, end_tokens: Sequence[int]
+    ) -> None:
         """Prepares a graph.
 
         Args:

@@ -15,7 +15,15 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.sampling import draw_without_replacement, new_generator
 from florence_onnx.generation.scores import LogProbs, StepScores, sort_top_k
-from florence_onnx.generation.search import DecodeStep, Floats, GeneratedSequence, Ids, constraint_of, initial_tokens, new_scorer
+from florence_onnx.generation.search import (
+    DecodeStep,
+    Floats,
+    GeneratedSequence,
+    Ids,
+    constraint_of,
+    initial_tokens,
+    new_scorer,
+)
 from florence_onnx.generation.token_scores import TokenDistribution, TokenScores
 
 _UNREACHABLE = np.float32(-1.0e9)

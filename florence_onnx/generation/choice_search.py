@@ -6,6 +6,7 @@ many calls as the longest choice has tokens, and no more rows than there are cho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,12 +28,14 @@ class Choices:
     """Token sequences of which the answer is one, without start and end tokens; different, none empty."""
 
     token_ids: tuple[tuple[int, ...], ...]
+    closing: tuple[int, ...] = ()
+    """Tokens before which a choice is as complete as before an end token, such as the locations of a region."""
 
     def portions(self, max_rows: int | None = None) -> Iterator[Choices]:
         """At most `MOST_ROWS` of them at a time, or `max_rows` where that is less, in order."""
         size = min(MOST_ROWS, max_rows or MOST_ROWS)
         for start in range(0, len(self.token_ids), size):
-            yield Choices(self.token_ids[start : start + size])
+            yield replace(self, token_ids=self.token_ids[start : start + size])
 
     def check(self, room: int, *, has_bos: bool) -> None:
         """Checks that the longest one fits.
@@ -63,7 +66,7 @@ class _Trie:
     """The pass over the choices of one prompt."""
 
     def __init__(self, choices: Choices, config: SearchConfig) -> None:
-        self._choices = choices.token_ids
+        self._choices, self._closing = choices.token_ids, choices.closing
         self._end_tokens = config.end_tokens
         self._given = tuple(initial_tokens(config))
         self._scorer = new_scorer(config)
@@ -106,9 +109,16 @@ class _Trie:
             tokens = self._choices[choice]
             if len(tokens) == path.length:
                 end = max(self._end_tokens, key=distribution.log_prob)
-                self._log_probs[choice] = path.log_prob + distribution.log_prob(end)
+                self._log_probs[choice] = path.log_prob + self._completion(end, distribution)
                 found = path.scores and self._scorer and self._scorer.extend(path.scores, distribution, end)
                 self._answers[choice] = GeneratedSequence((*self._given, *tokens, end), False, scores=found or None)
+
+    def _completion(self, end: int, distribution: WholeDistribution) -> float:
+        """Log-probability that a choice is complete."""
+        if not self._closing:
+            return distribution.log_prob(end)
+        each = [distribution.log_prob(token) for token in (end, *self._closing)]
+        return max(each) + math.log(sum(math.exp(value - max(each)) for value in each))
 
     def result(self) -> GeneratedSequence:
         """See `ChoiceSearch.results`."""

@@ -61,9 +61,7 @@ class DenseProcessors:
         if config.renormalize_logits:
             add(lambda tokens, scores: log_softmax(scores))
 
-    def __call__(
-        self, tokens: Sequence[int], scores: Floats, *, beam: int = 0, allowed: Ids | None = None
-    ) -> Floats:
+    def __call__(self, tokens: Sequence[int], scores: Floats, *, beam: int = 0, allowed: Ids | None = None) -> Floats:
         """The scores of what may follow a row.
 
         Args:
@@ -79,7 +77,8 @@ class DenseProcessors:
         for process in self._processors:
             if beam == 0 or process is not self._of_first_beam:
                 scores = process(tokens, scores)
-        return scores if own is None or allowed is None else _limited(scores, allowed, own)
+        # what comes after the bans may ban as well, or make minus infinity finite
+        return scores if own is None or allowed is None else keep_only(scores, allowed, own)
 
     def is_forced(self, length: int) -> bool:
         """Whether what follows a row of `length` tokens is forced."""
@@ -89,33 +88,28 @@ class DenseProcessors:
         if forced := self._bans.all_forced(len(tokens)):
             scores = np.full_like(scores, _MINUS_INFINITY)
             scores[list(forced)] = 0
-        elif banned := self._bans.banned_before_forcing(tokens):
+            return scores
+        own = None if self._allowed is None else scores[self._allowed]
+        if banned := self._bans.banned_before_forcing(tokens):
             scores[banned] = _MINUS_INFINITY
-        return scores if self._allowed is None else keep_only(scores, self._allowed)
+        return scores if own is None or self._allowed is None else keep_only(scores, self._allowed, own)
 
     def _suppress(self, tokens: Sequence[int], scores: Floats) -> Floats:
         scores[self._bans.suppressed(len(tokens))] = _MINUS_INFINITY
         return scores
 
 
-def keep_only(scores: Floats, allowed: Ids) -> Floats:
-    """Sets all scores but some to minus infinity."""
-    found = np.full_like(scores, _MINUS_INFINITY)
-    found[allowed] = scores[allowed]
-    return found
-
-
-def _limited(scores: Floats, allowed: Ids, own: Floats) -> Floats:
-    """Scores after all processors, of which some may have banned every allowed token or raised another above them.
+def keep_only(scores: Floats, allowed: Ids, own: Floats) -> Floats:
+    """Sets all scores but some to minus infinity.
 
     Args:
         scores: `(V,)`.
-        allowed: `(n,)`.
-        own: `(n,)`, the scores of these tokens before all processors.
+        allowed: `(n,)`, the others.
+        own: `(n,)`, their scores before some processors, which give way where they have banned all of them.
     """
-    found = keep_only(scores, allowed)
-    if not np.isfinite(found[allowed]).any():
-        found[allowed] = own
+    kept = scores[allowed]
+    found = np.full_like(scores, _MINUS_INFINITY)
+    found[allowed] = kept if np.isfinite(kept).any() else own
     return found
 
 

@@ -11,7 +11,15 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.prompt_lookup import PromptLookup
 from florence_onnx.generation.scores import StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, constrained_row, initial_tokens, new_scorer, would_end
+from florence_onnx.generation.search import (
+    DecodeStep,
+    GeneratedSequence,
+    Ids,
+    constrained_row,
+    initial_tokens,
+    new_scorer,
+    would_end,
+)
 
 
 class _Row:

@@ -17,7 +17,14 @@ from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, constrained_row, initial_tokens, new_scorer, would_end
+from florence_onnx.generation.search import (
+    DecodeStep,
+    GeneratedSequence,
+    constrained_row,
+    initial_tokens,
+    new_scorer,
+    would_end,
+)
 
 
 def new_generator(seed: int | None, index: int) -> np.random.Generator:
