@@ -171,8 +171,11 @@ def read_constrain(value: Any, own: Mapping[str, Task[Any]]) -> Grammar | Choice
         OptionsError: It is none of these.
         UnknownTaskError: There is no such task.
     """
-    if isinstance(value, Grammar | Choice) or callable(value):
+    if isinstance(value, Grammar | Choice):
         return value
+    if callable(value):
+        function: Callable[..., Any] = value
+        return function
     if not isinstance(value, Mapping) or len(value) != 1:
         raise OptionsError(
             'constrain must be a Grammar, a Choice, a function, or an object such as {"boxes": {"labels": ["car"]}} or '

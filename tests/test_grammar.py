@@ -71,7 +71,7 @@ def is_well_formed(name: str, text: str) -> bool:
     labels = [piece for piece in re.split(r"<[^<>]+>", body) if piece]
     if grammar.labels and not set(labels) <= set(grammar.labels):
         return False
-    if "box" in form and "<poly>" not in body or "region" in form:
+    if ("box" in form and "<poly>" not in body) or "region" in form:
         bins = [int(number) for number in re.findall(r"<loc_(\d+)>", body)]
         return all(x1 <= x2 and y1 <= y2 for x1, y1, x2, y2 in zip(*[iter(bins)] * 4, strict=True))
     return True

@@ -126,6 +126,7 @@ ROOMS = {
             "errors",
             "fal",
             "generation",
+            "grammar",
             "images",
             "loading",
             "mcp_server",
@@ -134,7 +135,7 @@ ROOMS = {
         *("prediction", "prompts", "runtime", "server", "tasks", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
-    "__init__": {"_version", "answers", "errors", "generation", "model", "prediction", "tasks"},
+    "__init__": {"_version", "answers", "errors", "generation", "grammar", "model", "prediction", "tasks"},
     "__main__": {"commands", "errors"},
 }
 """What each room may import: rooms above it in this table, and third-party packages."""

@@ -516,7 +516,8 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
     Returns:
         `quads` (four points for each text box), `polygons` (of open-vocabulary detection), `text` (the generated text,
         location tokens included) and `truncated` (whether generation stopped at the token limit);
-        `alternatives` (the results of further answers) where `num_return_sequences` asks for some.
+        `alternatives` (the results of further answers) where `num_return_sequences` asks for some; `choice_logprobs` (of every choice)
+        where `constrain` gives choices.
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
@@ -528,4 +529,5 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         "text": prediction.text,
         "truncated": prediction.truncated,
         **({"alternatives": others} if others else {}),
+        **({"choice_logprobs": dict(prediction.choice_logprobs)} if prediction.choice_logprobs is not None else {}),
     }

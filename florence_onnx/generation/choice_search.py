@@ -174,5 +174,5 @@ def choose(portions: Sequence[GeneratedSequence], config: SearchConfig) -> Gener
         order = draw_without_replacement(new_generator(config.seed, 0), scores, count)
     else:
         order = np.argsort(-values, kind="stable")[:count]
-    first, *others = [answers[index] for index in order.tolist()]
+    first, *others = (answers[int(index)] for index in order)
     return replace(first, alternatives=tuple(others), choices=choices)

@@ -275,3 +275,34 @@ def test_configure_changes_what_a_bundle_does_by_default(tmp_path: Path) -> None
     for arguments, said in (((copy, "num_beams=0"), "num_beams"), (("demo", "num_beams=1"), "cannot be configured")):
         wrong = _run("configure", *arguments)
         assert wrong.exit_code == 2 and said in wrong.stderr
+
+
+def test_run_takes_labels_and_choices() -> None:
+    result = _run("run", "<OD>", SCENES[0], "--labels", "yellow star, kite", "--json")
+    line = json.loads(result.stdout)
+    assert {box["label"] for box in line["results"]["bboxes"]} <= {
+        "yellow star",
+        "kite",
+    } and "choice_logprobs" not in line
+    asked = ["run", "region-to-category", SCENES[0], "--region", "430,367,591,537", "--choices", "star,circle"]
+    line = json.loads(_run(*asked, "--json").stdout)
+    assert line["results"] == "circle" and list(line["choice_logprobs"]) == ["circle", "star"]
+    readable = _run(*asked).stdout
+    assert readable.splitlines()[1].strip() == "circle" and readable.splitlines()[3].endswith("  star")
+    option = 'constrain={"choices": ["circle"]}'
+    assert json.loads(_run("run", "caption", SCENES[0], "--json", "--option", option).stdout)["results"] == "circle"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["<OD>", "--labels", "a", "--choices", "b"], "--labels and --choices exclude each other"),
+        (["<OD>", "--labels", "a", "--option", 'constrain={"text": {}}'], "exclude each other"),
+        (["caption", "--labels", "a"], "text without labels"),
+        (["<OD>", "--labels", "a,,b"], "text that is not blank"),
+        (["<OD>", "--option", "constrain=3"], "constrain must be a Grammar"),
+    ],
+)
+def test_wrong_labels_and_choices_are_named(arguments: list[str], said: str) -> None:
+    result = _run("run", arguments[0], SCENES[0], *arguments[1:])
+    assert result.exit_code == 2 and said in result.stderr
