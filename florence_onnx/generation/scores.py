@@ -238,7 +238,8 @@ def top_k_of_allowed(
     totals, keys = [], []
     for beam, ids in enumerate(allowed):
         ids = ids if len(ids) else np.arange(vocab)
-        totals.append((shifted[beam, ids] - log_sums[beam]) + beam_scores[beam])
+        values, ids = _best_of((shifted[beam, ids] - log_sums[beam]) + beam_scores[beam], ids, k)
+        totals.append(values)
         keys.append(ids + beam * vocab)
     found, places = np.concatenate(totals), np.concatenate(keys)
     if len(found) < k:  # the lowest other tokens fill up, at minus infinity
@@ -249,6 +250,16 @@ def top_k_of_allowed(
         best = found >= np.partition(found, len(found) - k)[len(found) - k]
         found, places = found[best], places[best]
     return sort_top_k(found, places, k, vocab)
+
+
+def _best_of(values: Floats, ids: Ids, k: int) -> tuple[Floats, Ids]:
+    """Values and ids `(n,)` without most of those that are not among the k best; see `BlockedLogProbs.top_k`."""
+    num_blocks = len(values) // BLOCK
+    if num_blocks <= k:
+        return values, ids
+    maxima = values[: num_blocks * BLOCK].reshape(BLOCK, num_blocks).max(axis=0)
+    kept = np.flatnonzero(values >= np.partition(maxima, num_blocks - k)[num_blocks - k])
+    return values[kept], ids[kept]
 
 
 def sort_top_k(totals: Floats, keys: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:

@@ -90,8 +90,8 @@ def test_a_function_means_the_same_in_batches_with_drafts_and_with_scores_of_a_d
 def test_an_answer_holds_only_what_was_allowed_though_bans_would_leave_nothing() -> None:
     """The bans give way: here every repetition of 5 is banned, and nothing but 5 and the end is allowed."""
     table = make_tables(1, 3, -50.0)[0]
-    for given in ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "repetition_penalty": 1.1}):
-        config = constrained({**given, "no_repeat_ngram_size": 1, "max_new_tokens": 6}, lambda prefix: [5])
+    for chosen in ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 1, "repetition_penalty": 1.1}):
+        config = constrained({**chosen, "no_repeat_ngram_size": 1, "max_new_tokens": 6}, lambda prefix: [5])
         assert our_answers(table, config) == [(START, 5, 5, 5, 5, 5, 5)]
     config = constrained({"num_beams": 1, "bad_words_ids": [[5]], "max_new_tokens": 4}, lambda prefix: [5, 6])
     assert our_answers(table, config) == [(START, 6, 6, 6, 6)]
