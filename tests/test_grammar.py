@@ -266,7 +266,7 @@ def test_an_answer_that_had_to_end_is_truncated(demo: Florence2) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ choices
 
-CHOICES = ("a star", "a circle", "a circle and a star", "two circles, a star and the word ROCKET.", "A", "A circle")
+CHOICES = ("a star", "a circle", "a circle and a star", "Two circles, a star and the word ROCKET.", "A", "A circle")
 
 
 @pytest.mark.parametrize("device", ["host", "batches"])
@@ -288,7 +288,7 @@ def test_all_choices_have_their_exact_log_probability(
             logits = reference.score_tokens("<CAPTION>", image, tokens).astype(np.float64)[1:]
             each = logits[np.arange(len(logits)), tokens[2:]] - np.log(np.exp(logits).sum(axis=1))
             assert log_prob == pytest.approx(each.sum(), abs=1e-4, rel=bound)
-    assert device == "host" or answers[0].results == "two circles, a star and the word ROCKET."
+    assert device == "host" or answers[0].results == "Two circles, a star and the word ROCKET."
 
 
 def test_more_choices_than_a_pass_has_rows(demo: Florence2, batching: Florence2) -> None:
