@@ -40,6 +40,7 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.grammar import Choice, Grammar
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tiling.tiles import Tiles
@@ -52,6 +53,7 @@ __all__ = [
     "BundleFormatError",
     "BundleNotFoundError",
     "CheckpointError",
+    "Choice",
     "CorruptGraphError",
     "Detections",
     "DeviceMemoryError",
@@ -59,6 +61,7 @@ __all__ = [
     "Florence2",
     "FlorenceError",
     "GenerationOptions",
+    "Grammar",
     "HubAccessError",
     "HubError",
     "Image",

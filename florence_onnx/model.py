@@ -51,16 +51,18 @@ from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing, initial_tokens
 from florence_onnx.generation.token_scores import TokenScorer
+from florence_onnx.grammar import GrammarCompiler
 from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Fit, check_fit
 from florence_onnx.images.preprocessing import Preparation
+from florence_onnx.inference import choosing
 from florence_onnx.inference.answering import Answer, Answering, AnyImage, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.placing import Placed, count_image_tokens, parse_placed, place
-from florence_onnx.prediction import EncodedImage, Prediction, with_scores
+from florence_onnx.prediction import EncodedImage, Prediction, with_choices, with_scores
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
@@ -105,6 +107,7 @@ class Florence2:
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
+        self._grammars = GrammarCompiler(self._tokenizer, bundle.sizes.vocab_size, bundle.tasks)
         self._load_options: LoadOptions | None = None
         if resident is None:
             can_batch = provider == CPU and (bundle.vision_precision or bundle.precision) in EXACT_PRECISIONS
@@ -381,11 +384,13 @@ class Florence2:
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         counts = [each.num_image_tokens for each in images]
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))], counts)
-        answers = self._answering.answer(
+        answers = choosing.answer(
+            self._answering,
             images,
             ids,
             mask,
-            lambda indices: new_search(len(indices), config, None),
+            config,
+            lambda rows, own: new_search(len(rows), own, None),
             self._prepare(None, None),
             raise_error,
         )
@@ -641,16 +646,23 @@ class Florence2:
         counts = self._count_image_tokens(images, batch.preparation)
         encoder_ids = self._encoder_ids(input_ids, attention_mask, counts)
 
-        def make_search(rows: Sequence[int]) -> Search:
-            return new_search(
-                len(rows), batch.config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows]
-            )
+        def make_search(rows: Sequence[int], own: SearchConfig) -> Search:
+            return new_search(len(rows), own, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
             batch.failures.add([requests[row].index for row in rows], error)
 
         try:
-            answers = self._answering.answer(images, input_ids, attention_mask, make_search, batch.preparation, failed)
+            answers = choosing.answer(
+                self._answering,
+                images,
+                input_ids,
+                attention_mask,
+                batch.config,
+                make_search,
+                batch.preparation,
+                failed,
+            )
         except ProviderError as error:
             if not batch.failures.are_kept:
                 raise
@@ -824,7 +836,7 @@ class Florence2:
         Raises:
             OptionsError: They are not possible with this model on its device.
         """
-        self._answering.check(self._bundle.generation.resolve(options))
+        self._resolve(options)
 
     @property
     def max_prompt_bytes(self) -> int:
@@ -997,6 +1009,8 @@ class Florence2:
         prediction = Prediction(
             results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
         )
+        if sequence.choices:
+            prediction = with_choices(prediction, sequence.choices, self._tokenizer.decode)
         if sequence.scores is None:
             return prediction
         tokenizer = self._tokenizer
@@ -1004,6 +1018,8 @@ class Florence2:
 
     def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
         config = self._bundle.generation.resolve(options)
+        if config.constrain is not None:
+            config = replace(config, constrain=self._grammars.compile(config))
         self._answering.check(config)
         return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,9 @@ import typer
 from florence_onnx.answers.locations import Region
 from florence_onnx.bundles.bundle import parse_image_size
 from florence_onnx.errors import FlorenceError, OptionsError
+from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.grammar import Choice, Grammar
+from florence_onnx.tasks import Task
 from florence_onnx.tiling.tiles import Tiles
 
 DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
@@ -133,6 +137,32 @@ def parse_assignments(given: Sequence[str], *, can_be_empty: bool = False) -> di
         except ValueError:
             found[name] = {"True": True, "False": False}.get(text, text)
     return found
+
+
+def constrained(
+    options: GenerationOptions, task: Task[Any], labels: str | None, choices: str | None
+) -> GenerationOptions:
+    """Adds `--labels` or `--choices` to generation options.
+
+    Args:
+        options: Those given otherwise.
+        task: Whose answer is constrained.
+        labels: Divided by commas; blanks around them do not count.
+        choices: See `labels`.
+
+    Raises:
+        OptionsError: There is more than one constraint, or the task's answer cannot have it.
+    """
+    given = [name for name, value in (("--labels", labels), ("--choices", choices)) if value is not None]
+    if options.constrain is not None:
+        given.append("--option constrain")
+    if len(given) > 1:
+        raise OptionsError(f"{' and '.join(given)} exclude each other")
+    if labels is not None:
+        return replace(options, constrain=Grammar.for_task(task, labels.split(",")))
+    if choices is not None:
+        return replace(options, constrain=Choice(choices.split(","), has_region=task.takes_region))
+    return options
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from florence_onnx.commands.arguments import (
     ModelOption,
     PrecisionOption,
     TilesOption,
+    constrained,
     exit_on_error,
     parse_assignments,
     parse_region,
@@ -93,6 +94,14 @@ def run(
     min_score: Annotated[
         float | None, typer.Option(help="Leave out boxes, quads and outlines of a lower score.", min=0, max=1)
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="The only labels that the answer may have, such as car,bus.", metavar="LABEL,…"),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(help="Texts of which the answer is one, such as yes,no.", metavar="TEXT,…"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
@@ -119,6 +128,7 @@ def run(
         images = _read_images(task, images, has_task=prompt is None)
         chosen = find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
         request = _Request(chosen, text, parse_region(region), options, min_score, parse_tiles(tiles))
+        request = replace(request, options=constrained(request.options, request.task, labels, choices))
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -221,12 +231,15 @@ class _JsonReport:
     """Prints one JSON object per line."""
 
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives` if there are any."""
+        """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives`
+        and `choice_logprobs` if there are any."""
         answer = prediction.to_dict(with_scores=prediction.token_logprobs is not None)
         answer.pop("image", None)  # the annotated one, which is not asked for
         line = {"image": image, **answer, "truncated": prediction.truncated}
         if prediction.alternatives:
             line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
+        if prediction.choice_logprobs is not None:
+            line["choice_logprobs"] = dict(prediction.choice_logprobs)
         self._write(line)
 
     def failure(self, image: str, error: ImageError) -> None:
@@ -254,6 +267,8 @@ class _TextReport:
             typer.echo(f"  answer {number}:")
             for line in _describe(other.results):
                 typer.echo(f"    {line}")
+        for choice, log_prob in (prediction.choice_logprobs or {}).items():
+            typer.echo(f"    {log_prob:8.3f}  {choice}")
         if prediction.truncated:
             typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
 
