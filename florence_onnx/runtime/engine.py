@@ -141,9 +141,10 @@ class OnnxEngine:
         """Why they may not, where capturing was asked for and failed."""
         # A capture fails if another thread of the process calls CUDA meanwhile, as opening a session does.
         self._exclusive = LOCK if chosen[0][0] in CUDA_PROVIDERS else contextlib.nullcontext()
-        self._reopen = partial(self._open, path, chosen, options.session_options, options.graph_cache_folder)
+        # not `self._open` with its arguments: that refers to the engine, so that its memory would wait for the collector
+        self._source = path, chosen, options.session_options, options.graph_cache_folder
         with self._exclusive:
-            self._session: Any = self._reopen()
+            self._session: Any = self._open(*self._source)
         # Stays true when capture is disabled later: the session still has CUDA graphs enabled, and would capture a run
         # without an id as graph 0 and replay it for other buffers.
         self._needs_graph_id = self.can_capture
@@ -195,7 +196,7 @@ class OnnxEngine:
                 raise ProviderError(forks.UNUSABLE.format(self.provider))
             with self._lock:
                 if self._session is None:
-                    self._session = self._reopen()
+                    self._session = self._open(*self._source)
         return self._session
 
     def _drop_session_in_child(self) -> None:

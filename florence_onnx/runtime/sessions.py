@@ -160,6 +160,8 @@ def _create_session(ort: ModuleType, path: Path, chosen: ProviderList, options: 
         raise BundleFileMissingError(f"a file that {path} needs is missing: {error}") from error
     except errors as error:
         if is_out_of_memory(error):
+            if chosen[0][0] != CPU:
+                raise out_of_memory(chosen[0][0], error) from error
             raise memory_errors.error_for(chosen[0][0], path, error) from error
         if chosen[0][0] != CPU:
             reasons = _diagnosis(ort, chosen[0][0])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from florence_onnx import (
     BundleFileMissingError,
@@ -313,3 +317,22 @@ def test_cuda_without_a_gpu_is_an_error_that_names_what_is_missing(asked: dict[s
         pytest.skip("this machine has a GPU, or its libraries")
     with pytest.raises(ProviderError, match=r"(no NVIDIA driver|driver does not start|sees no GPU|not found)"):
         Florence2.from_pretrained("demo", **asked)
+
+
+@pytest.mark.parametrize("max_batch", [0, 2])
+def test_sessions_are_freed_with_their_model(max_batch: int) -> None:
+    """A reference cycle would keep the memory of a model, on a device too, until Python's collector comes by."""
+    model = Florence2.from_pretrained("demo", device="cpu", max_batch=max_batch)
+    model.run(tasks.CAPTION, Image.new("RGB", (32, 32)))
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.WeakSet(each for each in gc.get_objects() if isinstance(each, engine.OnnxEngine))
+        kept = len(alive) - 3
+        del model
+        end = time.monotonic() + 20
+        while len(alive) > kept and time.monotonic() < end:  # the device thread ends by itself
+            time.sleep(0.02)
+        assert len(alive) == kept
+    finally:
+        gc.enable()
