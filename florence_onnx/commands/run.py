@@ -143,7 +143,7 @@ def run(
         )
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        report = _JsonReport() if as_json else _TextReport()
+        report = _JsonReport(with_scores=bool(options.scores)) if as_json else _TextReport()
         num_failed = _run_all(florence, request, images, report, folder, captions)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
@@ -230,10 +230,13 @@ def with_progress(images: Sequence[str]) -> Iterator[str]:
 class _JsonReport:
     """Prints one JSON object per line."""
 
+    def __init__(self, *, with_scores: bool) -> None:
+        self._with_scores = with_scores
+
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
         """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives`
         and `choice_logprobs` if there are any."""
-        answer = prediction.to_dict(with_scores=prediction.token_logprobs is not None)
+        answer = prediction.to_dict(with_scores=self._with_scores)
         answer.pop("image", None)  # the annotated one, which is not asked for
         line = {"image": image, **answer, "truncated": prediction.truncated}
         if prediction.alternatives:
