@@ -13,6 +13,7 @@ from florence_onnx.answers.results import (
     Polygon,
     PolygonOutput,
 )
+from florence_onnx.detecting.detections import Detections
 from florence_onnx.errors import (
     BundleError,
     BundleFileMissingError,
@@ -39,8 +40,10 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.grammar import Choice, Grammar
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
+from florence_onnx.tiling.tiles import Tiles
 
 __all__ = [
     "BoundingBox",
@@ -50,12 +53,15 @@ __all__ = [
     "BundleFormatError",
     "BundleNotFoundError",
     "CheckpointError",
+    "Choice",
     "CorruptGraphError",
+    "Detections",
     "DeviceMemoryError",
     "EncodedImage",
     "Florence2",
     "FlorenceError",
     "GenerationOptions",
+    "Grammar",
     "HubAccessError",
     "HubError",
     "Image",
@@ -77,6 +83,7 @@ __all__ = [
     "Region",
     "RegionError",
     "TextInputError",
+    "Tiles",
     "UnknownTaskError",
     "VerificationError",
     "__version__",

@@ -43,20 +43,26 @@ from florence_onnx.bundles import hub, memory
 from florence_onnx.bundles.bundle import Bundle, ImageSize
 from florence_onnx.bundles.precisions import Precision
 from florence_onnx.bundles.tokenizer import PromptTokenizer
+from florence_onnx.detecting import absence
+from florence_onnx.detecting.detections import Detections
 from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextInputError
+from florence_onnx.generation.forced_search import ForcedSearch
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
-from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
+from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing, initial_tokens
+from florence_onnx.generation.token_scores import TokenScorer
+from florence_onnx.grammar import GrammarCompiler
 from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Fit, check_fit
 from florence_onnx.images.preprocessing import Preparation
+from florence_onnx.inference import choosing
 from florence_onnx.inference.answering import Answer, Answering, AnyImage, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.placing import Placed, count_image_tokens, parse_placed, place
-from florence_onnx.prediction import EncodedImage, Prediction, with_scores
+from florence_onnx.prediction import EncodedImage, Prediction, with_choices, with_scores
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime import memory_errors
 from florence_onnx.runtime.engine import Engine
@@ -64,6 +70,7 @@ from florence_onnx.runtime.load_options import LoadOptions
 from florence_onnx.runtime.providers import BF16, Options, Provider
 from florence_onnx.runtime.sessions import CPU, SessionOptions
 from florence_onnx.tasks import Task
+from florence_onnx.tiling.tiles import Tiles
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
@@ -100,6 +107,7 @@ class Florence2:
         self._precision = precision or bundle.precision
         self._tokenizer = tokenizer or load_tokenizer(bundle)
         self._resident = resident
+        self._grammars = GrammarCompiler(self._tokenizer, bundle.sizes.vocab_size, bundle.tasks)
         self._load_options: LoadOptions | None = None
         if resident is None:
             can_batch = provider == CPU and (bundle.vision_precision or bundle.precision) in EXACT_PRECISIONS
@@ -376,11 +384,13 @@ class Florence2:
         ids, mask = self._check_input_ids(input_ids, attention_mask, len(images))
         counts = [each.num_image_tokens for each in images]
         self._check_lengths(mask, [f"row {row}" for row in range(len(images))], counts)
-        answers = self._answering.answer(
+        answers = choosing.answer(
+            self._answering,
             images,
             ids,
             mask,
-            lambda indices: new_search(len(indices), config, None),
+            config,
+            lambda rows, own: new_search(len(rows), own, None),
             self._prepare(None, None),
             raise_error,
         )
@@ -394,6 +404,7 @@ class Florence2:
         *,
         text_input: str | None = None,
         region: Region | str | None = None,
+        tiles: Tiles | None = None,
         options: GenerationOptions | None = None,
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -407,6 +418,7 @@ class Florence2:
         *,
         text_input: str | None = None,
         region: Region | str | None = None,
+        tiles: Tiles | None = None,
         options: GenerationOptions | None = None,
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -419,6 +431,7 @@ class Florence2:
         *,
         text_input: str | None = None,
         region: Region | str | None = None,
+        tiles: Tiles | None = None,
         options: GenerationOptions | None = None,
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -432,6 +445,8 @@ class Florence2:
             text_input: Text, for the tasks that need one.
             region: Region in location bins, for the tasks that need one; see `Region.from_pixels`. Location tokens do as
                 well: `"<loc_52><loc_332><loc_932><loc_774>"`.
+            tiles: How to divide a large image, in which the model would miss small things; see `florence_onnx.tiling`. An
+                image that fits into one tile is answered as without it.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
             image_size: Pixels at which the model reads the image, where it is not encoded already: one of `image_sizes`,
@@ -441,9 +456,15 @@ class Florence2:
                 default of this model. Coordinates of results are those of the image in either case.
 
         Raises:
-            InputError: The task, image, text, region or an option is wrong.
+            InputError: The task, image, text, region or an option is wrong, or the task cannot be run on tiles.
             ProviderError: The device failed.
         """
+        if tiles is not None:
+            from florence_onnx.tiling import asking as tiling  # takes time to import, and most callers do not need it
+
+            if image_size is not None or fit is not None:
+                raise InputError("tiles are read at the model's own image size and fit; leave image_size and fit out")
+            return tiling.run(self, tasks.get(task, self._bundle.tasks), image, tiles, text_input, region, options)
         return self.run_batch(
             [task], [image], text_inputs=[text_input], regions=[region], options=options, image_size=image_size, fit=fit
         )[0]
@@ -625,16 +646,23 @@ class Florence2:
         counts = self._count_image_tokens(images, batch.preparation)
         encoder_ids = self._encoder_ids(input_ids, attention_mask, counts)
 
-        def make_search(rows: Sequence[int]) -> Search:
-            return new_search(
-                len(rows), batch.config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows]
-            )
+        def make_search(rows: Sequence[int], own: SearchConfig) -> Search:
+            return new_search(len(rows), own, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
             batch.failures.add([requests[row].index for row in rows], error)
 
         try:
-            answers = self._answering.answer(images, input_ids, attention_mask, make_search, batch.preparation, failed)
+            answers = choosing.answer(
+                self._answering,
+                images,
+                input_ids,
+                attention_mask,
+                batch.config,
+                make_search,
+                batch.preparation,
+                failed,
+            )
         except ProviderError as error:
             if not batch.failures.are_kept:
                 raise
@@ -677,6 +705,128 @@ class Florence2:
                 batch.failures.add([request.index], error)
         return fitting
 
+    def detect(
+        self,
+        image: ImageInput | EncodedImage,
+        classes: Sequence[str],
+        *,
+        task: Task[Any] | str = "open-vocabulary-detection",
+        min_score: float = 0.0,
+        nms: float | None = 0.5,
+        absent: absence.Absent = absence.DEFAULT_RULE,
+        threshold: float | None = None,
+        tiles: Tiles | None = None,
+        options: GenerationOptions | None = None,
+    ) -> Detections:
+        """Finds the objects of a list of classes: the image is encoded once, and each class is a prompt of its own.
+
+        Args:
+            image: As for `run`.
+            classes: What to look for, such as `["car", "a red kite"]`; white space around a name is removed, and a name that
+                occurs twice counts once. A name may be a phrase: it is not taken apart at "and".
+            task: A task that takes text and answers with boxes.
+            min_score: Boxes with a lower `score` are dropped.
+            nms: Of two boxes of one class whose intersection over union is greater than this, the one with the lower score
+                is dropped; None keeps all.
+            absent: Published checkpoints answer a class that is not in the image too, often with a box of the whole image.
+                Which boxes are dropped for that: those whose score is low ("score"), those that cover nearly the whole image
+                ("area"), those that are hardly less probable for a blank image ("contrast"), those that the model would not
+                call so ("likelihood"), or none ("off"). See `florence_onnx.detecting.absence`.
+            threshold: Boxes whose value by that rule is below it are dropped; None for `absence.THRESHOLDS`. Fit your own on
+                images whose contents you know, with `absence.fit_threshold`.
+            tiles: As for `run`.
+            options: As for `run`.
+
+        Raises:
+            InputError: The classes, the task or another argument is wrong.
+            ProviderError: The device failed.
+        """
+        from florence_onnx.detecting import asking as detecting  # as for `tiling`
+
+        selection = detecting.Selection(min_score, nms, absent, threshold)
+        found = tasks.get(task, self._bundle.tasks)
+        return detecting.detect(self, image, classes, found, selection, tiles, options)
+
+    def score_answers(
+        self,
+        task: Task[Any] | str,
+        images: Sequence[ImageInput | EncodedImage],
+        answers: Sequence[str | Sequence[int]],
+        *,
+        text_inputs: Sequence[str | None] | None = None,
+        regions: Sequence[Region | str | None] | None = None,
+    ) -> list[Prediction[Any]]:
+        """Computes how probable the model finds given answers.
+
+        Args:
+            task: As for `run`.
+            images: One an answer.
+            answers: Token ids from the decoder start token on, such as `Prediction.token_ids`, or the text that an answer
+                begins with.
+            text_inputs: One an answer.
+            regions: One an answer.
+
+        Returns:
+            The answers as predictions with scores.
+
+        Raises:
+            InputError: As for `run_batch`, or an answer is empty, too long, or has a token outside the vocabulary.
+            ProviderError: The device failed.
+        """
+        check_arguments(task, images, text_inputs, regions)
+        config = self._resolve(GenerationOptions(scores=True))
+        given = initial_tokens(config)
+        ids = [given + self._tokenizer.encode_text(each) if isinstance(each, str) else list(each) for each in answers]
+        if len(ids) != len(images) or any(len(each) <= len(given) for each in ids):
+            raise InputError(
+                f"give one answer an image, each longer than its {len(given)} given tokens: {len(images)} images"
+            )
+        for each in ids:
+            self._check_tokens(each)
+        requests = list(
+            read_requests(task, images, text_inputs, regions, Failures("raise", len(images)), self._bundle.tasks)
+        )
+        scorer = TokenScorer(config.location_ids)
+        encodings = Encodings(requests)
+        predictions: list[Prediction[Any]] = []
+        for portion in portions(requests, HOST_BATCH_SIZE):
+            predictions += self._score_portion(
+                portion, [ids[each.index] for each in portion], len(given), scorer, encodings
+            )
+        return predictions
+
+    def _score_portion(
+        self,
+        portion: list[Request],
+        answers: list[list[int]],
+        num_given: int,
+        scorer: TokenScorer,
+        encodings: Encodings,
+    ) -> list[Prediction[Any]]:
+        preparation = self._prepare(None, None)
+        pairs = [(request, encodings.find(request.image)) for request in portion]
+        placed = place(pairs, preparation, self._answering.encode_all, raise_error)
+        images = [image for _, image in placed]
+        for request, _ in placed:
+            self.check_prompt_bytes(len(request.prompt.encode()))
+        input_ids, attention_mask = self._tokenizer.encode([request.prompt for request, _ in placed])
+        counts = self._count_image_tokens(images, preparation)
+        self._check_lengths(attention_mask, [request.task.slug for request, _ in placed], counts)
+        found = self._answering.answer(
+            images,
+            input_ids,
+            attention_mask,
+            lambda rows: ForcedSearch([answers[row] for row in rows], num_given, scorer),
+            preparation,
+            raise_error,
+        )
+        encodings.keep(portion, [each and each[0] for each in found])
+        return [
+            self._make_prediction(request.task, *each)
+            for request, each in zip(portion, found, strict=True)
+            if each is not None
+        ]
+
     def check_options(self, options: GenerationOptions | None) -> None:
         """Checks generation options without running anything.
 
@@ -686,7 +836,7 @@ class Florence2:
         Raises:
             OptionsError: They are not possible with this model on its device.
         """
-        self._answering.check(self._bundle.generation.resolve(options))
+        self._resolve(options)
 
     @property
     def max_prompt_bytes(self) -> int:
@@ -859,6 +1009,8 @@ class Florence2:
         prediction = Prediction(
             results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
         )
+        if sequence.choices:
+            prediction = with_choices(prediction, sequence.choices, self._tokenizer.decode)
         if sequence.scores is None:
             return prediction
         tokenizer = self._tokenizer
@@ -866,6 +1018,8 @@ class Florence2:
 
     def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
         config = self._bundle.generation.resolve(options)
+        if config.constrain is not None:
+            config = replace(config, constrain=self._grammars.compile(config))
         self._answering.check(config)
         return replace(config, location_ids=self._tokenizer.location_ids) if config.scores else config
 

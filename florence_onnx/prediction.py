@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -107,6 +107,9 @@ class Prediction(Generic[R]):
     text_score: TextScore | None = field(default=None, compare=False)
     """How sure the model was of an answer that is text, also word by word; None for others and without the option `scores`."""
 
+    choice_logprobs: Mapping[str, float] | None = field(default=None, compare=False)
+    """Log-probability of each choice as the whole answer, best first, where the option `constrain` is a `Choice`."""
+
     @property
     def sequence_logprob(self) -> float | None:
         """Log-probability of the whole answer: the sum of `token_logprobs`."""
@@ -152,7 +155,8 @@ class Prediction(Generic[R]):
         Args:
             with_image: Whether to draw and include the annotated image; otherwise `image` is None.
             with_scores: Whether to add what fal's JSON does not have: `score` of each box, quad and outline (null without
-                the option `scores`), `sequence_logprob`, and `text_score` of an answer that is text.
+                the option `scores`), `sequence_logprob`, and `text_score` of an answer that is text; `choice_logprobs` where the
+                option `constrain` is a `Choice`.
 
         Returns:
             `{"results": …}`, and `"image"` for tasks with geometry, as fal has it.
@@ -162,6 +166,8 @@ class Prediction(Generic[R]):
             answer["sequence_logprob"] = self.sequence_logprob
             if isinstance(self.results, str):
                 answer["text_score"] = to_dict(self.text_score)
+            if self.choice_logprobs is not None:
+                answer["choice_logprobs"] = dict(self.choice_logprobs)
         if self.task.has_image:
             answer["image"] = to_dict(self.image) if with_image else None
         return answer
@@ -245,3 +251,19 @@ def with_scores(
         text_score=scoring.score_text(tokens, decode) if is_text else None,
         token_logprobs=scores.log_probs,
     )
+
+
+def with_choices(
+    prediction: Prediction[Any],
+    choices: Iterable[tuple[Sequence[int], float]],
+    decode: Callable[[Sequence[int]], str],
+) -> Prediction[Any]:
+    """Adds the scores of all choices to a prediction.
+
+    Args:
+        prediction: Without them.
+        choices: Tokens and log-probability of each.
+        decode: Turns token ids into text.
+    """
+    ranked = sorted(choices, key=lambda choice: -choice[1])
+    return replace(prediction, choice_logprobs={decode(tokens): log_prob for tokens, log_prob in ranked})

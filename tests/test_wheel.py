@@ -52,8 +52,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-NOT_SHIPPED = ("florence_onnx/export/demo/checkpoint/",)
-"""Folders of the packages that stay out of the wheel on purpose: the demo's weights, from which its bundle was exported."""
+NOT_SHIPPED = ("florence_onnx/export/demo/checkpoint/", "florence_onnx/export/demo/always_decoder.safetensors")
+"""What stays out of the wheel on purpose: the weights of the demo and its variant, from which bundles are exported."""
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:

@@ -182,11 +182,18 @@ def _mark_word(targets: Targets, i: int, word: Word) -> None:
 def _question_groups(
     settings: TrainingSettings, tokenizer: Tokenizer, scenes: list[Scene], rng: random.Random
 ) -> tuple[QuestionGroup, ...]:
-    """Returns the questions of a batch in two groups, shorter and longer answers, so that less padding is needed."""
-    rows = []
-    for i, scene in enumerate(scenes):
-        for question in _sample_questions(settings, scene, rng):
-            rows.append((i, _encode(tokenizer, question.prompt), _encode(tokenizer, question.answer)))
+    asked = [(i, each) for i, scene in enumerate(scenes) for each in _sample_questions(settings, scene, rng)]
+    return group_questions(tokenizer, asked)
+
+
+def group_questions(tokenizer: Tokenizer, asked: list[tuple[int, Question]]) -> tuple[QuestionGroup, ...]:
+    """Tokenizes questions in two groups, shorter and longer answers, so that less padding is needed.
+
+    Args:
+        tokenizer: Of the model.
+        asked: At least two questions, each with the index of its image.
+    """
+    rows = [(i, _encode(tokenizer, each.prompt), _encode(tokenizer, each.answer)) for i, each in asked]
     rows.sort(key=lambda row: len(row[2]))
     half = len(rows) // 2
     return tuple(

@@ -169,7 +169,7 @@ def draw_mask(shape: Shape, size: tuple[int, int]) -> np.ndarray:
     """
     width, height = size
     mask = Image.new("1", size)
-    _draw_shape(ImageDraw.Draw(mask), shape, width, height, 1)
+    draw_shape(ImageDraw.Draw(mask), shape, width, height, 1)
     return np.asarray(mask)
 
 
@@ -182,7 +182,8 @@ def _star_outline() -> tuple[Point, ...]:
 
 
 @cache
-def _load_font(name: str, px: int) -> ImageFont.FreeTypeFont:
+def load_font(name: str, px: int) -> ImageFont.FreeTypeFont:
+    """Loads one of `FONTS` at a size in pixels."""
     import matplotlib  # its bundled DejaVu faces are the same on every machine
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
@@ -227,7 +228,7 @@ def _place_word(rng: random.Random, canvas: tuple[int, int], background: str) ->
     width, height = canvas
     text, font_name = _random_text(rng), rng.choice(FONTS)
     font_px = max(8, round(rng.uniform(*WORD_HEIGHTS) * min(canvas)))
-    font = _load_font(font_name, font_px)
+    font = load_font(font_name, font_px)
     left, top, right, bottom = font.getbbox(text)
     w, h = int(right - left), int(bottom - top)
     if w > 0.94 * width:
@@ -298,15 +299,16 @@ def _paste_shapes(rng: random.Random, image: Image.Image, shapes: tuple[Shape, .
     pen = ImageDraw.Draw(layer)
     for shape in shapes:
         red, green, blue = (int(min(255, max(0, v + rng.uniform(-18, 18)))) for v in COLOURS[shape.colour])
-        _draw_shape(pen, shape, width, height, (red, green, blue, 255))
+        draw_shape(pen, shape, width, height, (red, green, blue, 255))
     if scale > 1:
         layer = layer.reduce(scale)
     image.paste(layer, (0, 0), layer)
 
 
-def _draw_shape(
+def draw_shape(
     pen: ImageDraw.ImageDraw, shape: Shape, width: int, height: int, fill: int | tuple[int, int, int, int]
 ) -> None:
+    """Draws a shape on an image of (width, height) pixels."""
     x0, y0, x1, y1 = shape.box
     if shape.kind == "circle":
         pen.ellipse((x0 * width, y0 * height, x1 * width, y1 * height), fill=fill)
@@ -317,7 +319,7 @@ def _draw_shape(
 def _draw_word(rng: random.Random, image: Image.Image, word: Word) -> None:
     level = rng.randint(0, 30)
     level = 255 - level if word.ink == "white" else level
-    font = _load_font(word.font, word.font_px)
+    font = load_font(word.font, word.font_px)
     left, top, _, _ = font.getbbox(word.text)
     corner = (round(word.box[0] * image.width) - left, round(word.box[1] * image.height) - top)
     ImageDraw.Draw(image).text(corner, word.text, font=font, fill=(level, level, level))

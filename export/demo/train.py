@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Florence2ForConditionalGeneration
 
 from .architecture import FIRST_LOCATION_ID, IMAGE_MEAN, IMAGE_STD, IMAGE_TOKEN_ID, VOCABULARY, WIDTH, build_model
-from .batches import Batch, QuestionGroup, number_token_ids, stream_batches
+from .batches import Array, Batch, QuestionGroup, number_token_ids, stream_batches
 from .evaluate import evaluate_model, summarise
 from .finalize import make_processor, save_checkpoint
 from .losses import LOCATIONS, AuxiliaryHeads, answer_loss, auxiliary_loss, kept_tokens
@@ -102,7 +102,7 @@ class Trainer:
         settings, step = self.settings, self.step
         sigma = settings.sigma(step)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = _encode_images(self.model, batch)
+            tokens = encode_images(self.model, batch.images)
             embeddings = self.model.lm_head.weight[LOCATIONS]
             loss, figures = auxiliary_loss(self.heads, embeddings, tokens, batch.targets, sigma)
         figures["auxiliary"] = loss.item()
@@ -123,7 +123,7 @@ class Trainer:
         totals: dict[str, float] = {}
         for group in groups:
             with torch.autocast("cpu", torch.bfloat16):
-                logits, labels = _answer_logits(self.model, leaf, group)
+                logits, labels = answer_logits(self.model, leaf, group)
             loss, sums = answer_loss(logits, labels, sigma, self.text_weights, self.settings.location_weight)
             (loss / num_tokens).backward()
             totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
@@ -175,15 +175,15 @@ class Trainer:
         print(record, flush=True)
 
 
-def _encode_images(model: Florence2ForConditionalGeneration, batch: Batch) -> Tensor:
-    """Returns the projected image tokens (N, 65, width)."""
+def encode_images(model: Florence2ForConditionalGeneration, images: Array) -> Tensor:
+    """Returns the projected image tokens (N, 65, width) of uint8 images (N, 128, 128, 3)."""
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (IMAGE_MEAN, IMAGE_STD))
-    pixel_values = (torch.from_numpy(batch.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    pixel_values = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     tokens: Tensor = model.model.multi_modal_projector(model.model.vision_tower(pixel_values))
     return tokens
 
 
-def _answer_logits(
+def answer_logits(
     model: Florence2ForConditionalGeneration, image_tokens: Tensor, group: QuestionGroup
 ) -> tuple[Tensor, Tensor]:
     """Returns logits (K, vocabulary) and labels (K,) of the answer tokens that are not padding."""

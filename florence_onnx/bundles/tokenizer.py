@@ -14,6 +14,16 @@ from florence_onnx.errors import BundleFileMissingError, BundleFormatError
 Ids = npt.NDArray[np.int64]
 
 
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level BPE writes a byte that prints as itself, in Latin-1, and the others as the characters from 256 on (GPT-2)."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {**{chr(byte): byte for byte in printed}, **{chr(256 + n): byte for n, byte in enumerate(others)}}
+
+
+_BYTES = _bytes_of_characters()
+
+
 class PromptTokenizer:
     """Florence-2's byte-level BPE tokenizer."""
 
@@ -60,6 +70,22 @@ class PromptTokenizer:
         return max(
             len(token.encode()) if token.startswith("<") else len(token) for token in self._tokenizer.get_vocab()
         )
+
+    @cached_property
+    def text_tokens(self) -> dict[int, bytes]:
+        """The bytes of each token that is text: without special tokens, locations and marks such as `<poly>`."""
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {
+            token_id: bytes(map(_BYTES.__getitem__, token))
+            for token, token_id in vocabulary.items()
+            if token not in special and all(character in _BYTES for character in token)
+        }
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact text, such as `<poly>`; None where the vocabulary does not have it."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.

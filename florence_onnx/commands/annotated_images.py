@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from florence_onnx.detecting.detections import Detections
 from florence_onnx.errors import InputError
 from florence_onnx.images import url
 from florence_onnx.prediction import Prediction
@@ -24,12 +25,12 @@ class ImageFolder:
     """Slug of the task, the second part of a file name: `car.object-detection.png`."""
     _names: set[str] = field(default_factory=set)
 
-    def add(self, image: str, prediction: Prediction[Any]) -> None:
+    def add(self, image: str, prediction: Prediction[Any] | Detections) -> None:
         """Draws a prediction and writes it to a file.
 
         Args:
             image: Path, URL or `data:` URI of the image, from which the file name is derived.
-            prediction: A prediction with geometry.
+            prediction: With geometry.
         """
         name = f"{self._find_stem(image)}.{self.suffix}.png"
         self._names.add(name)
@@ -62,7 +63,7 @@ def open_folder(folder: Path | None, task: Task[Any]) -> ImageFolder | None:
     return ImageFolder(folder, task.slug)
 
 
-def save(prediction: Prediction[Any], path: Path) -> None:
+def save(prediction: Prediction[Any] | Detections, path: Path) -> None:
     """Draws a prediction and writes it to a file.
 
     Raises:

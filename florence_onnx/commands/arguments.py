@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,10 @@ import typer
 from florence_onnx.answers.locations import Region
 from florence_onnx.bundles.bundle import parse_image_size
 from florence_onnx.errors import FlorenceError, OptionsError
+from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.grammar import Choice, Grammar
+from florence_onnx.tasks import Task
+from florence_onnx.tiling.tiles import Tiles
 
 DEMO_NOTE = "The demo model only knows drawn shapes and words; for photographs, use run with --model."
 MODEL_HELP = "Bundle directory, hub repository (owner/name), or demo."
@@ -45,6 +50,39 @@ GenerationOption = Annotated[
         metavar="NAME=VALUE",
     ),
 ]
+TilesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Ask a large image in tiles of so many pixels, such as 768; then the least overlap, such as 768,0.15, and "
+        "no-whole to leave the whole image out: 768,0.15,no-whole.",
+        metavar="SIZE[,OVERLAP[,no-whole]]",
+        show_default=False,
+    ),
+]
+
+
+def parse_tiles(value: str | None) -> Tiles | None:
+    """Parses the value of `--tiles`, such as `768` or `768,0.15,no-whole`; None gives None.
+
+    Raises:
+        typer.BadParameter: It is malformed.
+        InputError: A number is out of range.
+    """
+    if value is None:
+        return None
+    size, *others = value.split(",")
+    try:
+        given: dict[str, Any] = {"size": int(size)}
+        if others[1:] not in ([], ["no-whole"]):
+            raise ValueError
+        if others:
+            given["overlap"] = float(others[0])
+    except ValueError:
+        raise typer.BadParameter(
+            f"must be a number of pixels, and an overlap from 0 to 0.75, such as 768,0.15; got {value!r}",
+            param_hint="--tiles",
+        ) from None
+    return Tiles(**given, whole=len(others) < 2)
 
 
 def parse_size(value: str | None) -> tuple[int, int] | None:
@@ -99,6 +137,32 @@ def parse_assignments(given: Sequence[str], *, can_be_empty: bool = False) -> di
         except ValueError:
             found[name] = {"True": True, "False": False}.get(text, text)
     return found
+
+
+def constrained(
+    options: GenerationOptions, task: Task[Any], labels: str | None, choices: str | None
+) -> GenerationOptions:
+    """Adds `--labels` or `--choices` to generation options.
+
+    Args:
+        options: Those given otherwise.
+        task: Whose answer is constrained.
+        labels: Divided by commas; blanks around them do not count.
+        choices: See `labels`.
+
+    Raises:
+        OptionsError: There is more than one constraint, or the task's answer cannot have it.
+    """
+    given = [name for name, value in (("--labels", labels), ("--choices", choices)) if value is not None]
+    if options.constrain is not None:
+        given.append("--option constrain")
+    if len(given) > 1:
+        raise OptionsError(f"{' and '.join(given)} exclude each other")
+    if labels is not None:
+        return replace(options, constrain=Grammar.for_task(task, labels.split(",")))
+    if choices is not None:
+        return replace(options, constrain=Choice(choices.split(","), has_region=task.takes_region))
+    return options
 
 
 @contextlib.contextmanager

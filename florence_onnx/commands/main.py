@@ -15,6 +15,7 @@ from florence_onnx import __version__
 from florence_onnx.commands.build_engines import build_engines
 from florence_onnx.commands.configure import configure
 from florence_onnx.commands.demo import demo
+from florence_onnx.commands.detect import detect
 from florence_onnx.commands.doctor import doctor
 from florence_onnx.commands.info import info
 from florence_onnx.commands.mcp import mcp
@@ -42,6 +43,7 @@ def florence_onnx(
 
 app.command()(demo)
 app.command()(run)
+app.command()(detect)
 app.command(name="tasks")(list_tasks)
 app.command()(info)
 app.command()(doctor)

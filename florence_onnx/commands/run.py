@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from florence_onnx import Florence2, GenerationOptions, Prediction, Region, tasks
+from florence_onnx import Florence2, GenerationOptions, Prediction, Region, Tiles, tasks
 from florence_onnx.answers.postprocess import PARSERS
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 from florence_onnx.bundles import hub
@@ -27,10 +27,13 @@ from florence_onnx.commands.arguments import (
     ImageSizeOption,
     ModelOption,
     PrecisionOption,
+    TilesOption,
+    constrained,
     exit_on_error,
     parse_assignments,
     parse_region,
     parse_size,
+    parse_tiles,
 )
 from florence_onnx.commands.captions import CaptionFiles, check_options
 from florence_onnx.commands.image_list import expand
@@ -72,6 +75,7 @@ def run(
             metavar="X1,Y1,X2,Y2",
         ),
     ] = None,
+    tiles: TilesOption = None,
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
@@ -89,6 +93,14 @@ def run(
     ] = False,
     min_score: Annotated[
         float | None, typer.Option(help="Leave out boxes, quads and outlines of a lower score.", min=0, max=1)
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="The only labels that the answer may have, such as car,bus.", metavar="LABEL,…"),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(help="Texts of which the answer is one, such as yes,no.", metavar="TEXT,…"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
@@ -114,8 +126,9 @@ def run(
         if parser is not None and prompt is None:
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
-        chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
-        request = _Request(chosen, text, parse_region(region), options, min_score)
+        chosen = find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
+        request = _Request(chosen, text, parse_region(region), options, min_score, parse_tiles(tiles))
+        request = replace(request, options=constrained(request.options, request.task, labels, choices))
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -130,7 +143,7 @@ def run(
         )
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        report = _JsonReport() if as_json else _TextReport()
+        report = _JsonReport(with_scores=bool(options.scores)) if as_json else _TextReport()
         num_failed = _run_all(florence, request, images, report, folder, captions)
     if num_failed:
         typer.echo(f"{num_failed} of {len(images)} images could not be read", err=True)
@@ -145,7 +158,7 @@ def _read_images(task: str, images: list[str] | None, *, has_task: bool) -> list
     return found
 
 
-def _find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
+def find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
     """A task of Florence-2 or of the model's bundle, whose graphs are not loaded for it.
 
     Raises:
@@ -166,9 +179,12 @@ class _Request:
     region: Region | None
     options: GenerationOptions
     min_score: float | None = None
+    tiles: Tiles | None = None
 
     def run(self, model: Florence2, image: str) -> Prediction[Any]:
-        found = model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+        found = model.run(
+            self.task, image, text_input=self.text, region=self.region, tiles=self.tiles, options=self.options
+        )
         return found if self.min_score is None else found.above(self.min_score)
 
 
@@ -182,7 +198,7 @@ def _run_all(
 ) -> int:
     """Runs the request on all images; returns the number of images that could not be read."""
     num_failed = 0
-    for image in _with_progress(images):
+    for image in with_progress(images):
         try:
             prediction = request.run(model, image)
         except ImageError as error:
@@ -197,7 +213,8 @@ def _run_all(
     return num_failed
 
 
-def _with_progress(images: Sequence[str]) -> Iterator[str]:
+def with_progress(images: Sequence[str]) -> Iterator[str]:
+    """The images, with a bar on standard error while they are worked on, if that is a terminal."""
     console = Console(stderr=True)
     if len(images) < 2 or not console.is_terminal:
         yield from images
@@ -213,13 +230,19 @@ def _with_progress(images: Sequence[str]) -> Iterator[str]:
 class _JsonReport:
     """Prints one JSON object per line."""
 
+    def __init__(self, *, with_scores: bool) -> None:
+        self._with_scores = with_scores
+
     def answer(self, image: str, prediction: Prediction[Any]) -> None:
-        """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives` if there are any."""
-        answer = prediction.to_dict(with_scores=prediction.token_logprobs is not None)
+        """Writes `{"image": …, "results": …, "truncated": …}`, the scores, and the results of `alternatives`
+        and `choice_logprobs` if there are any."""
+        answer = prediction.to_dict(with_scores=self._with_scores)
         answer.pop("image", None)  # the annotated one, which is not asked for
         line = {"image": image, **answer, "truncated": prediction.truncated}
         if prediction.alternatives:
             line["alternatives"] = [other.to_dict()["results"] for other in prediction.alternatives]
+        if prediction.choice_logprobs is not None:
+            line["choice_logprobs"] = dict(prediction.choice_logprobs)
         self._write(line)
 
     def failure(self, image: str, error: ImageError) -> None:
@@ -247,6 +270,8 @@ class _TextReport:
             typer.echo(f"  answer {number}:")
             for line in _describe(other.results):
                 typer.echo(f"    {line}")
+        for choice, log_prob in (prediction.choice_logprobs or {}).items():
+            typer.echo(f"    {log_prob:8.3f}  {choice}")
         if prediction.truncated:
             typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
 
@@ -257,15 +282,16 @@ class _TextReport:
 
 def _describe(results: object) -> list[str]:
     if isinstance(results, BoundingBoxes):
-        return [*_describe_boxes(results.bboxes), *map(_describe_polygon, results.polygons)] or ["nothing found"]
+        return [*describe_boxes(results.bboxes), *map(_describe_polygon, results.polygons)] or ["nothing found"]
     if isinstance(results, OCRBoundingBox):
-        return _describe_boxes(results.quad_boxes) or ["no text found"]
+        return describe_boxes(results.quad_boxes) or ["no text found"]
     if isinstance(results, PolygonOutput):
         return [_describe_polygon(polygon) for polygon in results.polygons] or ["nothing found"]
     return str(results).splitlines() or [""]
 
 
-def _describe_boxes(boxes: Sequence[Any]) -> list[str]:
+def describe_boxes(boxes: Sequence[Any]) -> list[str]:
+    """A line for each box or quad, in columns."""
     width = max((len(box.label) for box in boxes), default=0)
     return [
         f"{box.label:{width}}  x {box.x:7.1f}  y {box.y:7.1f}  w {box.w:7.1f}  h {box.h:7.1f}{_score(box)}".lstrip()

@@ -561,6 +561,7 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         location tokens included) and `truncated` (whether generation stopped at the token limit);
         `alternatives` (the results of further answers) where `num_return_sequences` asks for some; with the option `scores`
         `scores` (of each box, quad or outline in their order), `sequence_logprob` and `text_score` (see `Prediction`).
+        `choice_logprobs` (of every choice) where `constrain` gives choices.
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
@@ -572,6 +573,7 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         "text": prediction.text,
         "truncated": prediction.truncated,
         **({"alternatives": others} if others else {}),
+        **({"choice_logprobs": dict(prediction.choice_logprobs)} if prediction.choice_logprobs is not None else {}),
         **({} if prediction.token_logprobs is None else _scores(prediction)),
     }
 

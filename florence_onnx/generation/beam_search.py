@@ -9,12 +9,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from florence_onnx.generation.constraints import without
 from florence_onnx.generation.dense_processors import DenseProcessors, log_softmax
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.sampling import draw_without_replacement, new_generator
 from florence_onnx.generation.scores import LogProbs, StepScores, sort_top_k
-from florence_onnx.generation.search import DecodeStep, Floats, GeneratedSequence, Ids, initial_tokens, new_scorer
+from florence_onnx.generation.search import (
+    DecodeStep,
+    Floats,
+    GeneratedSequence,
+    Ids,
+    constraint_of,
+    initial_tokens,
+    new_scorer,
+)
 from florence_onnx.generation.token_scores import TokenDistribution, TokenScores
 
 _UNREACHABLE = np.float32(-1.0e9)
@@ -31,6 +40,8 @@ class _Hypothesis:
     is_finished: bool
     is_truncated: bool
     token_scores: TokenScores | None = None
+    is_possible: bool = True
+    """Whether it grew from continuations that were possible; a constraint may leave fewer of those than beams."""
 
 
 class _BeamState:
@@ -53,6 +64,9 @@ class _BeamState:
         self.scores[0] = 0
         self.best = [_Hypothesis((), _UNREACHABLE, False, False)] * k
         self._can_improve = True
+        self._constraint = constraint_of(config)
+        # the constraint's state after each beam
+        self._limits = [] if self._constraint is None else [self._constraint.start(self.rows[0])] * k
         self._scorer = new_scorer(config)
         self._token_scores = [None if self._scorer is None else self._scorer.start(self.rows[0])] * k
 
@@ -91,7 +105,20 @@ class _BeamState:
 
     def _dense_row(self, scores: StepScores, row: int, beam: int) -> Floats:
         assert self._dense is not None, "rows are read for dense processors only"
-        return self._dense(self.rows[beam], log_softmax(scores.logits(row, scores.num_tokens - 1)), beam=beam)
+        logits = scores.logits(row, scores.num_tokens - 1)
+        return self._dense(self.rows[beam], log_softmax(logits), beam=beam, allowed=self._allowed(beam))
+
+    def _allowed(self, beam: int) -> Ids | None:
+        """The tokens that a constraint allows after a beam; None for any."""
+        if self._constraint is None:
+            return None
+        if self.scores[beam] < _UNREACHABLE / 2 and self._is_impossible(beam):
+            return np.array(sorted(self._end_tokens))
+        return self._constraint.allowed(self._limits[beam], self._config.max_length - self.length)
+
+    def _is_impossible(self, beam: int) -> bool:
+        """Whether a beam only fills up, with a token that was not allowed or behind its end: nobody need say what follows."""
+        return bool(self.scores[beam] == -np.inf) or not set(self._end_tokens).isdisjoint(self.rows[beam][1:])
 
     def _process(self, log_probs: LogProbs, first_row: int, num_rows: int) -> None:
         """Applies the logits processors to the first `num_rows` beams, whose scores start at row `first_row`."""
@@ -99,8 +126,40 @@ class _BeamState:
         for beam, tokens in enumerate(self.rows[:num_rows]):
             if forced is not None:
                 log_probs.force(first_row + beam, forced)
-            elif banned := self.processors.banned(tokens):
+                continue
+            banned = self.processors.banned(tokens)
+            allowed = self._allowed(beam)
+            if allowed is not None:
+                log_probs.allow(first_row + beam, without(allowed, banned))
+            elif banned:
                 log_probs.ban(first_row + beam, banned)
+
+    def would_end(self, scores: StepScores, first_row: int, num_rows: int) -> list[bool]:
+        """Whether the model itself would end each beam here, without a token limit; True where the limit is not near.
+
+        Args:
+            scores: See `continuations`, like the others. Not changed by log-probabilities that were made of them yet.
+            first_row: See `scores`.
+            num_rows: See `scores`.
+        """
+        last = scores.num_tokens - 1
+        at_limit = self.length + 1 >= self._config.max_length
+        if self._constraint is None and not at_limit:
+            return [True] * num_rows
+        found = []
+        for beam in range(num_rows):
+            limited, freely = self._allowed(beam), None
+            if self._constraint is not None and limited is not None:
+                freely = self._constraint.allowed(self._limits[beam], None)
+            row = first_row + beam
+            if freely is None or limited is None:
+                best = scores.best_token(row, last)
+            elif at_limit or len(limited) < len(freely):
+                best = scores.best_allowed_token(row, last, freely)
+            else:
+                best = self._end_tokens[0]
+            found.append(best in self._end_tokens)
+        return found
 
     def advance(
         self,
@@ -116,7 +175,7 @@ class _BeamState:
             scores: `(C,)`, scores of `num_candidates` continuations: the best, best first, or those drawn, in their order.
             parents: `(C,)`, the beams that they extend.
             tokens: `(C,)`, the tokens that they append.
-            would_end: `(K,)`, whether the model would end each beam here unforced (known at the token limit only).
+            would_end: `(K,)`, whether the model would end each beam here if there were no token limit; True away from it.
             distribution: Returns the model's distribution after a beam.
 
         Returns:
@@ -128,12 +187,14 @@ class _BeamState:
         for token in self._end_tokens[1:]:
             stops |= tokens == token
         token_scores = self._score(parents, tokens, distribution)
-        self._finish(scores, parents, tokens, stops, at_limit & ~would_end, token_scores)
+        self._finish(scores, parents, tokens, stops, ~would_end, token_scores)
         scores = scores + stops * _UNREACHABLE
         following = np.argsort(-scores, kind="stable")[:k]
         self.scores, parents, tokens = scores[following], parents[following], tokens[following]
-        pairs = zip(parents.tolist(), tokens.tolist(), strict=True)
+        pairs = list(zip(parents.tolist(), tokens.tolist(), strict=True))
         self.rows = [[*self.rows[parent], token] for parent, token in pairs]
+        if self._constraint is not None:
+            self._limits = [self._constraint.extend(self._limits[parent], token) for parent, token in pairs]
         self._token_scores = [token_scores[rank] for rank in following]
         if stops.all() or not self._may_continue():
             return None
@@ -173,7 +234,7 @@ class _BeamState:
             parents: See `scores`.
             tokens: See `scores`.
             stops: `(C,)`, whether a continuation ends its beam.
-            is_cut: `(K,)`, whether the token limit would cut a beam off.
+            is_cut: `(K,)`, whether the token limit cuts a beam off.
             token_scores: Of each continuation.
         """
         k = self._config.num_beams
@@ -184,12 +245,15 @@ class _BeamState:
         for rank in np.flatnonzero(stops[:k]).tolist():
             sequence = (*self.rows[parents[rank]], int(tokens[rank]))
             is_truncated = bool(is_cut[parents[rank]])
-            self.best.append(_Hypothesis(sequence, normed[rank], True, is_truncated, token_scores[rank]))
+            is_possible = bool(scores[rank] > _UNREACHABLE / 2)
+            self.best.append(_Hypothesis(sequence, normed[rank], True, is_truncated, token_scores[rank], is_possible))
         self.best = sorted(self.best, key=lambda hypothesis: -hypothesis.score)[:k]
 
     def result(self) -> GeneratedSequence:
         """The best finished hypothesis, and as many others as are asked for."""
         wanted = [each for each in self.best[: self._config.num_return_sequences] if each.is_finished]
+        if self._constraint is not None:
+            wanted = [each for each in wanted if each.is_possible]
         found = [GeneratedSequence(each.token_ids, each.is_truncated, scores=each.token_scores) for each in wanted]
         if not found:  # settings that contradict each other left nothing possible
             return GeneratedSequence(tuple(self.rows[0]), True, scores=self._token_scores[0])
@@ -241,7 +305,6 @@ class BeamSearch:
         encoder_ids: For each prompt the token ids that the text encoder was fed.
         """
         self._config = config
-        self._end_tokens = config.end_tokens
         self._is_dense = config.is_dense
         ids: Sequence[Sequence[int]] = encoder_ids if encoder_ids is not None else [()] * num_prompts
         self._states = [_BeamState(config, ids[index]) for index in range(num_prompts)]
@@ -256,7 +319,7 @@ class BeamSearch:
         # The first call is fed one row per prompt, since its beams are still the same: all of them read that row. From
         # the second call on there are K rows per prompt.
         width = k if self._has_branched else 1
-        would_end = self._would_end(scores, len(self._active) * width)
+        would_end = [state.would_end(scores, n * width, width) for n, state in enumerate(self._active)]
         log_probs = None if self._is_dense else scores.log_probs(self._active[0].num_candidates)
         rows: list[Ids] = []
         tokens: list[Ids] = []
@@ -266,7 +329,7 @@ class BeamSearch:
             continuations = state.continuations(scores, log_probs, first_row, width)
             step = state.advance(
                 *continuations,
-                np.resize(would_end[first_row : first_row + width], k),
+                np.resize(would_end[index], k),
                 _distributions(scores, log_probs, first_row, width),
             )
             if step is not None:
@@ -278,14 +341,6 @@ class BeamSearch:
         if not staying:
             return None
         return DecodeStep(np.concatenate(rows), np.array(staying), np.concatenate(tokens)[:, None])
-
-    def _would_end(self, scores: StepScores, num_rows: int) -> npt.NDArray[np.bool_]:
-        """Whether the model itself would end each row now; looked up only where the token limit is about to end it."""
-        would_end = np.zeros(num_rows, dtype=bool)
-        if self._active[0].length + 1 >= self._config.max_length:
-            last = scores.num_tokens - 1
-            would_end[:] = [scores.best_token(row, last) in self._end_tokens for row in range(num_rows)]
-        return would_end
 
     def results(self) -> list[GeneratedSequence]:
         return [state.result() for state in self._states]

@@ -37,6 +37,7 @@ class DenseProcessors:
         self._processors: list[Processor] = []
         add = self._processors.append
         self._of_first_beam: Processor | None = None
+        self._allowed: Ids | None = None
         if config.sequence_bias:
             add(sequence_bias(config.sequence_bias))
         if config.encoder_repetition_penalty != 1:
@@ -60,7 +61,7 @@ class DenseProcessors:
         if config.renormalize_logits:
             add(lambda tokens, scores: log_softmax(scores))
 
-    def __call__(self, tokens: Sequence[int], scores: Floats, *, beam: int = 0) -> Floats:
+    def __call__(self, tokens: Sequence[int], scores: Floats, *, beam: int = 0, allowed: Ids | None = None) -> Floats:
         """The scores of what may follow a row.
 
         Args:
@@ -68,11 +69,16 @@ class DenseProcessors:
             scores: `(V,)`, overwritten: logits, or log-probabilities in beam search.
             beam: Index of the row among the beams of its prompt. transformers 4.57 applies `encoder_repetition_penalty` to the
                 first beam only (it does not repeat the prompt for the others), and so do we.
+            allowed: The only tokens that may follow unless one is forced, increasing; None for any.
         """
+        is_limited = allowed is not None and not self.is_forced(len(tokens))
+        own = scores[allowed] if is_limited else None
+        self._allowed = allowed if is_limited else None
         for process in self._processors:
             if beam == 0 or process is not self._of_first_beam:
                 scores = process(tokens, scores)
-        return scores
+        # what comes after the bans may ban as well, or make minus infinity finite
+        return scores if own is None or allowed is None else keep_only(scores, allowed, own)
 
     def is_forced(self, length: int) -> bool:
         """Whether what follows a row of `length` tokens is forced."""
@@ -82,13 +88,29 @@ class DenseProcessors:
         if forced := self._bans.all_forced(len(tokens)):
             scores = np.full_like(scores, _MINUS_INFINITY)
             scores[list(forced)] = 0
-        elif banned := self._bans.banned_before_forcing(tokens):
+            return scores
+        own = None if self._allowed is None else scores[self._allowed]
+        if banned := self._bans.banned_before_forcing(tokens):
             scores[banned] = _MINUS_INFINITY
-        return scores
+        return scores if own is None or self._allowed is None else keep_only(scores, self._allowed, own)
 
     def _suppress(self, tokens: Sequence[int], scores: Floats) -> Floats:
         scores[self._bans.suppressed(len(tokens))] = _MINUS_INFINITY
         return scores
+
+
+def keep_only(scores: Floats, allowed: Ids, own: Floats) -> Floats:
+    """Sets all scores but some to minus infinity.
+
+    Args:
+        scores: `(V,)`.
+        allowed: `(n,)`, the others.
+        own: `(n,)`, their scores before some processors, which give way where they have banned all of them.
+    """
+    kept = scores[allowed]
+    found = np.full_like(scores, _MINUS_INFINITY)
+    found[allowed] = kept if np.isfinite(kept).any() else own
+    return found
 
 
 def _ignoring_tokens(warp: Callable[[Floats], Floats]) -> Processor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from florence_onnx.generation.beam_search import BeamSearch
+from florence_onnx.generation.choice_search import Choices, ChoiceSearch
 from florence_onnx.generation.greedy_search import GreedySearch
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.sampling import SampleSearch
@@ -111,6 +112,8 @@ def new_search(
         encoder_ids: For each prompt the token ids that the text encoder was fed, image tokens included; for the processors
             that look at the prompt.
     """
+    if isinstance(config.constrain, Choices):
+        return ChoiceSearch(num_prompts, config, config.constrain)
     if config.num_beams > 1:
         return BeamSearch(num_prompts, config, encoder_ids)
     if config.do_sample:

@@ -11,7 +11,15 @@ from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.prompt_lookup import PromptLookup
 from florence_onnx.generation.scores import StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, Ids, initial_tokens, new_scorer
+from florence_onnx.generation.search import (
+    DecodeStep,
+    GeneratedSequence,
+    Ids,
+    constrained_row,
+    initial_tokens,
+    new_scorer,
+    would_end,
+)
 
 
 class _Row:
@@ -27,6 +35,7 @@ class _Row:
         if lookup_ids is not None and config.prompt_lookup_num_tokens:
             self._lookup = PromptLookup(lookup_ids, self.tokens, config.prompt_lookup_num_tokens)
         self._draft: list[int] = []
+        self._constrained = constrained_row(config, self.tokens)
         self._scorer = new_scorer(config)
         self._scores = None if self._scorer is None else self._scorer.start(self.tokens)
         self.answer: GeneratedSequence | None = None
@@ -57,24 +66,31 @@ class _Row:
         at_limit = len(tokens) + 1 >= config.max_length
         # `forced_eos_token_id` ends the answer at the limit in any case. What the model would have chosen freely tells
         # whether the answer was complete.
-        unforced = scores.best_token(row, position) if at_limit else self._end_tokens[0]
         token = self._best(scores, row, position)
+        has_ended = at_limit or token in self._end_tokens
+        is_whole = has_ended and would_end(config, self._constrained, scores, row, position, at_limit=at_limit)
         if self._scorer is not None and self._scores is not None:
             self._scores = self._scorer.extend(self._scores, scores.distribution(row, position), token)
         tokens.append(token)
         self._processors.add(tokens)
+        if self._constrained is not None:
+            self._constrained.append(token)
         if self._lookup is not None:
             self._lookup.append(token)
-        if at_limit or token in self._end_tokens:
-            self.answer = GeneratedSequence(tuple(tokens), unforced not in self._end_tokens, scores=self._scores)
+        if has_ended:
+            self.answer = GeneratedSequence(tuple(tokens), not is_whole, scores=self._scores)
 
     def _best(self, scores: StepScores, row: int, position: int) -> int:
         if self._dense is not None:
-            return int(self._dense(self.tokens, scores.logits(row, position).copy()).argmax())
+            allowed = None if self._constrained is None else self._constrained.allowed()
+            return int(self._dense(self.tokens, scores.logits(row, position).copy(), allowed=allowed).argmax())
         token = self._processors.forced(len(self.tokens))
-        if token is None:
-            token = scores.best_token(row, position, self._processors.banned(self.tokens))
-        return token
+        if token is not None:
+            return token
+        banned = self._processors.banned(self.tokens)
+        if self._constrained is None:
+            return scores.best_token(row, position, banned)
+        return scores.best_allowed_token(row, position, self._constrained.allowed(banned))
 
     def next_tokens(self) -> list[int]:
         """The last token and the draft of what may follow it."""
@@ -82,6 +98,8 @@ class _Row:
         if self._lookup is not None:
             room = self._config.max_length - 1 - len(self.tokens)  # the last token of an answer is never fed
             self._draft = self._lookup.draft(self.tokens, room, self._processors.banned)
+            if self._constrained is not None:
+                self._draft = self._constrained.possible(self._draft)
         return [self.tokens[-1], *self._draft]
 
 

@@ -109,6 +109,9 @@ class GenerationOptions:
     scores: bool | None = None
     """Whether to keep the probabilities of the tokens: `Prediction.token_logprobs`, and `score` of boxes and outlines. They are the
     model's own, before all other settings, and change no token."""
+    constrain: Any = None
+    """What the answer may be: a `Grammar`, a `Choice`, either in JSON (`{"boxes": {"labels": ["car"]}}`), or a function as transformers'
+    `prefix_allowed_tokens_fn`: of the list of tokens so far it returns the ids of which one must follow. `{}` for anything."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class SearchConfig:
     scores: bool = False
     location_ids: range | None = None
     """Ids of `<loc_0>` to `<loc_999>`, for `scores`; `Florence2` fills them in."""
+    constrain: Any = None
+    """A `constraints.Constraint` or `choice_search.Choices`, made by `Florence2` of what the option has; None for anything."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -300,5 +305,6 @@ _CHECKS: dict[str, values.Check] = {
     "seed": lambda name, value, vocab: values.seed(name, value, MAX_SEED),
     "num_return_sequences": _whole(1, MAX_BEAMS),
     "scores": values.flag,
+    "constrain": lambda name, value, vocab: value or None,  # read where the tokenizer is known
 }
 OPTION_NAMES = tuple(each.name for each in fields(GenerationOptions))

@@ -17,7 +17,14 @@ from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
-from florence_onnx.generation.search import DecodeStep, GeneratedSequence, initial_tokens, new_scorer
+from florence_onnx.generation.search import (
+    DecodeStep,
+    GeneratedSequence,
+    constrained_row,
+    initial_tokens,
+    new_scorer,
+    would_end,
+)
 
 
 def new_generator(seed: int | None, index: int) -> np.random.Generator:
@@ -66,6 +73,7 @@ class _Sample:
         self._bans = LogitsProcessors(config, self.tokens, encoder_ids)
         self._processors = DenseProcessors(config, self._bans, encoder_ids)
         self._random = new_generator(config.seed, index)
+        self._constrained = constrained_row(config, self.tokens)
         self._scorer = new_scorer(config)
         self._scores = None if self._scorer is None else self._scorer.start(self.tokens)
         self.answer: GeneratedSequence | None = None
@@ -76,16 +84,22 @@ class _Sample:
             return
         tokens, last = self.tokens, scores.num_tokens - 1
         is_forced = self._processors.is_forced(len(tokens))
-        token = draw(self._random, self._processors(tokens, scores.logits(row, last).copy()))
+        allowed = None if self._constrained is None else self._constrained.allowed()
+        token = draw(self._random, self._processors(tokens, scores.logits(row, last).copy(), allowed=allowed))
         if self._scorer is not None and self._scores is not None:
             self._scores = self._scorer.extend(self._scores, scores.distribution(row, last), token)
         tokens.append(token)
         self._bans.add(tokens)
         ends = self._config.end_tokens
         if token in ends or len(tokens) >= self._config.max_length:
-            # a forced end says nothing; whether the likeliest token would have been an end does
-            would_end = scores.best_token(row, last) in ends if is_forced else token in ends
-            self.answer = GeneratedSequence(tuple(tokens), not would_end, scores=self._scores)
+            # an end that was forced, or the only way to end in time, says nothing; whether the likeliest token would have been an
+            # end does
+            is_whole = token in ends
+            if is_forced or (is_whole and self._constrained is not None):
+                is_whole = would_end(self._config, self._constrained, scores, row, last, at_limit=is_forced)
+            self.answer = GeneratedSequence(tuple(tokens), not is_whole, scores=self._scores)
+        if self._constrained is not None:
+            self._constrained.append(token)
 
 
 class SampleSearch:

@@ -35,6 +35,9 @@ class LogProbs(Protocol):
     def force(self, row: int, token: int) -> None:
         """Sets one token of a row to 0 and all its others to minus infinity."""
 
+    def allow(self, row: int, tokens: Ids) -> None:
+        """Sets all tokens of a row but some `(n,)`, increasing, to minus infinity."""
+
     def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
         """Selects the k best continuations of the beams of one prompt; among equals the lower beam and token first.
 
@@ -61,6 +64,9 @@ class StepScores(Protocol):
 
     def best_token(self, row: int, position: int, banned: Sequence[int] = ()) -> int:
         """The most probable token that is not banned; the lowest id among equals."""
+
+    def best_allowed_token(self, row: int, position: int, allowed: Ids) -> int:
+        """The most probable of some tokens `(n,)`, increasing; the lowest id among equals."""
 
     def log_probs(self, k: int) -> LogProbs:
         """Log-probabilities at the last position of every row, for `top_k` with at most this `k`."""
@@ -104,6 +110,9 @@ class AllScores:
         best = int(logits.argmax())
         logits[ids] = own  # the model's distribution may still be asked for
         return best
+
+    def best_allowed_token(self, row: int, position: int, allowed: Ids) -> int:
+        return int(allowed[self._logits[row, position, allowed].argmax()])
 
     def log_probs(self, k: int) -> LogProbs:
         self._log_probs.read(self._logits[:, -1])
@@ -152,6 +161,10 @@ class BlockedLogProbs:
         self._log_sums: Floats = np.log(self._scratch.sum(axis=1, keepdims=True))
         self._banned: dict[int, dict[int, float]] = {}
         self._forced: dict[int, TokenDistribution] = {}
+        self._allowed: dict[int, Ids] = {}
+
+    def allow(self, row: int, tokens: Ids) -> None:
+        self._allowed[row] = tokens  # `top_k` looks at these alone, and the model's distribution stays as it is
 
     def ban(self, row: int, tokens: Sequence[int]) -> None:
         own = self._banned.setdefault(row, {})
@@ -178,6 +191,9 @@ class BlockedLogProbs:
     def top_k(self, first_row: int, beam_scores: Floats, k: int, *, is_shared: bool) -> tuple[Floats, Ids, Ids]:
         num_beams = len(beam_scores)
         rows = np.full(num_beams, first_row) if is_shared else np.arange(first_row, first_row + num_beams)
+        if self._allowed:
+            allowed = [self._allowed.get(row, ALL) for row in rows.tolist()]
+            return top_k_of_allowed(self._values[rows], self._log_sums[rows], allowed, beam_scores, k)
         beam, log_sum = beam_scores[:, None], self._log_sums[rows]
         maxima = (self._maxima[rows] - log_sum) + beam
         # Each of the k greatest block maxima is the score of some token, so at least k tokens reach the k-th of them
@@ -193,6 +209,57 @@ class BlockedLogProbs:
         candidates = np.flatnonzero(totals >= threshold)
         keys = np.concatenate([inside_keys.ravel(), tail_keys.ravel()])[candidates]
         return sort_top_k(totals[candidates], keys, k, vocab)
+
+
+ALL: Ids = np.zeros(0, dtype=np.int64)
+"""In the place of allowed tokens: every token is."""
+
+
+def is_among(ids: Ids, allowed: Ids) -> npt.NDArray[np.bool_]:
+    """Which ids are among increasing ones, of which there is at least one."""
+    places = np.minimum(np.searchsorted(allowed, ids), len(allowed) - 1)
+    found: npt.NDArray[np.bool_] = allowed[places] == ids
+    return found
+
+
+def top_k_of_allowed(
+    shifted: Floats, log_sums: Floats, allowed: Sequence[Ids], beam_scores: Floats, k: int
+) -> tuple[Floats, Ids, Ids]:
+    """As `LogProbs.top_k`, where some beams are limited to a few tokens.
+
+    Args:
+        shifted: `(K, V)`, of each beam the logits less the greatest of its row.
+        log_sums: `(K, 1)`, what is to be subtracted from them.
+        allowed: Of each beam the tokens that may follow; `ALL` for any.
+        beam_scores: See `LogProbs.top_k`.
+        k: See `LogProbs.top_k`.
+    """
+    vocab = shifted.shape[1]
+    totals, keys = [], []
+    for beam, ids in enumerate(allowed):
+        ids = ids if len(ids) else np.arange(vocab)
+        values, ids = _best_of((shifted[beam, ids] - log_sums[beam]) + beam_scores[beam], ids, k)
+        totals.append(values)
+        keys.append(ids + beam * vocab)
+    found, places = np.concatenate(totals), np.concatenate(keys)
+    if len(found) < k:  # the lowest other tokens fill up, at minus infinity
+        others = np.setdiff1d(np.arange(min(len(allowed) * vocab, len(found) + k)), places)[: k - len(found)]
+        found = np.concatenate([found, np.full(len(others), -np.inf, dtype=np.float32)])
+        places = np.concatenate([places, others])
+    elif len(found) > k:
+        best = found >= np.partition(found, len(found) - k)[len(found) - k]
+        found, places = found[best], places[best]
+    return sort_top_k(found, places, k, vocab)
+
+
+def _best_of(values: Floats, ids: Ids, k: int) -> tuple[Floats, Ids]:
+    """Values and ids `(n,)` without most of those that are not among the k best; see `BlockedLogProbs.top_k`."""
+    num_blocks = len(values) // BLOCK
+    if num_blocks <= k:
+        return values, ids
+    maxima = values[: num_blocks * BLOCK].reshape(BLOCK, num_blocks).max(axis=0)
+    kept = np.flatnonzero(values >= np.partition(maxima, num_blocks - k)[num_blocks - k])
+    return values[kept], ids[kept]
 
 
 def sort_top_k(totals: Floats, keys: Ids, k: int, vocab_size: int) -> tuple[Floats, Ids, Ids]:
@@ -253,6 +320,16 @@ class TopScores:
         if not is_complete and (not allowed or -allowed[0][0] == values[-1]):
             return self._best_of_all(row, position, banned)
         return min(allowed)[1] if allowed else 0  # everything banned: argmax of nothing but -inf is 0
+
+    def best_allowed_token(self, row: int, position: int, allowed: Ids) -> int:
+        values, ids = self._values[row, position], self._ids[row, position]
+        listed = is_among(ids, allowed)
+        is_complete = listed.sum() == len(allowed)
+        best = values[listed].max(initial=-np.inf)
+        # as in `best_token`, for a winner that is tied with the last of the top-k
+        if not is_complete and (not listed.any() or best == values[-1]):
+            return int(allowed[self.logits(row, position)[allowed].argmax()])
+        return int(ids[listed & (values == best)].min())
 
     def _best_of_all(self, row: int, position: int, banned: Sequence[int]) -> int:
         logits = self.logits(row, position).copy()
@@ -320,6 +397,10 @@ class _TopLogProbs:
         self._distribution = distribution
         self._banned: dict[int, list[int]] = {}
         self._forced: dict[int, int] = {}
+        self._allowed: dict[int, Ids] = {}
+
+    def allow(self, row: int, tokens: Ids) -> None:
+        self._allowed[row] = tokens
 
     def ban(self, row: int, tokens: Sequence[int]) -> None:
         self._banned.setdefault(row, []).extend(tokens)
@@ -340,7 +421,8 @@ class _TopLogProbs:
             # An unlisted token scores at most what the last listed one does. If that bound reaches the k-th best, an
             # unlisted token may be among the top k, or tie with its last and win by a lower id: look at the whole row.
             bound = self._shifted[row, -1] - self._log_sums[row] + beam_scores[beam]
-            if not self._is_complete(row) and bound >= threshold:
+            # (a bound of minus infinity is that of a beam that is not possible, and nothing decides about those)
+            if not self._is_complete(row) and bound >= threshold and bound > -np.inf:
                 listed[beam] = self._whole_row(row)
                 totals[beam] = listed[beam][0] + beam_scores[beam]
         keys = [ids + beam * self._vocab_size for beam, (_, ids) in enumerate(listed)]
@@ -354,6 +436,8 @@ class _TopLogProbs:
 
     def _is_complete(self, row: int) -> bool:
         """Whether no token outside the list can matter."""
+        if row in self._allowed and is_among(self._ids[row], self._allowed[row]).sum() == len(self._allowed[row]):
+            return True
         return row in self._forced or self._shifted.shape[1] == self._vocab_size
 
     def _whole_row(self, row: int) -> tuple[Floats, Ids]:
@@ -364,6 +448,8 @@ class _TopLogProbs:
         log_probs = shifted - self._log_sums[row]
         if row in self._banned:
             log_probs[np.isin(ids, self._banned[row])] = -np.inf
+        if row in self._allowed:
+            log_probs[~is_among(ids, self._allowed[row])] = -np.inf
         return log_probs, ids
 
     def _forced_only(self, token: int, k: int) -> tuple[Floats, Ids]:

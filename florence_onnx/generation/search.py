@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from florence_onnx.generation.constraints import ConstrainedRow, Constraint
 from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.scores import Floats, Ids, StepScores
 from florence_onnx.generation.token_scores import TokenScorer, TokenScores
@@ -27,6 +28,8 @@ class GeneratedSequence:
     """The other answers to the prompt, where `num_return_sequences` asks for some; in beam search best first."""
     scores: TokenScores | None = None
     """Probabilities of the tokens, where the option `scores` asks for them."""
+    choices: tuple[tuple[tuple[int, ...], float], ...] = ()
+    """Of each choice its tokens and its log-probability, end token included, where the answer is one of some choices."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,43 @@ def initial_tokens(config: SearchConfig) -> list[int]:
 def new_scorer(config: SearchConfig) -> TokenScorer | None:
     """What scores the tokens of a search; None where the option `scores` does not ask for it."""
     return TokenScorer(config.location_ids) if config.scores else None
+
+
+def constraint_of(config: SearchConfig) -> Constraint | None:
+    """What limits the tokens of a search; None where the option `constrain` does not ask for it."""
+    constraint: Constraint | None = config.constrain
+    return constraint
+
+
+def constrained_row(config: SearchConfig, tokens: Sequence[int]) -> ConstrainedRow | None:
+    """The constraint of an answer that begins with some tokens, if there is one."""
+    constraint = constraint_of(config)
+    return None if constraint is None else ConstrainedRow(constraint, tokens, config.max_length)
+
+
+def would_end(
+    config: SearchConfig,
+    constrained: ConstrainedRow | None,
+    scores: StepScores,
+    row: int,
+    position: int,
+    *,
+    at_limit: bool,
+) -> bool:
+    """Whether an answer that ends here would end here without a token limit too.
+
+    Args:
+        config: How to search.
+        constrained: The constraint of the answer, before its last token.
+        scores: Those by which its last token is chosen.
+        row: Of them.
+        position: Of the row.
+        at_limit: Whether the token is the last one that the limit leaves room for. `forced_eos_token_id` ends the answer there in
+            any case, so what the model would have chosen freely tells whether the answer is complete.
+    """
+    if constrained is None:
+        return not at_limit or scores.best_token(row, position) in config.end_tokens
+    freely = constrained.allowed_without_limit()
+    if not at_limit and len(freely) == len(constrained.allowed()):
+        return True
+    return scores.best_allowed_token(row, position, freely) in config.end_tokens

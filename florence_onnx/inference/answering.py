@@ -39,6 +39,10 @@ eight of 64 x 64 take three quarters of the time of single ones, more are slower
 class Answering(Protocol):
     """The three graphs of a model behind one interface: images and prompts in, tokens out."""
 
+    @property
+    def max_rows(self) -> int | None:
+        """Most rows of a prompt in one step; None where there is no limit."""
+
     def check(self, config: SearchConfig) -> None:
         """Checks that the graphs can run a search.
 
@@ -109,6 +113,10 @@ class HostAnswering:
         self._encoders = encoders
         self._text_model = text_model
         self._can_batch = can_batch
+
+    @property
+    def max_rows(self) -> int | None:
+        return None
 
     def check(self, config: SearchConfig) -> None:
         """Accepts every search: the graphs take any number of tokens."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from florence_onnx.errors import DeviceMemoryError, FlorenceError, ProviderError
+from florence_onnx.errors import DeviceMemoryError, FlorenceError, OptionsError, ProviderError
 from florence_onnx.generation.scores import Ids, TopScores
 from florence_onnx.generation.search import GeneratedSequence, Search
 from florence_onnx.inference.decoder_call import padded_count
@@ -254,7 +254,11 @@ class ContinuousBatch:
 
     def _advance(self, batch_index: int, request: DecodeRequest, scores: TopScores) -> bool:
         """Takes a search one step further; returns whether it is done."""
-        continuation = request.search.advance(scores if request.is_started else scores.last_position())
+        try:
+            continuation = request.search.advance(scores if request.is_started else scores.last_position())
+        except OptionsError as error:  # of a function that constrains this request alone
+            self._finish(batch_index, request, error)
+            return True
         request.is_started = True
         if continuation is None:
             self._finish(batch_index, request)

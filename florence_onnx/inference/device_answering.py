@@ -45,6 +45,10 @@ class DeviceAnswering:
         self._bundle = bundle
         self._resident = resident
 
+    @property
+    def max_rows(self) -> int | None:
+        return self._resident.max_tokens
+
     def check(self, config: SearchConfig) -> None:
         is_greedy = config.num_beams == 1 and not config.do_sample
         rows = max(config.num_beams, config.num_return_sequences)

@@ -167,6 +167,12 @@ def _with_options(found: dict[str, Schema]) -> dict[str, Schema]:
         }
         for each in dataclasses.fields(GenerationOptions)
     }
+    options["constrain"] = {
+        "type": "object",
+        "maxProperties": 1,
+        "description": 'What the answer may be: {"boxes": {"labels": [...]}}, {"quads": {}}, {"polygons": {}}, {"text": {}}, '
+        '{"task": {"name": "...", "labels": [...]}} or {"choices": [...]}',
+    }
     for title in (name for name in found if name.startswith("Image") and name.endswith("Input")):
         properties = {**found[title]["properties"], **options}
         found[title] = _object(title, properties, required=found[title]["required"])

@@ -298,3 +298,34 @@ def test_info_lists_the_image_sizes() -> None:
     assert result.exit_code == 0, result.output
     (size,) = json.loads(result.stdout)["image_sizes"]
     assert (size["image_size"], size["num_image_tokens"], size["is_loaded"]) == ([128, 128], 65, True)
+
+
+def test_run_takes_labels_and_choices() -> None:
+    result = _run("run", "<OD>", SCENES[0], "--labels", "yellow star, kite", "--json")
+    line = json.loads(result.stdout)
+    assert {box["label"] for box in line["results"]["bboxes"]} <= {
+        "yellow star",
+        "kite",
+    } and "choice_logprobs" not in line
+    asked = ["run", "region-to-category", SCENES[0], "--region", "430,367,591,537", "--choices", "star,circle"]
+    line = json.loads(_run(*asked, "--json").stdout)
+    assert line["results"] == "circle" and list(line["choice_logprobs"]) == ["circle", "star"]
+    readable = _run(*asked).stdout
+    assert readable.splitlines()[1].strip() == "circle" and readable.splitlines()[3].endswith("  star")
+    option = 'constrain={"choices": ["circle"]}'
+    assert json.loads(_run("run", "caption", SCENES[0], "--json", "--option", option).stdout)["results"] == "circle"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["<OD>", "--labels", "a", "--choices", "b"], "--labels and --choices exclude each other"),
+        (["<OD>", "--labels", "a", "--option", 'constrain={"text": {}}'], "exclude each other"),
+        (["caption", "--labels", "a"], "text without labels"),
+        (["<OD>", "--labels", "a,,b"], "text that is not blank"),
+        (["<OD>", "--option", "constrain=3"], "constrain must be a Grammar"),
+    ],
+)
+def test_wrong_labels_and_choices_are_named(arguments: list[str], said: str) -> None:
+    result = _run("run", arguments[0], SCENES[0], *arguments[1:])
+    assert result.exit_code == 2 and said in result.stderr

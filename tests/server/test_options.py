@@ -11,7 +11,7 @@ httpx = pytest.importorskip("httpx", reason="pip install -e '.[test]'")
 for needed in ("fastapi", "uvicorn", "prometheus_client", "pythonjsonlogger"):
     pytest.importorskip(needed, reason="pip install -e '.[serve]'")
 
-from florence_onnx import Florence2, GenerationOptions, OptionsError, fal, tasks  # noqa: E402
+from florence_onnx import Choice, Florence2, GenerationOptions, OptionsError, fal, tasks  # noqa: E402
 from florence_onnx.fal.service import Service, ServiceSettings  # noqa: E402
 from florence_onnx.server import openapi  # noqa: E402
 from tests.fal.test_fal import APP, SAMPLE, arguments  # noqa: E402
@@ -59,6 +59,8 @@ def test_a_server_has_options_of_its_own_and_requests_override_them(client: Any,
         ({"seed": 3, "temperature": "hot"}, "temperature", "temperature must be a number"),
         ({"num_beam_groups": 2}, "num_beam_groups", "diverse beam search"),
         ({"num_return_sequences": 3}, "num_return_sequences", "greedy search finds one answer"),
+        ({"constrain": {"boxes": {"labels": "car"}}}, "constrain", "labels must be a list of strings"),
+        ({"constrain": "boxes"}, "constrain", "constrain must be a Grammar"),
     ],
 )
 def test_wrong_options_of_a_request_are_named(client: Any, given: dict[str, Any], name: str, said: str) -> None:
@@ -111,3 +113,18 @@ def test_options_that_the_model_cannot_have_end_a_server_at_once(model: Florence
         Service(model, ServiceSettings(options=GenerationOptions(num_beams=0)))
     with pytest.raises(ServerFailedError, match="no option 'beams'"), serve("--option", "beams=3"):
         pass
+
+
+def test_requests_may_constrain_their_answers(client: Any) -> None:
+    asked = {**ASKED, "constrain": {"choices": ["a star", "a kite"]}, "max_new_tokens": 20}
+    assert client.post(URL, json=asked).json()["results"] in ("a star", "a kite")
+    asked = {**arguments(tasks.OBJECT_DETECTION), "constrain": {"boxes": {"labels": ["kite"]}}, "min_new_tokens": 5}
+    boxes = client.post(f"/{APP}/object-detection", json={**asked, "max_new_tokens": 9}).json()["results"]["bboxes"]
+    assert [box["label"] for box in boxes] == ["kite"]
+
+
+def test_the_scores_of_choices_are_in_the_extra_part(model: Florence2) -> None:
+    service = Service(model, ServiceSettings(options=GenerationOptions(constrain=Choice(["a star", "a kite"]))))
+    answer = service.submit(f"{APP}/caption", ASKED).future.result(60)
+    assert set(answer.extra["choice_logprobs"]) == {"a star", "a kite"} and set(answer.body) == {"results"}
+    service.close()
