@@ -18,8 +18,10 @@ from florence_onnx.errors import (
     BundleFileMissingError,
     BundleFormatError,
     BundleNotFoundError,
+    CancelledError,
     CheckpointError,
     CorruptGraphError,
+    DeadlineError,
     DeviceMemoryError,
     FlorenceError,
     HubAccessError,
@@ -39,6 +41,7 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.progress import Cancel, Deadline
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 
@@ -49,8 +52,12 @@ __all__ = [
     "BundleFileMissingError",
     "BundleFormatError",
     "BundleNotFoundError",
+    "Cancel",
+    "CancelledError",
     "CheckpointError",
     "CorruptGraphError",
+    "Deadline",
+    "DeadlineError",
     "DeviceMemoryError",
     "EncodedImage",
     "Florence2",

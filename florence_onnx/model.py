@@ -33,7 +33,9 @@ from florence_onnx.batches import (
     Request,
     check_arguments,
     check_batch_size,
+    drop_ended,
     portions,
+    raise_failure,
     read_requests,
 )
 from florence_onnx.bundles import bundle as bundles
@@ -44,11 +46,13 @@ from florence_onnx.bundles.tokenizer import PromptTokenizer
 from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextInputError
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
+from florence_onnx.generation.progress import Cancel, OnDeadline
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
-from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, to_image
+from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, source_image, to_image
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.limits import Limits, OnIndexedTokens, Seconds
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.prediction import EncodedImage, Prediction, with_scores
 from florence_onnx.prompts import to_task
@@ -311,6 +315,9 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
     ) -> Prediction[R]: ...
 
     @overload
@@ -322,6 +329,9 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
     ) -> Prediction[Any]: ...
 
     def run(
@@ -332,6 +342,9 @@ class Florence2:
         text_input: str | None = None,
         region: Region | str | None = None,
         options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
@@ -344,12 +357,29 @@ class Florence2:
                 well: `"<loc_52><loc_332><loc_932><loc_774>"`.
             options: Generation options, which override the checkpoint's. With `num_return_sequences` the first answer is
                 returned, and `Prediction.alternatives` has the others.
+            deadline: Seconds from the call on after which the answer ends, within one decode step; `Prediction.truncated` is
+                `"deadline"` then. Before the first token there is an empty answer: the vision encoder is not run where it has
+                never been as quick as the time that is left. Reading the image is not cut short: a download has a limit of its
+                own, see `encode`.
+            cancel: Ends the answer when its `cancel` is called in another thread; `truncated` is `"cancelled"` then.
+            on_deadline: `"return"` returns the answer as far as it goes, `"raise"` raises an error instead.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong.
             ProviderError: The device failed.
+            DeadlineError: The deadline has passed, and `on_deadline` is `"raise"`.
+            CancelledError: The call was cancelled, and `on_deadline` is `"raise"`.
         """
-        return self.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
+        return self.run_batch(
+            [task],
+            [image],
+            text_inputs=[text_input],
+            regions=[region],
+            options=options,
+            deadline=deadline,
+            cancel=cancel,
+            on_deadline=on_deadline,
+        )[0]
 
     def run_prompt(
         self,
@@ -385,6 +415,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: Literal["raise"] = "raise",
     ) -> list[Prediction[Any]]: ...
 
@@ -398,6 +432,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError,
     ) -> list[Prediction[Any] | FlorenceError]: ...
 
@@ -410,6 +448,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError = "raise",
     ) -> Sequence[Prediction[Any] | FlorenceError]:
         """Runs any number of requests, some at a time, and returns all predictions.
@@ -432,6 +474,14 @@ class Florence2:
             options: Generation options for all requests.
             batch_size: Most requests that are decoded at once, which bounds the memory. None is 8 on a CPU, where more
                 are not faster, and four times `max_batch` with continuous batching.
+            deadline: As for `run`, of all requests, or one entry per image; seconds count from the call on. A request that ends
+                leaves the batch, and the others go on.
+            cancel: As for `run`, for all requests, or one entry per image.
+            on_deadline: As for `run`; the error is that of its request.
+            on_tokens: Called after every decode step for each answer in flight, with the index of its image, its tokens so far
+                from the decoder start token on, and the image's `(width, height)` in pixels. With beams these are the tokens with
+                which every possible answer begins. It may be called in the thread that decodes for all callers, so it must be
+                quick; what it raises ends its answer and is raised by this call.
             on_error: `"raise"`: the first error of a request ends the call. `"return"`: the error takes the place of the
                 prediction, and all other requests are answered.
 
@@ -451,6 +501,10 @@ class Florence2:
                 regions=regions,
                 options=options,
                 batch_size=batch_size,
+                deadline=deadline,
+                cancel=cancel,
+                on_deadline=on_deadline,
+                on_tokens=on_tokens,
                 on_error=on_error,
             )
         )
@@ -464,6 +518,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError = "raise",
     ) -> Iterator[Prediction[Any] | FlorenceError]:
         """As `run_batch`, but yields predictions in order while further images are not read yet, in flat memory.
@@ -476,7 +534,10 @@ class Florence2:
         check_batch_size(batch_size)
         failures = Failures(on_error, len(images) if isinstance(images, Sized) else None)
         config = self._resolve(options)
-        requests: Iterable[Request] = read_requests(tasks, images, text_inputs, regions, failures, self._bundle.tasks)
+        limits = Limits(deadline, cancel, on_deadline, on_tokens)
+        requests: Iterable[Request] = read_requests(
+            tasks, images, text_inputs, regions, failures, self._bundle.tasks, limits
+        )
         known: list[Request] = []
         if failures.count is not None:  # wrong arguments then fail before any work is done
             requests = known = list(requests)
@@ -511,21 +572,27 @@ class Florence2:
         encoder_ids = self._encoder_ids(input_ids, attention_mask)
 
         def make_search(rows: Sequence[int]) -> Search:
-            return new_search(len(rows), config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
+            follow = [progress[row] for row in rows]
+            return new_search(
+                len(rows), config, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows], follow
+            )
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
             failures.add([requests[row].index for row in rows], error)
 
         images = [encodings.find(request.image) for request in requests]
+        progress = [request.progress for request in requests]
         try:
-            answers = self._answering.answer(images, input_ids, attention_mask, make_search, failed)
+            answers = self._answering.answer(images, input_ids, attention_mask, make_search, failed, progress)
         except ProviderError as error:
             if not failures.are_kept:
                 raise
             return self._run_alone(requests, error, config, failures, encodings)
-        encodings.keep(requests, [answer and answer[0] for answer in answers])
+        encodings.keep(requests, [answer[0] if answer else None for answer in answers])
+        raise_failure(progress)
+        drop_ended(requests, answers, failures)
         return {
-            request.index: self._make_prediction(request.task, *answer)
+            request.index: self._make_prediction(request.task, source_image(answer[0]), answer[1])
             for request, answer in zip(requests, answers, strict=True)
             if answer is not None
         }
@@ -674,13 +741,11 @@ class Florence2:
         image = [] if image_token is None else [image_token] * self._bundle.sizes.num_image_tokens
         return [image + row[mask == 1].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
-    def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
+    def _make_prediction(self, task: Task[Any], image: PILImage.Image, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
-        results = parse(task, text, encoded.size)
-        others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
-        prediction = Prediction(
-            results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
-        )
+        results = parse(task, text, image.size)
+        others = tuple(self._make_prediction(task, image, other) for other in sequence.alternatives)
+        prediction = Prediction(results, task, text, sequence.token_ids, sequence.truncated, image, others)
         if sequence.scores is None:
             return prediction
         return with_scores(prediction, sequence.scores, self._tokenizer.decode, self._tokenizer.location_ids)

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from florence_onnx.generation.beam_search import BeamSearch
 from florence_onnx.generation.greedy_search import GreedySearch
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.sampling import SampleSearch
 from florence_onnx.generation.scores import AllScores
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
@@ -94,6 +95,7 @@ def new_search(
     config: SearchConfig,
     lookup_ids: Sequence[Sequence[int]] | None,
     encoder_ids: Sequence[Sequence[int]] | None = None,
+    progress: Sequence[Progress] | None = None,
 ) -> Search:
     """Makes the search that a configuration asks for.
 
@@ -110,12 +112,13 @@ def new_search(
             answer would spell them; None for no drafts, with decoders that cannot verify them.
         encoder_ids: For each prompt the token ids that the text encoder was fed, image tokens included; for the processors
             that look at the prompt.
+        progress: For each prompt who follows its answer and what may end it early; None for nobody and nothing.
     """
     if config.num_beams > 1:
-        return BeamSearch(num_prompts, config, encoder_ids)
+        return BeamSearch(num_prompts, config, encoder_ids, progress)
     if config.do_sample:
-        return SampleSearch(num_prompts, config, encoder_ids)
-    return GreedySearch(num_prompts, config, lookup_ids, encoder_ids)
+        return SampleSearch(num_prompts, config, encoder_ids, progress)
+    return GreedySearch(num_prompts, config, lookup_ids, encoder_ids, progress)
 
 
 def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:

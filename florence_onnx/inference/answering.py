@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
@@ -13,16 +14,20 @@ from florence_onnx.bundles.bundle import ModelSizes
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.generate import drive
 from florence_onnx.generation.options import SearchConfig
-from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
+from florence_onnx.generation.progress import Clock, Progress, stop_error
+from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search, unstarted
 from florence_onnx.images import decoding, preprocessing
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.decoder import TextBackend
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.engine import Engine
 
+T = TypeVar("T")
 AnyImage = ImageInput | EncodedImage
 Key = str | int
-Answer = tuple[EncodedImage, GeneratedSequence]
+Seen = EncodedImage | PILImage.Image
+"""An encoded image, or a loaded one that was not encoded, since all answers about it were ended before."""
+Answer = tuple[Seen, GeneratedSequence]
 Failed = Callable[[Sequence[int], FlorenceError], None]
 """Takes the indices of the prompts about one image, and the error that concerns them."""
 
@@ -50,6 +55,7 @@ class Answering(Protocol):
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
         """Answers P prompts, each about one image; an image that occurs several times is encoded once.
 
@@ -59,9 +65,11 @@ class Answering(Protocol):
             attention_mask: `(P, T)`, 1 for tokens, 0 for padding.
             new_search: Makes a search for prompts by their indices; called again when decoding starts over.
             failed: Called with an error that concerns one image only, and the indices of the prompts about it; may raise.
+            progress: What may end each answer before it is begun, and is told the size of its image; that `new_search` has them
+                is up to the caller. None: nothing.
 
         Returns:
-            The encoded image and the tokens of each prompt; None for those that `failed` was told of.
+            The image and the tokens of each prompt; None for those that `failed` was told of.
 
         Raises:
             ProviderError: The device failed while decoding.
@@ -75,6 +83,7 @@ class HostAnswering:
         self._sizes = sizes
         self._vision_encoder = vision_encoder
         self._text_model = text_model
+        self._encoding_time = EncodingTime()
 
     def check(self, config: SearchConfig) -> None:
         """Accepts every search: the graphs take any number of tokens."""
@@ -83,7 +92,9 @@ class HostAnswering:
         return self.encode_pixels(preprocess(self._sizes, image), image)
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
-        features = self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
+        features = self._encoding_time.of(
+            lambda: self._vision_encoder.run({"pixel_values": pixel_values})["image_features"]
+        )
         return EncodedImage(np.asarray(features[0], dtype=np.float32), image)
 
     def answer(
@@ -93,10 +104,19 @@ class HostAnswering:
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
-        encoded = self._encode_all(images, failed)
-        rows = [row for row in range(len(images)) if row in encoded]
+        progress = progress or [Progress() for _ in images]
+        seen = self._encode_all(images, failed, progress)
         answers: list[Answer | None] = [None] * len(images)
+        encoded: dict[int, EncodedImage] = {}
+        for row in sorted(seen):
+            image = seen[row]
+            if isinstance(image, EncodedImage) and progress[row].reason() is None:
+                encoded[row] = image
+            else:
+                answers[row] = image, not_begun(new_search([row]), progress[row])
+        rows = list(encoded)
         if not rows:
             return answers
         mask = attention_mask[rows]
@@ -107,24 +127,82 @@ class HostAnswering:
             answers[row] = encoded[row], sequence
         return answers
 
-    def _encode_all(self, images: Sequence[AnyImage], failed: Failed) -> dict[int, EncodedImage]:
-        """The encoded image of each prompt, by the prompt's index; without those that `failed` was told of."""
+    def _encode_all(self, images: Sequence[AnyImage], failed: Failed, progress: Sequence[Progress]) -> dict[int, Seen]:
+        """The image of each prompt, by the prompt's index; without those that `failed` was told of."""
         # One image a run: a batch is no faster on a CPU, and an int8 encoder has one scale for the activations of a
         # whole batch (DynamicQuantizeMatMul), so that an image's features would depend on the images beside it.
-        encoded: dict[int, EncodedImage] = {}
+        seen: dict[int, Seen] = {}
         for indices in prompts_by_image(images).values():
+            about = [progress[index] for index in indices]
             try:
-                found = self._encoded(images[indices[0]])
+                found = self._see(images[indices[0]], about)
             except FlorenceError as error:
                 failed(indices, error)
             else:
-                encoded.update(dict.fromkeys(indices, found))
-        return encoded
+                tell_size(about, found)
+                seen.update(dict.fromkeys(indices, found))
+        return seen
 
-    def _encoded(self, image: AnyImage) -> EncodedImage:
+    def _see(self, image: AnyImage, progress: Sequence[Progress]) -> Seen:
         if isinstance(image, EncodedImage):
             return check_features(self._sizes, image)
-        return self.encode(load(image))
+        refuse_if_all_raise(progress)
+        loaded = load(image)
+        return loaded if is_hopeless(progress, self._encoding_time.least) else self.encode(loaded)
+
+
+class EncodingTime:
+    """The least time that the vision encoder took so far: what a call must have left for the encoder to be worth its run."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self.least = 0.0
+        """Seconds; 0 before the first run."""
+
+    def of(self, run: Callable[[], T]) -> T:
+        """Measures a run and returns its result."""
+        begin = self._clock()
+        result = run()
+        seconds = self._clock() - begin
+        self.least = min(self.least or seconds, seconds)
+        return result
+
+
+def source_image(seen: Seen) -> PILImage.Image:
+    """The image itself, RGB."""
+    return seen.source_image if isinstance(seen, EncodedImage) else seen
+
+
+def is_hopeless(progress: Sequence[Progress], seconds: float = 0.0) -> bool:
+    """Whether none of the answers about an image can begin: each has to end within the `seconds` that encoding takes."""
+    reasons = [each.reason(seconds) for each in progress]  # all are asked, since a reason stays
+    return bool(reasons) and None not in reasons
+
+
+def refuse_if_all_raise(progress: Sequence[Progress]) -> None:
+    """Spares the reading of an image where every answer about it would be an error anyway.
+
+    Raises:
+        DeadlineError: All have to end, and the first for its deadline.
+        CancelledError: All have to end, and the first because it was cancelled.
+    """
+    if all(each.raises for each in progress) and is_hopeless(progress):
+        reason = progress[0].reason()
+        assert reason is not None, "hopeless for a reason"
+        raise stop_error(reason)
+
+
+def tell_size(progress: Sequence[Progress], image: Seen) -> None:
+    """Tells those who follow the answers about an image how large it is."""
+    for each in progress:
+        each.image_size = image.size
+
+
+def not_begun(search: Search, progress: Progress) -> GeneratedSequence:
+    """The answer to a prompt that has to end before its first decode step: no tokens but the first."""
+    reason = progress.reason()
+    assert reason is not None, "only an answer that has to end is not begun"
+    return unstarted(search, reason)
 
 
 def raise_error(indices: Sequence[int], error: FlorenceError) -> None:

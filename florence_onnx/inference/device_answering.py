@@ -11,18 +11,25 @@ from florence_onnx.bundles.bundle import ModelSizes
 from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import FlorenceError, OptionsError
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.search import Floats, Ids, Search
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import (
     Answer,
     AnyImage,
+    EncodingTime,
     Failed,
     Key,
+    Seen,
     check_features,
     image_key,
+    is_hopeless,
     load,
+    not_begun,
     preprocess,
     prompts_by_image,
+    refuse_if_all_raise,
+    tell_size,
 )
 from florence_onnx.inference.continuous_batching import DecodeRequest
 from florence_onnx.inference.resident_model import ResidentModel
@@ -40,6 +47,7 @@ class DeviceAnswering:
     def __init__(self, sizes: ModelSizes, resident: ResidentModel) -> None:
         self._sizes = sizes
         self._resident = resident
+        self._encoding_time = EncodingTime()
 
     def check(self, config: SearchConfig) -> None:
         is_greedy = config.num_beams == 1 and not config.do_sample
@@ -67,21 +75,30 @@ class DeviceAnswering:
         attention_mask: Ids,
         new_search: Callable[[Sequence[int]], Search],
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
+        progress = progress or [Progress() for _ in images]
         indices = prompts_by_image(images)
-        encoded: dict[Key, EncodedImage] = {}
+        about = {key: [progress[index] for index in same] for key, same in indices.items()}
+        seen: dict[Key, Seen] = {}
+        answers: list[Answer | None] = [None] * len(images)
         order: list[int] = []  # index of the prompt of each request: an image that is encoded already comes first
 
         def request(index: int, features: DeviceArray) -> DecodeRequest:
             prompt_ids = input_ids[index, : attention_mask[index].sum()]
-            return DecodeRequest(prompt_ids, features, lambda: new_search([index]))
+            return DecodeRequest(prompt_ids, features, lambda: new_search([index]), progress[index])
 
         def requests() -> Iterator[list[DecodeRequest]]:
-            for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}):
+            for key, each in self._encode_all({key: images[same[0]] for key, same in indices.items()}, about):
                 if isinstance(each, FlorenceError):
                     failed(indices[key], each)
                     continue
-                encoded[key] = each
+                seen[key] = each
+                tell_size(about[key], each)
+                if not isinstance(each, EncodedImage):
+                    for index in indices[key]:
+                        answers[index] = each, not_begun(new_search([index]), progress[index])
+                    continue
                 order.extend(indices[key])
                 features = self._resident.upload(each.stored)
                 yield [request(index, features) for index in indices[key]]
@@ -90,16 +107,19 @@ class DeviceAnswering:
             sequences = self._resident.answer([each for some in requests() for each in some])
         else:
             sequences = self._resident.answer_stream(requests())
-        answers: list[Answer | None] = [None] * len(images)
         for index, sequence in zip(order, sequences, strict=True):
             if isinstance(sequence, FlorenceError):
                 failed([index], sequence)
             else:
-                answers[index] = encoded[image_key(images[index])], sequence
+                answers[index] = seen[image_key(images[index])], sequence
         return answers
 
-    def _encode_all(self, images: Mapping[Key, AnyImage]) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
-        """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
+    def _encode_all(
+        self, images: Mapping[Key, AnyImage], about: Mapping[Key, Sequence[Progress]]
+    ) -> Iterator[tuple[Key, Seen | FlorenceError]]:
+        """Encodes in batches, except images whose answers have to end.
+
+        Meanwhile the images of the next batch are decoded and preprocessed on all cores."""
         raw: list[tuple[Key, ImageInput]] = []
         for key, image in images.items():
             if isinstance(image, EncodedImage):
@@ -107,8 +127,11 @@ class DeviceAnswering:
             else:
                 raw.append((key, image))
 
-        for batch in map_in_batches(self._prepare, raw, MAX_IMAGES):
-            yield from self._encode_batch(batch)
+        def prepare(pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
+            return self._prepare(pair, about[pair[0]])
+
+        for batch in map_in_batches(prepare, raw, MAX_IMAGES):
+            yield from self._encode_batch(batch, about)
 
     def _checked(self, image: EncodedImage) -> EncodedImage | FlorenceError:
         try:
@@ -116,26 +139,33 @@ class DeviceAnswering:
         except FlorenceError as error:
             return error
 
-    def _prepare(self, pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
+    def _prepare(
+        self, pair: tuple[Key, ImageInput], progress: Sequence[Progress]
+    ) -> tuple[Key, _Prepared | FlorenceError]:
         try:
+            refuse_if_all_raise(progress)
             loaded = load(pair[1])
         except FlorenceError as error:
             return pair[0], error
         return pair[0], (loaded, preprocess(self._sizes, loaded))
 
     def _encode_batch(
-        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]]
-    ) -> Iterator[tuple[Key, EncodedImage | FlorenceError]]:
+        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]], about: Mapping[Key, Sequence[Progress]]
+    ) -> Iterator[tuple[Key, Seen | FlorenceError]]:
         prepared: list[tuple[Key, _Prepared]] = []
         for key, each in batch:
             if isinstance(each, FlorenceError):
                 yield key, each
+            elif is_hopeless(about[key], self._encoding_time.least):
+                yield key, each[0]
             else:
                 prepared.append((key, each))
         if not prepared:
             return
         try:
-            features = self._resident.encode([pixel_values for _, (_, pixel_values) in prepared])
+            features = self._encoding_time.of(
+                lambda: self._resident.encode([pixel_values for _, (_, pixel_values) in prepared])
+            )
         except FlorenceError as error:  # of the whole run: each image gets a copy, which is given its place
             yield from ((key, copy(error)) for key, _ in prepared)
             return
