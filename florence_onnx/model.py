@@ -48,7 +48,7 @@ from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.progress import Cancel, OnDeadline
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
-from florence_onnx.images import decoding
+from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.inference.answering import Answering, HostAnswering, raise_error, source_image, to_image
 from florence_onnx.inference.decoder import TextBackend
@@ -221,11 +221,14 @@ class Florence2:
         image: ImageInput,
         *,
         apply_exif: bool = True,
-        max_pixels: int = decoding.MAX_PIXELS,
+        max_pixels: int = opening.MAX_PIXELS,
+        max_side: int = opening.MAX_SIDE,
         max_bytes: int = decoding.MAX_BYTES,
         timeout: float = decoding.TIMEOUT,
         public_only: bool = False,
         allowed_hosts: Collection[str] = (),
+        formats: Collection[str] = opening.FORMATS,
+        copy: bool = True,
     ) -> EncodedImage:
         """Runs the vision encoder; its output serves any number of tasks.
 
@@ -233,25 +236,31 @@ class Florence2:
             image: Path, bytes, file object, PIL image, `(H, W, 3)` uint8 array, `http(s)` URL or `data:` URI.
             apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
             max_pixels: Most pixels (width times height) to accept.
+            max_side: Most pixels of width and of height to accept.
             max_bytes: Most bytes of a download or a `data:` URI.
             timeout: Seconds for a download, redirects included.
             public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
                 public internet, redirects included; proxies of the environment are not used.
             allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
+            formats: Formats to decode, by Pillow's names. Those beyond the default, such as `["ICO"]`, have no limits but
+                pixels and sides: for files that you trust, not together with `public_only`.
+            copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
         Raises:
             ImageError: The image cannot be read.
-            InputError: `allowed_hosts` is malformed.
+            InputError: `allowed_hosts` or `formats` is malformed.
         """
         loaded = decoding.load(
             image,
             apply_exif=apply_exif,
             max_pixels=max_pixels,
+            max_side=max_side,
             max_bytes=max_bytes,
             timeout=timeout,
             public_only=public_only,
             allowed_hosts=allowed_hosts,
-            copy=True,
+            formats=formats,
+            copy=copy,
         )
         return self._answering.encode(loaded)
 
@@ -614,11 +623,11 @@ class Florence2:
 
     def _drop_long(self, requests: Sequence[Request], failures: Failures) -> list[Request]:
         """The requests whose prompts fit into the model."""
-        _, attention_mask = self._tokenizer.encode([request.prompt for request in requests])
         fitting = []
-        for request, mask in zip(requests, attention_mask, strict=True):
+        for request in requests:
             try:
-                self._check_lengths(mask[None], [request.task.slug])
+                self.check_prompt_bytes(len(request.prompt.encode()))
+                self._check_lengths(self._tokenizer.encode([request.prompt])[1], [request.task.slug])
                 fitting.append(request)
             except TextInputError as error:
                 failures.add([request.index], error)
@@ -634,6 +643,32 @@ class Florence2:
             OptionsError: They are not possible with this model on its device.
         """
         self._answering.check(self._bundle.generation.resolve(options))
+
+    @property
+    def max_prompt_bytes(self) -> int:
+        """Most UTF-8 bytes of a prompt: as many of the longest token as there is room for beside the image tokens.
+
+        Blanks before a `<mask>` token, which belong to it however many they are, are not considered.
+        """
+        return self._num_prompt_tokens * self._tokenizer.max_token_bytes
+
+    def check_prompt_bytes(self, num_bytes: int) -> None:
+        """Checks whether a text can be short enough for a prompt, without tokenizing it.
+
+        Most texts that pass are still too long: the exact limit is in tokens, and `run` checks it.
+
+        Args:
+            num_bytes: UTF-8 bytes of the text.
+
+        Raises:
+            TextInputError: No text of that length fits.
+        """
+        if num_bytes > self._num_prompt_tokens and num_bytes > self.max_prompt_bytes:
+            raise TextInputError(
+                f"the text has {num_bytes:,} bytes; this model has room for {self._num_prompt_tokens} tokens beside "
+                f"{self._bundle.sizes.num_image_tokens} image tokens, which are {self.max_prompt_bytes:,} bytes at the "
+                "very most: shorten text_input"
+            )
 
     def score_tokens(
         self,
@@ -662,6 +697,7 @@ class Florence2:
         """
         (request,) = read_requests(task, [image], [text_input], [region], Failures("raise", 1), self._bundle.tasks)
         self._check_tokens(token_ids)
+        self.check_prompt_bytes(len(request.prompt.encode()))
         input_ids, attention_mask = self._tokenizer.encode([request.prompt])
         self._check_lengths(attention_mask, [request.task.slug])
         logits = np.empty((len(token_ids) - 1, self._bundle.sizes.vocab_size), dtype=np.float32)
@@ -711,9 +747,12 @@ class Florence2:
         if not all(0 <= token < sizes.vocab_size for token in token_ids):
             raise InputError(f"token_ids must be from 0 to {sizes.vocab_size - 1}, got {tuple(token_ids)!r}")
 
+    @property
+    def _num_prompt_tokens(self) -> int:
+        return self._bundle.sizes.max_positions - self._bundle.sizes.num_image_tokens
+
     def _check_lengths(self, attention_mask: Ids, names: Sequence[str]) -> None:
-        num_image_tokens = self._bundle.sizes.num_image_tokens
-        room = self._bundle.sizes.max_positions - num_image_tokens
+        num_image_tokens, room = self._bundle.sizes.num_image_tokens, self._num_prompt_tokens
         for name, length in zip(names, attention_mask.sum(axis=1), strict=True):
             if length > room:
                 raise TextInputError(

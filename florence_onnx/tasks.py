@@ -144,14 +144,16 @@ class Task(Generic[R]):
     def _check_text(self, text_input: str | None) -> None:
         if not self.takes_text:
             if text_input is not None:
-                raise TextInputError(f"task {self.slug!r} takes no text_input, got {text_input!r}; leave it out")
+                raise TextInputError(
+                    f"task {self.slug!r} takes no text_input, got {_shorten(text_input)}; leave it out"
+                )
             return
         if text_input is None:
             raise TextInputError(f'task {self.slug!r} needs text: pass text_input="…"')
         if not isinstance(text_input, str):
             raise TextInputError(f"text_input must be a string, got {type(text_input).__name__}")
         if not text_input.strip():
-            raise TextInputError(f"task {self.slug!r} needs text, and text_input={text_input!r} is blank")
+            raise TextInputError(f"task {self.slug!r} needs text, and text_input={_shorten(text_input)} is blank")
         check_unicode("text_input", text_input)
 
     def _read_region(self, region: Region | str | None) -> Region | None:
@@ -185,7 +187,7 @@ def check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TextInputError(f"{name}={text!r} is not valid Unicode: {error}") from error
+        raise TextInputError(f"{name}={_shorten(text)} is not valid Unicode: {error}") from error
 
 
 CAPTION: Task[str] = Task(
@@ -374,6 +376,11 @@ def get(task: Task[Any] | str, own: Mapping[str, Task[Any]] | None = None) -> Ta
         listed = ", ".join(f"{each.slug} ({each.token})" for each in known)
         raise UnknownTaskError(f"unknown task {task!r}{_suggestion(task, by_name)}; the tasks are: {listed}")
     return found
+
+
+def _shorten(text: object) -> str:
+    """A text as it stands in an error: at most 100 characters of it."""
+    return repr(text) if not isinstance(text, str) or len(text) <= 100 else f"{text[:100]!r}…"
 
 
 def _suggestion(task: object, names: Iterable[str]) -> str:

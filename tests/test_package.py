@@ -112,7 +112,7 @@ ROOMS = {
     "fal": {"forks", "answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
     "server": {
         *("_version", "answers", "errors", "fal", "forks", "generation", "images", "model", "prediction", "tasks"),
-        *("fastapi", "filelock", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
+        *("fastapi", "filelock", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {
         *("_version", "answers", "errors", "fal", "images", "model", "tasks"),
@@ -262,11 +262,14 @@ LAZY = {
         "answers.reference_dict",
         "answers.supervision_detections",
         "answers.matching",
+        "answers.scoring",
         "bundles.configuration",
         "bundles.pulling",
         "image",
         "images.addresses",
         "images.connection",
+        "images.decoder_child",
+        "images.decoder_processes",
         "images.download",
         "images.transfer",
     ),

@@ -97,9 +97,9 @@ import signal, subprocess, sys, time, urllib.request
 command = [sys.executable, "-m", "florence_onnx", "serve", "--port", "0"]
 server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 for line in server.stderr:
-    if "Uvicorn running on" in line:
+    if "listening on" in line:
         break
-base = line[line.index("http://"):].split()[0]
+base = line[line.index("http://"):].split('"')[0]
 assert b"app.js" in urllib.request.urlopen(base).read()
 assert b"florence_queue_depth" in urllib.request.urlopen(base + "/metrics").read()
 server.send_signal(signal.SIGTERM)

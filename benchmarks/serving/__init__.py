@@ -1,1 +1,2 @@
-"""The server: under load (`load`), under malformed requests (`malformed`), and compared with fal (`compare_fal`)."""
+"""The server: under load (`load`), malformed requests (`malformed`), hostile images (`image_costs`), and against fal's
+(`compare_fal`)."""

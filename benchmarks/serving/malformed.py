@@ -1,14 +1,17 @@
 """The server's responses to malformed requests: `python -m benchmarks.serving.malformed --requests 10000`.
 
-Broken JSON, wrong types, damaged images, URLs that must not be fetched, unusual paths, methods and headers, and bytes
-that are not HTTP. Prints how often each status came, and memory, threads and open files of the server before and after.
-The exit code is 1 if a status was 500 or more, or a request got no response.
+Broken JSON, wrong types, damaged and hostile images, URLs that must not be fetched, unusual paths, methods and headers, bytes that are
+not HTTP, bodies that cost more than they should, and connections that end in the middle.
+
+Prints how often each status came, and memory, threads and open files of the server before and after. The exit code is
+1 if a status was 500 or more, or a request got no response.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import json
 import random
 import socket
@@ -24,6 +27,7 @@ from benchmarks.serving.servers import Server, serve
 from export.verification.photograph import PHOTOGRAPH
 from florence_onnx import tasks
 from florence_onnx.fal.contract import APP
+from tests import hostile_images as hostile
 
 IMAGE = (ROOT / "florence_onnx" / "demo" / "samples" / "scene-1.png").read_bytes()
 JPEG = PHOTOGRAPH.read_bytes()
@@ -121,6 +125,31 @@ def damaged_image(rng: random.Random) -> bytes:
     return http("POST", f"/{APP}/caption", json.dumps({"image_url": uri}).encode())
 
 
+@functools.cache
+def hostile_images() -> tuple[bytes, ...]:
+    """Returns small files that cost a loader much, or did."""
+    inner = hostile.png(3000, 3000)
+    return (
+        *(hostile.iptc(hostile.EPS), hostile.iptc(inner), hostile.icns(inner), hostile.ico(inner), hostile.EPS),
+        *(hostile.many_scans(500, count) for count in (20, 32, 33, 150)),
+        *(hostile.many_segments(5000), hostile.jpeg_with_shared_tags(), hostile.shared_tags(100, 10_000)),
+        *(hostile.huge_tile(3000), hostile.many_tiles(2000), hostile.run_lengths(500, 500)),
+        *(hostile.run_lengths(3000, 3000), hostile.gif_with_comments(50_000), hostile.gif_with_comments(50_000, 1)),
+        *(hostile.png(70_000, 1), hostile.png(2000, 2000, depth=16), hostile.png(9000, 9000), inner),
+        *(hostile.with_chunks(hostile.png(8, 8), hostile.compressed_text(3_000_000)),),
+        *(hostile.frames(name, 20) for name in ("GIF", "WEBP", "TIFF", "MPO", "PNG")),
+    )
+
+
+def hostile_image(rng: random.Random) -> bytes:
+    """A file that costs a loader much, half of the time with bytes changed."""
+    content = bytearray(rng.choice(hostile_images()))
+    for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    uri = "data:image/x;base64," + base64.b64encode(content).decode()
+    return http("POST", f"/{APP}/caption", json.dumps({"image_url": uri}).encode())
+
+
 def bad_address(rng: random.Random) -> bytes:
     """A URL that must not be fetched, or is not valid."""
     return http("POST", f"/{APP}/caption", json.dumps({"image_url": rng.choice(ADDRESSES)}).encode())
@@ -150,7 +179,57 @@ def no_http(rng: random.Random) -> bytes:
     return f"POST /{APP}/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n{{}}".encode()
 
 
-KINDS: tuple[Make, ...] = (broken_json, wrong_types, damaged_image, bad_address, odd_request, no_http)
+def costly_body(rng: random.Random) -> bytes:
+    """A body of up to a megabyte that would cost a careless server much time or memory."""
+    size = rng.randrange(1, 2**20)
+    uri = rng.choice(
+        (b",%41" * (size // 4), b";base64," + b"AA AA\\n" * (size // 7), b";base64," + b"\\u0041" * (size // 6))
+    )
+    body = rng.choice(
+        (
+            b"[" + b"[]," * (size // 3) + b"[]]",
+            b"[" * size,
+            b'["' + b'","' * (size // 3) + b'"]',
+            b'{"image_url":"data:,","text_input":"' + b"a car " * (size // 6) + b'"}',
+            b'{"text_input":"' + b'\\"' * (size // 2) + b'"}',
+            b'{"image_url":"data:image/png' + uri + b'"}',
+            b'{"image_url":"http://' + b"a" * size + b'"}',
+            b'{"' + b"k" * size + b'":1}',
+            json.dumps({"image_url": "data:,"}).encode("utf-16") + b" " * size,
+            b"1" * size,
+        )
+    )
+    return http("POST", rng.choice((endpoint(rng), "/storage/upload/initiate")), body)
+
+
+def refused_body(rng: random.Random) -> bytes:
+    """A body that is refused by its headers, with another request in it."""
+    body = http("GET", "/health") * rng.randrange(1, 200)
+    head = rng.choice(
+        (
+            "PUT /storage/upload/guessed HTTP/1.1\r\n",
+            "POST /health HTTP/1.1\r\n",
+            f"POST /{APP}/no-such-task/x HTTP/1.1\r\n",
+            f"POST /{APP}/caption HTTP/1.1\r\nOrigin: http://evil.example\r\n",
+            f"POST /{APP}/caption HTTP/1.1\r\nTransfer-Encoding: chunked\r\n",
+        )
+    )
+    return f"{head}Host: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def cut_off(rng: random.Random) -> bytes:
+    """A request of which only a part is sent before the client hangs up."""
+    whole = rng.choice((wrong_types(rng), damaged_image(rng), odd_request(rng)))
+    chunked = f"POST /{APP}/caption HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{{}}".encode()
+    return chunked if rng.random() < 0.2 else whole[: rng.randrange(len(whole))]
+
+
+KINDS: tuple[Make, ...] = (
+    *(broken_json, wrong_types, damaged_image, hostile_image, bad_address, odd_request, no_http),
+    *(costly_body, refused_body, cut_off),
+)
+PARTIAL = {"no_http", "cut_off"}
+"""Kinds that are no complete requests."""
 
 
 def send(server: Server, content: bytes, *, is_whole: bool) -> str:
@@ -181,7 +260,7 @@ def run(server: Server, num_requests: int, seed: int, num_clients: int = 8) -> d
     requests = [(kind.__name__, kind(rng)) for kind in (rng.choice(KINDS) for _ in range(num_requests))]
     with ThreadPoolExecutor(num_clients) as pool:
         statuses = pool.map(
-            lambda request: (request[0], send(server, request[1], is_whole=request[0] != "no_http")), requests
+            lambda request: (request[0], send(server, request[1], is_whole=request[0] not in PARTIAL)), requests
         )
         found: dict[str, Counter[str]] = {kind.__name__: Counter() for kind in KINDS}
         for kind, status in statuses:
@@ -191,7 +270,7 @@ def run(server: Server, num_requests: int, seed: int, num_clients: int = 8) -> d
 
 def is_failure(kind: str, status: str) -> bool:
     """Whether a status is wrong for a kind of request."""
-    return status.startswith("5") or status == "no answer" or (status == CLOSED and kind != "no_http")
+    return status.startswith("5") or status == "no answer" or (status == CLOSED and kind not in PARTIAL)
 
 
 def main() -> None:

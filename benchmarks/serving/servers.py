@@ -25,6 +25,15 @@ class Server:
         """Returns the resident memory."""
         return self._status("VmRSS") * 1024
 
+    def family_memory_bytes(self) -> int:
+        """Returns the resident memory of the server and of its child processes."""
+        sizes = [self.memory_bytes()]
+        for listed in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            for child in listed.read_text().split():
+                with contextlib.suppress(OSError, StopIteration):  # it may end meanwhile
+                    sizes.append(Server(self.host, self.port, int(child)).memory_bytes())
+        return sum(sizes)
+
     def num_threads(self) -> int:
         """Returns the number of threads."""
         return self._status("Threads")

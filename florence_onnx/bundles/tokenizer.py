@@ -50,6 +50,16 @@ class PromptTokenizer:
             return None
         return range(ids[0], ids[1] + 1)
 
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """UTF-8 bytes of the longest token, so that T tokens hold at most T times as many.
+
+        In byte-level BPE each character of a token stands for one byte; special tokens are written as they are.
+        """
+        return max(
+            len(token.encode()) if token.startswith("<") else len(token) for token in self._tokenizer.get_vocab()
+        )
+
     def encode(self, prompts: Sequence[str]) -> tuple[Ids, Ids]:
         """Encodes prompts as `<s> prompt </s>`, padded on the right to the longest.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from florence_onnx.model import Florence2
 from florence_onnx.server.settings import Images, ServerSettings, default_limits
 
 # the import that fails is not always that of the package itself
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "pythonjsonlogger", "starlette", "anyio")
+_PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "anyio")
 _LOG_FORMATS = ("json", "text")
 
 
@@ -61,12 +62,22 @@ def serve(
     cache_mb: Annotated[
         int, typer.Option(help="MiB of image features to cache for further requests; 0 disables the cache.", min=0)
     ] = 256,
+    image_mb: Annotated[
+        int, typer.Option(help="MiB for decoded images of the requests in flight; further requests wait.", min=64)
+    ] = 1024,
     images: Annotated[str, typer.Option(help="Annotated images in results: url, data (a data: URI) or none.")] = "url",
     public_url: Annotated[
         str | None, typer.Option(help="URL of the server as clients see it, if it is behind a proxy.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin whose web pages may call the server (CORS); repeatable.")
+    ] = None,
+    trusted_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients reach the server, *.example.com, or * for any; all other values of the Host "
+            "header are refused; repeatable.  [default: any with --api-key; otherwise addresses and local names]"
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
@@ -84,6 +95,19 @@ def serve(
             help="Seconds after SIGTERM, SIGINT or SIGHUP in which results of the queue can still be fetched."
         ),
     ] = 30.0,
+    max_connections: Annotated[
+        int, typer.Option(help="Maximum open connections; further ones get status 503.", min=1)
+    ] = 512,
+    header_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 20.0,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds over which the rate of a body is measured, again and again.")
+    ] = 10.0,
+    min_body_rate: Annotated[
+        float, typer.Option(help="Least bytes per second of a body; slower ones get 408.")
+    ] = 1024.0,
+    idle_timeout: Annotated[
+        float, typer.Option(help="Seconds for which a connection is kept between requests, or unread.")
+    ] = 65.0,
     log_format: Annotated[str, typer.Option(help="Format of the log: json or text.")] = "json",
 ) -> None:
     """Serve fal's API and a web page to try it."""
@@ -98,6 +122,7 @@ def serve(
             images=_choose("--images", images, get_args(Images)),
             public_url=public_url,
             origins=tuple(allow_origin or ()),
+            trusted_hosts=tuple(trusted_host or ()),
             service=ServiceSettings(
                 image_limits=limits,
                 workers=workers,
@@ -105,22 +130,31 @@ def serve(
                 max_waiting=max_waiting,
                 max_accepted_bytes=accepted_mb * 2**20,
                 feature_cache_bytes=cache_mb * 2**20,
+                max_decoded_bytes=image_mb * 2**20,
                 options=parse_options(parse_assignments(option or ())),
                 allow_options=allow_options,
             ),
             grace_seconds=grace,
+            max_connections=max_connections,
+            header_seconds=header_timeout,
+            body_seconds=body_timeout,
+            min_body_rate=min_body_rate,
+            idle_seconds=idle_timeout,
             certificate=certificate,
             private_key=private_key,
         )
         chosen_format = _choose("--log-format", log_format, _LOG_FORMATS)
-        run = _import_serve()
+        bind, run = _import_serve()
+        check_certificate(settings)
+        listeners = bind(host, port)  # before the model is loaded, which may take minutes
         _warn(settings, model)
         florence = Florence2.from_pretrained(model, device=device, precision=precision)
         florence.warm_up()
         scheme = "https" if certificate else "http"
-        address = f"{scheme}://{host}:{port}/" if port else "a free port of " + host
+        port = listeners[0].getsockname()[1]
+        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
         _print(f"serving {model} on {address} (Ctrl-C finishes the accepted requests and exits)")
-        run(florence, settings, chosen_format)
+        run(florence, settings, chosen_format, listeners)
 
 
 def _choose(option: str, value: str, known: Sequence[str]) -> Any:
@@ -129,22 +163,47 @@ def _choose(option: str, value: str, known: Sequence[str]) -> Any:
     return value
 
 
-def _import_serve() -> Callable[..., None]:
+def _import_serve() -> tuple[Callable[..., Any], Callable[..., None]]:
+    """`bind` and `serve`."""
     try:
+        from florence_onnx.server.listener import bind
         from florence_onnx.server.serve import serve
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES:
             raise
         raise MissingExtraError(package, "serve") from None
-    return serve
+    return bind, serve
+
+
+def check_certificate(settings: ServerSettings) -> None:
+    """Raises InputError if TLS cannot be served with a certificate and its key."""
+    if settings.certificate is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.certificate, settings.private_key)
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot use the certificate {settings.certificate} with the key {settings.private_key}: {reason}"
+        ) from None
 
 
 def _warn(settings: ServerSettings, model: str) -> None:
-    if not settings.is_loopback and settings.api_key is None:
-        _print(f"anyone who can reach {settings.host} can use this server; pass --api-key to require a key")
+    if settings.is_open:
+        names = ", ".join(settings.trusted_hosts) or "any address or local name of this machine"
+        _print_framed(
+            f"WARNING: no key: anyone who can reach {settings.host} can use this server.",
+            "Pass --api-key, or set FLORENCE_ONNX_API_KEY, to require one.",
+            f"Requests are accepted for {names}; --trusted-host changes that.",
+        )
     if model == DEMO:
         _print("the demo model only knows drawn shapes and words; for photographs, pass --model")
+
+
+def _print_framed(*lines: str) -> None:
+    frame = "*" * (max(map(len, lines)) + 4)
+    _print("\n".join((frame, *(f"* {line}" for line in lines), frame)))
 
 
 def _print(message: str) -> None:

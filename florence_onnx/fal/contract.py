@@ -30,6 +30,14 @@ DEFAULT_OPTIONS = GenerationOptions()
 
 
 @dataclass(frozen=True)
+class TooLong:
+    """Stands for a string of a request that was not read, because no field may be that long; see `server.bodies`."""
+
+    num_bytes: int
+    """UTF-8 bytes of the string, its JSON escapes included."""
+
+
+@dataclass(frozen=True)
 class Arguments:
     """The validated arguments of a request. The image has not been read yet."""
 
@@ -64,6 +72,7 @@ def read_arguments(
     arguments: object,
     options: GenerationOptions = DEFAULT_OPTIONS,
     check_options: Callable[[GenerationOptions], None] | None = None,
+    check_text_bytes: Callable[[int], None] | None = None,
 ) -> Arguments:
     """Validates the arguments of a request.
 
@@ -73,6 +82,7 @@ def read_arguments(
         options: Generation options of all requests.
         check_options: Raises OptionsError where options cannot be used; None where requests may not state any: such fields are
             then ignored, like all unknown ones.
+        check_text_bytes: Raises TextInputError if no prompt can hold a text of that many UTF-8 bytes.
 
     Raises:
         RequestError: 422, with one entry for each missing or invalid field.
@@ -81,7 +91,7 @@ def read_arguments(
         raise problems.invalid([field_error([], "Input should be a valid dictionary", "dict_type")])
     errors: list[dict[str, Any]] = []
     image_url = _read_text(arguments, "image_url", errors)
-    text_input = _read_text(arguments, "text_input", errors) if task.takes_text else None
+    text_input = _read_text(arguments, "text_input", errors, check_text_bytes) if task.takes_text else None
     region = _read_region(_with_region(task, arguments), errors) if task.takes_region else None
     if not errors:
         errors += _check_content(task, text_input, region)
@@ -112,13 +122,21 @@ def _read_options(
     return found
 
 
-def _read_text(arguments: Mapping[str, Any], name: str, errors: list[dict[str, Any]]) -> str:
+def _read_text(
+    arguments: Mapping[str, Any],
+    name: str,
+    errors: list[dict[str, Any]],
+    check_bytes: Callable[[int], None] | None = None,
+) -> str:
+    given = arguments.get(name)
     if name not in arguments:
         errors.append(field_error([name], "Field required", MISSING))
-    elif not isinstance(arguments[name], str):
+    elif not isinstance(given, str | TooLong):
         errors.append(field_error([name], "Input should be a valid string", "string_type"))
+    elif (problem := _too_long(given, check_bytes)) is not None:
+        errors.append(field_error([name], problem, "string_too_long"))
     else:
-        return str(arguments[name])
+        return str(given)
     return ""
 
 
@@ -129,6 +147,19 @@ def _with_region(task: Task[Any], arguments: Mapping[str, Any]) -> Mapping[str, 
         return arguments
     written = text.strip().removeprefix(task.token)
     return {**arguments, "region": written} if Region.is_text(written) else arguments
+
+
+def _too_long(given: str | TooLong, check_bytes: Callable[[int], None] | None) -> str | None:
+    """What is wrong with the length of a string, None for nothing."""
+    if isinstance(given, str) and check_bytes is None:
+        return None
+    num_bytes = len(given.encode("utf-8", "surrogatepass")) if isinstance(given, str) else given.num_bytes
+    try:
+        if check_bytes is not None:
+            check_bytes(num_bytes)
+    except TextInputError as error:
+        return str(error)
+    return None if isinstance(given, str) else f"String has {num_bytes:,} bytes; only a data: URI may be that long"
 
 
 def _read_region(arguments: Mapping[str, Any], errors: list[dict[str, Any]]) -> Region | None:

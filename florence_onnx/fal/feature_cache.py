@@ -44,6 +44,6 @@ class FeatureCache:
 
 
 def _num_bytes(encoded: EncodedImage) -> int:
-    # the source image is kept too, as RGB, because annotated images are drawn on it
+    # the source image is kept too, because annotated images are drawn on it; Pillow stores RGB as four bytes a pixel
     width, height = encoded.size
-    return encoded.stored.nbytes + 3 * width * height
+    return encoded.stored.nbytes + 4 * width * height

@@ -96,6 +96,13 @@ def too_large(max_bytes: int) -> RequestError:
     return RequestError(413, body, {"Connection": "close"})  # the rest of the body is never read
 
 
+def too_slow(num_bytes: float, seconds: float) -> RequestError:
+    """408: the body of the request arrives too slowly."""
+    message = f"The body must come at {num_bytes:,.0f} bytes in {seconds:g} s or faster"
+    body = {"detail": message, "error_type": "bad_request"}
+    return RequestError(408, body, {"Connection": "close"})
+
+
 def queue_full(max_waiting: int) -> RequestError:
     """429: the queue is full."""
     message = f"{max_waiting} requests are already waiting; try again later"

@@ -20,11 +20,14 @@ import logging
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image as PILImage
 
 from florence_onnx import forks
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
@@ -35,8 +38,10 @@ from florence_onnx.fal.downloads import Downloads
 from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
+from florence_onnx.fal.memory import MemoryBudget, NotWantedError
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.images.opening import DecodingEndedError
 from florence_onnx.images.transfer import Transfer
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
@@ -84,9 +89,12 @@ class ServiceSettings:
     """Downloads from the same host at the same time."""
     max_accepted_bytes: int = 512 * 2**20
     """Most bytes of the arguments and downloads of all requests that have not ended; further requests are rejected with
-    429. The memory of decoded images is bounded by `max_loaded`."""
+    429."""
     max_loaded: int = 8
-    """Most decoded images that wait for the model, as they take the most memory."""
+    """Most decoded images that wait for the model."""
+    max_decoded_bytes: int = 2**30
+    """Most bytes of images that are being decoded, wait for the model, are answered or are drawn on. A request whose image
+    has no room yet waits. Cached images count towards `feature_cache_bytes`."""
     feature_cache_bytes: int = 256 * 2**20
     """Most bytes of cached image features; 0 caches none."""
     options: GenerationOptions = contract.DEFAULT_OPTIONS
@@ -124,9 +132,8 @@ class Service:
         self._publish = publish
         self._observe = observe or (lambda stage, value: None)
         self._reader = ImageReader(self.settings.image_limits, find_stored)
-        self.budget = ByteBudget(self.settings.max_accepted_bytes)
-        """Bytes held for requests that have not ended."""
         self._cache = FeatureCache(self.settings.feature_cache_bytes)
+        self._draws = publish is not without_image
         self._is_open = True
         self._clear()
         self._start_threads()
@@ -134,6 +141,9 @@ class Service:
 
     def _clear(self) -> None:
         """Empties all queues and forgets the threads; what was in the queues at a fork is the parent's."""
+        self.budget = ByteBudget(self.settings.max_accepted_bytes)
+        """Bytes held for requests that have not ended."""
+        self._memory = MemoryBudget(self.settings.max_decoded_bytes + self.settings.feature_cache_bytes)
         self._condition = threading.Condition()
         self._waiting: list[Job] = []  # accepted, image not loaded
         self._downloads = Downloads(self.settings.downloads, self.settings.downloads_per_host)
@@ -201,9 +211,10 @@ class Service:
         return job
 
     def _read(self, task: Task[Any], arguments: object) -> contract.Arguments:
-        if not self.settings.allow_options:
-            return contract.read_arguments(task, arguments, self.settings.options)
-        return contract.read_arguments(task, arguments, self.settings.options, self.model.check_options)
+        check_options = self.model.check_options if self.settings.allow_options else None
+        return contract.read_arguments(
+            task, arguments, self.settings.options, check_options, self.model.check_prompt_bytes
+        )
 
     def cancel(self, job: Job) -> bool:
         """Cancels a request; returns False if it has already ended.
@@ -213,6 +224,7 @@ class Service:
         is_cancelled = job.cancel()
         if is_cancelled:
             self._count("failed")
+            self._end_loading(job)
         with self._condition:
             self._condition.notify_all()
         return is_cancelled
@@ -253,6 +265,7 @@ class Service:
             self._condition.notify_all()
         for job in left:
             self._fail(job, problems.shutting_down())
+        self._reader.close()
         for thread in self._threads if is_done else ():
             thread.join()
         if self._draw_pool is not None:
@@ -283,6 +296,11 @@ class Service:
                 self._load(job)
             except RequestError as problem:
                 self._fail(job, problem)
+            except (
+                DecodingEndedError,
+                NotWantedError,
+            ):  # of a job that has ended, which stays as it is, or will at once
+                self._fail(job, problems.timed_out() if job.has_expired else problems.shutting_down())
             except Exception as error:  # noqa: BLE001 - as in _download_loop
                 self._fail_unexpectedly(job, error, "loading the image")
             with self._condition:
@@ -336,9 +354,33 @@ class Service:
         job.digest = hashlib.sha256(content).digest()
         job.features = self._cache.get(job.digest)
         if job.features is None:
-            job.image = self._reader.decode(content)
+            job.image = self._decode_image(job, content)
         job.drop_source()
         self._record(job, "load", begin)
+
+    def _decode_image(self, job: Job, content: bytes) -> PILImage.Image:
+        """Decodes an image when there is memory for it and for drawing on it."""
+        taken = kept = drawing = 0
+
+        def admit(peak_bytes: int, result_bytes: int) -> None:
+            nonlocal taken, kept, drawing
+            kept, drawing = result_bytes, result_bytes if self._draws and job.arguments.task.has_image else 0
+            self._memory.take(peak_bytes + drawing, lambda: job.is_waiting and not job.has_expired)
+            taken = peak_bytes + drawing
+
+        try:
+            image = self._reader.decode(content, key=job, admit=admit)
+        except BaseException:
+            self._memory.give(taken)
+            raise
+        weakref.finalize(image, self._memory.give, kept).atexit = False
+        self._memory.give(taken - kept - drawing)
+        job.future.add_done_callback(lambda ended: self._memory.give(drawing))
+        return image
+
+    def _end_loading(self, job: Job) -> None:
+        self._reader.end(job)
+        self._memory.look()
 
     def _drop_ended(self) -> None:
         """Removes cancelled requests and fails expired ones. The caller holds the lock."""
@@ -350,6 +392,7 @@ class Service:
                 self._condition.notify_all()
         for job in [job for job in self._loading if job.is_waiting and job.has_expired]:
             self._fail(job, problems.timed_out())  # at once, whatever is being done for it
+            self._end_loading(job)
 
     def _seconds_to_expiry(self) -> float | None:
         jobs = (*self._waiting, *self._loading, *self._ready)
@@ -412,7 +455,7 @@ class Service:
                 image = job.image
                 assert image is not None  # loaded, and kept while the batch runs
                 try:
-                    found = self.model.encode(image)
+                    found = self.model.encode(image, copy=False)
                 except Exception as error:  # noqa: BLE001 - the other images of the batch may be fine
                     self._fail_unexpectedly(job, error, "the vision encoder")
                     continue

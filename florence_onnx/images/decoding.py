@@ -5,18 +5,15 @@ No global setting of Pillow or of `warnings` is changed, so all of this may run 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import struct
-import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from florence_onnx import forks
 from florence_onnx.errors import (
@@ -25,21 +22,29 @@ from florence_onnx.errors import (
     ImageError,
     ImageNotFoundError,
     ImageTooLargeError,
+    InputError,
 )
 from florence_onnx.images import url
+from florence_onnx.images.opening import (
+    DAMAGED,
+    FORMATS,
+    MAX_PIXELS,
+    MAX_SIDE,
+    DecodeLimits,
+    check_formats,
+    get_orientation,
+    open_image,
+)
 from florence_onnx.images.rgb import from_array, to_rgb
 
 ImageInput: TypeAlias = Union[str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, npt.NDArray[np.uint8]]
 """Path, `http(s)` URL or `data:` URI, encoded bytes, binary file object, PIL image, or (H,W,3) uint8 array."""
 
-MAX_PIXELS = 178_956_970
-"""Default limit of width times height: where Pillow itself refuses to decode (it warns from half of that on)."""
 MAX_BYTES = 50 * 2**20
 """Default limit of downloads and `data:` URIs: 50 MiB, as at fal."""
 TIMEOUT = 30.0
 """Default time limit of a download in seconds."""
 
-_ORIENTATION_TAG = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,22 +54,6 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow's decoders raise all of these on damaged data (found by decoding damaged files of every format).
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Warning,  # where the caller turns warnings into errors
-)
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # A PIL image is decoded at its first use, and Pillow has no lock for that: two threads that share an image of a caller
 # would both read from its file.
 _CALLERS_IMAGE_LOCK = forks.Lock()
@@ -75,10 +64,12 @@ def load(
     *,
     apply_exif: bool = True,
     max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
     max_bytes: int = MAX_BYTES,
     timeout: float = TIMEOUT,
     public_only: bool = False,
     allowed_hosts: Collection[str] = (),
+    formats: Collection[str] = FORMATS,
     copy: bool = False,
 ) -> Image.Image:
     """Loads an image.
@@ -91,12 +82,15 @@ def load(
         image: A path, an `http(s)` URL, a `data:` URI, encoded bytes, a binary file object (read from its current
             position), a PIL image, or an (H,W,3) uint8 array in RGB order.
         apply_exif: Whether to apply the EXIF orientation. transformers does not: pass False to match it.
-        max_pixels: Most pixels (width times height) to accept; checked before any pixel is decoded.
+        max_pixels: Most pixels (width times height) to accept; checked before any pixel is decoded, and after.
+        max_side: Most pixels of width and of height to accept.
         max_bytes: Most bytes of a download or a `data:` URI.
         timeout: Seconds for a download, redirects included.
         public_only: For strings from untrusted callers: a string must be a URL and not a path, and must lead to the
             public internet, redirects included; proxies of the environment are not used.
         allowed_hosts: Exceptions to `public_only`: `HOST:PORT`, or `HOST` for its ports 80 and 443.
+        formats: Formats to decode, by Pillow's names. Those beyond the default, such as `["ICO"]`, have no limits but
+            pixels and sides: for files that you trust, not together with `public_only`.
         copy: Whether to copy a PIL image that is RGB and upright already, so that the caller may change theirs.
 
     Returns:
@@ -110,9 +104,12 @@ def load(
         InputError: `allowed_hosts` is malformed.
         ImageError: The image is a directory, an unreadable file, or of an unsupported type, shape or dtype.
     """
+    limits = DecodeLimits(max_pixels, max_side, formats)
+    if public_only and check_formats(formats):
+        raise InputError(f"formats beyond {', '.join(FORMATS)} are not for untrusted callers: omit public_only")
     if isinstance(image, Image.Image):
         with _CALLERS_IMAGE_LOCK:
-            _decode_pixels(image, "the PIL image", max_pixels)
+            _decode_callers_image(image, limits)
             rgb = _to_upright_rgb(image, apply_exif)
             return rgb.copy() if copy and rgb is image else rgb
     if isinstance(image, np.ndarray):
@@ -123,10 +120,10 @@ def load(
         content = download.download(
             image, max_bytes=max_bytes, timeout=timeout, public_only=public_only, allowed_hosts=allowed_hosts
         )
-        return _decode_download(content, url.shorten(image), apply_exif, max_pixels)
+        return _decode_download(content, url.shorten(image), apply_exif, limits)
     if isinstance(image, str) and url.is_data_uri(image):
         content = url.decode_data_uri(image, max_bytes=max_bytes)
-        return _decode(io.BytesIO(content), "the data: URI", apply_exif, max_pixels)
+        return _decode(io.BytesIO(content), "the data: URI", apply_exif, limits)
     if isinstance(image, str) and public_only:
         hint = url.explain(image)
         raise ImageDownloadError(
@@ -134,32 +131,32 @@ def load(
             f"{f'; {hint}' if hint else ''}"
         )
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(image), f"{len(image)} bytes of data", apply_exif, max_pixels)
+        return _decode(io.BytesIO(image), f"{len(image)} bytes of data", apply_exif, limits)
     if isinstance(image, (str, os.PathLike)):
-        return _load_file(image, apply_exif, max_pixels)
+        return _load_file(image, apply_exif, limits)
     if hasattr(image, "read"):
-        return _decode(io.BytesIO(_read_stream(image)), f"the file object {image!r}", apply_exif, max_pixels)
+        return _decode(io.BytesIO(_read_stream(image)), f"the file object {image!r}", apply_exif, limits)
     raise ImageError(
         f"cannot read an image from {type(image).__name__}: pass a path, http(s) URL, data: URI, bytes, binary file "
         "object, PIL image or (H, W, 3) uint8 array"
     )
 
 
-def _decode_download(content: bytes, name: str, apply_exif: bool, max_pixels: int) -> Image.Image:
+def _decode_download(content: bytes, name: str, apply_exif: bool, limits: DecodeLimits) -> Image.Image:
     try:
-        return _decode(io.BytesIO(content), name, apply_exif, max_pixels)
+        return _decode(io.BytesIO(content), name, apply_exif, limits)
     except ImageDecodeError as error:
         beginning = content[:40].decode("latin-1")
         raise ImageDownloadError(f"the URL gave no image: {error} (it begins with {beginning!r})") from error
 
 
-def _load_file(path: str | os.PathLike[str], apply_exif: bool, max_pixels: int) -> Image.Image:
+def _load_file(path: str | os.PathLike[str], apply_exif: bool, limits: DecodeLimits) -> Image.Image:
     name = url.shorten(os.fspath(path))
     if not name:
         raise ImageNotFoundError("the path of the image is empty")
     try:
         with Path(path).open("rb") as stream:
-            return _decode(stream, name, apply_exif, max_pixels)
+            return _decode(stream, name, apply_exif, limits)
     except ImageError:  # several of ours are an OSError or ValueError too
         raise
     except FileNotFoundError:
@@ -191,67 +188,23 @@ def _read_stream(stream: BinaryIO) -> bytes:
     return content
 
 
-def _decode(stream: BinaryIO, name: str, apply_exif: bool, max_pixels: int) -> Image.Image:
-    try:
-        decoded = Image.open(stream)
-    except _BOMBS as error:
-        raise ImageTooLargeError(f"{name} is too large: {error}") from None
-    except _DAMAGED as error:
-        raise ImageDecodeError(_explain_undecodable(stream, name, error)) from None
-    if decoded.format == "EPS":
-        raise ImageDecodeError(
-            f"{name} is an EPS file, and decoding one would run Ghostscript; convert it to PNG first"
-        )
-    _decode_pixels(decoded, name, max_pixels)
-    rgb = _to_upright_rgb(decoded, apply_exif)
-    _remove_metadata(rgb)
-    return rgb
+def _decode(stream: BinaryIO, name: str, apply_exif: bool, limits: DecodeLimits) -> Image.Image:
+    return open_image(stream, name, limits).decode(apply_exif=apply_exif).as_image()
 
 
-def _remove_metadata(image: Image.Image) -> None:
-    """Removes metadata, so that the EXIF orientation is not applied again when the image is loaded a second time."""
-    image.info.clear()
-    with contextlib.suppress(*_DAMAGED):
-        image.getexif().clear()
-
-
-def _explain_undecodable(stream: BinaryIO, name: str, error: BaseException) -> str:
-    stream.seek(0)
-    beginning = stream.read(16)
-    if not beginning:
-        return f"{name} is empty (0 bytes)"
-    if isinstance(error, UnidentifiedImageError):
-        hint = "; for HEIC, install pillow-heif and call pillow_heif.register_heif_opener()"
-        return f"{name} is not an image that Pillow can read{hint if beginning[4:8] == b'ftyp' else ''}"
-    return f"{name} is a damaged image: {error}"
-
-
-def _decode_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLargeError(
-            f"{name} has {width} x {height} = {width * height:,} pixels, allowed are {max_pixels:,}; raise max_pixels "
-            "to accept it"
-        )
-    if not width or not height:
-        raise ImageDecodeError(f"{name} has no pixels: it is {width} x {height}")
+def _decode_callers_image(image: Image.Image, limits: DecodeLimits) -> None:
+    name = "the PIL image"
+    limits.check(image.size, name)
     try:
         image.load()
-    except _BOMBS as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(f"{name} is too large: {error}") from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ImageDecodeError(f"{name} is truncated or damaged: {error}") from None
+    limits.check(image.size, name)
 
 
 def _to_upright_rgb(image: Image.Image, apply_exif: bool) -> Image.Image:
-    transposition = _TRANSPOSITIONS.get(_get_orientation(image)) if apply_exif else None
+    transposition = _TRANSPOSITIONS.get(get_orientation(image)) if apply_exif else None
     rgb = to_rgb(image)
     return rgb if transposition is None else rgb.transpose(transposition)
-
-
-def _get_orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except _DAMAGED:  # an image with damaged EXIF is still usable
-        return 1
-    return orientation if isinstance(orientation, int) else 1

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from florence_onnx.answers.results import Image, to_dict
@@ -17,12 +18,15 @@ from florence_onnx.fal.service import Publish, Service, as_data_uri, without_ima
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import Prediction, encode_png
 from florence_onnx.server.file_store import FileStore
+from florence_onnx.server.listener import ConnectionLimit
 from florence_onnx.server.metrics import Metrics
 from florence_onnx.server.results_store import ResultsStore
 from florence_onnx.server.settings import ServerSettings
 
 TOKEN_SECONDS = 3600.0
 """Seconds for which an upload token is valid."""
+BODY_THREADS = 1
+"""Large bodies that are parsed at the same time: several would take as long, and keep the event loop waiting longer."""
 _log = logging.getLogger("florence_onnx.server")
 
 
@@ -49,6 +53,10 @@ class ServerContext:
             observe=self.metrics.observe,
         )
         self.metrics.add_service(self.service.stats)
+        self.connections = ConnectionLimit(settings.max_connections)
+        self.metrics.add_connections(lambda: (self.connections.num_open, self.connections.num_refused))
+        self.body_pool = ThreadPoolExecutor(BODY_THREADS, thread_name_prefix="florence-body")
+        """Parses large bodies."""
         self.num_active = 0
         """HTTP requests in flight; changed by the event loop only."""
         self._token_key = secrets.token_bytes(32)
@@ -78,6 +86,7 @@ class ServerContext:
     def close(self) -> None:
         """Ends the service at once and deletes the stored files."""
         self.service.close(timeout=0)
+        self.body_pool.shutdown(wait=False, cancel_futures=True)
         self.files.close()
 
     # -------------------------------------------------------------------------------------------------------- responses

@@ -78,7 +78,9 @@ class FileStore:
         """The folder of the files."""
         return self._state.path
 
-    def put(self, content: bytes, name: str, content_type: str, owner: str = "", token: str | None = None) -> str:
+    def put(
+        self, content: bytes | bytearray, name: str, content_type: str, owner: str = "", token: str | None = None
+    ) -> str:
         """Stores a file.
 
         Args:
@@ -126,7 +128,12 @@ class FileStore:
         with self._lock:
             return self._reserved.get(token) is not None
 
-    def put_reserved(self, token: str, content: bytes) -> None:
+    def check_reserved(self, token: str) -> None:
+        """Raises RequestError, 404, if a URL was not reserved or has been used."""
+        if not self.is_reserved(token):
+            raise problems.not_found(f"storage/upload/{token}")
+
+    def put_reserved(self, token: str, content: bytes | bytearray) -> None:
         """Stores a file under a reserved URL. Each can be used once; it can be tried again after an error.
 
         Raises:
@@ -163,7 +170,7 @@ class FileStore:
         if forks.count() == self._forks:
             self._state.close()
 
-    def _write(self, token: str, content: bytes) -> None:
+    def _write(self, token: str, content: bytes | bytearray) -> None:
         try:
             self._write_twice(token, content)
         except OSError as error:
@@ -175,7 +182,7 @@ class FileStore:
             raise problems.storage_full() from None
         self.is_full = False
 
-    def _write_twice(self, token: str, content: bytes) -> None:
+    def _write_twice(self, token: str, content: bytes | bytearray) -> None:
         try:
             self._write_once(token, content)
         except FileNotFoundError:
@@ -187,7 +194,7 @@ class FileStore:
             self._make_room(len(content))
             self._write_once(token, content)
 
-    def _write_once(self, token: str, content: bytes) -> None:
+    def _write_once(self, token: str, content: bytes | bytearray) -> None:
         partial = self.folder / f"{token}.part"
         try:
             partial.write_bytes(content)

@@ -59,6 +59,14 @@ class Metrics:
         self._get_stats = get_stats
         self._registry.register(_ServiceCollector(get_stats))
 
+    def add_connections(self, get_counts: Callable[[], tuple[int, int]]) -> None:
+        """Adds the counts of connections.
+
+        Args:
+            get_counts: Returns how many are open, and how many were refused since the start.
+        """
+        self._registry.register(_ConnectionCollector(get_counts))
+
     def observe(self, stage: str, value: float) -> None:
         """Records the seconds of a stage, or a `batch_size`."""
         if stage == "batch_size":
@@ -95,3 +103,15 @@ class _ServiceCollector(Collector):
         images.add_metric(["encoder"], stats.encoded)
         images.add_metric(["cache"], stats.reused)
         yield images
+
+
+class _ConnectionCollector(Collector):
+    """Reads the counts of connections when Prometheus scrapes them."""
+
+    def __init__(self, get_counts: Callable[[], tuple[int, int]]) -> None:
+        self._get_counts = get_counts
+
+    def collect(self) -> Iterator[Metric]:
+        num_open, num_refused = self._get_counts()
+        yield GaugeMetricFamily("florence_connections", "Open connections", value=num_open)
+        yield CounterMetricFamily("florence_connections_refused", "Connections that got a 503", value=num_refused)

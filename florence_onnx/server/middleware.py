@@ -1,10 +1,11 @@
-"""Checks that every request passes before its route: origin, API key and size; and the log of requests.
+"""Checks that every request passes before its route: host, origin, API key, size and rate; and the log of requests.
 
 Plain ASGI rather than starlette's `BaseHTTPMiddleware`, which hides disconnects of the client from the routes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -12,6 +13,7 @@ from collections.abc import Container
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from florence_onnx import tasks
@@ -46,7 +48,7 @@ def header(scope: Scope, name: str) -> str | None:
 
 
 class RequestMiddleware:
-    """Rewrites URLs, checks origin, key and size, turns errors into fal's JSON, and logs the request, in this order."""
+    """Rewrites URLs, checks a request, turns errors into fal's JSON, and logs the request, in this order."""
 
     def __init__(self, app: ASGIApp, context: ServerContext) -> None:
         """Wraps the routes.
@@ -74,15 +76,27 @@ class RequestMiddleware:
     async def _handle(self, request: _Request) -> None:
         try:
             rewrite_path(request.scope)
+            _check_framing(request.scope)
+            self._check_host(request.scope)
             self._check_origin(request.scope)
             self._check_key(request.scope)
             request.check_content_length()
             await self._app(request.scope, request.receive, request.send)
         except RequestError as problem:
             await request.send_error(problem)
+        except ClientDisconnect:
+            pass  # nobody is there to answer; `log` writes 499
         except Exception:  # noqa: BLE001 - a bug in a route: the client gets fal's 500, the log the traceback
             _log.exception("request %s failed", request.id)
             await request.send_error(problems.internal())
+
+    def _check_host(self, scope: Scope) -> None:
+        """Rejects host names that are not this server's; see `ServerSettings.accepts_host`."""
+        host = header(scope, "host") or ""
+        if not self._context.settings.accepts_host(host):
+            raise problems.bad_request(
+                f"{host[:100]!r} is not a name of this server; to accept it, pass --trusted-host NAME"
+            )
 
     def _check_origin(self, scope: Scope) -> None:
         """Rejects web pages of other origins: a visitor's browser can reach servers that the page itself cannot."""
@@ -96,7 +110,7 @@ class RequestMiddleware:
     def _check_key(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
         is_open = path in OPEN_PATHS or any(
-            method == each and path.startswith(prefix) for each, prefix in OPEN_PREFIXES
+            {"HEAD": "GET"}.get(method, method) == each and path.startswith(prefix) for each, prefix in OPEN_PREFIXES
         )
         # browsers send CORS preflight requests (OPTIONS) without credentials
         if self._context.settings.api_key is None or is_open or method == "OPTIONS":
@@ -123,7 +137,15 @@ class _Request:
         self._begin = time.monotonic()
         self._num_received = 0
         self._charge = context.service.budget.charge()
+        self.scope["state"]["body_charge"] = self._charge
         self._status = 0
+        # without either header a request has no body
+        self._is_received = header(scope, "transfer-encoding") is None and header(scope, "content-length") in (
+            None,
+            "0",
+        )
+        self._window_end = 0.0
+        self._window_bytes = 0
 
     @property
     def max_bytes(self) -> int:
@@ -139,15 +161,44 @@ class _Request:
             raise problems.too_large(self.max_bytes)
 
     async def receive(self) -> Message:
-        """Receives a part of the body; rejects it once the sum is too large, for bodies without a `Content-Length`."""
-        message = await self._receive()
+        """Receives a part of the body; after its end, waits for the client to hang up.
+
+        Raises:
+            RequestError: 413, the sum is too large, for bodies without a `Content-Length`; 408, the body is too slow.
+        """
+        if self._is_received:
+            return await self._receive()
+        message = await self._receive_in_time()
         if message["type"] == "http.request":
+            self._is_received = not message.get("more_body", False)
             num_bytes = len(message.get("body", b""))
             self._charge.grow(num_bytes)
             self._num_received += num_bytes
             if self._num_received > self.max_bytes:
                 raise problems.too_large(self.max_bytes)
         return message
+
+    async def _receive_in_time(self) -> Message:
+        """Receives a part; every `body_seconds` must bring `min_body_rate` times as many bytes."""
+        seconds = self._context.settings.body_seconds
+        while True:
+            left = self._window_end - time.monotonic()
+            if left <= 0:
+                self._start_window(seconds)
+                left = seconds
+            try:
+                message = await asyncio.wait_for(self._receive(), left)
+            except asyncio.TimeoutError:
+                continue
+            self._window_bytes += len(message.get("body", b""))
+            return message
+
+    def _start_window(self, seconds: float) -> None:
+        needed = self._context.settings.min_body_rate * seconds
+        if self._window_end and self._window_bytes < needed:
+            raise problems.too_slow(needed, seconds)
+        self._window_end = time.monotonic() + seconds
+        self._window_bytes = 0
 
     async def send(self, message: Message) -> None:
         """Sends a part of the response; adds the headers that every response has."""
@@ -156,6 +207,8 @@ class _Request:
             headers = MutableHeaders(scope=message)
             for name, value in {"x-fal-request-id": self.id, **SECURITY_HEADERS}.items():
                 headers.setdefault(name, value)  # a route may have set its own
+            if not self._is_received:
+                headers.setdefault("connection", "close")  # or the rest of the body would be read
             if header(self.scope, "origin") in self._context.settings.origins:
                 headers.setdefault("access-control-expose-headers", "x-fal-request-id, server-timing")
         await self._send(message)
@@ -188,6 +241,12 @@ class _Request:
             "stages": self.scope["state"].get("stages"),
         }
         _access_log.info("%s %s %d", self.scope["method"], path[:200], status, extra=fields)
+
+
+def _check_framing(scope: Scope) -> None:
+    """Rejects a request with two lengths: a proxy before this server may take the other one, and see other requests."""
+    if header(scope, "transfer-encoding") is not None and header(scope, "content-length") is not None:
+        raise problems.bad_request("a request has either Content-Length or Transfer-Encoding, not both")
 
 
 def endpoint_of(path: str, slugs: Container[str] = tasks.TASKS) -> str:

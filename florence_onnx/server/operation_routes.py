@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Request, Response
 
 from florence_onnx import __version__
@@ -10,15 +12,16 @@ from florence_onnx.server import openapi
 from florence_onnx.server.responses import get_context, json_response
 
 router = APIRouter()
+get = partial(router.api_route, methods=["GET", "HEAD"])
 
 
-@router.get("/health")
+@get("/health")
 async def health() -> Response:
     """Liveness: the process answers."""
     return json_response({"status": "ok", "version": __version__})
 
 
-@router.get("/ready")
+@get("/ready")
 async def ready(request: Request) -> Response:
     """Readiness: requests are accepted. The model is always loaded, as the server listens only after that.
 
@@ -30,13 +33,13 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready", "storage": "full" if context.files.is_full else "ok"})
 
 
-@router.get("/metrics")
+@get("/metrics")
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
     return Response(get_context(request).metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-@router.get("/openapi.json")
+@get("/openapi.json")
 async def document(request: Request) -> Response:
     """The OpenAPI document."""
     context = get_context(request)

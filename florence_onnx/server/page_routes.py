@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from florence_onnx.server.responses import get_context, json_response
 from florence_onnx.tasks import Task
 
 router = APIRouter()
+get = partial(router.api_route, methods=["GET", "HEAD"])
 STATIC = Path(__file__).parent / "static"
 SAMPLES = Path(__file__).parents[1] / "demo" / "samples"
 _TYPES = {
@@ -34,13 +36,13 @@ _OUTPUTS = {
 }
 
 
-@router.get("/")
+@get("/")
 async def page() -> Response:
     """The page."""
     return _file(STATIC, "index.html")
 
 
-@router.get("/playground/config.json")
+@get("/playground/config.json")
 async def config(request: Request) -> Response:
     """The model, tasks, samples and limits that the page shows."""
     context = get_context(request)
@@ -59,13 +61,13 @@ async def config(request: Request) -> Response:
     )
 
 
-@router.get("/playground/samples/{name}")
+@get("/playground/samples/{name}")
 async def sample(name: str) -> Response:
     """A sample image."""
     return _file(SAMPLES, name)
 
 
-@router.get("/playground/{name}")
+@get("/playground/{name}")
 async def static(name: str) -> Response:
     """A script, a style sheet or an icon."""
     return _file(STATIC, name)

@@ -6,7 +6,6 @@ The task is optional in the URLs of a request: fal's clients leave it out, fal's
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
@@ -23,6 +22,7 @@ from florence_onnx.server.responses import (
     owner_of,
     read_json,
     read_start_timeout,
+    to_json,
 )
 
 router = APIRouter(prefix=f"/queue/{APP}")
@@ -105,20 +105,20 @@ def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
     loop.call_soon_threadsafe(changed.set)
 
 
-async def _events(request: Request, job: Job) -> AsyncIterator[str]:
+async def _events(request: Request, job: Job) -> AsyncIterator[bytes]:
     context, loop, changed = get_context(request), asyncio.get_running_loop(), asyncio.Event()
     stop = job.listen(lambda: _wake(loop, changed))
     try:
         while True:
             changed.clear()
             described = context.status(job, base_url(request), with_logs=_wants_logs(request))
-            yield f"data: {json.dumps(described, ensure_ascii=False)}\n\n"
+            yield b"data: " + to_json(described) + b"\n\n"
             if described["status"] == "COMPLETED":
                 return
             while not changed.is_set():
                 try:
                     await asyncio.wait_for(changed.wait(), KEEP_ALIVE_SECONDS)
                 except asyncio.TimeoutError:
-                    yield ": keep-alive\n\n"
+                    yield b": keep-alive\n\n"
     finally:
         stop()

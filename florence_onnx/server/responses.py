@@ -14,10 +14,9 @@ from fastapi import Request, Response
 from florence_onnx.fal import problems
 from florence_onnx.fal.jobs import Job
 from florence_onnx.fal.problems import RequestError, field_error
+from florence_onnx.server import bodies
 from florence_onnx.server.context import ServerContext
 
-LARGE = 1 << 18
-"""Bytes of JSON above which a thread parses it, so that the event loop is not blocked."""
 TIMEOUT_HEADER = "X-Fal-Request-Timeout"
 """Request header with the start timeout in seconds."""
 EXTRA_HEADER = "X-Florence-Extra"
@@ -50,19 +49,40 @@ def owner_of(scope: Mapping[str, Any]) -> str:
     return host if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
-async def read_json(request: Request) -> Any:
-    """Parses the body of a request.
+async def read_body(request: Request) -> bytearray:
+    """Reads the body of a request. starlette's own `body` keeps it as long as the request, and takes twice the memory.
 
     Raises:
-        RequestError: 422, the body is not JSON.
+        RequestError: 499, the client hung up; 408 and 413, see `middleware`.
     """
-    content = await request.body()
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise problems.cancelled()
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+async def read_json(request: Request) -> Any:
+    """Parses the body of a request; a large one in a thread, in short steps.
+
+    Returns:
+        See `bodies.parse`.
+
+    Raises:
+        RequestError: As `read_body`, and 422, the body is not JSON or has too many values.
+    """
+    body = await read_body(request)
     try:
-        if len(content) > LARGE:
-            return await asyncio.to_thread(json.loads, content)
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise problems.invalid([field_error([], f"The body is not JSON: {error}", "json_invalid")]) from None
+        if len(body) <= bodies.MAX_SMALL:
+            return bodies.parse(body)
+        return await asyncio.get_running_loop().run_in_executor(get_context(request).body_pool, bodies.parse, body)
+    except bodies.BodyError as error:
+        raise problems.invalid([field_error([], str(error), "json_invalid")]) from None
+    finally:
+        request.state.body_charge.shrink(0)  # the body is gone; a job is charged for what was in it
 
 
 def read_start_timeout(request: Request) -> float | None:
@@ -83,11 +103,15 @@ def read_start_timeout(request: Request) -> float | None:
     return seconds
 
 
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Builds a JSON response in UTF-8; non-ASCII characters are not escaped."""
+def to_json(value: Any) -> bytes:
+    """Returns JSON in UTF-8; non-ASCII characters are not escaped."""
     # backslashreplace turns a lone surrogate, which UTF-8 cannot encode, into a JSON escape
-    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
-    return Response(content, status, headers, "application/json")
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Builds a JSON response."""
+    return Response(to_json(body), status, headers, "application/json")
 
 
 def problem_response(problem: RequestError) -> Response:

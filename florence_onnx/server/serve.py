@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
+import socket
+from collections.abc import Sequence
 from types import FrameType
-from typing import Literal
 
 import uvicorn
-from pythonjsonlogger.core import RESERVED_ATTRS
-from pythonjsonlogger.json import JsonFormatter
 
 from florence_onnx.model import Florence2
 from florence_onnx.server.app import create_app
 from florence_onnx.server.context import ServerContext
+from florence_onnx.server.listener import BACKLOG, Listener, bind, fit_connections
+from florence_onnx.server.log_format import LogFormat, configure_logging
+from florence_onnx.server.protocol import GuardedProtocol, make_protocol
 from florence_onnx.server.settings import ServerSettings
 
-LogFormat = Literal["json", "text"]
 _log = logging.getLogger("florence_onnx.server")
 
 
@@ -27,6 +27,25 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:
         super().__init__(config)
         self._context = context
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn to start listening."""
+        await super().startup(sockets)
+        scheme = "https" if self.config.is_ssl else "http"
+        for each in sockets or ():
+            host, port = each.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            _log.info("listening on %s://%s:%d", scheme, shown, port)
+        if self._context.settings.is_open:
+            _log.warning("there is no key: anyone who can reach %s can use this server", self._context.settings.host)
+
+    def close_idle(self) -> bool:
+        """Closes the connection that has waited longest for a request; returns whether there was one."""
+        connections = [each for each in self.server_state.connections if isinstance(each, GuardedProtocol)]
+        idle = [each for each in connections if each.is_idle]
+        if idle:
+            min(idle, key=lambda each: each.idle_since).close()
+        return bool(idle)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for SIGINT, SIGTERM and SIGHUP."""
@@ -43,38 +62,55 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(model: Florence2, settings: ServerSettings, log_format: LogFormat = "json") -> None:
+def serve(
+    model: Florence2,
+    settings: ServerSettings,
+    log_format: LogFormat = "json",
+    listeners: Sequence[Listener] | None = None,
+) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP, then finishes all accepted requests.
 
     Args:
         model: The loaded model.
         settings: Options and limits of the server.
         log_format: Format of the log on standard error: one JSON object per line, or text for people.
+        listeners: Sockets from `bind`; None to bind them now.
 
     Raises:
-        SystemExit: The address cannot be bound (uvicorn's own exit code).
+        InputError: The address cannot be bound, or the limit of open files is too low.
     """
     configure_logging(log_format)
+    listeners = bind(settings.host, settings.port) if listeners is None else listeners
     context = ServerContext(model, settings)
     config = uvicorn.Config(
         create_app(context),
         host=settings.host,
         port=settings.port,
+        http=make_protocol(settings),
+        ws="none",
+        loop="asyncio",  # uvloop would not call Listener.accept
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,  # `middleware` logs more
         server_header=False,
         date_header=True,
         lifespan="off",
         timeout_graceful_shutdown=1,  # drained by then: an open connection has not sent its whole request
-        timeout_keep_alive=65,  # longer than the 60 s of common proxies, so that the proxy closes first
+        timeout_keep_alive=max(1, round(settings.idle_seconds)),
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.private_key,
     )
     server = DrainingServer(config, context)
     _handle_hangup(server)
     try:
-        server.run()
+        context.connections.max_open = fit_connections(settings.max_connections)
+        context.connections.close_idle = server.close_idle
+        for listener in listeners:
+            listener.limit, listener.is_tls = context.connections, settings.certificate is not None
+        server.run(sockets=list(listeners))
     finally:
+        for listener in listeners:
+            listener.close()
         context.close()
 
 
@@ -83,25 +119,3 @@ def _handle_hangup(server: DrainingServer) -> None:
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:
         signal.signal(hangup, server.handle_exit)
-
-
-def configure_logging(log_format: LogFormat) -> None:
-    """Sends the logs of this package and of uvicorn to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(log_format))
-    for name in ("florence_onnx", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-
-
-def _formatter(log_format: LogFormat) -> logging.Formatter:
-    if log_format == "text":
-        return logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    fields = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    return JsonFormatter(
-        fields,
-        rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-        reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's message with terminal colours
-    )

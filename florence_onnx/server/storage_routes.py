@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,9 +13,10 @@ from fastapi.responses import FileResponse
 from florence_onnx.fal import problems
 from florence_onnx.server.context import TOKEN_SECONDS
 from florence_onnx.server.file_store import IMAGE_TYPES
-from florence_onnx.server.responses import base_url, get_context, json_response, owner_of, read_json
+from florence_onnx.server.responses import base_url, get_context, json_response, owner_of, read_body, read_json
 
 router = APIRouter()
+get = partial(router.api_route, methods=["GET", "HEAD"])
 
 
 @router.post("/storage/auth/token")
@@ -32,7 +34,7 @@ async def upload(request: Request) -> Response:
     """Stores a file that is sent in one request."""
     name = request.headers.get("X-Fal-File-Name", "file")
     content_type = request.headers.get("Content-Type", "application/octet-stream")
-    content, owner = await request.body(), owner_of(request.scope)
+    content, owner = await read_body(request), owner_of(request.scope)
     address = await asyncio.to_thread(get_context(request).files.put, content, name, content_type, owner)
     return json_response({"access_url": base_url(request) + address})
 
@@ -55,12 +57,14 @@ async def initiate(request: Request) -> Response:
 @router.put("/storage/upload/{token}")
 async def upload_reserved(token: str, request: Request) -> Response:
     """Stores a file under a reserved URL. It cannot be guessed, so no key is needed."""
-    await asyncio.to_thread(get_context(request).files.put_reserved, token, await request.body())
+    files = get_context(request).files
+    files.check_reserved(token)  # before the body is read: anybody can send one here
+    await asyncio.to_thread(files.put_reserved, token, await read_body(request))
     return Response(status_code=200)
 
 
-@router.get("/files/{token}/{name}")
-@router.get("/files/{token}")
+@get("/files/{token}/{name}")
+@get("/files/{token}")
 async def download(token: str, request: Request) -> Response:
     """Sends a stored file."""
     stored = get_context(request).files.get(token)

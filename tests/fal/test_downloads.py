@@ -286,8 +286,8 @@ class Picky(SlowModel):
         super().__init__(model)
         self.stage, self.error = stage, error
 
-    def encode(self, image: Any) -> Any:
-        encoded = super().encode(image)
+    def encode(self, image: Any, **options: Any) -> Any:
+        encoded = super().encode(image, **options)
         if self.stage == "encode" and image.size == (50, 40):
             raise self.error
         return encoded

@@ -65,12 +65,13 @@ class SlowModel:
         self.entered = threading.Event()
         self.batches: list[int] = []
         self.num_encoded = 0
+        self.check_prompt_bytes = model.check_prompt_bytes
 
-    def encode(self, image: Any) -> Any:
+    def encode(self, image: Any, *, copy: bool = True) -> Any:
         self.num_encoded += 1
         self.entered.set()
         self.gate.wait(30)
-        return self._model.encode(image)
+        return self._model.encode(image, copy=copy)
 
     def run_batch(self, *args: Any, **options: Any) -> Any:
         self.batches.append(len(args[1]))
