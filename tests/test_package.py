@@ -109,7 +109,7 @@ ROOMS = {
     },
     "image": {"images"},
     "postprocess": {"answers", "tasks"},
-    "fal": {"forks", "answers", "errors", "generation", "images", "model", "prediction", "tasks", "PIL"},
+    "fal": {"forks", "answers", "errors", "generation", "images", "limits", "model", "prediction", "tasks", "PIL"},
     "server": {
         *("_version", "answers", "errors", "fal", "forks", "generation", "images", "model", "prediction", "tasks"),
         *("fastapi", "filelock", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
