@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import AsyncGenerator, Collection, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -47,6 +47,7 @@ from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextI
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
 from florence_onnx.generation.progress import Cancel, OnDeadline
+from florence_onnx.generation.sampling import new_seed
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing
 from florence_onnx.images import decoding, opening
 from florence_onnx.images.decoding import ImageInput
@@ -65,6 +66,8 @@ from florence_onnx.tasks import Task, parse
 
 if TYPE_CHECKING:
     from florence_onnx.inference.resident_model import ResidentModel
+    from florence_onnx.parts import Part, PartReader
+    from florence_onnx.streams import Call
 
 R = TypeVar("R")
 _log = logging.getLogger("florence_onnx")
@@ -389,6 +392,125 @@ class Florence2:
             cancel=cancel,
             on_deadline=on_deadline,
         )[0]
+
+    def stream(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | str | None = None,
+        options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
+    ) -> Generator[Part | Prediction[Any], None, None]:
+        """Runs one task on one image and yields its answer in parts, as they are generated.
+
+        Text comes token by token, and each box, quad box, outline and word as soon as it is complete. With beams, a part comes
+        when all beams agree on it. No part is ever taken back, and all together are exactly the answer. Therefore outlines come
+        when the run of location tokens that they stand in has ended, unless it has `<poly>` tags; boxes of open-vocabulary
+        detection come at the end, because a `<poly>` would turn them into outlines; and so do the results of a parser of one's own.
+
+        The call runs in a thread of its own, from the first part on that is asked for. Closing the generator (`close`, or leaving
+        the loop and dropping it) ends the call within one decode step.
+
+        Args:
+            task: As for `run`, like all other arguments. With `num_return_sequences` the parts are those of the first answer.
+            image: See `task`.
+            text_input: See `task`.
+            region: See `task`.
+            options: See `task`.
+            deadline: See `task`; seconds count from the first part that is asked for.
+            cancel: See `task`.
+            on_deadline: See `task`.
+
+        Yields:
+            `TextPart` and `ItemPart` (of `florence_onnx.parts`), and last the `Prediction` that `run` returns.
+
+        Raises:
+            InputError: As `run`; for the task and its input at the call, for the rest at the first part.
+            ProviderError: As `run`, or decoding had to start over, for want of memory, and gave another answer.
+        """
+        from florence_onnx import streams
+
+        call, reader = self._call(task, image, text_input, region, options, deadline, on_deadline)
+        return streams.stream(call, reader, cancel)
+
+    def astream(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | str | None = None,
+        options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
+    ) -> AsyncGenerator[Part | Prediction[Any], None]:
+        """`stream` for asyncio: an asynchronous generator that never blocks the event loop."""
+        from florence_onnx import streams
+
+        call, reader = self._call(task, image, text_input, region, options, deadline, on_deadline)
+        return streams.astream(call, reader, cancel)
+
+    async def arun(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        *,
+        text_input: str | None = None,
+        region: Region | str | None = None,
+        options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
+    ) -> Prediction[Any]:
+        """`run` for asyncio, in a thread of its own; cancelling the asyncio task ends the call within one decode step."""
+        from florence_onnx import streams
+
+        call, _ = self._call(task, image, text_input, region, options, deadline, on_deadline)
+        return await streams.arun(call, cancel)
+
+    def _call(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        text_input: str | None,
+        region: Region | str | None,
+        options: GenerationOptions | None,
+        deadline: Seconds | None,
+        on_deadline: OnDeadline,
+    ) -> tuple[Call, PartReader]:
+        """A call of `run` that waits to be made, and the reader of its parts."""
+        found = tasks.get(task, self._bundle.tasks)
+        found.format_input(text_input, region)  # a wrong input is an error now and not at the first part
+        config = self._resolve(options)
+        if config.do_sample and config.seed is None:  # where decoding starts over it must draw the same
+            options = replace(options or GenerationOptions(), seed=new_seed())
+
+        def call(cancel: Cancel, on_tokens: OnIndexedTokens | None) -> Prediction[Any]:
+            (prediction,) = self.run_batch(
+                [found],
+                [image],
+                text_inputs=[text_input],
+                regions=[region],
+                options=options,
+                deadline=deadline,
+                cancel=cancel,
+                on_deadline=on_deadline,
+                on_tokens=on_tokens,
+            )
+            return prediction
+
+        return call, self.part_reader(found)
+
+    def part_reader(self, task: Task[Any]) -> PartReader:
+        """What makes parts of an answer's tokens, for those who follow it through `on_tokens` of `run_batch`."""
+        from florence_onnx.parts import PartReader
+
+        return PartReader(task, self._tokenizer.decode)
 
     def run_prompt(
         self,

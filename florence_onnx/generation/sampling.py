@@ -21,6 +21,11 @@ from florence_onnx.generation.scores import Floats, Ids, StepScores
 from florence_onnx.generation.search import DecodeStep, GeneratedSequence, initial_tokens, new_scorer
 
 
+def new_seed() -> int:
+    """A seed that was drawn."""
+    return int.from_bytes(os.urandom(8), "little") >> 1  # at most options.MAX_SEED
+
+
 def new_generator(seed: int | None, index: int) -> np.random.Generator:
     """The random numbers of one answer.
 
@@ -28,7 +33,7 @@ def new_generator(seed: int | None, index: int) -> np.random.Generator:
         seed: None draws one.
         index: Of the answer among those of its prompt.
     """
-    chosen = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+    chosen = new_seed() if seed is None else seed
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([chosen, index])))
 
 
