@@ -115,7 +115,19 @@ ROOMS = {
     "postprocess": {"answers", "tasks"},
     "fal": {"forks", "answers", "errors", "generation", "images", "limits", "model", "prediction", "tasks", "PIL"},
     "server": {
-        *("_version", "answers", "errors", "fal", "forks", "generation", "images", "model", "prediction", "tasks"),
+        *(
+            "_version",
+            "answers",
+            "errors",
+            "fal",
+            "forks",
+            "generation",
+            "images",
+            "model",
+            "parts",
+            "prediction",
+            "tasks",
+        ),
         *("fastapi", "filelock", "h11", "prometheus_client", "pythonjsonlogger", "starlette", "uvicorn"),
     },
     "bench_fal": {

@@ -23,7 +23,7 @@ from florence_onnx.fal.byte_budget import Charge
 from florence_onnx.fal.contract import Arguments
 from florence_onnx.fal.problems import RequestError
 from florence_onnx.generation.progress import Cancel, OnTokens
-from florence_onnx.prediction import EncodedImage
+from florence_onnx.prediction import EncodedImage, Prediction
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 """fal's names of the states."""
@@ -66,6 +66,8 @@ class Job:
     """Resolves to the result, or to a `RequestError`."""
     on_tokens: OnTokens | None = None
     """Called after every decode step of the answer, as `Progress` says; None where nobody follows it."""
+    on_prediction: Callable[[Prediction[Any]], None] | None = None
+    """Called with the model's answer, before its annotated image is drawn."""
     stop: Cancel = field(default_factory=Cancel)
     """Ends the answer at the next decode step; set when the request has failed or was cancelled."""
     needs_download: bool = False

@@ -176,6 +176,7 @@ class Service:
         priority: Priority = "normal",
         owner: str = "",
         on_tokens: OnTokens | None = None,
+        on_prediction: Callable[[Prediction[Any]], None] | None = None,
     ) -> Job:
         """Puts a request into the queue.
 
@@ -187,6 +188,7 @@ class Service:
             owner: The client that asks.
             on_tokens: Called after every decode step with the answer's tokens so far and the image's size; see
                 `Florence2.run_batch`.
+            on_prediction: Called with the answer, before its annotated image is drawn.
 
         Returns:
             The job. As at fal, invalid arguments fail the job rather than this call.
@@ -197,11 +199,12 @@ class Service:
         task = contract.find_task(application, self.model.tasks)
         deadline = None if start_timeout is None else time.monotonic() + start_timeout
         try:
-            job = Job(self._read(task, arguments), priority, deadline, owner, on_tokens=on_tokens)
+            job = Job(self._read(task, arguments), priority, deadline, owner)
         except RequestError as problem:
             job = Job(contract.Arguments(task, ""), priority, deadline, owner)
             self._fail(job, problem)
             return job
+        job.on_tokens, job.on_prediction = on_tokens, on_prediction
         job.needs_download = self._reader.needs_download(job.arguments.image_url)
         with self._condition:
             if not self._is_open:
@@ -514,6 +517,8 @@ class Service:
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:
         begin = time.monotonic()
         try:
+            if job.on_prediction is not None:
+                job.on_prediction(prediction)
             body = prediction.to_dict()
             if prediction.task.has_image:
                 body["image"] = self._publish(prediction, job.owner)
