@@ -78,6 +78,14 @@ def run(
         int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
     ] = None,
     option: GenerationOption = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which the answer to an image ends as far as it goes.",
+            metavar="SECONDS",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
@@ -102,7 +110,8 @@ def run(
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
         chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
-        request = _Request(chosen, text, parse_region(region), options)
+        request = _Request(chosen, text, parse_region(region), options, deadline)
+        Limits(deadline)  # like the next line,
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -150,9 +159,17 @@ class _Request:
     text: str | None
     region: Region | None
     options: GenerationOptions
+    deadline: float | None = None
 
     def run(self, model: Florence2, image: str) -> Prediction[Any]:
-        return model.run(self.task, image, text_input=self.text, region=self.region, options=self.options)
+        return model.run(
+            self.task,
+            image,
+            text_input=self.text,
+            region=self.region,
+            options=self.options,
+            deadline=self.deadline,
+        )
 
 
 def _run_all(
