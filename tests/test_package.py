@@ -156,6 +156,7 @@ ROOMS = {
             "fal",
             "generation",
             "images",
+            "limits",
             "loading",
             "mcp_server",
             "model",

@@ -35,6 +35,7 @@ from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
 from florence_onnx.images import url
+from florence_onnx.limits import Limits
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime.providers import BF16
 
@@ -111,7 +112,7 @@ def run(
         images = _read_images(task, images, has_task=prompt is None)
         chosen = _find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
         request = _Request(chosen, text, parse_region(region), options, deadline)
-        Limits(deadline)  # like the next line,
+        Limits(deadline)  # a wrong one fails before the model is loaded
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)

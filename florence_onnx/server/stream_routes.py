@@ -99,9 +99,12 @@ async def _send(
             parts = reader.finish(event) if isinstance(event, Prediction) else reader.read(*event)
             for part in parts:
                 yield _format(_describe(part))
-            while events.empty() and not await _has_event(events):
-                yield ": keep-alive\n\n"
-            event = events.get_nowait()
+            following = asyncio.ensure_future(events.get())
+            while not following.done():
+                await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
+                if not following.done():
+                    yield ": keep-alive\n\n"
+            event = following.result()
         problem = job.problem
         with_extra = request.headers.get(EXTRA_HEADER) == "1"
         yield _format(
@@ -111,16 +114,6 @@ async def _send(
         )
     finally:
         get_context(request).service.cancel(job)  # changes nothing for a job that has ended
-
-
-async def _has_event(events: asyncio.Queue[_Event]) -> bool:
-    """Waits for an event, which is left in the queue, for as long as a proxy surely does."""
-    try:
-        event = await asyncio.wait_for(events.get(), KEEP_ALIVE_SECONDS)
-    except asyncio.TimeoutError:
-        return False
-    events.put_nowait(event)
-    return True
 
 
 def _describe(part: Part) -> dict[str, Any]:
