@@ -34,6 +34,7 @@ from florence_onnx.commands.image_list import expand
 from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
+from florence_onnx.generation.progress import Truncated
 from florence_onnx.images import url
 from florence_onnx.limits import Limits
 from florence_onnx.prompts import to_task
@@ -152,6 +153,14 @@ def _find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
     return tasks.get(name, hub.resolve(model, precision=None if precision == BF16 else precision).tasks)
 
 
+_LIMITS: dict[Truncated, str] = {
+    True: "token limit: raise --max-new-tokens",
+    "deadline": "deadline",
+    "cancelled": "call's end",
+}
+"""What cut an answer off."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """The arguments of `Florence2.run` that are the same for all images."""
@@ -245,7 +254,7 @@ class _TextReport:
             for line in _describe(other.results):
                 typer.echo(f"    {line}")
         if prediction.truncated:
-            typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
+            typer.echo(f"  (cut off at the {_LIMITS[prediction.truncated]})", err=True)
 
     def failure(self, image: str, error: ImageError) -> None:
         """Writes the error to standard error."""
