@@ -151,6 +151,8 @@ class SampleSearch:
         if not self._active_progress:
             return
         samples = self._active[index]
+        if all(sample.answer is not None for sample in samples):
+            return
         reason = self._active_progress[index].after_step(lambda: tuple(samples[0].tokens))
         if reason is not None:
             for sample in samples:
