@@ -19,8 +19,10 @@ from florence_onnx.errors import (
     BundleFileMissingError,
     BundleFormatError,
     BundleNotFoundError,
+    CancelledError,
     CheckpointError,
     CorruptGraphError,
+    DeadlineError,
     DeviceMemoryError,
     FlorenceError,
     HubAccessError,
@@ -40,6 +42,7 @@ from florence_onnx.errors import (
     VerificationError,
 )
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.progress import Cancel, Deadline
 from florence_onnx.grammar import Choice, Grammar
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
@@ -52,9 +55,13 @@ __all__ = [
     "BundleFileMissingError",
     "BundleFormatError",
     "BundleNotFoundError",
+    "Cancel",
+    "CancelledError",
     "CheckpointError",
     "Choice",
     "CorruptGraphError",
+    "Deadline",
+    "DeadlineError",
     "Detections",
     "DeviceMemoryError",
     "EncodedImage",

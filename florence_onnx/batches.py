@@ -10,7 +10,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,10 +22,13 @@ from florence_onnx.answers.locations import Region
 from florence_onnx.answers.placed import text_to_input
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress, stop_error
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Placement
 from florence_onnx.images.preprocessing import Preparation
-from florence_onnx.inference.answering import AnyImage, Key, image_key
+from florence_onnx.inference.answering import Answer, AnyImage, Key, image_key
+from florence_onnx.inference.ending import Seen
+from florence_onnx.limits import Limits, Repeated
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.tasks import FormattedInput, Task
 
@@ -47,6 +50,8 @@ class Request:
     task: Task[Any]
     image: ImageInput | EncodedImage
     given: FormattedInput
+    progress: Progress = field(default_factory=Progress)
+    """Who follows its answer, and what may end it early."""
     placement: Placement | None = None
     """Where the image lies in the model's input, if it has margins there: location tokens of the prompt are mapped by it."""
 
@@ -111,6 +116,7 @@ def read_requests(
     regions: Iterable[Region | str | None] | None,
     failures: Failures,
     own: Mapping[str, Task[Any]],
+    limits: Limits | None = None,
 ) -> Iterator[Request]:
     """Checks and formats the arguments of `Florence2.run_each`, an image at a time.
 
@@ -121,40 +127,37 @@ def read_requests(
         regions: One an image.
         failures: Gets the errors of single requests.
         own: Tasks that the bundle carries, by slug.
+        limits: What may end answers early, and who follows them; None for nothing and nobody.
 
     Raises:
         InputError: The sequences differ in length, or a single value was given for one of them.
     """
+    limits = limits or Limits()
     columns = (
-        _Repeated(task_or_tasks) if isinstance(task_or_tasks, str | Task) else iter(task_or_tasks),
-        _Repeated(None) if text_inputs is None else iter(text_inputs),
-        _Repeated(None) if regions is None else iter(regions),
+        Repeated(task_or_tasks) if isinstance(task_or_tasks, str | Task) else iter(task_or_tasks),
+        Repeated(None) if text_inputs is None else iter(text_inputs),
+        Repeated(None) if regions is None else iter(regions),
+        limits.deadlines(),
+        limits.cancels(),
     )
     count = 0
     for index, image in enumerate(images):
         count = index + 1
-        name, text, region = (_next(column, name, index) for column, name in zip(columns, _COLUMNS, strict=True))
+        name, text, region, deadline, cancel = (
+            _next(column, name, index) for column, name in zip(columns, _COLUMNS, strict=True)
+        )
         try:
             task = tasks.get(name, own)
-            yield Request(index, task, image, task.format_input(text, region))
+            progress = limits.progress(index, deadline, cancel)
+            yield Request(index, task, image, task.format_input(text, region), progress)
         except FlorenceError as error:
             failures.add([index], error)
     for column, name in zip(columns, _COLUMNS, strict=True):
-        if not isinstance(column, _Repeated) and next(column, _END) is not _END:
+        if not isinstance(column, Repeated) and next(column, _END) is not _END:
             raise InputError(f"{name} has more entries than the {count} images; give one each")
 
 
-_COLUMNS = ("tasks", "text_inputs", "regions")
-
-
-class _Repeated(Iterator[Any]):
-    """One value for every image."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __next__(self) -> Any:
-        return self._value
+_COLUMNS = ("tasks", "text_inputs", "regions", "deadline", "cancel")
 
 
 def _next(column: Iterator[Any], name: str, count: int) -> Any:
@@ -196,6 +199,34 @@ def check_batch_size(batch_size: object) -> None:
         raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
 
 
+def raise_failure(progress: Sequence[Progress]) -> None:
+    """Raises what `on_tokens` has raised while answers were decoded.
+
+    Raises:
+        BaseException: The first such error.
+    """
+    for each in progress:
+        if each.failure is not None:
+            raise each.failure
+
+
+def drop_ended(requests: Sequence[Request], answers: list[Answer | None], failures: Failures) -> None:
+    """Makes errors of the answers that were ended early, where their call asks for that.
+
+    Args:
+        requests: P requests.
+        answers: Their P answers; those that become errors are replaced by None.
+        failures: Gets the errors.
+
+    Raises:
+        FlorenceError: The first such error, unless errors are kept.
+    """
+    for place, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        if answer is not None and request.progress.raises and isinstance(answer[1].truncated, str):
+            answers[place] = None
+            failures.add([request.index], stop_error(answer[1].truncated))
+
+
 def portions(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
     """Requests in lists of `size`, the last of which may be shorter; reads no further than the list that is due."""
     source = iter(requests)
@@ -218,19 +249,20 @@ class Encodings:
         kept = self._kept.get(image_key(image))
         return image if kept is None else kept[1]
 
-    def keep(self, portion: Sequence[Request], encoded: Sequence[EncodedImage | None]) -> None:
+    def keep(self, portion: Sequence[Request], seen: Sequence[Seen | None]) -> None:
         """Keeps the images of a portion that are needed again, and drops all others.
 
         Args:
             portion: Requests that were answered.
-            encoded: Their images; None for those that failed.
+            seen: Their images; None for those that failed.
         """
         keys = [image_key(request.image) for request in portion]
         is_known = bool(self._left)
         self._left -= Counter(keys)
         kept = self._kept if is_known else {}
         # the image too: as long as it lives, no other object has its id
-        new = {key: (r.image, each) for key, r, each in zip(keys, portion, encoded, strict=True) if each is not None}
+        triples = zip(keys, portion, seen, strict=True)
+        new = {key: (request.image, each) for key, request, each in triples if isinstance(each, EncodedImage)}
         self._kept = {key: pair for key, pair in {**kept, **new}.items() if not is_known or self._left[key]}
 
 

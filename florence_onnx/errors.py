@@ -19,6 +19,8 @@ FlorenceError
 │   └── CorruptGraphError (ValueError)      a graph file that does not load
 ├── ProviderError (RuntimeError)            a requested execution provider cannot run
 │   └── DeviceMemoryError (MemoryError)     memory is full, the device's or the computer's
+├── DeadlineError (TimeoutError)            a call took longer than its `deadline`, and was to raise then
+├── CancelledError (RuntimeError)           a call was ended by its `Cancel`, and was to raise then
 ├── HubError (OSError)                      a push or a pull that the model hub refused, or could not be reached for
 │   └── HubAccessError (PermissionError)    no token, a wrong one, or one that may not write
 ├── MissingExtraError (ImportError)         an optional dependency is missing; has the `pip install` line
@@ -106,6 +108,14 @@ class DeviceMemoryError(ProviderError, MemoryError):
 
     A model that was loaded before stays usable.
     """
+
+
+class DeadlineError(FlorenceError, TimeoutError):
+    """A call took longer than its `deadline`, and `on_deadline="raise"` was given."""
+
+
+class CancelledError(FlorenceError, RuntimeError):
+    """A call was ended by its `Cancel` token, and `on_deadline="raise"` was given."""
 
 
 class HubError(FlorenceError, OSError):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import AsyncGenerator, Collection, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -35,7 +35,9 @@ from florence_onnx.batches import (
     check_arguments,
     check_batch_size,
     check_images,
+    drop_ended,
     portions,
+    raise_failure,
     read_requests,
 )
 from florence_onnx.bundles import bundle as bundles
@@ -49,6 +51,8 @@ from florence_onnx.errors import FlorenceError, InputError, ProviderError, TextI
 from florence_onnx.generation.forced_search import ForcedSearch
 from florence_onnx.generation.generate import new_search
 from florence_onnx.generation.options import GenerationOptions, SearchConfig
+from florence_onnx.generation.progress import Cancel, OnDeadline
+from florence_onnx.generation.sampling import new_seed
 from florence_onnx.generation.search import GeneratedSequence, Ids, Search, TeacherForcing, initial_tokens
 from florence_onnx.generation.token_scores import TokenScorer
 from florence_onnx.grammar import GrammarCompiler
@@ -59,7 +63,9 @@ from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference import choosing
 from florence_onnx.inference.answering import Answer, Answering, AnyImage, HostAnswering, raise_error, to_image
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.inference.ending import Seen, source_image
 from florence_onnx.inference.vision_encoders import VisionEncoders
+from florence_onnx.limits import Limits, OnIndexedTokens, Seconds
 from florence_onnx.loading import load, load_tokenizer, preferred_precisions
 from florence_onnx.placing import Placed, count_image_tokens, parse_placed, place
 from florence_onnx.prediction import EncodedImage, Prediction, with_choices, with_scores
@@ -73,7 +79,12 @@ from florence_onnx.tasks import Task
 from florence_onnx.tiling.tiles import Tiles
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from florence_onnx.inference.resident_model import ResidentModel
+    from florence_onnx.parts import Part, PartReader
+    from florence_onnx.run_arguments import DetectArguments, RunArguments
+    from florence_onnx.streams import Call
 
 R = TypeVar("R")
 EXACT_PRECISIONS = ("fp32", "fp16")
@@ -398,30 +409,12 @@ class Florence2:
 
     @overload
     def run(
-        self,
-        task: Task[R],
-        image: ImageInput | EncodedImage,
-        *,
-        text_input: str | None = None,
-        region: Region | str | None = None,
-        tiles: Tiles | None = None,
-        options: GenerationOptions | None = None,
-        image_size: ImageSize | None = None,
-        fit: Fit | None = None,
+        self, task: Task[R], image: ImageInput | EncodedImage, **arguments: Unpack[RunArguments]
     ) -> Prediction[R]: ...
 
     @overload
     def run(
-        self,
-        task: str,
-        image: ImageInput | EncodedImage,
-        *,
-        text_input: str | None = None,
-        region: Region | str | None = None,
-        tiles: Tiles | None = None,
-        options: GenerationOptions | None = None,
-        image_size: ImageSize | None = None,
-        fit: Fit | None = None,
+        self, task: str, image: ImageInput | EncodedImage, **arguments: Unpack[RunArguments]
     ) -> Prediction[Any]: ...
 
     def run(
@@ -435,6 +428,9 @@ class Florence2:
         options: GenerationOptions | None = None,
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
     ) -> Prediction[Any]:
         """Runs one task on one image.
 
@@ -454,20 +450,140 @@ class Florence2:
                 less.
             fit: `"stretch"`, as transformers does, or `"pad"`, which keeps the aspect ratio with margins; None for the
                 default of this model. Coordinates of results are those of the image in either case.
+            deadline: Seconds from the call on after which the answer ends, within one decode step; `Prediction.truncated` is
+                `"deadline"` then. Before the first token there is an empty answer: the vision encoder is not run where it has
+                never been as quick as the time that is left. Reading the image is not cut short: a download has a limit of its
+                own, see `encode`.
+            cancel: Ends the answer when its `cancel` is called in another thread; `truncated` is `"cancelled"` then.
+            on_deadline: `"return"` returns the answer as far as it goes, `"raise"` raises an error instead.
 
         Raises:
             InputError: The task, image, text, region or an option is wrong, or the task cannot be run on tiles.
             ProviderError: The device failed.
+            DeadlineError: The deadline has passed, and `on_deadline` is `"raise"`.
+            CancelledError: The call was cancelled, and `on_deadline` is `"raise"`.
         """
+        shared: dict[str, Any] = {
+            "options": options,
+            "image_size": image_size,
+            "fit": fit,
+            "deadline": deadline,
+            "cancel": cancel,
+            "on_deadline": on_deadline,
+        }
         if tiles is not None:
             from florence_onnx.tiling import asking as tiling  # takes time to import, and most callers do not need it
 
-            if image_size is not None or fit is not None:
-                raise InputError("tiles are read at the model's own image size and fit; leave image_size and fit out")
-            return tiling.run(self, tasks.get(task, self._bundle.tasks), image, tiles, text_input, region, options)
-        return self.run_batch(
-            [task], [image], text_inputs=[text_input], regions=[region], options=options, image_size=image_size, fit=fit
-        )[0]
+            return tiling.run(self, tasks.get(task, self._bundle.tasks), image, tiles, text_input, region, **shared)
+        predictions: list[Prediction[Any]] = self.run_batch(
+            [task], [image], text_inputs=[text_input], regions=[region], **shared
+        )
+        return predictions[0]
+
+    def stream(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        **arguments: Unpack[RunArguments],
+    ) -> Generator[Part | Prediction[Any], None, None]:
+        """Runs one task on one image and yields its answer in parts, as they are generated.
+
+        Text comes token by token, and each box, quad box, outline and word as soon as it is complete. With beams, a part comes
+        when all beams agree on it. No part is ever taken back, and all together are exactly the answer. Therefore outlines come
+        when the run of location tokens that they stand in has ended, unless it has `<poly>` tags; boxes of open-vocabulary
+        detection come at the end, because a `<poly>` would turn them into outlines; and so do the results of a parser of one's own.
+
+        The call runs in a thread of its own, from the first part on that is asked for. Closing the generator (`close`, or leaving
+        the loop and dropping it) ends the call within one decode step.
+
+        Args:
+            task: As for `run`. With `num_return_sequences` the parts are those of the first answer.
+            image: As for `run`.
+            **arguments: As for `run`, except `tiles`: the answers about tiles are merged when all are there. Seconds of
+                `deadline` count from the first part that is asked for.
+
+        Yields:
+            `TextPart` and `ItemPart` (of `florence_onnx.parts`), and last the `Prediction` that `run` returns.
+
+        Raises:
+            InputError: As `run`; for the task and its input at the call, for the rest at the first part.
+            ProviderError: As `run`, or decoding had to start over, for want of memory, and gave another answer.
+        """
+        from florence_onnx import streams
+
+        cancel = arguments.pop("cancel", None)
+        call, reader = self._call(task, image, arguments)
+        return streams.stream(call, reader, cancel)
+
+    def astream(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        **arguments: Unpack[RunArguments],
+    ) -> AsyncGenerator[Part | Prediction[Any], None]:
+        """`stream` for asyncio: an asynchronous generator that never blocks the event loop."""
+        from florence_onnx import streams
+
+        cancel = arguments.pop("cancel", None)
+        call, reader = self._call(task, image, arguments)
+        return streams.astream(call, reader, cancel)
+
+    async def arun(
+        self,
+        task: Task[Any] | str,
+        image: ImageInput | EncodedImage,
+        **arguments: Unpack[RunArguments],
+    ) -> Prediction[Any]:
+        """`run` for asyncio, in a thread of its own; cancelling the asyncio task ends the call within one decode step."""
+        from florence_onnx import streams
+
+        def call(abandon: Cancel) -> Prediction[Any]:
+            arguments["cancel"] = abandon
+            return self.run(tasks.get(task, self._bundle.tasks), image, **arguments)
+
+        return await streams.arun(call, arguments.get("cancel"))
+
+    def _call(
+        self, task: Task[Any] | str, image: ImageInput | EncodedImage, arguments: RunArguments
+    ) -> tuple[Call, PartReader]:
+        """A call of `run` that waits to be made, and the reader of its parts.
+
+        Raises:
+            TypeError: `run` has no such argument.
+        """
+        from florence_onnx.run_arguments import RunArguments
+
+        if unknown := arguments.keys() - RunArguments.__annotations__.keys():
+            raise TypeError(f"stream() got an unexpected keyword argument {min(unknown)!r}")
+        if arguments.pop("tiles", None) is not None:
+            raise InputError("an answer about tiles has no parts, since tiles are merged at the end: use run or arun")
+        found = tasks.get(task, self._bundle.tasks)
+        text_input, region = arguments.pop("text_input", None), arguments.pop("region", None)
+        found.format_input(text_input, region)  # a wrong input is an error now and not at the first part
+        config = self._resolve(arguments.get("options"))
+        if config.do_sample and config.seed is None:  # where decoding starts over it must draw the same
+            arguments["options"] = replace(arguments.get("options") or GenerationOptions(), seed=new_seed())
+        given: dict[str, Any] = {**arguments}
+
+        def call(cancel: Cancel, on_tokens: OnIndexedTokens | None) -> Prediction[Any]:
+            predictions: list[Prediction[Any]] = self.run_batch(
+                [found],
+                [image],
+                text_inputs=[text_input],
+                regions=[region],
+                cancel=cancel,
+                on_tokens=on_tokens,
+                **given,
+            )
+            return predictions[0]
+
+        return call, self.part_reader(found)
+
+    def part_reader(self, task: Task[Any]) -> PartReader:
+        """What makes parts of an answer's tokens, for those who follow it through `on_tokens` of `run_batch`."""
+        from florence_onnx.parts import PartReader
+
+        return PartReader(task, self._tokenizer.decode)
 
     def run_prompt(
         self,
@@ -507,6 +623,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: Literal["raise"] = "raise",
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -522,6 +642,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError,
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -536,6 +660,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError = "raise",
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -560,6 +688,14 @@ class Florence2:
             options: Generation options for all requests.
             batch_size: Most requests that are decoded at once, which bounds the memory. None is 8 on a CPU, where more
                 are not faster, and four times `max_batch` with continuous batching.
+            deadline: As for `run`, of all requests, or one entry per image; seconds count from the call on. A request that ends
+                leaves the batch, and the others go on.
+            cancel: As for `run`, for all requests, or one entry per image.
+            on_deadline: As for `run`; the error is that of its request.
+            on_tokens: Called after every decode step for each answer in flight, with the index of its image, its tokens so far
+                from the decoder start token on, and the image, an `EncodedImage`. With beams these are the tokens with
+                which every possible answer begins. It may be called in the thread that decodes for all callers, so it must be
+                quick; what it raises ends its answer and is raised by this call.
             on_error: `"raise"`: the first error of a request ends the call. `"return"`: the error takes the place of the
                 prediction, and all other requests are answered.
             image_size: As for `run`, for all images that are not encoded already; encoded ones may be of several sizes.
@@ -581,6 +717,10 @@ class Florence2:
                 regions=regions,
                 options=options,
                 batch_size=batch_size,
+                deadline=deadline,
+                cancel=cancel,
+                on_deadline=on_deadline,
+                on_tokens=on_tokens,
                 on_error=on_error,
                 image_size=image_size,
                 fit=fit,
@@ -596,6 +736,10 @@ class Florence2:
         regions: Iterable[Region | str | None] | None = None,
         options: GenerationOptions | None = None,
         batch_size: int | None = None,
+        deadline: Seconds | Iterable[Seconds | None] | None = None,
+        cancel: Cancel | Iterable[Cancel | None] | None = None,
+        on_deadline: OnDeadline = "return",
+        on_tokens: OnIndexedTokens | None = None,
         on_error: OnError = "raise",
         image_size: ImageSize | None = None,
         fit: Fit | None = None,
@@ -610,7 +754,10 @@ class Florence2:
         check_batch_size(batch_size)
         failures = Failures(on_error, len(images) if isinstance(images, Sized) else None)
         config, preparation = self._resolve(options), self._prepare(image_size, fit)
-        requests: Iterable[Request] = read_requests(tasks, images, text_inputs, regions, failures, self._bundle.tasks)
+        limits = Limits(deadline, cancel, on_deadline, on_tokens)
+        requests: Iterable[Request] = read_requests(
+            tasks, images, text_inputs, regions, failures, self._bundle.tasks, limits
+        )
         known: list[Request] = []
         if failures.count is not None:  # wrong arguments then fail before any work is done
             requests = known = list(requests)
@@ -646,8 +793,13 @@ class Florence2:
         counts = self._count_image_tokens(images, batch.preparation)
         encoder_ids = self._encoder_ids(input_ids, attention_mask, counts)
 
+        progress = [request.progress for request in requests]
+
         def make_search(rows: Sequence[int], own: SearchConfig) -> Search:
-            return new_search(len(rows), own, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows])
+            follow = [progress[row] for row in rows]
+            return new_search(
+                len(rows), own, [lookup_ids[row] for row in rows], [encoder_ids[row] for row in rows], follow
+            )
 
         def failed(rows: Sequence[int], error: FlorenceError) -> None:
             batch.failures.add([requests[row].index for row in rows], error)
@@ -662,12 +814,15 @@ class Florence2:
                 make_search,
                 batch.preparation,
                 failed,
+                progress,
             )
         except ProviderError as error:
             if not batch.failures.are_kept:
                 raise
             return self._run_alone(requests, error, batch)
         batch.encodings.keep(requests, [answer and answer[0] for answer in answers])
+        raise_failure(progress)
+        drop_ended(requests, answers, batch.failures)
         return self._make_predictions(requests, answers, batch.failures)
 
     def _make_predictions(
@@ -717,6 +872,9 @@ class Florence2:
         threshold: float | None = None,
         tiles: Tiles | None = None,
         options: GenerationOptions | None = None,
+        deadline: Seconds | None = None,
+        cancel: Cancel | None = None,
+        on_deadline: OnDeadline = "return",
     ) -> Detections:
         """Finds the objects of a list of classes: the image is encoded once, and each class is a prompt of its own.
 
@@ -736,16 +894,35 @@ class Florence2:
                 images whose contents you know, with `absence.fit_threshold`.
             tiles: As for `run`.
             options: As for `run`.
+            deadline: As for `run`. A class whose answer was ended has the boxes that were complete, and none are dropped by
+                the rule for absent classes; `Detections.truncated` is the reason then.
+            cancel: As for `run`.
+            on_deadline: As for `run`.
 
         Raises:
             InputError: The classes, the task or another argument is wrong.
             ProviderError: The device failed.
+            DeadlineError: As for `run`.
+            CancelledError: As for `run`.
         """
         from florence_onnx.detecting import asking as detecting  # as for `tiling`
 
         selection = detecting.Selection(min_score, nms, absent, threshold)
         found = tasks.get(task, self._bundle.tasks)
-        return detecting.detect(self, image, classes, found, selection, tiles, options)
+        limits = Limits(deadline, cancel, on_deadline)
+        return detecting.detect(self, image, classes, found, selection, tiles, options, limits)
+
+    async def adetect(
+        self, image: ImageInput | EncodedImage, classes: Sequence[str], **arguments: Unpack[DetectArguments]
+    ) -> Detections:
+        """`detect` for asyncio, in a thread of its own; cancelling the asyncio task ends the call within one decode step."""
+        from florence_onnx import streams
+
+        def call(abandon: Cancel) -> Detections:
+            arguments["cancel"] = abandon
+            return self.detect(image, classes, **arguments)
+
+        return await streams.arun(call, arguments.get("cancel"))
 
     def score_answers(
         self,
@@ -1002,13 +1179,12 @@ class Florence2:
             for row, mask, count in zip(input_ids, attention_mask, counts, strict=True)
         ]
 
-    def _make_prediction(self, task: Task[Any], encoded: EncodedImage, sequence: GeneratedSequence) -> Prediction[Any]:
+    def _make_prediction(self, task: Task[Any], seen: Seen, sequence: GeneratedSequence) -> Prediction[Any]:
         text = self._tokenizer.decode(sequence.token_ids)
-        results = parse_placed(task, text, encoded)
-        others = tuple(self._make_prediction(task, encoded, other) for other in sequence.alternatives)
-        prediction = Prediction(
-            results, task, text, sequence.token_ids, sequence.truncated, encoded.source_image, others
-        )
+        results = parse_placed(task, text, seen)
+        others = tuple(self._make_prediction(task, seen, other) for other in sequence.alternatives)
+        image = source_image(seen)
+        prediction = Prediction(results, task, text, sequence.token_ids, sequence.truncated, image, others)
         if sequence.choices:
             prediction = with_choices(prediction, sequence.choices, self._tokenizer.decode)
         if sequence.scores is None:

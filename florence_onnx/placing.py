@@ -15,6 +15,7 @@ from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.errors import FlorenceError
 from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.answering import AnyImage, Failed, image_key
+from florence_onnx.inference.ending import Seen
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.tasks import Task, parse
 
@@ -69,13 +70,13 @@ def _needs_placement(request: Request, image: AnyImage, preparation: Preparation
     return is_padded(image, preparation) and has_locations(request.prompt)
 
 
-def parse_placed(task: Task[Any], text: str, encoded: EncodedImage) -> Any:
+def parse_placed(task: Task[Any], text: str, seen: Seen) -> Any:
     """The results of a generated text, in pixels of the source image.
 
     Raises:
         InputError: The image has margins, and the task's parser is one whose results cannot be mapped.
     """
-    placement = encoded.placement
-    if placement is None or not encoded.is_padded:
-        return parse(task, text, encoded.size)
+    placement = seen.placement if isinstance(seen, EncodedImage) and seen.is_padded else None
+    if placement is None:
+        return parse(task, text, seen.size)
     return to_source(parse(task, text, placement.image_size), placement)

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from florence_onnx.answers.results import Image, TextScore, to_dict
 from florence_onnx.errors import InputError
+from florence_onnx.generation.progress import Truncated
 from florence_onnx.generation.token_scores import TokenScores
 from florence_onnx.images.placement import Placement
 from florence_onnx.runtime.device_memory import DeviceArray
@@ -94,8 +95,9 @@ class Prediction(Generic[R]):
     """The generated text, with special and location tokens."""
     token_ids: tuple[int, ...]
     """The generated tokens, from the decoder start token on."""
-    truncated: bool
-    """Whether the token limit cut the answer off; its last item may be missing or incomplete."""
+    truncated: Truncated
+    """True if the token limit cut the answer off, `"deadline"` or `"cancelled"` if the caller did; its last item may be missing or
+    incomplete then. False for a complete answer."""
     source_image: PILImage.Image = field(repr=False, compare=False)
     """The image of the request, RGB."""
     alternatives: tuple[Prediction[R], ...] = ()

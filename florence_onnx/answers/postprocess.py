@@ -74,7 +74,7 @@ def description_with_bboxes(text: str, size: Size) -> BoundingBoxes:
     Returns:
         The boxes in the order of the text. A label with a line break inside is dropped together with its boxes.
     """
-    return BoundingBoxes(tuple(_labelled_boxes(_remove_special_tokens(text), size)))
+    return BoundingBoxes(tuple(_labelled_boxes(remove_special_tokens(text), size)))
 
 
 def phrase_grounding(text: str, size: Size) -> BoundingBoxes:
@@ -87,7 +87,7 @@ def phrase_grounding(text: str, size: Size) -> BoundingBoxes:
     Returns:
         The boxes in the order of the text.
     """
-    boxes = _labelled_boxes(_remove_special_tokens(text), size)
+    boxes = _labelled_boxes(remove_special_tokens(text), size)
     return BoundingBoxes(tuple(box for box in boxes if box.label not in BANNED_PHRASES))
 
 
@@ -101,7 +101,7 @@ def bboxes(text: str, size: Size) -> BoundingBoxes:
     Returns:
         The boxes in the order of the text, with empty labels.
     """
-    runs = _BOX_RUN.findall(_remove_special_tokens(text))
+    runs = _BOX_RUN.findall(remove_special_tokens(text))
     return BoundingBoxes(tuple(box for run in runs for box in _boxes_of_run("", run, size)))
 
 
@@ -115,7 +115,7 @@ def ocr(text: str, size: Size) -> OCRBoundingBox:
     Returns:
         Each line of text with its four corners and the axis-aligned box around them.
     """
-    lines = _remove_special_tokens(text).split("\n")  # a label never spans lines
+    lines = remove_special_tokens(text).split("\n")  # a label never spans lines
     return OCRBoundingBox(tuple(quad for line in lines for quad in _quads_of_line(line, size)))
 
 
@@ -132,7 +132,7 @@ def polygons(text: str, size: Size) -> PolygonOutput:
         points.
     """
     found: list[tuple[Polygon, ...]] = []
-    for run in _POLYGON_RUN.findall(_remove_special_tokens(text)):
+    for run in _POLYGON_RUN.findall(remove_special_tokens(text)):
         # The pattern of the reference consumes the first token of a run before it looks for the end of the label, so
         # `<loc_1><sep><loc_2>…` has the label `<sep>`.
         label = _polygon_label("", _LEADING_LOCATION.sub("", run))
@@ -152,7 +152,7 @@ def description_with_polygons(text: str, size: Size) -> PolygonOutput:
         polygons.
     """
     found: list[tuple[Polygon, ...]] = []
-    for head, run in _phrases(_remove_special_tokens(text), _POLYGON_RUN):
+    for head, run in _phrases(remove_special_tokens(text), _POLYGON_RUN):
         found.extend(_instances_of_run(_polygon_label(head, run), run, size))
     return _numbered(found)
 
@@ -172,7 +172,8 @@ def description_with_bboxes_or_polygons(text: str, size: Size) -> BoundingBoxes:
     return description_with_bboxes(text, size)
 
 
-def _remove_special_tokens(text: str) -> str:
+def remove_special_tokens(text: str) -> str:
+    """A text without `<s>`, `</s>` and `<pad>`."""
     return text.replace("<s>", "").replace("</s>", "").replace("<pad>", "")
 
 

@@ -40,8 +40,10 @@ from florence_onnx.commands.image_list import expand
 from florence_onnx.errors import ImageError
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
+from florence_onnx.generation.progress import Truncated
 from florence_onnx.images import url
 from florence_onnx.images.placement import check_fit
+from florence_onnx.limits import Limits
 from florence_onnx.prompts import to_task
 from florence_onnx.runtime.providers import BF16
 
@@ -102,6 +104,14 @@ def run(
         str | None,
         typer.Option(help="Texts of which the answer is one, such as yes,no.", metavar="TEXT,…"),
     ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which the answer to an image ends as far as it goes.",
+            metavar="SECONDS",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Also search the folders in a folder.")] = False,
@@ -127,8 +137,9 @@ def run(
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
         chosen = find_task(task, model, precision) if prompt is None else to_task(prompt, parser)
-        request = _Request(chosen, text, parse_region(region), options, min_score, parse_tiles(tiles))
+        request = _Request(chosen, text, parse_region(region), options, min_score, parse_tiles(tiles), deadline)
         request = replace(request, options=constrained(request.options, request.task, labels, choices))
+        Limits(deadline)  # a wrong one fails before the model is loaded
         request.task.format_prompt(text_input=request.text, region=request.region)  # fails before the model is loaded
         check_options(request.task, txt=txt, folder=txt_dir, overwrite=overwrite)
         folder = open_folder(draw, request.task)
@@ -170,6 +181,14 @@ def find_task(name: str, model: str, precision: str | None) -> tasks.Task[Any]:
     return tasks.get(name, hub.resolve(model, precision=None if precision == BF16 else precision).tasks)
 
 
+_LIMITS: dict[Truncated, str] = {
+    True: "token limit: raise --max-new-tokens",
+    "deadline": "deadline",
+    "cancelled": "call's end",
+}
+"""What cut an answer off."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """The arguments of `Florence2.run` that are the same for all images."""
@@ -180,10 +199,17 @@ class _Request:
     options: GenerationOptions
     min_score: float | None = None
     tiles: Tiles | None = None
+    deadline: float | None = None
 
     def run(self, model: Florence2, image: str) -> Prediction[Any]:
         found = model.run(
-            self.task, image, text_input=self.text, region=self.region, tiles=self.tiles, options=self.options
+            self.task,
+            image,
+            text_input=self.text,
+            region=self.region,
+            tiles=self.tiles,
+            options=self.options,
+            deadline=self.deadline,
         )
         return found if self.min_score is None else found.above(self.min_score)
 
@@ -273,7 +299,7 @@ class _TextReport:
         for choice, log_prob in (prediction.choice_logprobs or {}).items():
             typer.echo(f"    {log_prob:8.3f}  {choice}")
         if prediction.truncated:
-            typer.echo("  (cut off at the token limit: raise --max-new-tokens)", err=True)
+            typer.echo(f"  (cut off at the {_LIMITS[prediction.truncated]})", err=True)
 
     def failure(self, image: str, error: ImageError) -> None:
         """Writes the error to standard error."""

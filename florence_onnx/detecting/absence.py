@@ -20,6 +20,7 @@ from florence_onnx.answers.locations import Region
 from florence_onnx.answers.results import BoundingBox
 from florence_onnx.errors import InputError
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.inference.ending import Seen
 from florence_onnx.prediction import EncodedImage, Prediction
 
 Absent = Literal["score", "area", "contrast", "likelihood", "off"]
@@ -47,7 +48,7 @@ class Answer:
 
     name: str
     """The class."""
-    image: EncodedImage
+    image: Seen
     prediction: Prediction[Any]
     bboxes: tuple[BoundingBox, ...]
     """Its boxes with w and h not negative, in pixels of `image`."""

@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from PIL import Image as PILImage
+
 from florence_onnx.answers.results import BoundingBox, BoundingBoxes
 from florence_onnx.detecting import absence
 from florence_onnx.detecting.absence import Absent, Answer
 from florence_onnx.detecting.detections import ClassDetections, Detections
 from florence_onnx.errors import InputError, TextInputError
 from florence_onnx.generation.options import GenerationOptions, merge
+from florence_onnx.generation.progress import first_reason
 from florence_onnx.images.decoding import ImageInput
+from florence_onnx.inference.ending import Seen, is_hopeless
+from florence_onnx.limits import Limits
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tasks import Task
 from florence_onnx.tiling import merging
@@ -73,28 +78,38 @@ def detect(
     selection: Selection,
     tiles: Tiles | None = None,
     options: GenerationOptions | None = None,
+    limits: Limits | None = None,
 ) -> Detections:
     """Finds the objects of a list of classes; arguments and errors as for `Florence2.detect`."""
     names = class_names(classes)
     _check_task(task)
-    whole = image if isinstance(image, EncodedImage) else model.encode(source_of(image)) if tiles is None else None
-    source = source_of(image) if whole is None else whole.source_image
-    boxes, images = _views(model, whole, source, tiles)
+    limits = limits or Limits()
+    source = source_of(image)
+    boxes, images = _views(image, source, tiles)
+    if selection.absent == "likelihood" and not is_hopeless([limits.first_progress()]):
+        # this rule asks about them again
+        images = [each if isinstance(each, EncodedImage) else model.encode(each) for each in images]
     scored = SCORED if options is None else merge(options, SCORED)
     asked = [each for each in images for _ in names]
-    predictions = model.run_batch(task, asked, text_inputs=names * len(images), options=scored)
+    predictions = model.run_batch(
+        task, asked, text_inputs=names * len(images), options=scored, **limits.shared_arguments
+    )
     answers = [
         Answer(name, each, prediction, _bboxes(prediction.results, name))
         for name, each, prediction in zip(names * len(images), asked, predictions, strict=True)
     ]
-    values = absence.values(model, selection.absent, answers)
+    is_ended = isinstance(
+        first_reason(each.truncated for each in predictions), str
+    )  # then there is no time for the rule's own questions
+    rule = "off" if is_ended else selection.absent
+    values = absence.values(model, rule, answers)
     found = []
     for index, name in enumerate(names):
         own = range(index, len(answers), len(names))
         kept = [_keep(answers[each], values[each], selection) for each in own]
         bboxes = _merge(kept, boxes, source.size, tiles, selection)
         best = [value for each in own for value in values[each]]
-        presence = max(best) if best and selection.absent != "off" else None
+        presence = max(best) if best and rule != "off" else None
         found.append(ClassDetections(name, bboxes, presence, tuple(answers[each].prediction for each in own)))
     return Detections(tuple(found), source)
 
@@ -125,19 +140,18 @@ def _check_task(task: Task[Any]) -> None:
 
 
 def _views(
-    model: Model, whole: EncodedImage | None, source: Any, tiles: Tiles | None
-) -> tuple[list[TileBox], list[EncodedImage]]:
-    """What is shown to the model, encoded once each: the image, or its tiles."""
+    image: ImageInput | EncodedImage, source: PILImage.Image, tiles: Tiles | None
+) -> tuple[list[TileBox], list[Seen]]:
+    """What is shown to the model: the image, or its tiles."""
     full: TileBox = (0, 0, *source.size)
+    whole = image if isinstance(image, EncodedImage) else source
     if tiles is not None and not isinstance(tiles, Tiles):
         raise InputError(f"tiles must be a florence_onnx.Tiles, such as Tiles(size=768), got {tiles!r}")
     if tiles is None or tiles.fits(source.size):
-        return [full], [whole or model.encode(source)]
+        return [full], [whole]
     boxes = tiles.boxes(source.size)
-    images = [model.encode(source.crop(box)) for box in boxes]
-    if tiles.whole:
-        return [*boxes, full], [*images, whole or model.encode(source)]
-    return boxes, images
+    images: list[Seen] = [source.crop(box) for box in boxes]
+    return ([*boxes, full], [*images, whole]) if tiles.whole else (boxes, images)
 
 
 def _bboxes(results: BoundingBoxes, name: str) -> tuple[BoundingBox, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 
 from florence_onnx.answers.results import BoundingBox, BoundingBoxes, to_dict
+from florence_onnx.generation.progress import Truncated, first_reason
 from florence_onnx.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class ClassDetections:
     is absent."""
     presence: float | None
     """The greatest value that a box of the class has by the rule for absent classes, before anything was dropped: the greater,
-    the likelier is the class in the image. None where the model answered without any box, or the rule is "off"."""
+    the likelier is the class in the image. None where the model answered without any box, the rule is "off", or the call ended
+    before it was applied."""
     answers: tuple[Prediction[Any], ...] = field(default=(), repr=False, compare=False)
     """The model's answer; with tiles those about all tiles, in pixels of each tile."""
 
@@ -39,6 +41,11 @@ class Detections:
     """One for each class, in the order in which they were asked for."""
     source_image: PILImage.Image = field(repr=False, compare=False)
     """The image, RGB."""
+
+    @property
+    def truncated(self) -> Truncated:
+        """What has cut an answer off: the deadline or the caller, which leave the rule for absent classes out, or the limit."""
+        return first_reason(answer.truncated for each in self.classes for answer in each.answers)
 
     @property
     def by_class(self) -> Mapping[str, tuple[BoundingBox, ...]]:

@@ -22,7 +22,8 @@ from florence_onnx.fal import problems
 from florence_onnx.fal.byte_budget import Charge
 from florence_onnx.fal.contract import Arguments
 from florence_onnx.fal.problems import RequestError
-from florence_onnx.prediction import EncodedImage
+from florence_onnx.generation.progress import Cancel, OnTokens
+from florence_onnx.prediction import EncodedImage, Prediction
 
 State = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 """fal's names of the states."""
@@ -63,6 +64,12 @@ class Job:
     logs: list[LogLine] = field(default_factory=list)
     future: Future[Answer] = field(default_factory=Future)
     """Resolves to the result, or to a `RequestError`."""
+    on_tokens: OnTokens | None = None
+    """Called after every decode step of the answer, as `Progress` says; None where nobody follows it."""
+    on_prediction: Callable[[Prediction[Any]], None] | None = None
+    """Called with the model's answer, before its annotated image is drawn."""
+    stop: Cancel = field(default_factory=Cancel)
+    """Ends the answer at the next decode step; set when the request has failed or was cancelled."""
     needs_download: bool = False
     """Whether the image is still to be downloaded."""
     content: bytes | None = None
@@ -165,6 +172,8 @@ class Job:
             was_running = self._state == "IN_PROGRESS"
             self._outcome = outcome
             self._state = "COMPLETED"
+        if isinstance(outcome, RequestError):
+            self.stop.cancel()
         if not was_running:  # else the batch that it is part of still needs it
             self.forget()
         self._settle(outcome)

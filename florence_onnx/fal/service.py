@@ -41,8 +41,10 @@ from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
 from florence_onnx.fal.memory import MemoryBudget, NotWantedError
 from florence_onnx.fal.problems import RequestError, field_error
 from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation.progress import OnTokens
 from florence_onnx.images.opening import DecodingEndedError
 from florence_onnx.images.transfer import Transfer
+from florence_onnx.limits import OnIndexedTokens
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tasks import Task
@@ -173,6 +175,8 @@ class Service:
         start_timeout: float | None = None,
         priority: Priority = "normal",
         owner: str = "",
+        on_tokens: OnTokens | None = None,
+        on_prediction: Callable[[Prediction[Any]], None] | None = None,
     ) -> Job:
         """Puts a request into the queue.
 
@@ -182,6 +186,9 @@ class Service:
             start_timeout: Seconds that the request may wait before the model starts on it.
             priority: A `"low"` request waits until no normal one does.
             owner: The client that asks.
+            on_tokens: Called after every decode step with the answer's tokens so far and the image; see
+                `Florence2.run_batch`.
+            on_prediction: Called with the answer, before its annotated image is drawn.
 
         Returns:
             The job. As at fal, invalid arguments fail the job rather than this call.
@@ -197,6 +204,7 @@ class Service:
             job = Job(contract.Arguments(task, ""), priority, deadline, owner)
             self._fail(job, problem)
             return job
+        job.on_tokens, job.on_prediction = on_tokens, on_prediction
         job.needs_download = self._reader.needs_download(job.arguments.image_url)
         with self._condition:
             if not self._is_open:
@@ -219,7 +227,7 @@ class Service:
     def cancel(self, job: Job) -> bool:
         """Cancels a request; returns False if it has already ended.
 
-        The model does not stop in the middle of a batch: the result of a running request is computed and discarded.
+        If the decoder is at it, it leaves the batch at the next step, and the others of the batch go on.
         """
         is_cancelled = job.cancel()
         if is_cancelled:
@@ -478,6 +486,8 @@ class Service:
                 regions=[job.arguments.region for job in jobs],
                 options=jobs[0].arguments.options,
                 batch_size=len(jobs),
+                cancel=[job.stop for job in jobs],
+                on_tokens=_listener(jobs),
             )
         except InputError as error:
             # for example a text that is too long, which shows only once it is tokenized; find out whose it is
@@ -498,12 +508,17 @@ class Service:
             return
         for job, prediction in zip(jobs, predictions, strict=True):
             self._record(job, "decode", begin)
+            if job.state == "COMPLETED":  # cancelled in the meantime
+                self._release(job)
+                continue
             assert self._draw_pool is not None, "started with this thread"
             self._draw_pool.submit(self._complete, job, prediction)
 
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:
         begin = time.monotonic()
         try:
+            if job.on_prediction is not None:
+                job.on_prediction(prediction)
             body = prediction.to_dict()
             if prediction.task.has_image:
                 body["image"] = self._publish(prediction, job.owner)
@@ -543,6 +558,20 @@ class Service:
         with self._condition:
             self._running.discard(job)
             self._condition.notify_all()
+
+
+def _listener(jobs: Sequence[Job]) -> OnIndexedTokens | None:
+    """What tells those who follow the answers of a batch; None where nobody does."""
+    listeners = [job.on_tokens for job in jobs]
+    if not any(listeners):
+        return None
+
+    def tell(index: int, token_ids: Sequence[int], image: EncodedImage) -> None:
+        listener = listeners[index]
+        if listener is not None:
+            listener(token_ids, image)
+
+    return tell
 
 
 def _num_bytes(arguments: contract.Arguments) -> int:

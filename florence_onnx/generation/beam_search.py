@@ -13,6 +13,7 @@ from florence_onnx.generation.constraints import without
 from florence_onnx.generation.dense_processors import DenseProcessors, log_softmax
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress, StopReason
 from florence_onnx.generation.sampling import draw_without_replacement, new_generator
 from florence_onnx.generation.scores import LogProbs, StepScores, sort_top_k
 from florence_onnx.generation.search import (
@@ -47,7 +48,9 @@ class _Hypothesis:
 class _BeamState:
     """The K = `num_beams` running beams of one prompt and its K best finished hypotheses."""
 
-    def __init__(self, config: SearchConfig, encoder_ids: Sequence[int] = ()) -> None:
+    def __init__(self, config: SearchConfig, encoder_ids: Sequence[int] = (), progress: Progress | None = None) -> None:
+        self._progress = progress
+        self._stopped: StopReason | None = None
         k = config.num_beams
         self._config = config
         self._end_tokens = config.end_tokens
@@ -198,9 +201,29 @@ class _BeamState:
         self._token_scores = [token_scores[rank] for rank in following]
         if stops.all() or not self._may_continue():
             return None
+        if self._progress is not None and (reason := self._progress.after_step(self._certain)):
+            self._stop(reason)
+            return None
         for row in self.rows:
             self.processors.add(row)
         return parents, tokens
+
+    def _certain(self) -> list[int]:
+        """The tokens with which every possible answer begins.
+
+        The answer will be the best finished hypothesis of now, or what becomes of a running beam.
+        """
+        best = self.best[0]
+        return common_prefix([*self.rows, best.token_ids] if best.is_finished else self.rows)
+
+    def _stop(self, reason: StopReason) -> None:
+        """Counts the running beams as finished, as transformers does when its `max_time` is over."""
+        self._stopped = reason
+        normed = self.scores / np.float32((self.length - 1) ** self._config.length_penalty)
+        for beam in np.flatnonzero(self.scores > _UNREACHABLE / 2).tolist():
+            row = tuple(self.rows[beam])
+            self.best.append(_Hypothesis(row, normed[beam], True, True, self._token_scores[beam]))
+        self.best = sorted(self.best, key=lambda hypothesis: -hypothesis.score)[: self._config.num_beams]
 
     def _score(
         self, parents: Ids, tokens: Ids, distribution: Callable[[int], TokenDistribution]
@@ -254,9 +277,12 @@ class _BeamState:
         wanted = [each for each in self.best[: self._config.num_return_sequences] if each.is_finished]
         if self._constraint is not None:
             wanted = [each for each in wanted if each.is_possible]
-        found = [GeneratedSequence(each.token_ids, each.is_truncated, scores=each.token_scores) for each in wanted]
+        found = [
+            GeneratedSequence(each.token_ids, self._stopped or each.is_truncated, scores=each.token_scores)
+            for each in wanted
+        ]
         if not found:  # settings that contradict each other left nothing possible
-            return GeneratedSequence(tuple(self.rows[0]), True, scores=self._token_scores[0])
+            return GeneratedSequence(tuple(self.rows[0]), self._stopped or True, scores=self._token_scores[0])
         return replace(found[0], alternatives=tuple(found[1:]))
 
     @property
@@ -280,6 +306,16 @@ class _BeamState:
         return self._can_improve
 
 
+def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all rows begin."""
+    prefix: list[int] = []
+    for tokens in zip(*rows, strict=False):
+        if any(token != tokens[0] for token in tokens):
+            break
+        prefix.append(tokens[0])
+    return prefix
+
+
 def _distributions(
     scores: StepScores, log_probs: LogProbs | None, first_row: int, num_rows: int
 ) -> Callable[[int], TokenDistribution]:
@@ -297,17 +333,23 @@ class BeamSearch:
     """Keeps the `num_beams` most probable partial answers of every prompt."""
 
     def __init__(
-        self, num_prompts: int, config: SearchConfig, encoder_ids: Sequence[Sequence[int]] | None = None
+        self,
+        num_prompts: int,
+        config: SearchConfig,
+        encoder_ids: Sequence[Sequence[int]] | None = None,
+        progress: Sequence[Progress] | None = None,
     ) -> None:
         """Args:
         num_prompts: Number of prompts.
         config: How to search.
         encoder_ids: For each prompt the token ids that the text encoder was fed.
+        progress: As for `generate.new_search`.
         """
         self._config = config
         self._is_dense = config.is_dense
         ids: Sequence[Sequence[int]] = encoder_ids if encoder_ids is not None else [()] * num_prompts
-        self._states = [_BeamState(config, ids[index]) for index in range(num_prompts)]
+        follow: Sequence[Progress | None] = progress if progress is not None else [None] * num_prompts
+        self._states = [_BeamState(config, ids[index], follow[index]) for index in range(num_prompts)]
         self._active = list(self._states)
         self._has_branched = False
 

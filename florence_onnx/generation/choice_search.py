@@ -14,6 +14,7 @@ import numpy as np
 
 from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import MAX_BEAMS, SearchConfig
+from florence_onnx.generation.progress import Progress, StopReason
 from florence_onnx.generation.sampling import draw_without_replacement, new_generator
 from florence_onnx.generation.scores import Ids, StepScores
 from florence_onnx.generation.search import DecodeStep, GeneratedSequence, initial_tokens, new_scorer
@@ -65,7 +66,9 @@ class _Path:
 class _Trie:
     """The pass over the choices of one prompt."""
 
-    def __init__(self, choices: Choices, config: SearchConfig) -> None:
+    def __init__(self, choices: Choices, config: SearchConfig, progress: Progress | None) -> None:
+        self._progress = progress
+        self._reason: StopReason | None = None
         self._choices, self._closing = choices.token_ids, choices.closing
         self._end_tokens = config.end_tokens
         self._given = tuple(initial_tokens(config))
@@ -93,7 +96,15 @@ class _Trie:
                 following.append((row, token))
             self._end(path, distribution)
         self._rows = rows
+        if rows and self._progress is not None:
+            # no token is certain before all choices are known
+            self._reason = self._progress.after_step(lambda: self._given)
         return following
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was ended before all choices were known."""
+        return self._reason is not None
 
     def _continuations(self, path: _Path) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
@@ -122,6 +133,9 @@ class _Trie:
 
     def result(self) -> GeneratedSequence:
         """See `ChoiceSearch.results`."""
+        if self._reason is not None:
+            scores = None if self._scorer is None else self._scorer.start(self._given)
+            return GeneratedSequence(self._given, self._reason, scores=scores)
         choices = tuple(zip(self._choices, self._log_probs, strict=True))
         return replace(self._answers[0], alternatives=tuple(self._answers[1:]), choices=choices)
 
@@ -129,14 +143,23 @@ class _Trie:
 class ChoiceSearch:
     """Scores all choices; `choose` picks one."""
 
-    def __init__(self, num_prompts: int, config: SearchConfig, choices: Choices) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        config: SearchConfig,
+        choices: Choices,
+        progress: Sequence[Progress] | None = None,
+    ) -> None:
         """Args:
         num_prompts: Number of prompts.
         config: How to search; processors play no part.
         choices: At most `MOST_ROWS`.
+        progress: As for `generate.new_search`; an answer that is ended early is none of the choices, but empty.
         """
         self._config = config
-        self._tries = [_Trie(choices, config) for _ in range(num_prompts)]
+        follow: Sequence[Progress | None] = progress if progress is not None else [None] * num_prompts
+        self._tries = [_Trie(choices, config, follow[index]) for index in range(num_prompts)]
+        self._active = list(self._tries)
         self._num_rows = 1
 
     def start(self) -> Ids:
@@ -145,16 +168,21 @@ class ChoiceSearch:
     def advance(self, scores: StepScores) -> DecodeStep | None:
         # one trie, so that all prompts have as many rows at each depth
         width = self._num_rows
-        following = [trie.advance(scores, index * width) for index, trie in enumerate(self._tries)]
+        following = [trie.advance(scores, index * width) for index, trie in enumerate(self._active)]
         self._num_rows = len(following[0])
-        if not self._num_rows:
+        staying = [index for index, trie in enumerate(self._active) if not trie.is_stopped]
+        if not self._num_rows or not staying:
             return None
-        rows = [index * width + row for index, found in enumerate(following) for row, _ in found]
-        tokens = [[token] for found in following for _, token in found]
-        return DecodeStep(np.array(rows), np.arange(len(self._tries)), np.array(tokens, dtype=np.int64))
+        self._active = [self._active[index] for index in staying]
+        rows = [index * width + row for index in staying for row, _ in following[index]]
+        tokens = [[token] for index in staying for _, token in following[index]]
+        return DecodeStep(np.array(rows), np.array(staying), np.array(tokens, dtype=np.int64))
 
     def results(self) -> list[GeneratedSequence]:
-        """For each prompt all choices as answers, in their order: the first one, and the others as its alternatives."""
+        """For each prompt all choices as answers, in their order: the first one, and the others as its alternatives.
+
+        A prompt that was ended early has an answer without tokens and without choices.
+        """
         return [trie.result() for trie in self._tries]
 
 
@@ -164,7 +192,13 @@ def choose(portions: Sequence[GeneratedSequence], config: SearchConfig) -> Gener
     Args:
         portions: What `ChoiceSearch.results` has for one prompt, of each portion of the choices.
         config: With `do_sample` choices are drawn, with their probabilities at `temperature`, and none twice.
+
+    Returns:
+        The answer; where a portion was ended early that portion's, since the likeliest choice is not known.
     """
+    for each in portions:
+        if not each.choices:
+            return each
     choices = tuple(pair for each in portions for pair in each.choices)
     answers = [replace(one, alternatives=(), choices=()) for each in portions for one in (each, *each.alternatives)]
     values = np.array([log_prob for _, log_prob in choices])

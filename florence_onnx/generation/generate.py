@@ -13,6 +13,7 @@ from florence_onnx.generation.beam_search import BeamSearch
 from florence_onnx.generation.choice_search import Choices, ChoiceSearch
 from florence_onnx.generation.greedy_search import GreedySearch
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.sampling import SampleSearch
 from florence_onnx.generation.scores import AllScores
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
@@ -95,6 +96,7 @@ def new_search(
     config: SearchConfig,
     lookup_ids: Sequence[Sequence[int]] | None,
     encoder_ids: Sequence[Sequence[int]] | None = None,
+    progress: Sequence[Progress] | None = None,
 ) -> Search:
     """Makes the search that a configuration asks for.
 
@@ -111,14 +113,15 @@ def new_search(
             answer would spell them; None for no drafts, with decoders that cannot verify them.
         encoder_ids: For each prompt the token ids that the text encoder was fed, image tokens included; for the processors
             that look at the prompt.
+        progress: For each prompt who follows its answer and what may end it early; None for nobody and nothing.
     """
     if isinstance(config.constrain, Choices):
-        return ChoiceSearch(num_prompts, config, config.constrain)
+        return ChoiceSearch(num_prompts, config, config.constrain, progress)
     if config.num_beams > 1:
-        return BeamSearch(num_prompts, config, encoder_ids)
+        return BeamSearch(num_prompts, config, encoder_ids, progress)
     if config.do_sample:
-        return SampleSearch(num_prompts, config, encoder_ids)
-    return GreedySearch(num_prompts, config, lookup_ids, encoder_ids)
+        return SampleSearch(num_prompts, config, encoder_ids, progress)
+    return GreedySearch(num_prompts, config, lookup_ids, encoder_ids, progress)
 
 
 def drive(session: DecoderSession, search: Search) -> list[GeneratedSequence]:

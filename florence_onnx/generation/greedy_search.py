@@ -9,6 +9,7 @@ import numpy as np
 from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.prompt_lookup import PromptLookup
 from florence_onnx.generation.scores import StepScores
 from florence_onnx.generation.search import (
@@ -25,7 +26,14 @@ from florence_onnx.generation.search import (
 class _Row:
     """The answer to one prompt while it grows."""
 
-    def __init__(self, lookup_ids: Sequence[int] | None, config: SearchConfig, encoder_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        lookup_ids: Sequence[int] | None,
+        config: SearchConfig,
+        encoder_ids: Sequence[int],
+        progress: Progress | None = None,
+    ) -> None:
+        self._progress = progress
         self._config = config
         self._end_tokens = config.end_tokens
         self.tokens = initial_tokens(config)
@@ -59,7 +67,15 @@ class _Row:
                 break
         if self._draft and self._lookup is not None:
             self._lookup.record(num_kept - 1)  # the first token fed was no draft
+        self._report()
         return num_kept
+
+    def _report(self) -> None:
+        if self._progress is None or self.answer is not None:
+            return
+        reason = self._progress.after_step(lambda: tuple(self.tokens))
+        if reason is not None:
+            self.answer = GeneratedSequence(tuple(self.tokens), reason, scores=self._scores)
 
     def _append_best(self, scores: StepScores, row: int, position: int) -> None:
         config, tokens = self._config, self.tokens
@@ -112,6 +128,7 @@ class GreedySearch:
         config: SearchConfig,
         lookup_ids: Sequence[Sequence[int]] | None = None,
         encoder_ids: Sequence[Sequence[int]] | None = None,
+        progress: Sequence[Progress] | None = None,
     ) -> None:
         """Starts an empty answer for each prompt.
 
@@ -121,9 +138,15 @@ class GreedySearch:
             lookup_ids: For each prompt the token ids that its answer may repeat; None where the session cannot verify
                 drafts.
             encoder_ids: For each prompt the token ids that the text encoder was fed.
+            progress: As for `generate.new_search`.
         """
         self._rows = [
-            _Row(None if lookup_ids is None else lookup_ids[i], config, () if encoder_ids is None else encoder_ids[i])
+            _Row(
+                None if lookup_ids is None else lookup_ids[i],
+                config,
+                () if encoder_ids is None else encoder_ids[i],
+                None if progress is None else progress[i],
+            )
             for i in range(num_prompts)
         ]
         self._active = list(self._rows)

@@ -16,6 +16,7 @@ import numpy as np
 from florence_onnx.generation.dense_processors import DenseProcessors
 from florence_onnx.generation.logits_processors import LogitsProcessors
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress, StopReason
 from florence_onnx.generation.scores import Floats, Ids, StepScores
 from florence_onnx.generation.search import (
     DecodeStep,
@@ -27,6 +28,11 @@ from florence_onnx.generation.search import (
 )
 
 
+def new_seed() -> int:
+    """A seed that was drawn."""
+    return int.from_bytes(os.urandom(8), "little") >> 1  # at most options.MAX_SEED
+
+
 def new_generator(seed: int | None, index: int) -> np.random.Generator:
     """The random numbers of one answer.
 
@@ -34,7 +40,7 @@ def new_generator(seed: int | None, index: int) -> np.random.Generator:
         seed: None draws one.
         index: Of the answer among those of its prompt.
     """
-    chosen = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+    chosen = new_seed() if seed is None else seed
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([chosen, index])))
 
 
@@ -101,22 +107,33 @@ class _Sample:
         if self._constrained is not None:
             self._constrained.append(token)
 
+    def stop(self, reason: StopReason) -> None:
+        """Ends the answer with the tokens that it has, unless it has ended."""
+        if self.answer is None:
+            self.answer = GeneratedSequence(tuple(self.tokens), reason, scores=self._scores)
+
 
 class SampleSearch:
     """Draws `num_return_sequences` answers to every prompt."""
 
     def __init__(
-        self, num_prompts: int, config: SearchConfig, encoder_ids: Sequence[Sequence[int]] | None = None
+        self,
+        num_prompts: int,
+        config: SearchConfig,
+        encoder_ids: Sequence[Sequence[int]] | None = None,
+        progress: Sequence[Progress] | None = None,
     ) -> None:
         """Args:
         num_prompts: Number of prompts.
         config: How to search.
         encoder_ids: For each prompt the token ids that the text encoder was fed.
+        progress: As for `generate.new_search`; of several answers to a prompt the first is followed.
         """
         self._count = config.num_return_sequences
         ids: Sequence[Sequence[int]] = encoder_ids if encoder_ids is not None else [()] * num_prompts
         self._prompts = [[_Sample(config, ids[i], n) for n in range(self._count)] for i in range(num_prompts)]
         self._active = list(self._prompts)
+        self._active_progress = list(progress or ())
         self._has_branched = False
 
     def start(self) -> Ids:
@@ -131,15 +148,29 @@ class SampleSearch:
         for index, samples in enumerate(self._active):
             for place, sample in enumerate(samples):
                 sample.advance(scores, index * width + min(place, width - 1))
+            self._report(index)
             if any(sample.answer is None for sample in samples):
                 staying.append(index)
                 rows += [index * width + min(place, width - 1) for place in range(self._count)]
         self._active = [self._active[index] for index in staying]
+        if self._active_progress:
+            self._active_progress = [self._active_progress[index] for index in staying]
         if not staying:
             return None
         # every prompt keeps all its rows: an answer that has ended is fed its end again until its siblings have ended
         fed = [[sample.tokens[-1]] for samples in self._active for sample in samples]
         return DecodeStep(np.array(rows), np.array(staying), np.array(fed, dtype=np.int64))
+
+    def _report(self, index: int) -> None:
+        if not self._active_progress:
+            return
+        samples = self._active[index]
+        if all(sample.answer is not None for sample in samples):
+            return
+        reason = self._active_progress[index].after_step(lambda: tuple(samples[0].tokens))
+        if reason is not None:
+            for sample in samples:
+                sample.stop(reason)
 
     def results(self) -> list[GeneratedSequence]:
         found = [[sample.answer for sample in samples if sample.answer is not None] for samples in self._prompts]

@@ -10,6 +10,7 @@ import numpy as np
 
 from florence_onnx.generation.constraints import ConstrainedRow, Constraint
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import StopReason, Truncated
 from florence_onnx.generation.scores import Floats, Ids, StepScores
 from florence_onnx.generation.token_scores import TokenScorer, TokenScores
 
@@ -22,8 +23,8 @@ class GeneratedSequence:
 
     token_ids: tuple[int, ...]
     """From the decoder start token to the end token, without padding."""
-    truncated: bool
-    """Whether the token limit ended the answer before the model did."""
+    truncated: Truncated
+    """Whether the token limit ended the answer before the model did, or why the caller did."""
     alternatives: tuple[GeneratedSequence, ...] = ()
     """The other answers to the prompt, where `num_return_sequences` asks for some; in beam search best first."""
     scores: TokenScores | None = None
@@ -106,6 +107,11 @@ def initial_tokens(config: SearchConfig) -> list[int]:
     if forced is None or forced in (*config.end_tokens, *suppressed) or config.max_length <= 2:
         return [config.decoder_start_token_id]
     return [config.decoder_start_token_id, forced]
+
+
+def unstarted(search: Search, reason: StopReason) -> GeneratedSequence:
+    """The answer of a search of one prompt that was ended before its first decode step."""
+    return GeneratedSequence(tuple(search.start()[0].tolist()), reason)
 
 
 def new_scorer(config: SearchConfig) -> TokenScorer | None:

@@ -13,23 +13,34 @@ from florence_onnx.bundles.bundle import Bundle, ModelSizes
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.generation.generate import drive
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.search import Floats, GeneratedSequence, Ids, Search
 from florence_onnx.images import decoding
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Placement
 from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.decoder import TextBackend
+from florence_onnx.inference.ending import (
+    EncodingTime,
+    Seen,
+    is_hopeless,
+    not_begun,
+    refuse_if_all_raise,
+    show,
+)
 from florence_onnx.inference.vision_encoders import VisionEncoders
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.engine import Engine
 
 AnyImage = ImageInput | EncodedImage
 Key = str | int
-Answer = tuple[EncodedImage, GeneratedSequence]
+Answer = tuple[Seen, GeneratedSequence]
 Failed = Callable[[Sequence[int], FlorenceError], None]
 """Takes the indices of the prompts about one image, and the error that concerns them."""
-Outcome = tuple[Key, EncodedImage | FlorenceError]
-"""A distinct image's key, and the encoded image or why there is none."""
+About = Mapping[Key, Sequence[Progress]]
+"""What may end each answer about a distinct image, by the image's key."""
+Outcome = tuple[Key, Seen | FlorenceError]
+"""A distinct image's key, and the encoded image, or the loaded one if all answers about it have to end, or an error."""
 
 BATCH_PIXELS = 8 * 64 * 64
 """Most pixels of the images that a CPU encodes in one run, measured with Florence-2-base (benchmarks/results/omniparser.md):
@@ -78,6 +89,7 @@ class Answering(Protocol):
         new_search: Callable[[Sequence[int]], Search],
         preparation: Preparation,
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
         """Answers P prompts, each about one image; an image that occurs several times is encoded once.
 
@@ -88,9 +100,11 @@ class Answering(Protocol):
             new_search: Makes a search for prompts by their indices; called again when decoding starts over.
             preparation: Of the images that are not encoded.
             failed: Called with an error that concerns one image only, and the indices of the prompts about it; may raise.
+            progress: What may end each answer before it is begun, and is told the size of its image; that `new_search` has them
+                is up to the caller. None: nothing.
 
         Returns:
-            The encoded image and the tokens of each prompt; None for those that `failed` was told of.
+            The image and the tokens of each prompt; None for those that `failed` was told of.
 
         Raises:
             ProviderError: The device failed while decoding.
@@ -113,6 +127,7 @@ class HostAnswering:
         self._encoders = encoders
         self._text_model = text_model
         self._can_batch = can_batch
+        self._encoding_time = EncodingTime()
 
     @property
     def max_rows(self) -> int | None:
@@ -133,7 +148,8 @@ class HostAnswering:
         """Encodes images of one size in one run."""
         engine = self._encoders.get(placements[0].image_size)
         pixels = pixel_values[0] if len(pixel_values) == 1 else np.concatenate(pixel_values)
-        features = np.asarray(engine.run({"pixel_values": pixels})["image_features"], dtype=np.float32)
+        found = self._encoding_time.of(placements[0].image_size, lambda: engine.run({"pixel_values": pixels}))
+        features = np.asarray(found["image_features"], dtype=np.float32)
         # copied from a batch, which one of its images would keep in memory otherwise
         rows = [features[0]] if len(images) == 1 else [row.copy() for row in features]
         return [EncodedImage(*each) for each in zip(rows, images, placements, strict=True)]
@@ -146,9 +162,16 @@ class HostAnswering:
         new_search: Callable[[Sequence[int]], Search],
         preparation: Preparation,
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
-        encoded = self.encode_all(images, preparation, failed)
+        progress = progress or [Progress() for _ in images]
         answers: list[Answer | None] = [None] * len(images)
+        encoded: dict[int, EncodedImage] = {}
+        for row, image in self._see_all(images, preparation, failed, progress).items():
+            if isinstance(image, EncodedImage) and progress[row].reason() is None:
+                encoded[row] = image
+            else:
+                answers[row] = image, not_begun(new_search([row]), progress[row])
         # The graph takes as many image tokens of one prompt as of the others: images of other sizes are other batches.
         for rows in _rows_by_length(encoded):
             mask = attention_mask[rows]
@@ -162,9 +185,17 @@ class HostAnswering:
     def encode_all(
         self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed
     ) -> dict[int, EncodedImage]:
-        return encode_distinct(images, failed, lambda distinct: self._encode_each(distinct, preparation))
+        found = self._see_all(images, preparation, failed, [Progress() for _ in images])
+        return {index: seen for index, seen in found.items() if isinstance(seen, EncodedImage)}
 
-    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation) -> Iterator[Outcome]:
+    def _see_all(
+        self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed, progress: Sequence[Progress]
+    ) -> dict[int, Seen]:
+        return see_distinct(
+            images, progress, failed, lambda distinct, about: self._encode_each(distinct, preparation, about)
+        )
+
+    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation, about: About) -> Iterator[Outcome]:
         width, height = preparation.image_size
         # An int8 encoder has one scale for the activations of a whole batch (DynamicQuantizeMatMul): an image's
         # features would depend on the images beside it.
@@ -175,16 +206,23 @@ class HostAnswering:
                 yield key, checked(self._bundle, image)
                 continue
             try:
+                refuse_if_all_raise(about[key])
                 batch[key] = load(image)
             except FlorenceError as error:
                 yield key, error
             if len(batch) == num_images:
-                yield from self._encode_batch(batch, preparation)
+                yield from self._encode_batch(batch, preparation, about)
                 batch = {}
-        yield from self._encode_batch(batch, preparation)
+        yield from self._encode_batch(batch, preparation, about)
 
-    def _encode_batch(self, batch: Mapping[Key, PILImage.Image], preparation: Preparation) -> Iterator[Outcome]:
+    def _encode_batch(
+        self, batch: Mapping[Key, PILImage.Image], preparation: Preparation, about: About
+    ) -> Iterator[Outcome]:
         """Encodes images in one run or, where that fails, one by one, to find out whose error it is."""
+        least = self._encoding_time.least(preparation.image_size)
+        hopeless = {key for key in batch if is_hopeless(about[key], least)}
+        yield from ((key, batch[key]) for key in hopeless)
+        batch = {key: image for key, image in batch.items() if key not in hopeless}
         if not batch:
             return
         images = list(batch.values())
@@ -196,7 +234,7 @@ class HostAnswering:
                 yield next(iter(batch)), error
                 return
             for key, image in batch.items():
-                yield from self._encode_batch({key: image}, preparation)
+                yield from self._encode_batch({key: image}, preparation, about)
         else:
             yield from zip(batch, found, strict=True)
 
@@ -209,27 +247,33 @@ def _rows_by_length(encoded: Mapping[int, EncodedImage]) -> list[list[int]]:
     return list(by_length.values())
 
 
-def encode_distinct(
-    images: Sequence[AnyImage], failed: Failed, encode: Callable[[Mapping[Key, AnyImage]], Iterable[Outcome]]
-) -> dict[int, EncodedImage]:
-    """Encodes each distinct image once.
+def see_distinct(
+    images: Sequence[AnyImage],
+    progress: Sequence[Progress],
+    failed: Failed,
+    encode: Callable[[Mapping[Key, AnyImage], About], Iterable[Outcome]],
+) -> dict[int, Seen]:
+    """Encodes each distinct image once, and shows it to those who follow the answers about it.
 
     Args:
         images: May occur several times.
+        progress: What may end the answer about each image.
         failed: As for `Answering.encode_all`.
-        encode: Encodes distinct images, and returns for each its key with the encoded image or an error.
+        encode: Encodes distinct images, unless all answers about one have to end.
 
     Returns:
-        The encoded image of each index, without those that `failed` was told of.
+        The image of each index, in order, without those that `failed` was told of.
     """
     indices = prompts_by_image(images)
-    encoded: dict[int, EncodedImage] = {}
-    for key, found in encode({key: images[same[0]] for key, same in indices.items()}):
+    about = {key: [progress[index] for index in same] for key, same in indices.items()}
+    seen: dict[int, Seen] = {}
+    for key, found in encode({key: images[same[0]] for key, same in indices.items()}, about):
         if isinstance(found, FlorenceError):
             failed(indices[key], found)
         else:
-            encoded.update(dict.fromkeys(indices[key], found))
-    return encoded
+            show(about[key], found)
+            seen.update(dict.fromkeys(indices[key], found))
+    return dict(sorted(seen.items()))
 
 
 def checked(bundle: Bundle, image: EncodedImage) -> EncodedImage | FlorenceError:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from florence_onnx.errors import DeviceMemoryError, FlorenceError, OptionsError, ProviderError
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.scores import Ids, TopScores
-from florence_onnx.generation.search import GeneratedSequence, Search
+from florence_onnx.generation.search import GeneratedSequence, Search, unstarted
 from florence_onnx.inference.decoder_call import padded_count
 from florence_onnx.inference.slot_table import SlotTable
 from florence_onnx.runtime.device_memory import DeviceArray
@@ -55,15 +56,23 @@ class BatchDecoder(Protocol):
 class DecodeRequest:
     """A prompt to be answered: first waiting, then in flight, then done with a result or an error."""
 
-    def __init__(self, prompt_ids: Ids, features: DeviceArray, new_search: Callable[[], Search]) -> None:
+    def __init__(
+        self,
+        prompt_ids: Ids,
+        features: DeviceArray,
+        new_search: Callable[[], Search],
+        progress: Progress | None = None,
+    ) -> None:
         """Args:
         prompt_ids: `(T,)`.
         features: `(N, D)` on the decoder's device; N may differ between requests.
         new_search: Makes a search of one prompt; called again when decoding starts over.
+        progress: What may end the answer before it is begun; None for nothing. Later its search ends it.
         """
         self.prompt_ids = prompt_ids
         self.features = features
         self._new_search = new_search
+        self._progress = progress or Progress()
         self.is_done = False
         self.error: BaseException | None = None
         self.restart()
@@ -73,6 +82,11 @@ class DecodeRequest:
         self.search = self._new_search()
         self.is_started = False
         self.next_tokens: Ids = self.search.start()
+
+    @property
+    def has_to_end(self) -> bool:
+        """Whether a deadline or its caller ends the answer now."""
+        return self._progress.reason() is not None
 
     def finish(self, error: BaseException | None = None) -> None:
         """Marks the request as done, with the search's result or with an error."""
@@ -90,6 +104,9 @@ class DecodeRequest:
             raise type(self.error)(*self.error.args) from self.error
         if self.error is not None:
             raise RuntimeError(f"decoding failed: {self.error}") from self.error
+        reason = self._progress.reason()
+        if not self.is_started and reason is not None:
+            return unstarted(self.search, reason)
         return self.search.results()[0]
 
 
@@ -244,13 +261,23 @@ class ContinuousBatch:
         for batch_index, request in list(self._in_flight.items()):
             if request.is_done:  # cancelled
                 self._finish(batch_index, request)
-        has_finished = self._admit()
+        has_finished = self._end_waiting()
+        has_finished |= self._admit()
         if not self._in_flight:
             return has_finished
         scores = self._decoder.step({at: request.next_tokens for at, request in self._in_flight.items()})
         for batch_index, request in list(self._in_flight.items()):
             has_finished |= self._advance(batch_index, request, scores[batch_index])
         return has_finished
+
+    def _end_waiting(self) -> bool:
+        """Ends the requests that wait and have no time to be begun; returns whether there are any."""
+        with self._changed:
+            ending = [request for request in self._waiting if request.has_to_end]
+            for request in ending:
+                request.finish()
+                self._waiting.remove(request)
+        return bool(ending)
 
     def _advance(self, batch_index: int, request: DecodeRequest, scores: TopScores) -> bool:
         """Takes a search one step further; returns whether it is done."""

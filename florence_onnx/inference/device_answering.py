@@ -12,23 +12,26 @@ from florence_onnx.bundles.bundle import Bundle
 from florence_onnx.bundles.memory import MAX_IMAGES
 from florence_onnx.errors import FlorenceError, OptionsError
 from florence_onnx.generation.options import SearchConfig
+from florence_onnx.generation.progress import Progress
 from florence_onnx.generation.search import Floats, Ids, Search
 from florence_onnx.images.decoding import ImageInput
 from florence_onnx.images.placement import Placement
 from florence_onnx.images.preprocessing import Preparation
 from florence_onnx.inference.answering import (
+    About,
     Answer,
     AnyImage,
     Failed,
     Key,
     Outcome,
     checked,
-    encode_distinct,
     image_key,
     load,
     prompts_by_image,
+    see_distinct,
 )
 from florence_onnx.inference.continuous_batching import DecodeRequest
+from florence_onnx.inference.ending import EncodingTime, Seen, is_hopeless, not_begun, refuse_if_all_raise, show
 from florence_onnx.inference.resident_model import ResidentModel
 from florence_onnx.prediction import EncodedImage
 from florence_onnx.runtime.device_memory import DeviceArray
@@ -44,6 +47,7 @@ class DeviceAnswering:
     def __init__(self, bundle: Bundle, resident: ResidentModel) -> None:
         self._bundle = bundle
         self._resident = resident
+        self._encoding_time = EncodingTime()
 
     @property
     def max_rows(self) -> int | None:
@@ -63,7 +67,8 @@ class DeviceAnswering:
             )
 
     def encode(self, image: PILImage.Image, preparation: Preparation) -> EncodedImage:
-        features = self._resident.encode([preparation.pixel_values(image)])[0]
+        pixels = [preparation.pixel_values(image)]
+        features = self._encoding_time.of(preparation.image_size, lambda: self._resident.encode(pixels))[0]
         return EncodedImage(features, image, preparation.placement(image))
 
     def encode_pixels(self, pixel_values: Floats, image: PILImage.Image) -> EncodedImage:
@@ -72,7 +77,13 @@ class DeviceAnswering:
     def encode_all(
         self, images: Sequence[AnyImage], preparation: Preparation, failed: Failed
     ) -> dict[int, EncodedImage]:
-        return encode_distinct(images, failed, lambda distinct: self._encode_each(distinct, preparation))
+        found = see_distinct(
+            images,
+            [Progress() for _ in images],
+            failed,
+            lambda distinct, about: self._encode_each(distinct, preparation, about),
+        )
+        return {index: seen for index, seen in found.items() if isinstance(seen, EncodedImage)}
 
     def answer(
         self,
@@ -82,21 +93,31 @@ class DeviceAnswering:
         new_search: Callable[[Sequence[int]], Search],
         preparation: Preparation,
         failed: Failed,
+        progress: Sequence[Progress] | None = None,
     ) -> list[Answer | None]:
+        progress = progress or [Progress() for _ in images]
         indices = prompts_by_image(images)
-        encoded: dict[Key, EncodedImage] = {}
+        distinct = {key: images[same[0]] for key, same in indices.items()}
+        about = {key: [progress[index] for index in same] for key, same in indices.items()}
+        seen: dict[Key, Seen] = {}
+        answers: list[Answer | None] = [None] * len(images)
         order: list[int] = []  # index of the prompt of each request: an image that is encoded already comes first
 
         def request(index: int, features: DeviceArray) -> DecodeRequest:
             prompt_ids = input_ids[index, : attention_mask[index].sum()]
-            return DecodeRequest(prompt_ids, features, lambda: new_search([index]))
+            return DecodeRequest(prompt_ids, features, lambda: new_search([index]), progress[index])
 
         def requests() -> Iterator[list[DecodeRequest]]:
-            for key, each in self._encode_each({key: images[same[0]] for key, same in indices.items()}, preparation):
+            for key, each in self._encode_each(distinct, preparation, about):
                 if isinstance(each, FlorenceError):
                     failed(indices[key], each)
                     continue
-                encoded[key] = each
+                seen[key] = each
+                show(about[key], each)
+                if not isinstance(each, EncodedImage):
+                    for index in indices[key]:
+                        answers[index] = each, not_begun(new_search([index]), progress[index])
+                    continue
                 order.extend(indices[key])
                 features = self._resident.upload(each.stored)
                 yield [request(index, features) for index in indices[key]]
@@ -105,16 +126,18 @@ class DeviceAnswering:
             sequences = self._resident.answer([each for some in requests() for each in some])
         else:
             sequences = self._resident.answer_stream(requests())
-        answers: list[Answer | None] = [None] * len(images)
         for index, sequence in zip(order, sequences, strict=True):
             if isinstance(sequence, FlorenceError):
                 failed([index], sequence)
             else:
-                answers[index] = encoded[image_key(images[index])], sequence
+                answers[index] = seen[image_key(images[index])], sequence
         return answers
 
-    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation) -> Iterator[Outcome]:
-        """Encodes in batches; meanwhile the images of the next batch are decoded and preprocessed on all cores."""
+    def _encode_each(self, images: Mapping[Key, AnyImage], preparation: Preparation, about: About) -> Iterator[Outcome]:
+        """Encodes in batches, except images whose answers have to end.
+
+        Meanwhile the images of the next batch are decoded and preprocessed on all cores.
+        """
         raw: list[tuple[Key, ImageInput]] = []
         for key, image in images.items():
             if isinstance(image, EncodedImage):
@@ -122,29 +145,37 @@ class DeviceAnswering:
             else:
                 raw.append((key, image))
 
-        for batch in map_in_batches(partial(self._prepare, preparation), raw, MAX_IMAGES):
-            yield from self._encode_batch(batch, preparation)
+        for batch in map_in_batches(partial(self._prepare, preparation, about), raw, MAX_IMAGES):
+            yield from self._encode_batch(batch, preparation, about)
 
-    def _prepare(self, preparation: Preparation, pair: tuple[Key, ImageInput]) -> tuple[Key, _Prepared | FlorenceError]:
+    def _prepare(
+        self, preparation: Preparation, about: About, pair: tuple[Key, ImageInput]
+    ) -> tuple[Key, _Prepared | FlorenceError]:
         try:
+            refuse_if_all_raise(about[pair[0]])
             loaded = load(pair[1])
             return pair[0], (loaded, preparation.pixel_values(loaded))
         except FlorenceError as error:
             return pair[0], error
 
     def _encode_batch(
-        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]], preparation: Preparation
+        self, batch: Sequence[tuple[Key, _Prepared | FlorenceError]], preparation: Preparation, about: About
     ) -> Iterator[Outcome]:
         prepared: list[tuple[Key, _Prepared]] = []
         for key, each in batch:
             if isinstance(each, FlorenceError):
                 yield key, each
+            elif is_hopeless(about[key], self._encoding_time.least(preparation.image_size)):
+                yield key, each[0]
             else:
                 prepared.append((key, each))
         if not prepared:
             return
         try:
-            features = self._resident.encode([pixel_values for _, (_, pixel_values) in prepared])
+            features = self._encoding_time.of(
+                preparation.image_size,
+                lambda: self._resident.encode([pixel_values for _, (_, pixel_values) in prepared]),
+            )
         except FlorenceError as error:  # of the whole run: each image gets a copy, which is given its place
             yield from ((key, copy(error)) for key, _ in prepared)
             return

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from florence_onnx.fal import problems
 from florence_onnx.fal.problems import RequestError
-from florence_onnx.server import operation_routes, page_routes, queue_routes, run_routes, storage_routes
+from florence_onnx.server import operation_routes, page_routes, queue_routes, run_routes, storage_routes, stream_routes
 from florence_onnx.server.context import ServerContext
 from florence_onnx.server.middleware import RequestMiddleware
 from florence_onnx.server.responses import json_response, problem_response
@@ -25,7 +25,7 @@ def create_app(context: ServerContext) -> FastAPI:
     # no OpenAPI document from FastAPI: it does not know fal's titles, and its pages load scripts from a CDN
     app = FastAPI(title="florence_onnx", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    for routes in (run_routes, queue_routes, storage_routes, operation_routes, page_routes):
+    for routes in (run_routes, stream_routes, queue_routes, storage_routes, operation_routes, page_routes):
         app.include_router(routes.router)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -138,7 +138,7 @@ async def wait(request: Request, job: Job) -> bool:
         Whether the client is still connected.
     """
     ended = job.ended()
-    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     first: set[asyncio.Future[Any]] = {ended, disconnected}
     try:
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -152,6 +152,7 @@ async def wait(request: Request, job: Job) -> bool:
     return is_connected
 
 
-async def _wait_for_disconnect(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
+    """Returns when the client has hung up."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -13,6 +13,7 @@ from florence_onnx.answers.locations import Region
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, Polygon, PolygonOutput
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationOptions, merge
+from florence_onnx.generation.progress import first_reason
 from florence_onnx.images import decoding
 from florence_onnx.prediction import EncodedImage, Prediction
 from florence_onnx.tasks import Task
@@ -56,6 +57,7 @@ def run(
     text_input: str | None = None,
     region: Region | str | None = None,
     options: GenerationOptions | None = None,
+    **others: Any,
 ) -> Prediction[Any]:
     """Runs a task on the tiles of an image, in one batch; arguments and errors as for `Florence2.run`.
 
@@ -65,13 +67,14 @@ def run(
     source = source_of(image)
     if tiles.fits(source.size):
         # `image`, not `source`: an encoded image is not encoded again
-        return model.run_batch([task], [image], text_inputs=[text_input], regions=[region], options=options)[0]
+        texts, regions = [text_input], [region]
+        return model.run_batch([task], [image], text_inputs=texts, regions=regions, options=options, **others)[0]
     asked = tasks.OCR_WITH_REGION if task == tasks.OCR else task
     boxes = [*tiles.boxes(source.size), *([(0, 0, *source.size)] if tiles.whole else [])]
     crops = [source.crop(box) for box in boxes]
     scored = SCORED if options is None else merge(options, SCORED)
     texts = [text_input] * len(crops)
-    answers = model.run_batch(asked, crops, text_inputs=texts, regions=[region] * len(crops), options=scored)
+    answers = model.run_batch(asked, crops, text_inputs=texts, options=scored, **others)
     pieces = [
         piece
         for index, (box, answer) in enumerate(zip(boxes, answers, strict=True))
@@ -127,7 +130,7 @@ def _prediction(
         task=task,
         text="\n".join(answer.text for answer in answers),
         token_ids=tuple(token for answer in answers for token in answer.token_ids),
-        truncated=any(answer.truncated for answer in answers),
+        truncated=first_reason(answer.truncated for answer in answers),
         source_image=source,
         token_logprobs=tuple(value for answer in answers for value in answer.token_logprobs or ()),
         tiles=tuple(TilePrediction(*pair) for pair in zip(boxes, answers, strict=True)),

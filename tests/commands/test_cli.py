@@ -151,6 +151,17 @@ def test_a_truncated_answer_is_marked() -> None:
     assert "cut off at the token limit" in result.stderr
 
 
+def test_a_deadline_ends_answers() -> None:
+    result = _run("run", "object-detection", SCENES[0], "--deadline", 0)
+    assert result.exit_code == 0 and "cut off at the deadline" in result.stderr
+    line = json.loads(_run("run", "object-detection", SCENES[0], "--deadline", 0, "--json").stdout)
+    assert line["truncated"] == "deadline" and line["results"] == {"bboxes": []}
+    whole = json.loads(_run("run", "object-detection", SCENES[0], "--deadline", 3600, "--json").stdout)
+    assert whole["truncated"] is False and whole["results"]["bboxes"]
+    refused = _run("run", "object-detection", SCENES[0], "--deadline", -1)
+    assert refused.exit_code != 0 and "deadline must be a number of seconds" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

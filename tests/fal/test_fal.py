@@ -7,14 +7,14 @@ import inspect
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from florence_onnx import Florence2, Region, fal, tasks
+from florence_onnx import EncodedImage, Florence2, Region, fal, tasks
 from florence_onnx.fal import contract, problems
 from florence_onnx.fal.images import ImageLimits
 from florence_onnx.fal.jobs import Job
@@ -370,6 +370,42 @@ def test_a_waiting_request_ends_at_its_start_timeout_and_when_cancelled(slow: Sl
     slow.gate.set()
     assert service.close(timeout=30)
     assert slow.batches == []
+
+
+@pytest.mark.parametrize("max_batch", [0, 4], ids=["host", "continuous batching"])
+def test_a_cancelled_request_leaves_the_batch_at_the_next_step(max_batch: int) -> None:
+    """Two requests of one batch; one is cancelled in its fourth step, and the other gets its whole answer."""
+    model = Florence2.from_pretrained("demo", device="cpu", max_batch=max_batch)
+    expected = model.run("<OD>", SAMPLES / "scene-2.png").to_dict()
+    service = Service(model, ServiceSettings(workers=1), publish=without_image)
+    decoder = model._text_model._decoder  # type: ignore[attr-defined]
+    jobs: list[Job] = []
+    steps: list[list[int]] = [[], []]  # the decoder runs after which each answer had grown
+    is_ready = threading.Event()
+
+    def follow(number: int) -> Callable[..., None]:
+        def listen(token_ids: Sequence[int], image: EncodedImage) -> None:
+            steps[number].append(decoder.num_runs)
+            if number == 0 and len(steps[0]) == 4:
+                assert service.cancel(jobs[0])
+
+        return listen
+
+    first = service.submit(f"{APP}/caption", arguments(tasks.CAPTION))  # occupies the only worker
+    hold = first.listen(lambda: is_ready.wait(30) and None)
+    for number, name in enumerate(("scene-1.png", "scene-2.png")):
+        asked = arguments(tasks.OBJECT_DETECTION, SAMPLES / name)
+        jobs.append(service.submit(f"{APP}/object-detection", asked, on_tokens=follow(number)))
+    is_ready.set()
+    hold()
+    assert jobs[1].future.result(60).body == expected
+    with pytest.raises(RequestError) as caught:
+        jobs[0].future.result(60)
+    assert caught.value.status == 499
+    assert service.close(timeout=30)
+    assert len(steps[0]) == 4 < len(steps[1])
+    assert steps[0][-1] - steps[0][0] == 3, "one decoder run each"
+    assert service.stats().in_progress == 0
 
 
 def test_the_start_timeout_holds_while_the_image_is_downloaded(model: Florence2) -> None:
