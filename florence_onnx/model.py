@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image as PILImage
 
 from florence_onnx import tasks
+from florence_onnx.answers import calibration as calibrations
 from florence_onnx.answers.locations import Region
 from florence_onnx.batches import (
     DEVICE_BATCH_FACTOR,
@@ -120,6 +121,7 @@ class Florence2:
         self._resident = resident
         self._grammars = GrammarCompiler(self._tokenizer, bundle.sizes.vocab_size, bundle.tasks)
         self._load_options: LoadOptions | None = None
+        self._calibrations: dict[str, calibrations.Calibration] = {}
         if resident is None:
             can_batch = provider == CPU and (bundle.vision_precision or bundle.precision) in EXACT_PRECISIONS
             self._answering: Answering = HostAnswering(bundle, self._encoders, text_model, can_batch=can_batch)
@@ -143,6 +145,7 @@ class Florence2:
         max_batch: int | None = None,
         image_size: ImageSize | None = None,
         fit: Fit = "stretch",
+        calibration: calibrations.CalibrationFiles | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> Florence2:
@@ -176,12 +179,15 @@ class Florence2:
                 of others, if the bundle has some, at the first call that asks for them.
             fit: How images of other aspect ratios are fitted where a call does not say: `"stretch"`, as transformers
                 does, or `"pad"`, with margins.
+            calibration: File of `florence-onnx evaluate --write-calibration`, or one a task: the `score` of boxes of that task
+                is then the probability that they are right. See `florence_onnx.answers.calibration`.
             revision: Branch, tag or commit of a hub repository.
             cache_dir: Where downloads are kept, instead of the hub client's default.
 
         Raises:
             BundleError: The model is missing, damaged or of another format.
-            InputError: The bundle has no vision encoder for `image_size`, or `precision` or another argument is malformed.
+            InputError: The bundle has no vision encoder for `image_size`, or `precision` or another argument is malformed, or a
+                calibration is damaged or was fitted for another model.
             ProviderError: The execution provider cannot run here.
             DeviceMemoryError: There is not enough memory, of the device or of the computer.
             MissingExtraError: No ONNX Runtime is installed.
@@ -200,6 +206,7 @@ class Florence2:
             max_batch=max_batch,
             image_size=image_size,
             fit=check_fit(fit),
+            calibration=calibrations.paths_of(calibration),
         )
         return cls.from_bundle(bundle, options)
 
@@ -212,9 +219,10 @@ class Florence2:
             options: The arguments of `from_pretrained` of the same names.
         """
         options = options or LoadOptions()
+        found = calibrations.read_all(options.calibration, bundle.digest)
         with memory_errors.said_as_such(str(bundle.path), bundle.stages().values()):
             model = cls(*load(bundle, options))
-        model._load_options = options
+        model._load_options, model._calibrations = options, found
         return model
 
     @property
@@ -251,6 +259,11 @@ class Florence2:
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
         """The sizes `(width, height)` in pixels at which the model can read images."""
         return self._bundle.image_sizes
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the model's files, in hexadecimal; None in the layout of transformers.js, which names no hashes."""
+        return self._bundle.digest
 
     @property
     def max_batch(self) -> int:
@@ -1190,7 +1203,10 @@ class Florence2:
         if sequence.scores is None:
             return prediction
         tokenizer = self._tokenizer
-        return with_scores(prediction, sequence.scores, tokenizer.decode, tokenizer.token_text, tokenizer.location_ids)
+        calibration = self._calibrations.get(task.slug)
+        return with_scores(
+            prediction, sequence.scores, tokenizer.decode, tokenizer.token_text, tokenizer.location_ids, calibration
+        )
 
     def _resolve(self, options: GenerationOptions | None) -> SearchConfig:
         config = self._bundle.generation.resolve(options)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
+from florence_onnx.answers.calibration import Calibration
 from florence_onnx.answers.results import Image, TextScore, to_dict
 from florence_onnx.errors import InputError
 from florence_onnx.generation.progress import Truncated
@@ -228,6 +229,7 @@ def with_scores(
     decode: Callable[[Sequence[int]], str],
     token_text: Callable[[int], str],
     location_ids: range | None,
+    calibration: Calibration | None = None,
 ) -> Prediction[Any]:
     """Adds the scores of the tokens to a prediction, and those of what was made of them.
 
@@ -237,6 +239,7 @@ def with_scores(
         decode: Turns token ids into text.
         token_text: Turns a single one into text.
         location_ids: Ids of `<loc_0>` to `<loc_999>`; None where the vocabulary has none.
+        calibration: Of the task's scores; None leaves them as the model has them.
     """
     from florence_onnx.answers import scoring
 
@@ -249,7 +252,9 @@ def with_scores(
     is_text = isinstance(prediction.results, str)
     return replace(
         prediction,
-        results=scoring.score_results(prediction.results, prediction.task.parser, prediction.text, tokens, decode),
+        results=scoring.score_results(
+            prediction.results, prediction.task.parser, prediction.text, tokens, decode, calibration
+        ),
         text_score=scoring.score_text(tokens, decode) if is_text else None,
         token_logprobs=scores.log_probs,
     )

@@ -88,6 +88,17 @@ ROOMS = {
         *("answers", "errors", "generation", "images", "inference", "limits", "prediction", "tasks", "tiling"),
         *("numpy", "PIL", "supervision"),
     },
+    "evaluating": {
+        "answers",
+        "detecting",
+        "errors",
+        "generation",
+        "prediction",
+        "tasks",
+        "matplotlib",
+        "numpy",
+        "pycocotools",
+    },
     "run_arguments": {"answers", "bundles", "detecting", "generation", "images", "limits", "tasks", "tiling"},
     "streams": {"answers", "generation", "limits", "parts", "prediction"},
     "loading": {"bundles", "errors", "inference", "runtime", "numpy"},
@@ -163,6 +174,7 @@ ROOMS = {
             "bundles",
             "detecting",
             "errors",
+            "evaluating",
             "fal",
             "generation",
             "grammar",
@@ -322,6 +334,7 @@ LAZY = {
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
     *("tiling.asking", "tiling.merging", "tiling.pieces"),
+    *(f"evaluating.{name}" for name in ("asking", "calibrating", "coco", "measuring", "plotting")),
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 

@@ -36,7 +36,8 @@ def reference_dict(results: object, *, with_polygons: bool, integers: bool, with
         boxes = [_corners(box, integers) for box in results.bboxes]
         labels = [_ascii(box.label) for box in results.bboxes]
         if not with_polygons:
-            scores = [box.score for box in results.bboxes]
+            # not `score`, which a calibration may have changed
+            scores = [box.score_parts.score if box.score_parts else box.score for box in results.bboxes]
             kept = {"scores": scores} if with_scores and None not in scores else {}
             return {"bboxes": boxes, "labels": labels, **kept}
         return {"bboxes": boxes, "bboxes_labels": labels, **_polygons(results.polygons, "polygons_labels", integers)}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from florence_onnx.answers.calibration import Calibration
 from florence_onnx.answers.locations import Size
 from florence_onnx.answers.results import (
     BoundingBoxes,
@@ -49,7 +50,12 @@ class ScoredToken:
 
 
 def score_results(
-    results: Any, parser: Callable[[str, Size], Any], text: str, tokens: Sequence[ScoredToken], decode: Decode
+    results: Any,
+    parser: Callable[[str, Size], Any],
+    text: str,
+    tokens: Sequence[ScoredToken],
+    decode: Decode,
+    calibration: Calibration | None = None,
 ) -> Any:
     """Adds scores to an answer.
 
@@ -59,6 +65,7 @@ def score_results(
         text: The generated text.
         tokens: Its tokens.
         decode: Turns token ids into text.
+        calibration: Of the scores; None for none.
 
     Returns:
         The same results with `score` and `score_parts` in each box, quad and outline that has location tokens; other
@@ -70,11 +77,11 @@ def score_results(
     numbers = iter(range(len(text)))
     numbered = parser(_LOCATION.sub(lambda _: f"<loc_{next(numbers)}>", text), _UNIT)
     if isinstance(results, OCRBoundingBox):
-        return OCRBoundingBox(_scored(results.quad_boxes, numbered.quad_boxes, tokens, order, decode))
-    polygons = _scored(results.polygons, numbered.polygons, tokens, order, decode)
+        return OCRBoundingBox(_scored(results.quad_boxes, numbered.quad_boxes, tokens, order, decode, calibration))
+    polygons = _scored(results.polygons, numbered.polygons, tokens, order, decode, calibration)
     if isinstance(results, PolygonOutput):
         return PolygonOutput(polygons)
-    return BoundingBoxes(_scored(results.bboxes, numbered.bboxes, tokens, order, decode), polygons)
+    return BoundingBoxes(_scored(results.bboxes, numbered.bboxes, tokens, order, decode, calibration), polygons)
 
 
 def score_text(tokens: Sequence[ScoredToken], decode: Decode) -> TextScore | None:
@@ -119,19 +126,20 @@ def _scored(
     tokens: Sequence[ScoredToken],
     order: Sequence[int | None],
     decode: Decode,
+    calibration: Calibration | None,
 ) -> tuple[Any, ...]:
     if len(items) != len(numbered):  # a parser that reads the numbers themselves
         return tuple(items)
     return tuple(
-        _with_score(item, _parts(_coordinates(same), tokens, order, decode))
+        _with_score(item, _parts(_coordinates(same), tokens, order, decode), calibration)
         for item, same in zip(items, numbered, strict=True)
     )
 
 
-def _with_score(item: Any, parts: ScoreParts | None) -> Any:
+def _with_score(item: Any, parts: ScoreParts | None, calibration: Calibration | None) -> Any:
     if parts is None:
         return item
-    score = math.exp(sum(parts.coordinates) / len(parts.coordinates))
+    score = parts.score if calibration is None else calibration.apply(parts.score)
     return replace(item, score=score, score_parts=parts if item.label else replace(parts, label=None, text=None))
 
 

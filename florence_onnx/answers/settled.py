@@ -90,7 +90,10 @@ def _has_ended(rest: str) -> bool:
 
 def _boxes_or_outlines(parser: _Parser, text: str, size: Size) -> tuple[Item, ...]:
     """Outlines once there is a `<poly>`. Before that nothing is certain: one `<poly>`, and the boxes do not count."""
-    return _outlines(parser, text, size) if "<poly>" in text else ()
+    # of what is complete: without the `<poly>` of a run that is cut away the parser would find boxes
+    return (
+        tuple(item for item in _outlines(parser, text, size) if isinstance(item, Polygon)) if "<poly>" in text else ()
+    )
 
 
 _BY_PARSER: dict[_Parser, Callable[[_Parser, str, Size], tuple[Item, ...]]] = {

@@ -8,6 +8,7 @@ where it carries tasks of its own. The layout of `onnx-community/Florence-2-*` (
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -199,6 +200,8 @@ class Bundle:
     """The vision encoders of a bundle for several image sizes, the default first; empty where there is one size."""
     vision_encoder: str = VISION_ENCODER
     """File name of the vision encoder for `sizes.image_size`."""
+    digest: str | None = None
+    """SHA-256, in hexadecimal, of the hashes of its graphs and weights; None where they are not stated."""
 
     def has_precision(self, wanted: Precision | None) -> bool:
         """Whether it has a precision, or all of those that are asked for by module; InputError as for `precisions.parse`."""
@@ -371,6 +374,7 @@ def _read_own(path: Path, precision: Precision | None) -> Bundle:
         own,
         tasks=own_tasks.read(path),
         encoders=encoders,
+        digest=_digest(described.get("files", {})),
     )
     _check_precision(bundle, precision)
     return bundle
@@ -404,6 +408,12 @@ def _check_description(described: Mapping[str, Any]) -> None:
     for name in ("source", "verification"):
         description.as_object(name, described.get(name, {}))
     description.check_memory(described.get("memory"))
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Of the files that hold the model; settings and the tokenizer may be changed without changing what it computes."""
+    stated = sorted((name, facts["sha256"]) for name, facts in files.items() if name.endswith((".onnx", ".data")))
+    return hashlib.sha256(json.dumps(stated).encode()).hexdigest() if stated else None
 
 
 def _read_encoders(entries: object, sizes: ModelSizes) -> tuple[SizedEncoder, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,14 @@ GenerationOption = Annotated[
         "--option",
         help="Generation option in JSON, such as do_sample=true or suppress_tokens=[5,6]; repeatable.",
         metavar="NAME=VALUE",
+    ),
+]
+CalibrationOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="File of `evaluate --write-calibration` that turns scores into probabilities; repeatable, one a task.",
+        metavar="FILE",
+        show_default=False,
     ),
 ]
 TilesOption = Annotated[

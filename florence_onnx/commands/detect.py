@@ -14,6 +14,7 @@ from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
+    CalibrationOption,
     DeviceOption,
     GenerationOption,
     ModelOption,
@@ -52,6 +53,7 @@ def detect(
         float | None, typer.Option(help="Least value by that rule.  [default: the rule's]", show_default=False)
     ] = None,
     tiles: TilesOption = None,
+    calibration: CalibrationOption = None,
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
@@ -73,7 +75,7 @@ def detect(
         names = classes.split(",")
         found = expand(images, recursive=recursive)
         folder = open_folder(draw, chosen)
-        florence = Florence2.from_pretrained(model, device=device, precision=precision)
+        florence = Florence2.from_pretrained(model, device=device, precision=precision, calibration=calibration)
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
         num_failed = 0

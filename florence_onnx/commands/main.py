@@ -17,6 +17,7 @@ from florence_onnx.commands.configure import configure
 from florence_onnx.commands.demo import demo
 from florence_onnx.commands.detect import detect
 from florence_onnx.commands.doctor import doctor
+from florence_onnx.commands.evaluate import evaluate
 from florence_onnx.commands.info import info
 from florence_onnx.commands.mcp import mcp
 from florence_onnx.commands.pull import pull
@@ -44,6 +45,7 @@ def florence_onnx(
 app.command()(demo)
 app.command()(run)
 app.command()(detect)
+app.command()(evaluate)
 app.command(name="tasks")(list_tasks)
 app.command()(info)
 app.command()(doctor)

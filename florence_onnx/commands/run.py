@@ -21,6 +21,7 @@ from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
+    CalibrationOption,
     DeviceOption,
     FitOption,
     GenerationOption,
@@ -83,6 +84,7 @@ def run(
     device: DeviceOption = "auto",
     image_size: ImageSizeOption = None,
     fit: FitOption = "stretch",
+    calibration: CalibrationOption = None,
     beams: Annotated[
         int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
     ] = None,
@@ -150,7 +152,12 @@ def run(
         if not images:
             return
         florence = Florence2.from_pretrained(
-            model, device=device, precision=precision, image_size=parse_size(image_size), fit=check_fit(fit)
+            model,
+            device=device,
+            precision=precision,
+            image_size=parse_size(image_size),
+            fit=check_fit(fit),
+            calibration=calibration,
         )
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)

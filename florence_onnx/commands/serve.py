@@ -13,6 +13,7 @@ import typer
 
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.arguments import (
+    CalibrationOption,
     DeviceOption,
     FitOption,
     GenerationOption,
@@ -45,6 +46,7 @@ def serve(
     device: DeviceOption = "auto",
     image_size: ImageSizeOption = None,
     fit: FitOption = "stretch",
+    calibration: CalibrationOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. The default can only be reached from this machine.")
     ] = "127.0.0.1",
@@ -155,7 +157,12 @@ def serve(
         listeners = bind(host, port)  # before the model is loaded, which may take minutes
         _warn(settings, model)
         florence = Florence2.from_pretrained(
-            model, device=device, precision=precision, image_size=parse_size(image_size), fit=check_fit(fit)
+            model,
+            device=device,
+            precision=precision,
+            image_size=parse_size(image_size),
+            fit=check_fit(fit),
+            calibration=calibration,
         )
         florence.warm_up()
         scheme = "https" if certificate else "http"

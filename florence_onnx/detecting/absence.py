@@ -74,8 +74,8 @@ def _off(model: Model, answers: Sequence[Answer]) -> Values:
 
 
 def _score(model: Model, answers: Sequence[Answer]) -> Values:
-    """The score: 0 to 1."""
-    return [[box.score or 0.0 for box in answer.bboxes] for answer in answers]
+    """The score without calibration: 0 to 1."""
+    return [[box.score_parts.score if box.score_parts else 0.0 for box in answer.bboxes] for answer in answers]
 
 
 def _area(model: Model, answers: Sequence[Answer]) -> Values:

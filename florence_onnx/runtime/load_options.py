@@ -37,6 +37,8 @@ class LoadOptions:
     max_batch: int | None = None
     """Most prompts in flight on the device; None for the device's default, 0 for no continuous batching."""
 
+    calibration: Sequence[str] = ()
+    """Paths of files of `florence-onnx evaluate --write-calibration`, one a task."""
     image_size: ImageSize | None = None
     """Image size that is read by default, whose vision encoder is loaded; None for the bundle's default."""
     fit: Literal["stretch", "pad"] = "stretch"

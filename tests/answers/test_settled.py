@@ -53,6 +53,7 @@ def test_nothing_is_taken_back(name: str, pieces: list[str]) -> None:
         ("polygons", "<poly>" + "<loc_1>" * 6 + "<sep>" + "<loc_2>" * 6 + "</poly><poly><loc_3>", 2),
         ("description_with_polygons", "cat<poly>" + "<loc_1>" * 6 + "</poly>", 1),
         ("description_with_bboxes_or_polygons", "cat<loc_1><loc_2><loc_3><loc_4>", 0),
+        ("description_with_bboxes_or_polygons", "<loc_0>" * 5 + "<<poly>", 0),
         ("description_with_bboxes_or_polygons", "cat<poly>" + "<loc_1>" * 6 + "</poly>", 1),
     ],
 )
