@@ -82,7 +82,7 @@ def detect(
 ) -> Detections:
     """Finds the objects of a list of classes; arguments and errors as for `Florence2.detect`."""
     names = class_names(classes)
-    _check_task(task)
+    check_task(task)
     limits = limits or Limits()
     source = source_of(image)
     boxes, images = _views(image, source, tiles)
@@ -131,7 +131,8 @@ def class_names(classes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in classes))
 
 
-def _check_task(task: Task[Any]) -> None:
+def check_task(task: Task[Any]) -> None:
+    """Raises InputError for a task that cannot find a class."""
     if task.needs != "text" or not isinstance(task.parser("", (1, 1)), BoundingBoxes):
         raise InputError(
             f"{task.slug} cannot find a class: detect needs a task that takes text and answers with boxes, such as "

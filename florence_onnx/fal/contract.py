@@ -1,7 +1,7 @@
 """The endpoints of `fal-ai/florence-2-large` and the validation of their arguments.
 
 Shared by the in-process client and the server, so that both accept and reject the same requests. Unknown fields are
-ignored, as fal does.
+ignored, as fal does; those of `extensions` are our own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from florence_onnx import tasks
 from florence_onnx.answers.locations import NUM_BINS, Region
 from florence_onnx.errors import OptionsError, RegionError, TextInputError
-from florence_onnx.fal import problems
+from florence_onnx.fal import extensions, problems
+from florence_onnx.fal.extensions import Extensions
 from florence_onnx.fal.problems import field_error
 from florence_onnx.generation.option_names import is_option, parse_options
 from florence_onnx.generation.options import GenerationOptions, merge
@@ -49,6 +50,8 @@ class Arguments:
     region: Region | None = None
     """None for tasks that take no region."""
     options: GenerationOptions = DEFAULT_OPTIONS
+    extensions: Extensions = extensions.NOTHING
+    """Fields that fal's API does not have."""
 
 
 def find_task(application: str, known: Mapping[str, Task[Any]] = tasks.TASKS) -> Task[Any]:
@@ -91,15 +94,17 @@ def read_arguments(
         raise problems.invalid([field_error([], "Input should be a valid dictionary", "dict_type")])
     errors: list[dict[str, Any]] = []
     image_url = _read_text(arguments, "image_url", errors)
-    text_input = _read_text(arguments, "text_input", errors, check_text_bytes) if task.takes_text else None
+    extended = extensions.read(task, arguments, errors, check_text_bytes)
+    takes_text = task.takes_text and arguments.get("classes") is None
+    text_input = _read_text(arguments, "text_input", errors, check_text_bytes) if takes_text else None
     region = _read_region(_with_region(task, arguments), errors) if task.takes_region else None
-    if not errors:
+    if not errors and not extended.classes:
         errors += _check_content(task, text_input, region)
     if check_options is not None:
         options = _read_options(arguments, options, check_options, errors)
     if errors:
         raise problems.invalid(errors)
-    return Arguments(task, image_url, text_input, region, options)
+    return Arguments(task, image_url, text_input, region, extended.add_options(options), extended)
 
 
 def _read_options(

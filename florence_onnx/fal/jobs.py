@@ -185,7 +185,7 @@ class Job:
         self.content = None
         self.arguments = dataclasses.replace(self.arguments, image_url="")
         if self.charge is not None:
-            self.charge.shrink(sys.getsizeof(self.arguments.text_input))
+            self.charge.shrink(sys.getsizeof(self.arguments.text_input) + self.arguments.extensions.num_bytes)
 
     def forget(self) -> None:
         """Drops what was asked, which may be megabytes; an answer is kept for an hour."""

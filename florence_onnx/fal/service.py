@@ -32,9 +32,10 @@ from PIL import Image as PILImage
 from florence_onnx import forks
 from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, to_dict
 from florence_onnx.errors import InputError
-from florence_onnx.fal import contract, problems
+from florence_onnx.fal import contract, extensions, problems
 from florence_onnx.fal.byte_budget import ByteBudget
 from florence_onnx.fal.downloads import Downloads
+from florence_onnx.fal.extensions import ClassPrediction, check_num_tiles
 from florence_onnx.fal.feature_cache import FeatureCache
 from florence_onnx.fal.images import ImageLimits, ImageReader
 from florence_onnx.fal.jobs import Answer, Job, Priority, Stats
@@ -44,6 +45,7 @@ from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.generation.progress import OnTokens
 from florence_onnx.images.opening import DecodingEndedError
 from florence_onnx.images.transfer import Transfer
+from florence_onnx.inference.ending import Seen
 from florence_onnx.limits import OnIndexedTokens
 from florence_onnx.model import Florence2
 from florence_onnx.prediction import EncodedImage, Prediction
@@ -360,9 +362,14 @@ class Service:
         begin = time.monotonic()
         content = job.content if job.content is not None else self._reader.read(job.arguments.image_url)
         job.digest = hashlib.sha256(content).digest()
-        job.features = self._cache.get(job.digest)
+        tiles = job.arguments.extensions.tiles
+        # tiles are made of the image, and their memory is admitted with it
+        job.features = None if tiles is not None else self._cache.get(job.digest)
         if job.features is None:
             job.image = self._decode_image(job, content)
+            problem = check_num_tiles(tiles, job.image.size)
+            if problem is not None:
+                raise problems.invalid([field_error(["tiles"], problem, "value_error")])
         job.drop_source()
         self._record(job, "load", begin)
 
@@ -373,6 +380,7 @@ class Service:
         def admit(peak_bytes: int, result_bytes: int) -> None:
             nonlocal taken, kept, drawing
             kept, drawing = result_bytes, result_bytes if self._draws and job.arguments.task.has_image else 0
+            drawing += job.arguments.extensions.tile_bytes(result_bytes)
             self._memory.take(peak_bytes + drawing, lambda: job.is_waiting and not job.has_expired)
             taken = peak_bytes + drawing
 
@@ -425,6 +433,10 @@ class Service:
                 ranked = sorted(self._ready, key=_rank)
                 # a batch is one search, so all of it has the options of its first
                 alike = [job for job in ranked if job.arguments.options == ranked[0].arguments.options]
+                if ranked and ranked[0].arguments.extensions.is_alone:
+                    alike = ranked[:1]
+                else:
+                    alike = [job for job in alike if not job.arguments.extensions.is_alone]
                 chosen = alike[: self.settings.max_batch]
                 batch = [job for job in chosen if job.start()]
                 self._ready = [job for job in self._ready if job not in chosen]
@@ -449,14 +461,21 @@ class Service:
                 self._release(job)
         self._decode(active, encoded)
 
-    def _encode(self, batch: Sequence[Job]) -> dict[Job, EncodedImage]:
-        """Returns the image features of each job; runs the vision encoder once for each image that is not cached."""
+    def _encode(self, batch: Sequence[Job]) -> dict[Job, Seen]:
+        """Returns the image features of each job; runs the vision encoder once for each image that is not cached.
+
+        The image itself of those that are asked in tiles, and of those that have no time left.
+        """
         by_digest: dict[bytes, EncodedImage] = {}
-        encoded = {}
+        encoded: dict[Job, Seen] = {}
         for job in batch:
             if job.state != "IN_PROGRESS":  # cancelled in the meantime
                 continue
             begin = time.monotonic()
+            given = job.arguments.extensions
+            if job.image is not None and (given.tiles is not None or given.has_ended):
+                encoded[job], job.image = job.image, None
+                continue
             found = by_digest.get(job.digest) or job.features or self._cache.get(job.digest)
             is_new = found is None
             if found is None:
@@ -474,21 +493,12 @@ class Service:
             self._record(job, "vision", begin)
         return encoded
 
-    def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, EncodedImage]) -> None:
+    def _decode(self, jobs: Sequence[Job], encoded: Mapping[Job, Seen]) -> None:
         if not jobs:
             return
         begin = time.monotonic()
         try:
-            predictions = self.model.run_batch(
-                [job.arguments.task for job in jobs],
-                [encoded[job] for job in jobs],
-                text_inputs=[job.arguments.text_input for job in jobs],
-                regions=[job.arguments.region for job in jobs],
-                options=jobs[0].arguments.options,
-                batch_size=len(jobs),
-                cancel=[job.stop for job in jobs],
-                on_tokens=_listener(jobs),
-            )
+            predictions = self._ask(jobs, [encoded[job] for job in jobs])
         except InputError as error:
             # for example a text that is too long, which shows only once it is tokenized; find out whose it is
             if len(jobs) > 1:
@@ -496,6 +506,7 @@ class Service:
                     self._decode([job], encoded)
                 return
             field_name = "text_input" if jobs[0].arguments.text_input is not None else "image_url"
+            field_name = "classes" if jobs[0].arguments.extensions.classes else field_name
             self._fail(jobs[0], problems.invalid([field_error([field_name], str(error), "value_error")]))
             return
         except Exception as error:  # noqa: BLE001 - what is wrong with one request must not fail the others
@@ -514,9 +525,29 @@ class Service:
             assert self._draw_pool is not None, "started with this thread"
             self._draw_pool.submit(self._complete, job, prediction)
 
+    def _ask(self, jobs: Sequence[Job], images: Sequence[Seen]) -> Sequence[Prediction[Any]]:
+        first = jobs[0].arguments
+        if first.extensions.is_alone:
+            alone = first.task, images[0], first.extensions, first.text_input, first.options, jobs[0].stop
+            return [extensions.ask(self.model, *alone)]
+        return self.model.run_batch(
+            [job.arguments.task for job in jobs],
+            images,
+            text_inputs=[job.arguments.text_input for job in jobs],
+            regions=[job.arguments.region for job in jobs],
+            options=first.options,
+            batch_size=len(jobs),
+            deadline=[job.arguments.extensions.deadline for job in jobs],
+            cancel=[job.stop for job in jobs],
+            on_tokens=_listener(jobs),
+        )
+
     def _complete(self, job: Job, prediction: Prediction[Any]) -> None:
         begin = time.monotonic()
         try:
+            min_score = job.arguments.extensions.min_score
+            if min_score is not None:
+                prediction = prediction.above(min_score)
             if job.on_prediction is not None:
                 job.on_prediction(prediction)
             body = prediction.to_dict()
@@ -575,7 +606,8 @@ def _listener(jobs: Sequence[Job]) -> OnIndexedTokens | None:
 
 
 def _num_bytes(arguments: contract.Arguments) -> int:
-    return sys.getsizeof(arguments.image_url) + sys.getsizeof(arguments.text_input)
+    texts = sys.getsizeof(arguments.image_url) + sys.getsizeof(arguments.text_input)
+    return texts + arguments.extensions.num_bytes
 
 
 def _rank(job: Job) -> tuple[bool, int]:
@@ -590,7 +622,7 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         location tokens included) and `truncated` (whether generation stopped at the token limit);
         `alternatives` (the results of further answers) where `num_return_sequences` asks for some; with the option `scores`
         `scores` (of each box, quad or outline in their order), `sequence_logprob` and `text_score` (see `Prediction`).
-        `choice_logprobs` (of every choice) where `constrain` gives choices.
+        `choice_logprobs` (of every choice) where `constrain` gives choices; `presence` (see `ClassDetections`) of `classes`.
     """
     results = prediction.results
     quads: Iterable[Any] = (box.quad for box in results.quad_boxes) if isinstance(results, OCRBoundingBox) else ()
@@ -603,6 +635,7 @@ def make_extra(prediction: Prediction[Any]) -> dict[str, Any]:
         "truncated": prediction.truncated,
         **({"alternatives": others} if others else {}),
         **({"choice_logprobs": dict(prediction.choice_logprobs)} if prediction.choice_logprobs is not None else {}),
+        **({"presence": dict(prediction.presence)} if isinstance(prediction, ClassPrediction) else {}),
         **({} if prediction.token_logprobs is None else _scores(prediction)),
     }
 

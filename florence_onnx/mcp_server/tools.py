@@ -12,11 +12,13 @@ from typing import Annotated, Any
 from mcp.server.mcpserver import Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from PIL import Image as PILImage
 from pydantic import Field
 
 from florence_onnx import forks, tasks
 from florence_onnx._version import __version__
 from florence_onnx.answers.locations import Region
+from florence_onnx.detecting.detections import Detections
 from florence_onnx.errors import FlorenceError, ImageError
 from florence_onnx.images import url
 from florence_onnx.model import Florence2
@@ -26,11 +28,18 @@ from florence_onnx.tasks import Task
 INSTRUCTIONS = (
     "Florence-2, a vision model that runs on this machine. Coordinates are pixels of the image, from its top-left corner; "
     "boxes are x, y, w, h. Ask `caption` or `detailed-caption` what an image shows, `ocr` for its text, `object-detection` "
-    "for its objects, `open-vocabulary-detection` or `caption-to-phrase-grounding` to find something by name."
+    "for its objects, `detect` to find the things of a list and which of them are not there, `open-vocabulary-detection` or `caption-to-phrase-grounding` to find something by name."
 )
 
+MAX_CLASSES = 32
+"""Most names in a call of `detect`."""
 ImageArgument = Annotated[str, Field(description="Path of an image file, an http(s) URL, or a data: URI.")]
 TextArgument = Annotated[str, Field(description="What to look for, in English.")]
+ClassesArgument = Annotated[
+    list[str],
+    Field(description="Names of what to look for, such as car or red kite.", min_length=1, max_length=MAX_CLASSES),
+]
+ScoreArgument = Annotated[float, Field(description="Drop boxes with a lower score.", ge=0, le=1)]
 Pixels = Annotated[float, Field(description="In pixels of the image.")]
 AnnotatedArgument = Annotated[bool, Field(description="Whether to also return the image with the answer drawn on it.")]
 
@@ -118,6 +127,19 @@ def make_server(load: Callable[[], Florence2], images: Images, own: Mapping[str,
         except FlorenceError as error:
             raise ToolError(str(error)) from error
 
+    def detect(
+        image: ImageArgument,
+        classes: ClassesArgument,
+        min_score: ScoreArgument = 0.0,
+        annotated: AnnotatedArgument = False,
+    ) -> CallToolResult:
+        try:
+            florence = model.get()
+            found = florence.detect(images.encode(florence, image), classes, min_score=min_score)
+        except FlorenceError as error:
+            raise ToolError(str(error)) from error
+        return _detections(found, annotated)
+
     server = MCPServer(
         "florence-2", version=__version__, instructions=INSTRUCTIONS, lifespan=lifespan, log_level="WARNING"
     )
@@ -130,6 +152,13 @@ def make_server(load: Callable[[], Florence2], images: Images, own: Mapping[str,
             annotations=annotations,
             structured_output=False,
         )
+    server.add_tool(
+        detect,
+        name="detect",
+        description="Finds the things of a list by name, as boxes with scores, and says which of them are not there.",
+        annotations=annotations,
+        structured_output=False,
+    )
     return server
 
 
@@ -197,7 +226,17 @@ def _to_result(prediction: Prediction[Any], annotated: bool) -> CallToolResult:
     answer: dict[str, Any] = {"results": prediction.to_dict()["results"], "truncated": prediction.truncated}
     results = answer["results"]
     text = results if isinstance(results, str) else json.dumps(results, ensure_ascii=False)
+    return _result(answer, text, prediction.draw if annotated else None)
+
+
+def _detections(found: Detections, annotated: bool) -> CallToolResult:
+    absent = [name for name, boxes in found.by_class.items() if not boxes]
+    answer = {**found.to_dict(), "absent": absent}
+    return _result(answer, json.dumps(answer, ensure_ascii=False), found.draw if annotated else None)
+
+
+def _result(answer: dict[str, Any], text: str, draw: Callable[[], PILImage.Image] | None) -> CallToolResult:
     content: list[Any] = [TextContent(type="text", text=text)]
-    if annotated:
-        content.append(Image(data=encode_png(prediction.draw()), format="png").to_image_content())
+    if draw is not None:
+        content.append(Image(data=encode_png(draw()), format="png").to_image_content())
     return CallToolResult(content=content, structured_content=answer)

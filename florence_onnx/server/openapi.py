@@ -8,9 +8,12 @@ from typing import Any
 
 from florence_onnx import __version__, tasks
 from florence_onnx.answers import postprocess
+from florence_onnx.detecting import absence
+from florence_onnx.fal import extensions
 from florence_onnx.fal.contract import APP, MAX_BIN
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.tasks import Task
+from florence_onnx.tiling.tiles import MAX_OVERLAP, MIN_SIZE
 
 Schema = dict[str, Any]
 _TEXT_AND_REGION = "ImageWithTextAndUserCoordinatesInput"
@@ -31,9 +34,11 @@ def document(known: Mapping[str, Task[Any]] = tasks.TASKS, *, has_options: bool 
     paths: dict[str, Any] = {}
     for task in known.values():
         paths[f"/{APP}/{task.slug}"] = {"post": _run(task)}
+        paths[f"/{APP}/{task.slug}/stream"] = {"post": _stream(task)}
         paths[f"/queue/{APP}/{task.slug}"] = {"post": _submit(task)}
     paths |= _queue_paths() | _operation_paths()
-    found = _with_options(schemas()) if has_options else schemas()
+    found = _with_extensions(schemas())
+    found = _with_options(found) if has_options else found
     if all(task.needs != "text+region" for task in known.values()):
         del found[_TEXT_AND_REGION]  # fal has no such task
     return {
@@ -148,6 +153,72 @@ def schemas() -> dict[str, Schema]:
     }
 
 
+def _with_extensions(found: dict[str, Schema]) -> dict[str, Schema]:
+    """The schemas, with the fields of `fal.extensions` among those of each input; none of them is required."""
+    share: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+    for_all: dict[str, Schema] = {
+        "deadline": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": extensions.MAX_SECONDS,
+            "description": "Seconds from the acceptance of the request on after which its answer ends as far as it goes; "
+            "`extra.truncated` is `deadline` then. Not in fal's API.",
+        },
+        "scores": {
+            "type": "boolean",
+            "description": "Whether `extra` has scores (with the header X-Florence-Extra: 1). Not in fal's API.",
+        },
+    }
+    for_text: dict[str, Schema] = {
+        "classes": {
+            "type": "array",
+            "items": {"type": "string", "pattern": r"\S"},
+            "minItems": 1,
+            "maxItems": extensions.MAX_CLASSES,
+            "description": "Of open-vocabulary-detection and caption-to-phrase-grounding: names to look for, each by itself; "
+            "text_input is not read then. Absent ones have no boxes; see `extra.presence`. Not in fal's API.",
+        },
+        "nms": {
+            **share,
+            "description": "With classes: which overlap of two boxes of a class is too much. Not in fal's API.",
+        },
+        "absent": {
+            "enum": list(absence.RULES),
+            "description": "With classes: the rule by which absent ones are recognised. Not in fal's API.",
+        },
+    }
+    tiles: dict[str, Schema] = {
+        "min_score": {**share, "description": "Least score of boxes, quads and outlines. Not in fal's API."},
+        "tiles": {
+            "type": "object",
+            "properties": {
+                "size": {"type": "integer", "minimum": MIN_SIZE},
+                "overlap": {"type": "number", "minimum": 0, "maximum": MAX_OVERLAP},
+                "whole": {"type": "boolean"},
+            },
+            "additionalProperties": False,
+            "description": f"Ask a large image in tiles of so many pixels, at most {extensions.MAX_TILES}; of tasks whose "
+            "answers have places. Not in fal's API.",
+        },
+    }
+    for title in (name for name in found if name.startswith("Image") and name.endswith("Input")):
+        own = for_all | (tiles if "region" not in found[title]["properties"] else {})
+        own = own | (for_text if title == "ImageWithTextInput" else {})
+        properties = {**found[title]["properties"], **{name: _nullable(each) for name, each in own.items()}}
+        found[title] = _object(title, properties, required=found[title]["required"])
+    with_text = found["ImageWithTextInput"]
+    with_text["required"] = ["image_url"]
+    with_text["anyOf"] = [{"required": ["text_input"]}, {"required": ["classes"]}]
+    return found
+
+
+def _nullable(schema: Schema) -> Schema:
+    """A schema that allows null too, which stands for an absent field."""
+    if "enum" in schema:
+        return {**schema, "enum": [*schema["enum"], None]}
+    return {**schema, "type": [schema["type"], "null"]}
+
+
 def _with_options(found: dict[str, Schema]) -> dict[str, Schema]:
     """The schemas, with every generation option among the fields of each input; none of them is required."""
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
@@ -175,7 +246,7 @@ def _with_options(found: dict[str, Schema]) -> dict[str, Schema]:
     }
     for title in (name for name in found if name.startswith("Image") and name.endswith("Input")):
         properties = {**found[title]["properties"], **options}
-        found[title] = _object(title, properties, required=found[title]["required"])
+        found[title] = {**found[title], **_object(title, properties, required=found[title]["required"])}
     return found
 
 
@@ -246,6 +317,21 @@ def _run(task: Task[Any]) -> Schema:
         "requestBody": _body(task),
         "responses": {
             "200": _json(output_name(task), "The result"),
+            **_errors(400, 401, 403, 413, 422, 429, 499, 500, 503, 504),
+        },
+    }
+
+
+def _stream(task: Task[Any]) -> Schema:
+    return {
+        "operationId": f"stream-{task.slug}",
+        "summary": f"{task.slug}, in parts as they are complete",
+        "requestBody": _body(task),
+        "responses": {
+            "200": {
+                "description": "Server-sent events; the last one is the result",
+                "content": {"text/event-stream": {}},
+            },
             **_errors(400, 401, 403, 413, 422, 429, 499, 500, 503, 504),
         },
     }

@@ -122,13 +122,18 @@ def problem_response(problem: RequestError) -> Response:
 def job_response(request: Request, job: Job) -> Response:
     """Builds the response of a job that has ended: its result or its error, and the seconds of its stages."""
     request.state.stages = {stage: round(seconds * 1000, 1) for stage, seconds in job.seconds.items()}
-    timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in job.seconds.items())
+    timing = server_timing(job)
     headers = {"x-fal-request-id": job.id, "Server-Timing": timing} if timing else {"x-fal-request-id": job.id}
     problem = job.problem
     if problem is not None:
         return json_response(problem.body, problem.status, {**problem.headers, **headers})
     with_extra = request.headers.get(EXTRA_HEADER) == "1"
     return json_response(get_context(request).body(job, base_url(request), with_extra=with_extra), 200, headers)
+
+
+def server_timing(job: Job) -> str:
+    """The milliseconds of a job's stages, in the form of the header `Server-Timing`."""
+    return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in job.seconds.items())
 
 
 async def wait(request: Request, job: Job) -> bool:

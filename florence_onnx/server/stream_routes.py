@@ -31,6 +31,7 @@ from florence_onnx.server.responses import (
     problem_response,
     read_json,
     read_start_timeout,
+    server_timing,
     wait_for_disconnect,
 )
 
@@ -105,6 +106,7 @@ async def _send(
                     yield ": keep-alive\n\n"
             event = following.result()
         problem = job.problem
+        yield f": server-timing {server_timing(job)}\n\n"  # a comment, which clients ignore: headers went before
         with_extra = request.headers.get(EXTRA_HEADER) == "1"
         yield _format(
             problem.body

@@ -39,7 +39,7 @@ def test_every_task_is_a_tool_with_the_arguments_that_it_takes() -> None:
         return (await client.list_tools()).tools
 
     found = {tool.name: tool for tool in call(work)}
-    assert set(found) == set(tasks.TASKS)
+    assert set(found) == {*tasks.TASKS, "detect"}
     taken = {"nothing": set(), "text": {"text_input"}, "region": {"x1", "y1", "x2", "y2"}}
     for task in tasks.TASKS.values():
         schema = found[task.slug].input_schema
@@ -152,7 +152,7 @@ def test_own_tasks_are_tools(tmp_path: Path) -> None:
         return found, {slug: await client.call_tool(slug, {"image": SAMPLE, **given}) for slug, given in asked.items()}
 
     found, answers = call(work, "--model", str(bundle))
-    assert set(found) == {*tasks.TASKS, *SAME_AS}
+    assert set(found) == {*tasks.TASKS, *SAME_AS, "detect"}
     assert found["find-shapes"].description == "Finds drawn shapes."
     assert found["outline"].description == "A task of this fine-tune, <OUTLINE>."
     assert {"text_input", "x1", "y1", "x2", "y2", "image"} == set(found["ask-region"].input_schema["required"])

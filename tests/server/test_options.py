@@ -79,7 +79,9 @@ def test_the_document_has_the_options_where_requests_may_state_them(client: Any)
     assert properties["do_sample"]["type"] == "boolean" and properties["top_p"]["type"] == "number"
     assert properties["num_beams"]["type"] == "integer"
     assert properties["bad_words_ids"]["items"]["items"]["type"] == "integer"
-    assert set(openapi.document()["components"]["schemas"]["ImageInput"]["properties"]) == {"image_url"}
+    plain = openapi.document()["components"]["schemas"]["ImageInput"]
+    assert set(plain["properties"]) == {"image_url", "deadline", "scores", "min_score", "tiles"}
+    assert plain["required"] == ["image_url"]
 
 
 def test_requests_with_different_options_do_not_share_a_batch(client: Any, model: Florence2) -> None:

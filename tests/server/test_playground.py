@@ -189,7 +189,7 @@ def test_a_file_is_uploaded_unchanged(page: Page, server: LiveServer, tmp_path: 
     image.write_bytes((SAMPLES / "scene-6.png").read_bytes())
     page.set_input_files("#file", image)
     expect(page.locator("#image-name")).to_have_text("my shapes.png · 384 × 384")
-    with page.expect_request(f"**/{PREFIX}/caption") as request:
+    with page.expect_request(f"**/{PREFIX}/caption/stream") as request:
         _run(page, "caption")
     sent = request.value.post_data_json["image_url"]
     assert base64.b64decode(sent.removeprefix("data:image/png;base64,")) == image.read_bytes()
@@ -259,7 +259,7 @@ def test_a_region_drawn_with_the_mouse_is_sent(page: Page) -> None:
     expected = {"x1": left, "y1": top, "x2": right, "y2": bottom}
     for name, value in expected.items():
         assert abs(int(page.locator(f"#{name}").input_value()) - value) <= 1, name
-    with page.expect_request(f"**/{PREFIX}/region-to-category") as request:
+    with page.expect_request(f"**/{PREFIX}/region-to-category/stream") as request:
         page.click("#run")
     assert request.value.post_data_json["region"] == {
         name: int(page.locator(f"#{name}").input_value()) for name in expected
@@ -371,7 +371,7 @@ def _tab_to(page: Page, selector: str, key: str = "Tab") -> None:
 def test_rows_and_shapes_are_highlighted_together(page: Page) -> None:
     _run(page, "object-detection")
     row, shape = page.locator(".row[data-index='1']"), page.locator(".shape[data-index='1']")
-    expect(row).to_have_accessible_name(re.compile(r"^red circle x \d+, y \d+, \d+ × \d+ px$"))
+    expect(row).to_have_accessible_name(re.compile(r"^red circle 0\.\d{3} x \d+, y \d+, \d+ × \d+ px$"))
     row.hover()
     expect(shape).to_have_class(_has("is-active"))
     expect(page.locator(".shape.is-active")).to_have_count(1)
@@ -487,7 +487,7 @@ def test_each_failure_says_what_to_do_and_keeps_the_last_result(
     page: Page, status: int | None, body: object, words: str
 ) -> None:
     _run(page, "object-detection")
-    page.route(f"**/{PREFIX}/*", lambda route: _fail(route, status, body))
+    page.route(f"**/{PREFIX}/**", lambda route: _fail(route, status, body))
     page.click("#run")
     expect(page.locator("#problem")).to_contain_text(words)
     expect(page.locator("#result .row")).to_have_count(3)
@@ -505,7 +505,7 @@ def _fail(route: Route, status: int | None, body: object) -> None:
 
 
 def test_a_request_is_cancelled(page: Page) -> None:
-    page.route(f"**/{PREFIX}/*", lambda _: None)  # never answered
+    page.route(f"**/{PREFIX}/**", lambda _: None)  # never answered
     page.click("#run")
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#status")).to_have_text("Cancelled.")
@@ -670,4 +670,84 @@ def test_the_page_tells_a_screen_reader_what_happens(page: Page) -> None:
 def test_all_tasks_can_be_chosen(page: Page) -> None:
     options: Locator = page.locator("#task option")
     values = options.evaluate_all("all => all.map(option => option.value)")
-    assert sorted(values) == sorted(TASKS)
+    assert sorted(values) == sorted([*TASKS, "detect-a-list"])
+
+
+# --- scores, a list of classes, parts as they come
+
+
+def test_boxes_of_a_low_score_are_hidden_by_the_slider(page: Page) -> None:
+    expect(page.locator("#cut-field")).to_be_hidden()
+    _run(page, "object-detection")
+    titles = page.locator(".row .score").evaluate_all("all => all.map(each => each.title)")
+    scores = [float(title.removeprefix("Score ")) for title in titles]
+    assert len(scores) == 3 and 0 < min(scores) < max(scores)
+    slider = page.get_by_label("Least score")
+    expect(slider).to_have_value("0")
+    between = sum(sorted(scores)[:2]) / 2
+    slider.evaluate(
+        "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true})); }",
+        between,
+    )
+    expect(page.locator(".row")).to_have_count(2)
+    expect(page.locator("#overlay .shape")).to_have_count(2)
+    expect(page.locator("#cut-value")).to_have_text(f"{between:.3f}: 2 of 3")
+    assert json.loads(page.locator("#json").text_content() or "")["results"]["bboxes"][2], "the JSON stays whole"
+    slider.press("Home")
+    expect(page.locator(".row")).to_have_count(3)
+    _run(page, "caption")
+    expect(page.locator("#cut-field")).to_be_hidden()
+
+
+def test_a_list_of_classes_is_detected(page: Page, server: LiveServer) -> None:
+    page.select_option("#task", "detect-a-list")
+    field = page.get_by_label("Classes")
+    page.click("#run")
+    expect(page.locator("#problem")).to_contain_text("at least one class")
+    field.fill("red circle, yellow diamond\n\nblue star,")
+    with page.expect_request(f"**/{PREFIX}/open-vocabulary-detection/stream") as request:
+        page.click("#run")
+    assert request.value.post_data_json["classes"] == ["red circle", "yellow diamond", "blue star"]
+    expect(page.locator("#status")).to_have_text(_starting_with("Done"))
+    expected = _post(
+        server,
+        "open-vocabulary-detection",
+        SAMPLES / "scene-1.png",
+        classes=["red circle", "yellow diamond", "blue star"],
+    )
+    labels = [box["label"] for box in expected["results"]["bboxes"]]
+    assert _row_labels(page) == labels and "red circle" in labels
+    absent = {"red circle", "yellow diamond", "blue star"} - set(labels)
+    assert absent
+    for name in absent:
+        expect(page.locator(".absent")).to_contain_text(name)
+    page.get_by_role("tab", name="curl").click()
+    expect(page.locator("#code")).to_contain_text('"classes": ["red circle","yellow diamond","blue star"]')
+
+
+def test_boxes_are_drawn_as_they_come(page: Page) -> None:
+    """Two parts of an answer, and no more: their boxes are drawn while the request is still running, and go with it."""
+    box = {"x": 10, "y": 10, "w": 40, "h": 40, "label": "kite"}
+    script = """
+        ([first, second]) => {
+            const parts = [first, second].map((item, index) => `data: ${JSON.stringify({part: "box", index, item})}\\n\\n`);
+            window.fetch = async (url, {signal}) => {
+                const body = new ReadableStream({
+                    start(controller) {
+                        for (const part of parts) controller.enqueue(new TextEncoder().encode(part));
+                        signal.addEventListener("abort", () => controller.error(new DOMException("", "AbortError")));
+                    },
+                });
+                return new Response(body, {status: 200, headers: {"content-type": "text/event-stream"}});
+            };
+        }
+    """
+    _run(page, "object-detection")
+    page.evaluate(script, [box, {**box, "x": 80, "label": "plane"}])
+    page.click("#run")
+    expect(page.locator("#status")).to_have_text("2 found so far …")
+    expect(page.locator("#overlay .shape")).to_have_count(2)
+    assert set(_drawn_boxes(page).values()) == {(10, 10, 50, 50), (80, 10, 120, 50)}
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#status")).to_have_text("Cancelled.")
+    expect(page.locator("#overlay .shape")).to_have_count(3)

@@ -8,10 +8,10 @@ import { explain, InputError } from "./messages.js";
 import { Overlay } from "./overlay.js";
 import * as images from "./image.js";
 import { RegionTool, WHOLE } from "./region.js";
-import { shapesOf } from "./shapes.js";
+import { shapeOfPart, shapesOf } from "./shapes.js";
 import { writeSnippets } from "./snippets.js";
 import { fillTabs } from "./tabs.js";
-import { fillTasks, hintOf, textHintOf, titleOf } from "./tasks.js";
+import { fillTasks, hintOf, textHintOf, titleOf, withClassList } from "./tasks.js";
 
 const DEMO_NOTE = "The demo model only knows drawn shapes and words: pick a sample.";
 const COPIED_FOR_MS = 1600;
@@ -45,6 +45,7 @@ start();
 async function start() {
   try {
     config = await loadConfig();
+    config.tasks = withClassList(config.tasks);
   } catch (error) {
     showProblem(explain(error, { key: "", maxBytes: 0 }));
     return;
@@ -78,6 +79,7 @@ function listen() {
   byId("cancel").addEventListener("click", () => running?.abort());
   byId("task").addEventListener("change", updateTask);
   byId("text").addEventListener("input", updateCode);
+  byId("cut").addEventListener("input", showShapes);
   byId("region-all").addEventListener("click", () => region.set(WHOLE));
   byId("region-clear").addEventListener("click", () => region.set(null));
   byId("show-labels").addEventListener("change", (event) => overlay.svg.classList.toggle("without-tags", !event.target.checked));
@@ -166,7 +168,9 @@ function updateTask() {
   const task = currentTask();
   byId("task-hint").textContent = hintOf(task);
   byId("text-hint").textContent = textHintOf(task);
-  byId("text-field").hidden = !takes(task, "text");
+  byId("text-field").hidden = !takes(task, "text") && !takes(task, "classes");
+  byId("text").rows = takes(task, "classes") ? 4 : 2;
+  document.querySelector("label[for=text]").textContent = takes(task, "classes") ? "Classes" : "Text";
   byId("region-field").hidden = !takes(task, "region");
   region.enable(takes(task, "region"));
   showProblem(null);
@@ -176,13 +180,20 @@ function updateTask() {
 /** Whether a task takes an input, by the words of its `needs`. */
 const takes = (task, input) => task.needs.split("+").includes(input);
 
-/** @returns {{text_input?: string, region?: import("./client.js").Region}} the task's arguments besides the image */
+/** The names of the classes, one a line or with commas between them. */
+const readClasses = () => byId("text").value.split(/[\n,]/).map((name) => name.trim()).filter(Boolean);
+
+/** @returns {{text_input?: string, classes?: string[], region?: import("./client.js").Region}} the task's arguments besides the image */
 function readInput(task) {
   if (!image) throw new InputError("Choose an image first: drop or paste one, choose a file, or pick a sample.", "image");
   const input = {};
   if (takes(task, "text")) {
     input.text_input = byId("text").value;
     if (!input.text_input.trim()) throw new InputError("This task needs a text. Enter one first.", "text");
+  }
+  if (takes(task, "classes")) {
+    input.classes = readClasses();
+    if (!input.classes.length) throw new InputError("This task needs at least one class. Enter one first.", "text");
   }
   if (takes(task, "region")) input.region = region.read();
   return input;
@@ -200,10 +211,14 @@ async function run() {
     const { signal } = running;
     const input = readInput(task);
     const image_url = await images.toDataUri(image);
-    receive(task, await runTask(`${config.prefix}/${task.slug}`, { image_url, ...input }, { key: byId("key").value, signal }));
+    const parts = [];
+    const onPart = (part) => receivePart(part, parts);
+    const endpoint = `${config.prefix}/${task.endpoint ?? task.slug}`;
+    receive(task, await runTask(endpoint, { image_url, ...input, scores: true }, { key: byId("key").value, signal, onPart }));
   } catch (error) {
     say(error.name === "AbortError" ? "Cancelled." : "");
     if (error.name !== "AbortError") showProblem(explain(error, context()));
+    showShapes(); // those of the last result, if parts of another answer have come
   } finally {
     running = null;
     setBusy(false);
@@ -219,12 +234,43 @@ function setBusy(isNowBusy) {
 
 // --- the result
 
-function receive(task, received) {
-  result = received;
-  const shapes = shapesOf(result);
+/** Draws what is complete of an answer that is still coming. */
+function receivePart(part, parts) {
+  const shape = shapeOfPart(part);
+  if (!shape) return;
+  parts.push(shape);
+  pinned = hovered = null;
+  overlay.show(parts);
+  say(`${parts.length} found so far …`);
+}
+
+/** Draws the shapes of the result whose score is high enough, and lists them. */
+function showShapes() {
+  if (!result) {
+    overlay.show([]);
+    return;
+  }
+  const least = Number(byId("cut").value);
+  const all = shapesOf(result);
+  const shapes = all.filter(({ score }) => score === null || score >= least);
   pinned = hovered = null;
   overlay.show(shapes);
   showResult(byId("result"), result, shapes, { onHover: hover, onPick: pick });
+  byId("cut-value").textContent = `${least.toFixed(3)}: ${shapes.length} of ${all.length}`;
+}
+
+/** Sets the slider to 0, from 0 to the highest score. */
+function resetCut(shapes) {
+  const scores = shapes.map(({ score }) => score).filter((score) => score !== null);
+  byId("cut-field").hidden = !scores.length;
+  Object.assign(byId("cut"), { max: String(Math.max(0, ...scores)), value: "0" });
+}
+
+function receive(task, received) {
+  result = received;
+  const shapes = shapesOf(result);
+  resetCut(shapes);
+  showShapes();
   showTimings(byId("timings"), result);
   byId("result-task").textContent = titleOf(task.slug);
   byId("json").replaceChildren(...json.colour(json.write(result.body)));
@@ -236,6 +282,7 @@ function clearResult() {
   result = null;
   pinned = hovered = null;
   overlay.show([]);
+  byId("cut-field").hidden = true;
   byId("result").replaceChildren(make("p", { className: "muted", textContent: "No result for this image yet." }));
   byId("timings").replaceChildren();
   byId("result-task").textContent = "";
@@ -277,14 +324,21 @@ function snippets() {
   const task = currentTask();
   return writeSnippets({
     server: new URL(".", location.href).href,
-    endpoint: `${config.prefix}/${task.slug}`,
+    endpoint: `${config.prefix}/${task.endpoint ?? task.slug}`,
     auth: config.auth,
     model: config.model,
     fileName: image?.name ?? "image.png",
     contentType: image?.blob.type || "image/png",
     text: takes(task, "text") ? byId("text").value || "red circle" : undefined,
+    classes: takes(task, "classes") ? classesOr(["red circle", "yellow star"]) : undefined,
     region: takes(task, "region") ? region.value : undefined,
   });
+}
+
+/** @param {string[]} example for an empty field */
+function classesOr(example) {
+  const classes = readClasses();
+  return classes.length ? classes : example;
 }
 
 function updateCode() {

@@ -7,7 +7,9 @@
  * @typedef {{model: string, provider: string, precision: string, auth: boolean, prefix: string, tasks: Task[],
  *   samples: {name: string, url: string, width: number, height: number}[], max_bytes: number}} Config
  * @typedef {{x: number, y: number}} Point
- * @typedef {{quads: Point[][], polygons: {points: Point[], label: string}[], text: string, truncated: boolean}} Extra
+ * @typedef {{quads: Point[][], polygons: {points: Point[], label: string}[], text: string, truncated: boolean | string,
+ *   scores?: (number | null)[], presence?: Record<string, number | null>}} Extra
+ * @typedef {{part: "text", text: string} | {part: "box" | "quad" | "polygon" | "word", index: number, item: any, quad?: Point[]}} Part
  * @typedef {{name: string, ms: number}} Stage
  * @typedef {object} Result
  * @property {any} body fal's JSON
@@ -15,6 +17,10 @@
  * @property {Stage[]} stages the server's time by stage
  * @property {number} totalMs from the request to the last byte of the response
  */
+
+const DATA = "data: ";
+/** A comment of the stream, which other clients ignore. */
+const TIMING = ": server-timing ";
 
 /** An error response, or no response at all. */
 export class ServerError extends Error {
@@ -39,24 +45,52 @@ export async function loadConfig() {
 }
 
 /**
- * Runs one task.
+ * Runs one task; its answer comes in parts.
  * @param {string} endpoint such as "fal-ai/florence-2-large/ocr"
- * @param {{image_url: string, text_input?: string, region?: Region}} input
- * @param {{key: string, signal: AbortSignal}} options
+ * @param {{image_url: string, text_input?: string, classes?: string[], region?: Region, scores?: boolean}} input
+ * @param {{key: string, signal: AbortSignal, onPart: (part: Part) => void}} options
  * @returns {Promise<Result>}
  */
-export async function runTask(endpoint, input, { key, signal }) {
+export async function runTask(endpoint, input, { key, signal, onPart }) {
   const headers = { "Content-Type": "application/json", "X-Florence-Extra": "1" };
   if (key) headers.Authorization = `Key ${key}`;
   const start = performance.now();
-  const response = await send(endpoint, { method: "POST", headers, body: JSON.stringify(input), signal });
-  const body = await response.json().catch(rethrowAbort);
-  const totalMs = performance.now() - start;
-  if (!response.ok || !body) {
-    throw new ServerError(response.status, body, response.headers.get("x-fal-request-id") ?? "");
+  const response = await send(`${endpoint}/stream`, { method: "POST", headers, body: JSON.stringify(input), signal });
+  const requestId = response.headers.get("x-fal-request-id") ?? "";
+  if (!response.ok) throw new ServerError(response.status, await response.json().catch(rethrowAbort), requestId);
+  let stages = [];
+  let last = null;
+  for await (const line of linesOf(response.body)) {
+    if (line.startsWith(TIMING)) stages = parseServerTiming(line.slice(TIMING.length));
+    if (!line.startsWith(DATA)) continue;
+    const event = JSON.parse(line.slice(DATA.length));
+    if (event.part) onPart(event);
+    else last = event;
   }
-  const { extra, ...falJson } = body;
-  return { body: falJson, extra, stages: parseServerTiming(response.headers.get("server-timing") ?? ""), totalMs };
+  const totalMs = performance.now() - start;
+  if (last === null) throw new ServerError(0, null, requestId);
+  if (last.detail !== undefined) throw new ServerError(500, last, requestId);
+  const { extra, ...falJson } = last;
+  return { body: falJson, extra, stages, totalMs };
+}
+
+/** @param {ReadableStream<Uint8Array>} stream */
+async function* linesOf(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      yield* lines;
+    }
+  } catch (error) {
+    rethrowAbort(error);
+    throw new ServerError(0, null);
+  }
+  if (rest) yield rest;
 }
 
 async function send(endpoint, request) {

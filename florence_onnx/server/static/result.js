@@ -26,7 +26,7 @@ const REST = "Network";
 export function showResult(container, result, shapes, listeners) {
   const { body, extra } = result;
   const main = typeof body.results === "string" ? makeText(body.results) : makeRows(shapes, listeners);
-  container.replaceChildren(main, ...makeExtras(extra));
+  container.replaceChildren(main, ...makePresence(result), ...makeExtras(extra));
 }
 
 /**
@@ -87,7 +87,7 @@ function makeRows(shapes, { onHover, onPick }) {
   return rows;
 }
 
-function makeRow({ name, label, place, colour }, index, onPick) {
+function makeRow({ name, label, place, colour, score }, index, onPick) {
   const swatch = make("span", { className: "swatch" });
   swatch.style.background = colour;
   return make(
@@ -95,6 +95,7 @@ function makeRow({ name, label, place, colour }, index, onPick) {
     { type: "button", className: "row", data: { index }, "aria-pressed": "false", onclick: () => onPick(index) },
     swatch,
     make("span", { className: label ? "label" : "label is-unnamed", textContent: name }),
+    ...(score === null ? [] : [make("span", { className: "score", title: `Score ${score}`, textContent: score.toFixed(3) })]),
     make("span", { className: "place muted", textContent: place }),
   );
 }
@@ -114,6 +115,14 @@ function scrollIntoList(row) {
   const frame = list.getBoundingClientRect();
   if (top < frame.top) list.scrollTop -= frame.top - top;
   if (bottom > frame.bottom) list.scrollTop += bottom - frame.bottom;
+}
+
+/** Which classes of a list were not found. */
+function makePresence({ body, extra }) {
+  if (!extra?.presence) return [];
+  const found = new Set(body.results.bboxes.map(({ label }) => label));
+  const absent = Object.keys(extra.presence).filter((name) => !found.has(name));
+  return absent.length ? [make("p", { className: "absent muted", textContent: `Not found: ${absent.join(", ")}.` })] : [];
 }
 
 function makeExtras(extra) {

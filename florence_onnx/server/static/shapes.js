@@ -10,6 +10,7 @@ import { colourOf } from "./colours.js";
  * @property {boolean} isFilled whether it is a filled outline (a mask) rather than a frame
  * @property {string} label the label in the result; may be empty
  * @property {string} name the label, or the kind of shape and its number if it has none
+ * @property {number | null} score null where the answer has no scores
  * @property {string} place its position and size as text
  * @property {string} colour
  * @property {string} ink black or white, whichever is readable on `colour`
@@ -21,11 +22,22 @@ import { colourOf } from "./colours.js";
  */
 export function shapesOf({ body, extra }) {
   const { bboxes = [], quad_boxes = [], polygons = extra?.polygons ?? [] } = body.results;
-  return [
+  const shapes = [
     ...bboxes.map(fromBox),
     ...quad_boxes.map((box, index) => fromQuad(box, extra?.quads?.[index])),
     ...polygons.map(fromPolygon),
   ].map(finish);
+  return shapes.map((shape, index) => ({ ...shape, score: extra?.scores?.[index] ?? null }));
+}
+
+/**
+ * The shape of a part of an answer that is still coming; null for text.
+ * @param {import("./client.js").Part} part
+ * @returns {Shape | null}
+ */
+export function shapeOfPart(part) {
+  const make = { box: fromBox, quad: (box) => fromQuad(box, part.quad), polygon: fromPolygon }[part.part];
+  return make ? { ...finish(make(part.item), part.index), score: null } : null;
 }
 
 function fromBox({ x, y, w, h, label }) {

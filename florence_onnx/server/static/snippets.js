@@ -20,6 +20,7 @@ const EXAMPLE_REGION = { x1: 100, y1: 100, x2: 200, y2: 200 };
  * @param {string} request.fileName
  * @param {string} request.contentType
  * @param {string} [request.text] for a task that needs text
+ * @param {string[]} [request.classes] for a list of classes
  * @param {import("./client.js").Region | null} [request.region] for a task that needs a region; null if none is given yet
  * @returns {Snippet[]}
  */
@@ -106,8 +107,9 @@ JSON
 }
 
 /** The arguments besides the image, by their names in the API; an example if the region is not given yet. */
-function inputs({ text, region }) {
+function inputs({ text, classes, region }) {
   return [
+    ...(classes === undefined ? [] : [["classes", classes]]),
     ...(text === undefined ? [] : [["text_input", text]]),
     ...(region === undefined ? [] : [["region", region ?? EXAMPLE_REGION]]),
   ];
@@ -121,7 +123,7 @@ const javascriptInput = (request) => inputs(request).map(([name, value]) => `\n 
 const quote = (text) => JSON.stringify(text);
 
 const spaced = (value) =>
-  typeof value === "string" ? quote(value) : `{${Object.entries(value).map(([name, part]) => `"${name}": ${part}`).join(", ")}}`;
+  typeof value === "string" || Array.isArray(value) ? quote(value) : `{${Object.entries(value).map(([name, part]) => `"${name}": ${part}`).join(", ")}}`;
 
 const quoteForShell = (text) => (/^[\w.@%+=:,/-]+$/.test(text) ? text : `'${text.replaceAll("'", String.raw`'\''`)}'`);
 

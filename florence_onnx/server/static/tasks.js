@@ -4,6 +4,20 @@ import { make } from "./dom.js";
 
 /** @typedef {import("./client.js").Task} Task */
 
+/** The task that is asked for each class of a list. */
+const FOR_CLASSES = "open-vocabulary-detection";
+
+/**
+ * The tasks of a server, and the one to detect a list of classes.
+ * @param {Task[]} tasks
+ * @returns {(Task & {endpoint?: string})[]}
+ */
+export function withClassList(tasks) {
+  return tasks.flatMap((task) =>
+    task.slug === FOR_CLASSES ? [task, { ...task, slug: "detect-a-list", endpoint: FOR_CLASSES, needs: "classes" }] : [task],
+  );
+}
+
 const OWN = "Of this model";
 const GROUPS = ["Detection", "Segmentation", "OCR", "Captioning", "Region", OWN];
 
@@ -12,6 +26,7 @@ const HINTS = {
   "dense-region-caption": "Boxes around objects, labelled with a short description.",
   "region-proposal": "Boxes around anything that stands out, without labels.",
   "open-vocabulary-detection": "Boxes around the thing that the text names.",
+  "detect-a-list": "Boxes around the things of a list, and which of them are not there.",
   "caption-to-phrase-grounding": "Boxes around the things that the text mentions.",
   "ocr-with-region": "The lines of text in the image, each with its four corners.",
   "referring-expression-segmentation": "The outline of the thing that the text refers to.",
@@ -26,6 +41,7 @@ const HINTS = {
 };
 
 const TEXT_HINTS = {
+  "detect-a-list": "One thing a line, or with commas between them, such as “red circle, yellow star, square”.",
   "open-vocabulary-detection": "One thing, such as “red circle”: the whole text is taken as its name.",
   "caption-to-phrase-grounding": "A sentence, such as “A red circle beside a yellow star.”",
   "referring-expression-segmentation": "One thing, such as “the red circle”.",
