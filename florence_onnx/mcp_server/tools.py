@@ -28,7 +28,8 @@ from florence_onnx.tasks import Task
 INSTRUCTIONS = (
     "Florence-2, a vision model that runs on this machine. Coordinates are pixels of the image, from its top-left corner; "
     "boxes are x, y, w, h. Ask `caption` or `detailed-caption` what an image shows, `ocr` for its text, `object-detection` "
-    "for its objects, `detect` to find the things of a list and which of them are not there, `open-vocabulary-detection` or `caption-to-phrase-grounding` to find something by name."
+    "for its objects, `detect` to find the things of a list and which of them are not there, "
+    "`open-vocabulary-detection` or `caption-to-phrase-grounding` to find something by name."
 )
 
 MAX_CLASSES = 32

@@ -48,6 +48,34 @@ def test_every_task_is_a_tool_with_the_arguments_that_it_takes() -> None:
         assert found[task.slug].description
 
 
+def test_a_list_of_classes() -> None:
+    classes = ["red circle", "green square", "yellow star"]
+
+    async def work(client: Any) -> Any:
+        asked = {"image": SAMPLE, "classes": classes}
+        many = {**asked, "classes": [f"thing {number}" for number in range(33)]}
+        return [
+            await client.call_tool("detect", given)
+            for given in (
+                asked,
+                {**asked, "annotated": True},
+                many,
+                {**asked, "classes": []},
+                {**asked, "classes": [" "]},
+            )
+        ]
+
+    plain, annotated, *refused = call(work)
+    expected = Florence2.from_pretrained("demo", device="cpu").detect(SAMPLE, classes)
+    answer = plain.structured_content
+    assert [box["label"] for boxes in answer["results"].values() for box in boxes] == [
+        box.label for box in expected.bboxes
+    ]
+    assert answer["absent"] == [name for name in classes if name not in expected.present] and answer["absent"]
+    assert [each.type for each in annotated.content] == ["text", "image"]
+    assert all(each.is_error for each in refused)
+
+
 def test_tools_answer_as_the_model_does() -> None:
     region = (80, 165, 145, 230)
     asked: dict[str, dict[str, Any]] = {
