@@ -95,7 +95,8 @@ def read_arguments(
     errors: list[dict[str, Any]] = []
     image_url = _read_text(arguments, "image_url", errors)
     extended = extensions.read(task, arguments, errors, check_text_bytes)
-    takes_text = task.takes_text and arguments.get("classes") is None
+    # with classes the text is checked if there is one, as its schema says, but not read
+    takes_text = task.takes_text and ("text_input" in arguments or arguments.get("classes") is None)
     text_input = _read_text(arguments, "text_input", errors, check_text_bytes) if takes_text else None
     region = _read_region(_with_region(task, arguments), errors) if task.takes_region else None
     if not errors and not extended.classes:
@@ -104,6 +105,7 @@ def read_arguments(
         options = _read_options(arguments, options, check_options, errors)
     if errors:
         raise problems.invalid(errors)
+    text_input = None if extended.classes else text_input
     return Arguments(task, image_url, text_input, region, extended.add_options(options), extended)
 
 
