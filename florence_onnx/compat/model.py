@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from florence_onnx.errors import OptionsError
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.model import Florence2
 
+AllowedTokens: TypeAlias = Callable[[int, Array], Iterable[int]]
 _IGNORED = {"use_cache", "return_dict_in_generate", "output_scores", "pad_token_id"}
 _OFF: dict[str, Any] = {
     "do_sample": False,
@@ -72,7 +75,8 @@ class Florence2ForConditionalGeneration:
                 taken off.
             pixel_values: `(B, 3, H, W)`.
             attention_mask: `(B, T)`; None: all that is not padding.
-            arguments: Options by transformers' names, as far as `GenerationOptions` has them.
+            arguments: Options by transformers' names, as far as `GenerationOptions` has them; and `prefix_allowed_tokens_fn`, which
+                takes the index of a prompt and the ids of its answer so far, `(L,)` int64, and returns the ids that may follow.
 
         Returns:
             `(B, L)` int64: ids from the decoder start token on, padded with the padding token to the longest.
@@ -81,19 +85,34 @@ class Florence2ForConditionalGeneration:
             OptionsError: An option is unknown, or not supported at that value.
             InputError: Shapes do not fit this model.
         """
+        allowed: AllowedTokens | None = arguments.pop("prefix_allowed_tokens_fn", None)
         options = _options(arguments)
         images = self.florence.encode_pixels(np.asarray(pixel_values, dtype=np.float32))
         ids = np.asarray(input_ids, dtype=np.int64)
         mask = None if attention_mask is None else np.asarray(attention_mask, dtype=np.int64)
         first = _num_leading_image_tokens(ids, images[0].num_image_tokens) if images else 0
-        answers = self.florence.generate_tokens(
-            images, ids[:, first:], None if mask is None else mask[:, first:], options
-        )
+        ids, mask = ids[:, first:], None if mask is None else mask[:, first:]
+        if allowed is None:
+            answers = self.florence.generate_tokens(images, ids, mask, options)
+        else:  # one by one, since the function is told which prompt it is
+            answers = [
+                self.florence.generate_tokens(
+                    images[row : row + 1],
+                    ids[row : row + 1],
+                    None if mask is None else mask[row : row + 1],
+                    replace(options, constrain=_of_prompt(allowed, row)),
+                )[0]
+                for row in range(len(ids))
+            ]
         longest = max(len(answer.token_ids) for answer in answers)
         padded = np.full((len(answers), longest), self.config.pad_token_id, dtype=np.int64)
         for row, answer in zip(padded, answers, strict=True):
             row[: len(answer.token_ids)] = answer.token_ids
         return as_array(padded, np.int64)
+
+
+def _of_prompt(allowed: AllowedTokens, row: int) -> Callable[[list[int]], Iterable[int]]:
+    return lambda tokens: allowed(row, as_array(np.asarray(tokens, dtype=np.int64), np.int64))
 
 
 def _num_leading_image_tokens(ids: npt.NDArray[np.int64], count: int) -> int:

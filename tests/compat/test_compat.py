@@ -99,6 +99,32 @@ def test_generate_gives_the_tokens_of_transformers(
     )
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_allowed_tokens_are_those_of_transformers(
+    num_beams: int, tiny: Exported, theirs: Any, photographs: list[Image.Image]
+) -> None:
+    """Of two prompts in one call, each with sets of its own that depend on the answer so far."""
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    ours = AutoModelForCausalLM.from_pretrained(tiny.bundle, device="cpu")
+
+    def allowed(batch_id: int, ids: Any) -> list[int]:
+        ends = {2} if len(ids) > 7 else set()
+        return sorted(ends | {3 + (int(ids[-1]) * 7 + batch_id * 131 + step * 37) % 900 for step in range(9)})
+
+    prompts = ["<OD>", "<CAPTION_TO_PHRASE_GROUNDING> a car and a tree"]
+    given = theirs(
+        text=prompts, images=[each.convert("RGB") for each in photographs[:2]], return_tensors="np", padding=True
+    )
+    options = {"max_new_tokens": 12, "num_beams": num_beams, "do_sample": False, "prefix_allowed_tokens_fn": allowed}
+    found = ours.generate(**given, **options)
+    tensors = {name: torch.from_numpy(value) for name, value in given.items()}
+    expected = tiny.checkpoint.model.generate(**tensors, **options)
+    assert found.tolist() == expected.tolist()
+    assert len({tuple(row) for row in found.tolist()}) == 2
+    with pytest.raises(OptionsError, match="allows nothing"):
+        ours.generate(**given, max_new_tokens=4, prefix_allowed_tokens_fn=lambda batch_id, ids: [])
+
+
 # ----------------------------------------------------------------------------------------------------- how tools call
 
 
