@@ -208,6 +208,32 @@ class Prediction(Generic[R]):
             )
         }
 
+    def to_coco(self, image_id: int = 1, categories: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """This answer as annotations in COCO's form: pixels, `bbox` as `[x, y, w, h]`, `score` where there is one.
+
+        Args:
+            image_id: Of the image.
+            categories: Names of the categories whose ids are 1, 2, …; further labels are numbered behind them.
+        """
+        from florence_onnx.forms import boxes, labelled
+
+        found = labelled.of_prediction(self, "image")
+        (found,), classes, _ = labelled.classify([found], categories)
+        pairs = enumerate(found.shapes, 1)
+        return [boxes.coco_annotation(each, n, image_id, classes.index(each.label) + 1) for n, each in pairs]
+
+    def to_labelme(self, image_path: str) -> dict[str, Any]:
+        """This answer as LabelMe's (and X-AnyLabeling's) JSON for an image of that name."""
+        from florence_onnx.forms import boxes, labelled
+
+        return boxes.labelme(labelled.of_prediction(self, image_path))
+
+    def to_label_studio(self, image_url: str) -> dict[str, Any]:
+        """This answer as a task of Label Studio with a prediction, for an image at that address."""
+        from florence_onnx.forms import label_studio, labelled
+
+        return label_studio.tasks([labelled.of_prediction(self, image_url)])[0]
+
     def to_supervision(self, classes: Sequence[str] | None = None) -> Detections:
         """This answer as `supervision.Detections`; needs the extra `supervision`.
 

@@ -131,6 +131,9 @@ ROOMS = {
         *("_version", "answers", "errors", "generation", "images", "model", "prediction", "runtime", "tasks"),
         *("PIL", "av", "filelock", "numpy", "pyarrow", "pypdfium2"),
     },
+    "forms": {
+        *("_version", "answers", "batch", "errors", "images", "prediction", "PIL", "pikepdf", "pycocotools"),
+    },
     "compat": {
         *("answers", "bundles", "errors", "generation", "images", "loading", "model", "prompts", "tasks"),
         *("numpy", "PIL"),
@@ -199,6 +202,7 @@ ROOMS = {
             "errors",
             "evaluating",
             "fal",
+            "forms",
             "generation",
             "grammar",
             "images",
@@ -361,7 +365,7 @@ LAZY = {
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
-ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
+ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "forms", "mcp_server", "server"}
 """Rooms above `model`, which `import florence_onnx` never imports."""
 
 HEAVY = {

@@ -86,7 +86,7 @@ def of_prediction(
         prompt=prompt,
         width=width,
         height=height,
-        answer=to_dict(prediction.results, with_scores=with_scores),
+        answer=answer_of(prediction.results, with_scores=with_scores),
         text=text_of(prediction.results),
         score=_score(prediction) if with_scores else None,
         truncated=prediction.truncated,
@@ -115,6 +115,15 @@ def of_error(item_id: str, source: str, task: Task[Any], prompt: str | None, err
         milliseconds=0.0,
         model=model,
     )
+
+
+def answer_of(results: Any, *, with_scores: bool) -> Any:
+    """Results as fal's JSON has them, and the four corners of each quad box."""
+    answer = to_dict(results, with_scores=with_scores)
+    if isinstance(results, OCRBoundingBox):
+        for described, box in zip(answer["quad_boxes"], results.quad_boxes, strict=True):
+            described["quad"] = to_dict(box.quad)
+    return answer
 
 
 def text_of(results: Any) -> str:

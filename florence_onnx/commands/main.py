@@ -15,6 +15,7 @@ from florence_onnx import __version__
 from florence_onnx.commands.batch import batch
 from florence_onnx.commands.build_engines import build_engines
 from florence_onnx.commands.configure import configure
+from florence_onnx.commands.convert import convert
 from florence_onnx.commands.demo import demo
 from florence_onnx.commands.detect import detect
 from florence_onnx.commands.doctor import doctor
@@ -47,6 +48,7 @@ app.command()(demo)
 app.command()(run)
 app.command()(detect)
 app.command()(batch)
+app.command()(convert)
 app.command()(evaluate)
 app.command(name="tasks")(list_tasks)
 app.command()(info)

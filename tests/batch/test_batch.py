@@ -87,9 +87,9 @@ def without_scores(answer: Any) -> Any:
     if isinstance(answer, str):
         return answer
     assert all(each["score"] > 0 for part in answer.values() for each in part)
-    return {
-        name: [{key: each[key] for key in each if key != "score"} for each in part] for name, part in answer.items()
-    }
+    assert all(len(each["quad"]) == 4 for each in answer.get("quad_boxes", ()))
+    extra = {"score", "quad"}
+    return {name: [{key: each[key] for key in each.keys() - extra} for each in part] for name, part in answer.items()}
 
 
 def items(*names: object, **options: Any) -> list[Item]:
