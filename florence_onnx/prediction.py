@@ -26,6 +26,8 @@ from florence_onnx.tasks import DENSE_REGION_CAPTION, OBJECT_DETECTION, Task
 if TYPE_CHECKING:
     from supervision import Detections
 
+    from florence_onnx.forms.labelled import LabelledImage
+
 R = TypeVar("R")
 
 
@@ -217,22 +219,26 @@ class Prediction(Generic[R]):
         """
         from florence_onnx.forms import boxes, labelled
 
-        found = labelled.of_prediction(self, "image")
-        (found,), classes, _ = labelled.classify([found], categories)
+        (found,), classes, _ = labelled.classify([self._labelled("image")], categories)
         pairs = enumerate(found.shapes, 1)
         return [boxes.coco_annotation(each, n, image_id, classes.index(each.label) + 1) for n, each in pairs]
 
     def to_labelme(self, image_path: str) -> dict[str, Any]:
         """This answer as LabelMe's (and X-AnyLabeling's) JSON for an image of that name."""
-        from florence_onnx.forms import boxes, labelled
+        from florence_onnx.forms import boxes
 
-        return boxes.labelme(labelled.of_prediction(self, image_path))
+        return boxes.labelme(self._labelled(image_path))
 
     def to_label_studio(self, image_url: str) -> dict[str, Any]:
         """This answer as a task of Label Studio with a prediction, for an image at that address."""
-        from florence_onnx.forms import label_studio, labelled
+        from florence_onnx.forms import label_studio
 
-        return label_studio.tasks([labelled.of_prediction(self, image_url)])[0]
+        return label_studio.tasks([self._labelled(image_url)])[0]
+
+    def _labelled(self, name: str) -> LabelledImage:
+        from florence_onnx.forms import labelled
+
+        return labelled.of_results(self.results, self.source_image.size, name, self.task.slug)
 
     def to_supervision(self, classes: Sequence[str] | None = None) -> Detections:
         """This answer as `supervision.Detections`; needs the extra `supervision`.

@@ -74,7 +74,19 @@ ROOMS = {
     "bundles": {"answers", "errors", "generation", "tasks", "numpy", "tokenizers", "huggingface_hub"},
     "grammar": {"answers", "bundles", "errors", "generation", "tasks", "numpy"},
     "runtime": {"forks", "bundles", "errors", "numpy", "onnxruntime"},
-    "prediction": {"answers", "errors", "generation", "images", "runtime", "tasks", "numpy", "PIL", "supervision"},
+    "forms": {"_version", "answers", "errors", "images", "PIL", "pikepdf", "pycocotools"},
+    "prediction": {
+        "answers",
+        "errors",
+        "forms",
+        "generation",
+        "images",
+        "runtime",
+        "tasks",
+        "numpy",
+        "PIL",
+        "supervision",
+    },
     "inference": {"forks", "bundles", "errors", "generation", "images", "prediction", "runtime", "numpy", "PIL"},
     "limits": {"errors", "generation"},
     "parts": {"answers", "errors", "prediction", "tasks"},
@@ -130,9 +142,6 @@ ROOMS = {
     "batch": {
         *("_version", "answers", "errors", "generation", "images", "model", "prediction", "runtime", "tasks"),
         *("PIL", "av", "filelock", "numpy", "pyarrow", "pypdfium2"),
-    },
-    "forms": {
-        *("_version", "answers", "batch", "errors", "images", "prediction", "PIL", "pikepdf", "pycocotools"),
     },
     "compat": {
         *("answers", "bundles", "errors", "generation", "images", "loading", "model", "prompts", "tasks"),
@@ -343,6 +352,7 @@ LAZY = {
         "answers.settled",
         "answers.supervision_detections",
         "answers.matching",
+        "answers.plain",
         "answers.scoring",
         "bundles.configuration",
         "bundles.pulling",
@@ -361,11 +371,15 @@ LAZY = {
     *("inference.continuous_batching", "inference.decoder_call", "inference.device_answering", "inference.slot_table"),
     *("inference.resident_decoder", "inference.resident_model", "postprocess", "runtime.workers"),
     *("tiling.asking", "tiling.merging", "tiling.pieces"),
+    *(
+        f"forms.{name}"
+        for name in ("boxes", "gallery", "label_studio", "labelled", "pages", "searchable_pdf", "writing")
+    ),
     *(f"evaluating.{name}" for name in ("asking", "calibrating", "coco", "measuring", "plotting")),
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
-ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "forms", "mcp_server", "server"}
+ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
 """Rooms above `model`, which `import florence_onnx` never imports."""
 
 HEAVY = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from florence_onnx.answers.results import BoundingBoxes, OCRBoundingBox, PolygonOutput, to_dict
+from florence_onnx.answers.plain import answer_of, items_of, text_of
 from florence_onnx.errors import FlorenceError, InputError
 from florence_onnx.prediction import Prediction
 from florence_onnx.tasks import Task
@@ -117,34 +117,8 @@ def of_error(item_id: str, source: str, task: Task[Any], prompt: str | None, err
     )
 
 
-def answer_of(results: Any, *, with_scores: bool) -> Any:
-    """Results as fal's JSON has them, and the four corners of each quad box."""
-    answer = to_dict(results, with_scores=with_scores)
-    if isinstance(results, OCRBoundingBox):
-        for described, box in zip(answer["quad_boxes"], results.quad_boxes, strict=True):
-            described["quad"] = to_dict(box.quad)
-    return answer
-
-
-def text_of(results: Any) -> str:
-    """Results as one text."""
-    if isinstance(results, str):
-        return results
-    if isinstance(results, OCRBoundingBox):
-        return "\n".join(quad.label for quad in results.quad_boxes)
-    return ", ".join(item.label for item in _items(results) if item.label)
-
-
-def _items(results: Any) -> list[Any]:
-    if isinstance(results, BoundingBoxes):
-        return [*results.bboxes, *results.polygons]
-    if isinstance(results, PolygonOutput):
-        return list(results.polygons)
-    return list(results.quad_boxes) if isinstance(results, OCRBoundingBox) else []
-
-
 def _score(prediction: Prediction[Any]) -> float | None:
     if isinstance(prediction.results, str):
         return None if prediction.text_score is None else prediction.text_score.mean
-    scores = [item.score for item in _items(prediction.results) if item.score is not None]
+    scores = [item.score for item in items_of(prediction.results) if item.score is not None]
     return sum(scores) / len(scores) if scores else None

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from florence_onnx.batch.rows import Row
+from florence_onnx.answers.locations import Size
+from florence_onnx.answers.plain import answer_of, text_of
 from florence_onnx.errors import InputError
-from florence_onnx.prediction import Prediction
 
 Point = tuple[float, float]
 Kind = Literal["box", "quad", "polygon"]
@@ -80,7 +80,30 @@ class LabelledImage:
         return PurePosixPath(self.name).stem
 
 
-def of_rows(rows: Iterable[Row], task: str | None = None) -> Iterator[LabelledImage]:
+class AnyRow(Protocol):
+    """What is needed of a `batch.Row`."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def width(self) -> int | None: ...
+    @property
+    def height(self) -> int | None: ...
+    @property
+    def answer(self) -> Any: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+
+
+def of_rows(rows: Iterable[AnyRow], task: str | None = None) -> Iterator[LabelledImage]:
     """The images of rows, one a row.
 
     Args:
@@ -116,22 +139,17 @@ def of_rows(rows: Iterable[Row], task: str | None = None) -> Iterator[LabelledIm
         raise InputError(f"there are no rows of {task}, only of {', '.join(sorted(seen))}")
 
 
-def of_prediction(prediction: Prediction[Any], name: str) -> LabelledImage:
-    """An answer as the image that it is about, which is called `name`."""
-    from florence_onnx.batch.rows import answer_of, text_of
+def of_results(results: Any, size: Size, name: str, task: str) -> LabelledImage:
+    """Results as the image that they are about.
 
-    width, height = prediction.source_image.size
-    answer = answer_of(prediction.results, with_scores=True)
-    return LabelledImage(
-        name,
-        file_name(name),
-        width,
-        height,
-        prediction.task.slug,
-        "florence-2",
-        shapes_of(answer, width, height),
-        text_of(prediction.results),
-    )
+    Args:
+        results: A result dataclass, or a text.
+        size: `(width, height)` of the image in pixels.
+        name: Of the image.
+        task: Slug of the task.
+    """
+    answer = answer_of(results, with_scores=True)
+    return LabelledImage(name, file_name(name), *size, task, "florence-2", shapes_of(answer, *size), text_of(results))
 
 
 def shapes_of(answer: Any, width: int, height: int) -> tuple[Shape, ...]:
