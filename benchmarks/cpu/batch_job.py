@@ -2,7 +2,7 @@
 
 Both sides answer the same drawn scenes, from files to JSON lines, in processes of their own, by turns, with the same number of
 cores; the start of the process and of the model is not counted. `--memory 5000` also says how the memory of a job with one
-process grows over so many images. Written to `benchmarks/results/batch.md`.
+process grows over so many images. Written to a part of `benchmarks/results/batch.md`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.machine import describe
+from benchmarks.quality.answers_file import write_part
 from export.demo.scenes import make_scene
 from florence_onnx import GenerationOptions, tasks
 from florence_onnx.batch.answering import Loading, Question
@@ -103,8 +104,6 @@ def main() -> None:
         ]
     ratio = median(rates["job"]) / median(rates["loop"])
     lines = [
-        "# Batch jobs",
-        "",
         f"Written by `python -m benchmarks.cpu.batch_job --images {given.images} --rounds {given.rounds}"
         f"{f' --memory {given.memory}' if given.memory else ''}`: the demo model, `<OD>`, greedy, JPEG files of 640 pixels, "
         f"{machine['cores']} cores of {machine['cpu']}, load {machine['load_before']} before.",
@@ -122,7 +121,7 @@ def main() -> None:
             "",
             f"Peak memory of a job in one process over {given.memory} images, at each tenth, in MB: {tenths}.",
         ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_part("Beside a plain loop", "\n".join(lines), RESULTS)
     print("\n".join(lines))
 
 

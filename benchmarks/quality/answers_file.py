@@ -1,4 +1,4 @@
-"""`benchmarks/results/answers.md`, of which each measurement writes one part."""
+"""Files of results, such as `benchmarks/results/answers.md`, of which each measurement writes one part."""
 
 from pathlib import Path
 
