@@ -11,6 +11,7 @@ read ─▶ id, encoded image ─map_batches(Predictor)─▶ rows of text and n
 """
 
 from florence_onnx.ray.columns import Columns
+from florence_onnx.ray.pipeline import Actors, answer, run
 from florence_onnx.ray.predictor import Predictor
 
-__all__ = ["Columns", "Predictor"]
+__all__ = ["Actors", "Columns", "Predictor", "answer", "run"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from florence_onnx import errors
 from florence_onnx.answers.locations import Region
 from florence_onnx.batch.items import ImageSource, Item, failed
 from florence_onnx.batch.rows import Row
@@ -44,6 +45,8 @@ class Columns:
     """Texts for tasks that take one; null for the predictor's."""
     region: str | None = None
     """Regions for tasks that take one, as location tokens or four bins from 0 to 999; null for the predictor's."""
+    error: str | None = None
+    """Why an image could not be read, where its reader knows: `{type, message}`, the type a name in `florence_onnx.errors`."""
     keep: tuple[str, ...] = ()
     """Other columns that go into the answer as they are, once for each task."""
 
@@ -67,7 +70,9 @@ def to_items(batch: Any, columns: Columns) -> list[Item]:
     names = _names_of(batch)
     missing = [name for name in columns.read if name not in names]
     if missing:
-        raise InputError(f"the data set has no column {missing[0]!r}; it has {', '.join(names)}: name the columns by Columns")
+        raise InputError(
+            f"the data set has no column {missing[0]!r}; it has {', '.join(names)}: name the columns by Columns"
+        )
     cells = {name: _cells_of(batch, name) for name in columns.read}
     images = cells[columns.image]
     _check_encoded(images)
@@ -109,11 +114,19 @@ def _item(cells: Mapping[str, Any], columns: Columns) -> Item:
     try:
         if given is None:
             raise ImageError(f"the row has no {columns.id!r}")
+        if columns.error is not None and cells[columns.error] is not None:
+            raise _error(cells[columns.error])
         text = None if columns.text is None else _text(cells[columns.text])
         region = None if columns.region is None else _region(cells[columns.region])
         return Item(item_id, source, _image(cells[columns.image]), text, region)
     except InputError as error:
         return failed(item_id, source, error if isinstance(error, ImageError) else ImageError(str(error)))
+
+
+def _error(cell: Mapping[str, str]) -> ImageError:
+    kind = getattr(errors, cell["type"], ImageError)
+    is_image_error = isinstance(kind, type) and issubclass(kind, ImageError)
+    return kind(cell["message"]) if is_image_error else ImageError(cell["message"])
 
 
 def _image(cell: Any) -> ImageSource:

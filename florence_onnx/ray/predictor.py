@@ -15,6 +15,7 @@ from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.images import opening
 from florence_onnx.ray.columns import Columns, to_items, to_table, with_kept
+from florence_onnx.tasks import Task
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +43,7 @@ class Predictor:
         self,
         model: str = DEMO,
         *,
-        tasks: str | Sequence[str],
+        tasks: Task[Any] | str | Sequence[Task[Any] | str],
         columns: Columns | None = None,
         text: str | None = None,
         region: Region | str | None = None,
@@ -56,7 +57,7 @@ class Predictor:
 
         Args:
             model: A bundle directory that is on every node, a hub repository, or `"demo"`.
-            tasks: Slugs or tokens of tasks; an image is encoded once for all.
+            tasks: Tasks, their slugs or tokens; an image is encoded once for all.
             columns: Names of the data set's columns; None for `image` and `id`.
             text: For tasks that take a text, where the column has none.
             region: For tasks that take a region, where the column has none.
@@ -76,7 +77,7 @@ class Predictor:
         self._name = model
         threads = _assigned_cpus() if num_threads is None else num_threads
         self._model = Loading(model, loading).load(num_threads=threads)
-        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        names = [tasks] if isinstance(tasks, str | Task) else list(tasks)
         asked = tuple(dict.fromkeys(known.get(name, self._model.tasks) for name in names))
         region = Region.from_text(region) if isinstance(region, str) else region
         self._question = Question(
