@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ BATCH_SIZE = 32
 ROWS_PER_BLOCK = 256
 """Images that an actor is given at a time, and that are answered again if it dies. Ray's own blocks of 128 MiB are a thousand
 photographs, or all names of a large data set, of which one actor would have all."""
+
+CONNECT_SECONDS = 10.0
+"""For the first connection to a cluster."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,13 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raises OSError where nobody listens: Ray itself tries for minutes, and ends this process then."""
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 @contextmanager

@@ -157,7 +157,9 @@ class Meanwhile(threading.Thread):
             raise self.error
 
 
-def test_a_worker_is_killed_and_a_node_removed(cluster: Any, sources: list[Path], expected: Rows, tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_a_node_removed(
+    cluster: Any, sources: list[Path], expected: Rows, tmp_path: Path
+) -> None:
     out = tmp_path / "rows.parquet"
     happened = []
 
@@ -199,7 +201,9 @@ def test_the_job_is_killed_again_and_again(cluster: Any, sources: list[Path], ex
             process.kill()
             process.wait()
         left.append(num_parts(out))
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     print(left, done.stdout.splitlines()[-1])
     assert rows_of(out) == expected

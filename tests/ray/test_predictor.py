@@ -48,7 +48,14 @@ def test_rows_are_those_of_a_batch_job(predictor: Predictor) -> None:
     assert [(field.name, str(field.type)) for field in found.schema] == [
         (name, {"float64": "double"}.get(kind, kind)) for name, kind in TYPES.items()
     ]
-    assert found["error_type"].to_pylist() == [None, None, *["ImageDecodeError"] * 2, None, None, *["ImageDecodeError"] * 2]
+    assert found["error_type"].to_pylist() == [
+        None,
+        None,
+        *["ImageDecodeError"] * 2,
+        None,
+        None,
+        *["ImageDecodeError"] * 2,
+    ]
     assert all(score > 0 for score in found["score"].to_pylist() if score is not None)
     assert any(found["score"].to_pylist())
 
@@ -80,7 +87,9 @@ def test_an_empty_batch_has_all_columns(predictor: Predictor) -> None:
 def test_texts_regions_and_kept_columns() -> None:
     columns = Columns(text="phrase", region="where", source="from", keep=("page", "phrase"))
     asked = [tasks.CAPTION_TO_PHRASE_GROUNDING, tasks.REGION_TO_CATEGORY]
-    predictor = Predictor(tasks=asked, columns=columns, text="a star", region="<loc_0><loc_0><loc_999><loc_999>", **LOADING)
+    predictor = Predictor(
+        tasks=asked, columns=columns, text="a star", region="<loc_0><loc_0><loc_999><loc_999>", **LOADING
+    )
     batch = table(
         [BYTES[0]] * 4,
         phrase=["a circle", None, "a circle", "a circle"],
