@@ -127,6 +127,10 @@ ROOMS = {
         ),
         *("numpy", "PIL", "typing_extensions"),
     },
+    "batch": {
+        *("_version", "answers", "errors", "generation", "images", "model", "prediction", "runtime", "tasks"),
+        *("PIL", "av", "filelock", "numpy", "pyarrow", "pypdfium2"),
+    },
     "compat": {
         *("answers", "bundles", "errors", "generation", "images", "loading", "model", "prompts", "tasks"),
         *("numpy", "PIL"),
@@ -188,6 +192,7 @@ ROOMS = {
         *(
             "_version",
             "answers",
+            "batch",
             "bench_fal",
             "bundles",
             "detecting",
@@ -356,7 +361,7 @@ LAZY = {
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
-ABOVE_MODEL = {"bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
+ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
 """Rooms above `model`, which `import florence_onnx` never imports."""
 
 HEAVY = {

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import typer
 
+from florence_onnx.batch.sources.files import SUFFIXES
 from florence_onnx.errors import ImageNotFoundError
 from florence_onnx.images import url
-
-SUFFIXES = frozenset(
-    [
-        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
-        *(".tga", ".tif", ".tiff", ".webp"),
-    ]
-)
-"""What the name of an image ends with, in lower case; only files in folders are chosen by it."""
 
 
 def expand(given: Sequence[str], *, recursive: bool) -> list[str]:

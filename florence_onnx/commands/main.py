@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from florence_onnx import __version__
+from florence_onnx.commands.batch import batch
 from florence_onnx.commands.build_engines import build_engines
 from florence_onnx.commands.configure import configure
 from florence_onnx.commands.demo import demo
@@ -45,6 +46,7 @@ def florence_onnx(
 app.command()(demo)
 app.command()(run)
 app.command()(detect)
+app.command()(batch)
 app.command()(evaluate)
 app.command(name="tasks")(list_tasks)
 app.command()(info)

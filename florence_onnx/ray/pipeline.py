@@ -200,8 +200,9 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     try:
+        _check_reachable(address)
         ray.init(address=address)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster at {address}: {error}. `ray start --head` starts one, --address names it"
         ) from error
