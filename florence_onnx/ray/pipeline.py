@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from florence_onnx import errors
 from florence_onnx.batch.job import Job, Summary, _check_job, _locked
 from florence_onnx.errors import FlorenceError, InputError, MissingExtraError, ProviderError
 from florence_onnx.ray.predictor import Predictor
@@ -25,6 +27,7 @@ ROWS_PER_BLOCK = 256
 """Images that an actor is given at a time, and that are answered again if it dies. Ray's own blocks of 128 MiB are a thousand
 photographs, or all names of a large data set, of which one actor would have all."""
 
+_LAST_LINE = re.compile(r"^florence_onnx\.errors\.(\w+): (.*)\Z", re.MULTILINE | re.DOTALL)
 CONNECT_SECONDS = 10.0
 """For the first connection to a cluster."""
 
@@ -135,13 +138,13 @@ def run(
             )
             answers.write_parquet(str(job.out.resolve()), filename_provider=_names(), min_rows_per_file=job.shard_rows)
         after = _count(job.out)
-    errors = {name: count for name, count in (after - before).items() if name is not None}
+    kinds = {name: count for name, count in (after - before).items() if name is not None}
     return Summary(
         num_rows=after.total() - before.total(),
-        num_errors=sum(errors.values()),
+        num_errors=sum(kinds.values()),
         num_done_before=before.total(),
         seconds=time.monotonic() - begin,
-        errors=errors,
+        errors=kinds,
     )
 
 
@@ -235,12 +238,24 @@ def _errors_named(ray: Any) -> Iterator[None]:
 
 def _own(error: BaseException | None) -> FlorenceError | None:
     """The error of ours that caused another."""
+    text = str(error)
     while error is not None:
         cause = getattr(error, "cause", None) or error.__cause__
         if isinstance(error, FlorenceError) and not isinstance(cause, FlorenceError):
             return error
         error = cause
-    return None
+    return _told(text)
+
+
+def _told(text: str) -> FlorenceError | None:
+    """The error of ours that a traceback ends with: of an actor that could not begin, Ray keeps nothing else."""
+    found = _LAST_LINE.search(text)
+    kind = getattr(errors, found[1], None) if found else None
+    if found is None or not (isinstance(kind, type) and issubclass(kind, FlorenceError)):
+        return None
+    if kind is MissingExtraError:  # has its own arguments
+        return ProviderError(found[2].strip())
+    return kind(found[2].strip())
 
 
 @contextmanager

@@ -28,11 +28,12 @@ pa = pytest.importorskip("pyarrow", reason="pip install -e '.[ray]'")
 pytest.importorskip("pyarrow.parquet")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
-from florence_onnx import BundleNotFoundError, InputError, tasks  # noqa: E402
+from florence_onnx import BundleNotFoundError, GenerationOptions, InputError, tasks  # noqa: E402
 from florence_onnx.batch.job import Job, run  # noqa: E402
 from florence_onnx.batch.outputs import read_rows  # noqa: E402
-from florence_onnx.ray import Actors  # noqa: E402
+from florence_onnx.ray import Actors, Columns, answer  # noqa: E402
 from florence_onnx.ray import run as run_on_ray  # noqa: E402
+from florence_onnx.ray.columns import from_table  # noqa: E402
 from tests.ray import cluster_job  # noqa: E402
 
 pytestmark = pytest.mark.cluster
@@ -238,3 +239,18 @@ def test_errors_are_ours(cluster: Any, sources: list[Path], tmp_path: Path) -> N
     missing = Job(job.sources, job.out, job.question, cluster_job.Loading("/no/such/bundle"))
     with pytest.raises(BundleNotFoundError, match="/no/such/bundle"):
         run_on_ray(missing, address=cluster.address, actors=Actors(1))
+
+
+def test_a_data_set_of_ones_own(cluster: Any, sources: list[Path], expected: Rows) -> None:
+    ray.init(cluster.address)
+    try:
+        given = {"tasks": list(cluster_job.TASKS), "options": GenerationOptions(num_beams=1), "device": "cpu"}
+        files = ray.data.read_binary_files(str(sources[0]), include_paths=True)
+        answers = answer(files, columns=Columns(image="bytes", id="path"), actors=Actors(2), rows_per_block=8, **given)
+        found = {(row["id"], row["task"]): row for row in from_table(pa.Table.from_pylist(answers.take_all()))}
+        of_folder = {key: row for key, row in expected.items() if key[0].startswith(str(sources[0]))}
+        assert {key: {**row, "milliseconds": None} for key, row in found.items()} == of_folder
+        with pytest.raises(Exception, match=r"no column 'image'; it has bytes, path: name the columns by Columns"):
+            answer(files, **given).take_all()
+    finally:
+        ray.shutdown()

@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 pa = pytest.importorskip("pyarrow", reason="pip install -e '.[ray]'")
 
 from florence_onnx import GenerationOptions, InputError, Region, UnknownTaskError, errors, tasks  # noqa: E402
 from florence_onnx.batch.answering import Loading, Question, answer  # noqa: E402
 from florence_onnx.batch.items import Item  # noqa: E402
+from florence_onnx.commands.batch_on_ray import parse_actors  # noqa: E402
+from florence_onnx.commands.main import app  # noqa: E402
 from florence_onnx.ray import Actors, Columns, Predictor  # noqa: E402
 from florence_onnx.ray.columns import TYPES, from_table  # noqa: E402
+from florence_onnx.ray.pipeline import _told  # noqa: E402
 
 SAMPLES = sorted((Path(tasks.__file__).parent / "demo" / "samples").glob("*.png"))[:4]
 GREEDY = GenerationOptions(num_beams=1, scores=True)
@@ -146,3 +150,31 @@ def test_what_goes_to_an_actor_is_pickled_small() -> None:
     again = pickle.loads(pickle.dumps(sent))
     assert again == sent
     assert len(pickle.dumps(sent)) < 10_000
+
+
+def test_the_command_line_has_the_engine(tmp_path: Path) -> None:
+    runner = CliRunner()
+    command = ["batch", str(SAMPLES[0]), "--task", "caption", "--engine", "ray", "--out"]
+    refused = runner.invoke(app, [*command, str(tmp_path / "rows.jsonl")])
+    assert refused.exit_code == 2
+    assert "on Ray the output is parquet: name it" in refused.output
+    refused = runner.invoke(app, [*command, str(tmp_path / "rows.parquet"), "--actors", "two"])
+    assert refused.exit_code == 2
+    assert "must be N or LEAST-MOST" in refused.output
+    refused = runner.invoke(app, [*command, str(tmp_path / "rows.parquet"), "--actors", "3-2"])
+    assert "actors must be at least 1" in refused.output
+    assert not list(tmp_path.iterdir())
+    assert parse_actors("2-8") == (2, 8)
+    assert parse_actors("8") == 8
+
+
+def test_errors_that_ray_keeps_as_text_only() -> None:
+    text = "The actor died\nTraceback\n  raise\nflorence_onnx.errors.BundleNotFoundError: 'x' is not a directory; give\none"
+    found = _told(text)
+    assert type(found) is errors.BundleNotFoundError
+    assert str(found) == "'x' is not a directory; give\none"
+    assert _told("florence_onnx.errors.annotations: x") is None
+    assert _told("ValueError: x") is None
+    missing = _told("a\nflorence_onnx.errors.MissingExtraError: x is not installed; run: pip install y")
+    assert type(missing) is errors.ProviderError
+    assert str(missing).endswith("pip install y")
