@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florence_onnx import errors
-from florence_onnx.batch.job import Job, Summary, _check_job, _locked
+from florence_onnx.batch.job import Job, Summary, check_job, locked
 from florence_onnx.errors import FlorenceError, InputError, MissingExtraError, ProviderError
 from florence_onnx.ray.predictor import Predictor
 
@@ -28,6 +28,7 @@ ROWS_PER_BLOCK = 256
 photographs, or all names of a large data set, of which one actor would have all."""
 
 _LAST_LINE = re.compile(r"^florence_onnx\.errors\.(\w+): (.*)\Z", re.MULTILINE | re.DOTALL)
+_PENDING = ".pending.parquet"
 CONNECT_SECONDS = 10.0
 """For the first connection to a cluster."""
 
@@ -120,13 +121,13 @@ def run(
     _check(job)
     ray = _ray()
     begin, checkpoint = time.monotonic(), job.out.with_name(job.out.name + ".done")
-    with _locked(job.out), _connected(ray, address), _errors_named(ray):
+    with locked(job.out), _connected(ray, address), _errors_named(ray):
         from florence_onnx.ray.datasource import COLUMNS, Items
 
         source = Items(job.sources, job.source_options)
         _check_checkpoint(job, checkpoint)
-        _check_job(job)
-        before = _count(job.out)
+        check_job(job)
+        before = _count(job.out, checkpoint)
         with _checkpointing(ray.data, checkpoint):
             answers = answer(
                 ray.data.read_datasource(source),
@@ -137,7 +138,7 @@ def run(
                 columns=COLUMNS,
             )
             answers.write_parquet(str(job.out.resolve()), filename_provider=_names(), min_rows_per_file=job.shard_rows)
-        after = _count(job.out)
+        after = _count(job.out, checkpoint)
     kinds = {name: count for name, count in (after - before).items() if name is not None}
     return Summary(
         num_rows=after.total() - before.total(),
@@ -283,12 +284,13 @@ def _names() -> Any:
     return Names()
 
 
-def _count(out: Path) -> Counter[str | None]:
-    """Rows by the class of their error, None for answers."""
+def _count(out: Path, checkpoint: Path) -> Counter[str | None]:
+    """Rows of committed files by the class of their error, None for answers; the others may be half-written, and Ray removes them."""
     import pyarrow.parquet
 
+    begun = {path.name.removesuffix(_PENDING) for path in checkpoint.glob(f"*{_PENDING}")}
     counts: Counter[str | None] = Counter()
     for part in out.glob("part-*.parquet"):
-        table = pyarrow.parquet.read_table(part, columns=["error_type"])
-        counts.update(table["error_type"].to_pylist())
+        if part.stem.rpartition("-")[0] not in begun:  # Ray writes `NAME-0.parquet` for the checkpoint `NAME`
+            counts.update(pyarrow.parquet.read_table(part, columns=["error_type"])["error_type"].to_pylist())
     return counts

@@ -257,6 +257,20 @@ def test_another_job_on_its_output_is_refused(cluster: Any, sources: list[Path],
         cluster_job.on_cluster(out, few, cluster.address, beams=2)
 
 
+def test_half_written_files(cluster: Any, sources: list[Path], expected: Rows, tmp_path: Path) -> None:
+    """As after a death in the middle of one file, and between another and its commit."""
+    out = tmp_path / "rows.parquet"
+    cluster_job.on_cluster(out, sources[1:2], cluster.address)
+    for number, path in enumerate(sorted((tmp_path / "rows.parquet.done").glob("part-*.parquet"))[:2]):
+        path.rename(path.with_name(f"{path.stem}.pending.parquet"))
+        (part,) = out.glob(f"{path.stem}-*")
+        if number == 0:
+            os.truncate(part, 100)
+    again = cluster_job.on_cluster(out, sources[1:2], cluster.address)
+    assert rows_of(out) == {key: row for key, row in expected.items() if "shard.tar" in key[0]}
+    assert (again.num_rows, again.num_done_before) == (16, 24)  # type: ignore[attr-defined]
+
+
 def test_errors_are_ours(cluster: Any, sources: list[Path], tmp_path: Path) -> None:
     job = cluster_job.job(tmp_path / "rows.parquet", sources)
     with pytest.raises(InputError, match=r"parquet: name it .*rows.parquet, got .*rows.jsonl"):
