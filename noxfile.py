@@ -1,7 +1,7 @@
 """What CI runs, session by session: `nox -l` lists them, `nox -s lint` runs one, `.ci/run` runs them all.
 
-`lint`, `types`, `slow` and `tests` use the environment of README's test command, `.venv-test`; `nox -s environment` makes
-it. The others have environments of their own, because two packages that bring the module onnxruntime break each other.
+`lint`, `types`, `slow`, `cluster` and `tests` use the environment of README's test command, `.venv-test`; `nox -s
+environment` makes it. The others have environments of their own, because two packages that bring the module onnxruntime break each other.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def slow(session: nox.Session) -> None:
     environment = {"FLORENCE_ONNX_KEEP_BUNDLES": str(BUNDLES)}
     arguments = session.posargs or ["-k", "base"]
     session.run(PYTHON, "-m", "pytest", "-m", "slow", "-n", "0", *arguments, env=environment, external=True)
+
+
+@nox.session(venv_backend="none")
+def cluster(session: nox.Session) -> None:
+    """A batch job on a cluster of two Ray nodes on this computer: killed workers, nodes and jobs."""
+    session.run(PYTHON, "-m", "pytest", "-m", "cluster", "-n", "0", "tests/ray", *session.posargs, external=True)
 
 
 @nox.session

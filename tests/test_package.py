@@ -143,6 +143,10 @@ ROOMS = {
         *("_version", "answers", "errors", "generation", "images", "model", "prediction", "runtime", "tasks"),
         *("PIL", "av", "filelock", "numpy", "pyarrow", "pypdfium2"),
     },
+    "ray": {
+        *("answers", "batch", "bundles", "errors", "generation", "images", "prediction", "tasks"),
+        *("PIL", "numpy", "pyarrow"),
+    },
     "compat": {
         *("answers", "bundles", "errors", "generation", "images", "loading", "model", "prompts", "tasks"),
         *("numpy", "PIL"),
@@ -220,7 +224,7 @@ ROOMS = {
             "mcp_server",
             "model",
         ),
-        *("prediction", "prompts", "runtime", "server", "tasks", "tiling", "huggingface_hub", "rich", "typer"),
+        *("prediction", "prompts", "ray", "runtime", "server", "tasks", "tiling", "huggingface_hub", "rich", "typer"),
     },
     "demo": set(),
     "__init__": {
@@ -379,7 +383,7 @@ LAZY = {
 }
 """Modules that `import florence_onnx` does not import; they are imported when they are first needed."""
 
-ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "server"}
+ABOVE_MODEL = {"batch", "bench_fal", "commands", "compat", "demo", "fal", "mcp_server", "ray", "server"}
 """Rooms above `model`, which `import florence_onnx` never imports."""
 
 HEAVY = {

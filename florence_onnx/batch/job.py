@@ -128,8 +128,8 @@ def run(
     sources = open_sources(job.sources, job.source_options)
     output = open_output(job.out, job.form, job.shard_rows)
     texts = CaptionSidecars(job.txt_dir) if job.txt else None
-    with _locked(job.out), ExitStack() as stack:
-        _check_job(job)
+    with locked(job.out), ExitStack() as stack:
+        check_job(job)
         done = output.repair()
         summary.num_done_before = len(done)
         if on_begin is not None:
@@ -223,7 +223,7 @@ def _size_of(model: Florence2) -> int:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Refuses a second run on the same output; the lock ends with the process, however that ends.
 
     Raises:
@@ -249,7 +249,7 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_job(job: Job) -> None:
+def check_job(job: Job) -> None:
     """Writes what the rows of an output depend on beside it, or compares it with what is there.
 
     Raises:

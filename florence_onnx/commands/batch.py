@@ -39,6 +39,14 @@ from florence_onnx.commands.arguments import (
     parse_assignments,
     parse_region,
 )
+from florence_onnx.commands.batch_on_ray import (
+    ActorCpusOption,
+    ActorGpusOption,
+    ActorsOption,
+    AddressOption,
+    EngineOption,
+    run_on_ray,
+)
 from florence_onnx.commands.run import find_task
 from florence_onnx.generation.option_names import parse_options
 from florence_onnx.generation.options import merge
@@ -126,6 +134,11 @@ def batch(
         int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
     ] = None,
     option: GenerationOption = None,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    actors: ActorsOption = "1",
+    actor_cpus: ActorCpusOption = 1,
+    actor_gpus: ActorGpusOption = 0,
 ) -> None:
     """Answer any number of images into a file or a folder of rows; run again, it goes on where it was ended.
 
@@ -169,14 +182,18 @@ def batch(
                 raise typer.BadParameter(f"{each.slug} needs --region or --region-column", param_hint="--task")
         if model == DEMO:
             typer.echo(DEMO_NOTE, err=True)
-        stop = Stop()
-        with stopping_on_signals(stop, lambda said: typer.echo(said, err=True)), _reporting() as report:
-            summary = run(job, on_row=report.row, on_begin=report.begin, stop=stop)
+        summary = run_on_ray(job, address, actors, actor_cpus, actor_gpus) if engine == "ray" else _run_here(job)
     _say(summary, out)
     if summary.is_stopped:
         raise typer.Exit(130)
     if summary.num_errors:
         raise typer.Exit(1)
+
+
+def _run_here(job: Job) -> Summary:
+    stop = Stop()
+    with stopping_on_signals(stop, lambda said: typer.echo(said, err=True)), _reporting() as report:
+        return run(job, on_row=report.row, on_begin=report.begin, stop=stop)
 
 
 def _parse_shard(given: str) -> tuple[int, int]:
