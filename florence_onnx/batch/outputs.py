@@ -234,14 +234,23 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise InputError(f"{path} has no rows of a batch job")
     seen: set[Key] = set()
     for each in sorted(known, key=lambda file: file.name.startswith("_")):
-        if each.suffix == ".parquet":
-            found = _read_part(each)
-        else:
-            found = _read_lines(each) if each.suffix == ".jsonl" else (row for row, _ in _samples(each))
-        for row in found:
+        for row in _read_file(each):
             if row.key not in seen:  # those of a part may still be in the journal
                 seen.add(row.key)
                 yield row
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    """The rows of a file of a folder; a job that is running may finish the file, or empty its journal, meanwhile."""
+    if path.suffix == ".parquet":
+        yield from _read_part(path)
+    elif path.suffix == ".jsonl":
+        yield from _read_lines(path) if path.exists() else ()
+    else:
+        try:
+            yield from (row for row, _ in _samples(path))
+        except FileNotFoundError:  # when it is opened, so before its first row
+            yield from (row for row, _ in _samples(path.with_suffix("")))
 
 
 def _read_lines(path: Path) -> Iterator[Row]:
@@ -355,8 +364,8 @@ def _member(name: str, content: bytes) -> bytes:
 
 def _samples(path: Path) -> Iterator[tuple[Row, int]]:
     """The rows of the complete samples of a shard, each with the place behind it; a damaged rest is left out."""
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
