@@ -206,7 +206,9 @@ class Service:
             job = Job(contract.Arguments(task, ""), priority, deadline, owner)
             self._fail(job, problem)
             return job
-        job.on_tokens, job.on_prediction = on_tokens, on_prediction
+        # which boxes stay is known with their scores, at the end: until then none may be told of, as no part is taken back
+        job.on_tokens = on_tokens if job.arguments.extensions.min_score is None else None
+        job.on_prediction = on_prediction
         job.needs_download = self._reader.needs_download(job.arguments.image_url)
         with self._condition:
             if not self._is_open:

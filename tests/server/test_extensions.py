@@ -100,6 +100,19 @@ def test_a_list_of_classes_through_the_queue_and_as_a_stream(server: LiveServer)
     assert httpx.Response(200, text=last[6:]).json() == direct
 
 
+@pytest.mark.parametrize("given", [{"min_score": 0.1075}, {"tiles": {"size": 250}}, {"deadline": 0}, {"scores": True}])
+def test_the_parts_of_a_stream_are_its_result(server: LiveServer, given: dict[str, Any]) -> None:
+    """Also of boxes that are dropped, or merged, when all are known."""
+    asked = {"image_url": sheet() if "tiles" in given else IMAGE_URL, **given}
+    text = httpx.post(f"{server.url}/{APP}/object-detection/stream", json=asked, headers=EXTRA, timeout=60).text
+    *parts, last = [
+        httpx.Response(200, text=line[6:]).json() for line in text.splitlines() if line.startswith("data: ")
+    ]
+    assert [part["item"] for part in parts if part["part"] == "box"] == last["results"]["bboxes"]
+    if "min_score" in given:
+        assert 0 < len(last["results"]["bboxes"]) < 3
+
+
 @pytest.mark.parametrize("slug", ["object-detection", "ocr", "ocr-with-region"])
 def test_tiles(server: LiveServer, model: Florence2, slug: str) -> None:
     image = sheet()
