@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from florence_onnx.answers.results import BoundingBoxes
 from florence_onnx.detecting import absence
@@ -30,6 +30,10 @@ MAX_CLASSES = 32
 """Most `classes` of a request."""
 MAX_TILES = 64
 """Most tiles of an image."""
+MAX_PROMPTS = 256
+"""Most questions of a request: classes times tiles."""
+RULES = tuple(rule for rule in absence.RULES if rule != "likelihood")
+"""Rules for absent classes that a request may name. "likelihood" asks a further question for every box, however many there are."""
 Errors = list[dict[str, Any]]
 CheckBytes = Callable[[int], None]
 
@@ -157,17 +161,21 @@ def read(task: Task[Any], given: Mapping[str, Any], errors: Errors, check_text_b
     return found
 
 
-def check_num_tiles(tiles: Tiles | None, size: tuple[int, int]) -> str | None:
+def check_num_tiles(given: Extensions, size: tuple[int, int]) -> str | None:
     """What is wrong with the number of tiles of an image of `(width, height)` pixels, None for nothing."""
+    tiles = given.tiles
     if tiles is None or tiles.fits(size):
         return None
     try:
-        number = len(tiles.boxes(size))
+        number = len(tiles.boxes(size)) + tiles.whole
     except InputError as error:
         return str(error)
-    if number <= MAX_TILES:
+    most = min(MAX_TILES, MAX_PROMPTS // max(1, len(given.classes)))
+    if number <= most:
         return None
-    return f"An image of {size[0]} x {size[1]} pixels has {number} such tiles; at most {MAX_TILES} are allowed: make them larger"
+    what = f"An image of {size[0]} x {size[1]} pixels has {number} such tiles"
+    with_classes = f" with {len(given.classes)} classes" if given.classes else ""
+    return f"{what}; at most {most} are allowed{with_classes}: make them larger"
 
 
 def _number(given: Mapping[str, Any], name: str, errors: Errors, most: float = 1.0) -> float | None:
@@ -193,11 +201,10 @@ def _flag(given: Mapping[str, Any], name: str, errors: Errors) -> bool:
 
 def _absent(given: Mapping[str, Any], errors: Errors) -> absence.Absent:
     value = given["absent"]
-    if isinstance(value, str) and value in absence.RULES:
-        rule: absence.Absent = value
-        return rule
-    allowed = ", ".join(get_args(absence.Absent))
-    errors.append(field_error(["absent"], f"Input should be one of {allowed}", "literal_error"))
+    for rule in RULES:
+        if rule == value:
+            return rule
+    errors.append(field_error(["absent"], f"Input should be one of {', '.join(RULES)}", "literal_error"))
     return absence.DEFAULT_RULE
 
 

@@ -364,12 +364,12 @@ class Service:
         begin = time.monotonic()
         content = job.content if job.content is not None else self._reader.read(job.arguments.image_url)
         job.digest = hashlib.sha256(content).digest()
-        tiles = job.arguments.extensions.tiles
+        extended = job.arguments.extensions
         # tiles are made of the image, and their memory is admitted with it
-        job.features = None if tiles is not None else self._cache.get(job.digest)
+        job.features = None if extended.tiles is not None else self._cache.get(job.digest)
         if job.features is None:
             job.image = self._decode_image(job, content)
-            problem = check_num_tiles(tiles, job.image.size)
+            problem = check_num_tiles(extended, job.image.size)
             if problem is not None:
                 raise problems.invalid([field_error(["tiles"], problem, "value_error")])
         job.drop_source()

@@ -8,7 +8,6 @@ from typing import Any
 
 from florence_onnx import __version__, tasks
 from florence_onnx.answers import postprocess
-from florence_onnx.detecting import absence
 from florence_onnx.fal import extensions
 from florence_onnx.fal.contract import APP, MAX_BIN
 from florence_onnx.generation.options import GenerationOptions
@@ -183,7 +182,7 @@ def _with_extensions(found: dict[str, Schema]) -> dict[str, Schema]:
             "description": "With classes: which overlap of two boxes of a class is too much. Not in fal's API.",
         },
         "absent": {
-            "enum": list(absence.RULES),
+            "enum": list(extensions.RULES),
             "description": "With classes: the rule by which absent ones are recognised. Not in fal's API.",
         },
     }

@@ -152,6 +152,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("open-vocabulary-detection", {"classes": ["a " * 1500]}, "classes"),
     ("open-vocabulary-detection", {"classes": [f"thing {n}" for n in range(33)]}, "classes"),
     ("open-vocabulary-detection", {"classes": ["car"], "absent": "never"}, "absent"),
+    ("open-vocabulary-detection", {"classes": ["car"], "absent": "likelihood"}, "absent"),
     ("open-vocabulary-detection", {"classes": ["car"], "nms": 2}, "nms"),
     ("object-detection", {"tiles": 768}, "tiles"),
     ("object-detection", {"tiles": {"size": 8}}, "tiles"),
@@ -172,9 +173,14 @@ def test_wrong_values_are_named(server: LiveServer, slug: str, given: dict[str, 
 
 
 def test_an_image_with_many_tiles_is_refused_before_it_is_cut() -> None:
-    assert extensions.check_num_tiles(Tiles(32, 0.75), (4000, 4000)) is not None
-    assert extensions.check_num_tiles(Tiles(768), (4000, 4000)) is None
-    assert extensions.check_num_tiles(Tiles(768), (700, 700)) is None
+    def check(tiles: Tiles, size: tuple[int, int], count: int = 0) -> str | None:
+        names = tuple(f"thing {number}" for number in range(count))
+        return extensions.check_num_tiles(extensions.Extensions(classes=names, tiles=tiles), size)
+
+    assert check(Tiles(32, 0.75), (4000, 4000)) is not None
+    assert check(Tiles(768), (4000, 4000)) is None and check(Tiles(768), (700, 700)) is None
+    assert check(Tiles(768), (4000, 4000), 6) is None
+    assert "at most 8 are allowed with 32 classes" in (check(Tiles(768), (4000, 4000), 32) or "")
 
 
 def test_requests_of_all_kinds_beside_one_another(server: LiveServer) -> None:
