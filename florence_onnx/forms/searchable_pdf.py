@@ -121,14 +121,14 @@ def _add_page(document: Any, font: Any, image: LabelledImage, path: Path, loaded
 
     width, height = loaded.size[0] * scale, loaded.size[1] * scale
     page = document.add_blank_page(page_size=(width, height))
-    page.Resources = Dictionary(XObject=Dictionary(Im0=_picture(document, path, loaded)), Font=Dictionary(F0=font))
+    page.Resources = Dictionary(XObject=Dictionary(Im0=_image_object(document, path, loaded)), Font=Dictionary(F0=font))
     lines = [f"q {width:.4f} 0 0 {height:.4f} 0 0 cm /Im0 Do Q", "BT 3 Tr"]
     lines += [_text(shape, height, scale) for shape in lines_of(image) if shape.text.strip()]
     page.Contents = document.make_stream("\n".join([*lines, "ET"]).encode("ascii"))
     page.Type = Name.Page
 
 
-def _picture(document: Any, path: Path, loaded: Image.Image) -> Any:
+def _image_object(document: Any, path: Path, loaded: Image.Image) -> Any:
     """The image; a JPEG file that needs no turning goes in as it is."""
     from pikepdf import Name, Stream
 
