@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.machine import describe
-from benchmarks.quality.answers_file import write_part
+from benchmarks.results_file import write_part
 from export.demo.scenes import make_scene
 from florence_onnx import GenerationOptions, tasks
 from florence_onnx.batch.answering import Loading, Question

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality.answers_file import write_part
+from benchmarks.results_file import write_part
 from export.bundles.writer import export_bundle
 from export.checkpoints.checkpoint import load_checkpoint
 from export.demo.always import absent_name, is_present, make_always_scene, write_checkpoint

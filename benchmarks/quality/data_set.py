@@ -21,7 +21,7 @@ import pypdfium2
 import supervision
 
 from benchmarks.machine import describe
-from benchmarks.quality.answers_file import write_part
+from benchmarks.results_file import write_part
 from export.demo.scenes import make_scene
 from florence_onnx.batch.outputs import read_rows
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.quality.answers_file import PATH, write_part
+from benchmarks.results_file import PATH, write_part
 from export.demo.questions import short_name
 from export.demo.scenes import Scene, make_scene
 from florence_onnx import Florence2, GenerationOptions, tasks

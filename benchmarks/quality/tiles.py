@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from benchmarks.quality.answers_file import write_part
+from benchmarks.results_file import write_part
 from export.demo.sheets import PixelBox, make_sheet
 from florence_onnx import Florence2, GenerationOptions, Tiles, tasks
 from florence_onnx.answers.matching import box_iou, pair_boxes

@@ -40,6 +40,7 @@ from florence_onnx.commands.arguments import (
     parse_region,
 )
 from florence_onnx.commands.batch_on_ray import (
+    ENGINES,
     ActorCpusOption,
     ActorGpusOption,
     ActorsOption,
@@ -144,6 +145,8 @@ def batch(
 
     An image without an answer is a row with `error`, and makes the exit code 1. Ctrl-C finishes the images in flight.
     """
+    if engine not in ENGINES:
+        raise typer.BadParameter(f"must be one of {', '.join(ENGINES)}, got {engine!r}", param_hint="--engine")
     with exit_on_error():
         options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
         options = merge(options, GenerationOptions(scores=True)) if scores else options

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from florence_onnx.batch.job import Job, Summary
 
-Engine = Literal["local", "ray"]
+ENGINES = ("local", "ray")
 EngineOption = Annotated[
-    Engine, typer.Option(help="local: this computer. ray: a Ray cluster, into OUT.parquet; needs the extra ray.")
+    str, typer.Option(help="local: this computer. ray: a Ray cluster, into OUT.parquet; needs the extra ray.")
 ]
 AddressOption = Annotated[
     str | None,

@@ -633,6 +633,7 @@ def test_the_command_says_what_it_did(folder: Path, tmp_path: Path) -> None:
         (["--task", "open-vocabulary-detection"], "needs --text or --text-column"),
         (["--task", "region-to-ocr"], "needs --region or --region-column"),
         (["--task", "nothing"], "nothing"),
+        (["--task", "caption", "--engine", "spark"], "must be one of local, ray"),
         (["--task", "caption", "--shard", "0/3"], "shard must be"),
         (["--task", "caption", "--shard", "x"], "must be I/N"),
         (["--task", "caption", "--fps", "0", "--out", "v"], "--out must end with"),

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("torch", reason="the scenes' variant of the demo model needs the export extra")
 pytest.importorskip("matplotlib", reason="the drawn words use matplotlib's bundled fonts")
 
-from benchmarks.quality import absence, answers_file, tiles
+from benchmarks import results_file
+from benchmarks.quality import absence, tiles
 from export.demo.scenes import make_scene
 from florence_onnx import Florence2
 
@@ -62,19 +63,19 @@ def test_duplicates_are_counted_whatever_their_label() -> None:
 def test_a_part_of_the_file_replaces_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "answers.md"
     for title, text in (("A", "one"), ("B", "two\n\n### C\n\nthree"), ("A", "four")):
-        answers_file.write_part(title, text, path)
+        results_file.write_part(title, text, path)
     assert path.read_text(encoding="utf-8") == (
-        f"{answers_file.TITLE}\n\n## A\n\nfour\n\n## B\n\ntwo\n\n### C\n\nthree\n"
+        f"{results_file.TITLE}\n\n## A\n\nfour\n\n## B\n\ntwo\n\n### C\n\nthree\n"
     )
 
 
 def test_the_recorded_recall_is_three_times_that_of_the_whole_image() -> None:
     rows = [
-        line.split(" | ") for line in answers_file.PATH.read_text(encoding="utf-8").splitlines() if "| tiles |" in line
+        line.split(" | ") for line in results_file.PATH.read_text(encoding="utf-8").splitlines() if "| tiles |" in line
     ]
     whole = [
         line.split(" | ")
-        for line in answers_file.PATH.read_text(encoding="utf-8").splitlines()
+        for line in results_file.PATH.read_text(encoding="utf-8").splitlines()
         if "| whole image |" in line
     ]
     assert len(rows) == len(whole) == 2

@@ -28,12 +28,13 @@ EXPORT: dict[str, set[str]] = {
 BENCHMARKS: dict[str, set[str]] = {
     "costs": set(),
     "machine": set(),
+    "results_file": set(),
     "checkpoints": set(),
     "models": {"checkpoints", "costs"},
-    "cpu": {"checkpoints", "costs", "machine", "models"},
+    "cpu": {"checkpoints", "costs", "machine", "models", "results_file"},
     "gpu": {"costs", "machine", "models"},
     "serving": {"machine", "models"},
-    "quality": set(),
+    "quality": {"machine", "results_file"},
     "__init__": set(),
 }
 """The same for `benchmarks`: what each question (cpu, gpu, …) is measured with, and none imports another."""

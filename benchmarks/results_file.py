@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "answers.md"
+PATH = Path(__file__).resolve().parent / "results" / "answers.md"
 TITLE = "# Answers one can act on"
 
 
