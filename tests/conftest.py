@@ -36,6 +36,7 @@ LONGEST_FIRST = (
     "tests/server/test_playground.py",
     "tests/fal/test_fal_clients.py",
     "tests/server/test_server.py",
+    "tests/batch/test_batch.py",
     "tests/benchmarks/test_compare.py",
     "tests/benchmarks/test_gpu.py",
     "tests/export/test_verify_command.py",
@@ -48,6 +49,10 @@ LONGEST_FIRST = (
     "tests/export/test_unusual_checkpoints.py",
     "tests/export/test_quantization.py",
     "tests/export/test_checkpoint.py",
+    "tests/evaluating/test_evaluate.py",
+    "tests/server/test_extensions.py",
+    "tests/test_limits.py",
+    "tests/test_streams.py",
 )
 """Files in the order in which they start: those of more than ten seconds, so that what is left for the end is short. The
 first two do not wait for each other's exports."""
