@@ -15,8 +15,9 @@ from typing import Any
 
 from florence_onnx._version import __version__
 from florence_onnx.batch.answering import Loading, Question, answer, answer_in_processes, default_workers
+from florence_onnx.batch.captions import CaptionSidecars
 from florence_onnx.batch.items import Item, Source, in_shard
-from florence_onnx.batch.outputs import SHARD_ROWS, CaptionSidecars, open_output
+from florence_onnx.batch.outputs import SHARD_ROWS, open_output
 from florence_onnx.batch.rows import Key, Row
 from florence_onnx.batch.sources import SourceOptions, open_sources
 from florence_onnx.errors import InputError, MissingExtraError
