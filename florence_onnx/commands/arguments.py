@@ -14,7 +14,8 @@ import typer
 from florence_onnx.answers.locations import Region
 from florence_onnx.bundles.bundle import parse_image_size
 from florence_onnx.errors import FlorenceError, OptionsError
-from florence_onnx.generation.options import GenerationOptions
+from florence_onnx.generation import option_names
+from florence_onnx.generation.options import GenerationOptions, merge
 from florence_onnx.grammar import Choice, Grammar
 from florence_onnx.tasks import Task
 from florence_onnx.tiling.tiles import Tiles
@@ -58,6 +59,12 @@ CalibrationOption = Annotated[
         metavar="FILE",
         show_default=False,
     ),
+]
+BeamsOption = Annotated[
+    int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]", show_default=False)
+]
+MaxNewTokensOption = Annotated[
+    int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]", show_default=False)
 ]
 TilesOption = Annotated[
     str | None,
@@ -121,6 +128,18 @@ def parse_region(value: str | None) -> Region | None:
             f"must be four integer bins from 0 to 999, such as 52,332,932,774; got {value!r}", param_hint="--region"
         ) from None
     return Region(x1, y1, x2, y2)
+
+
+def parse_options(
+    given: Sequence[str] | None, beams: int | None, max_new_tokens: int | None = None, *, scores: bool = False
+) -> GenerationOptions:
+    """Reads the values of `--option`, with `--beams`, `--max-new-tokens` and `--scores` over them.
+
+    Raises:
+        OptionsError: One is malformed, unknown or out of range.
+    """
+    options = option_names.parse_options(parse_assignments(given or ()))
+    return merge(options, GenerationOptions(beams, max_new_tokens, scores=scores or None))
 
 
 def parse_assignments(given: Sequence[str], *, can_be_empty: bool = False) -> dict[str, Any]:

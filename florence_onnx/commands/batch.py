@@ -21,7 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from florence_onnx import GenerationOptions
 from florence_onnx.batch.answering import Loading, Question
 from florence_onnx.batch.job import Job, Stop, Summary, run, stopping_on_signals
 from florence_onnx.batch.outputs import FORMS, SHARD_ROWS
@@ -30,13 +29,15 @@ from florence_onnx.batch.sources import SourceOptions
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
+    BeamsOption,
     CalibrationOption,
     DeviceOption,
     GenerationOption,
+    MaxNewTokensOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
-    parse_assignments,
+    parse_options,
     parse_region,
 )
 from florence_onnx.commands.batch_on_ray import (
@@ -49,8 +50,6 @@ from florence_onnx.commands.batch_on_ray import (
     run_on_ray,
 )
 from florence_onnx.commands.run import find_task
-from florence_onnx.generation.option_names import parse_options
-from florence_onnx.generation.options import merge
 from florence_onnx.images.opening import MAX_PIXELS
 
 LINE_SECONDS = 10.0
@@ -128,12 +127,8 @@ def batch(
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     calibration: CalibrationOption = None,
-    beams: Annotated[
-        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
-    ] = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     option: GenerationOption = None,
     engine: EngineOption = "local",
     address: AddressOption = None,
@@ -148,8 +143,7 @@ def batch(
     if engine not in ENGINES:
         raise typer.BadParameter(f"must be one of {', '.join(ENGINES)}, got {engine!r}", param_hint="--engine")
     with exit_on_error():
-        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams, max_new_tokens))
-        options = merge(options, GenerationOptions(scores=True)) if scores else options
+        options = parse_options(option, beams, max_new_tokens, scores=scores)
         loading = {
             "device": device,
             "precision": precision,

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from florence_onnx import Detections, Florence2, GenerationOptions
+from florence_onnx import Detections, Florence2
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
+    BeamsOption,
     CalibrationOption,
     DeviceOption,
     GenerationOption,
@@ -21,15 +22,13 @@ from florence_onnx.commands.arguments import (
     PrecisionOption,
     TilesOption,
     exit_on_error,
-    parse_assignments,
+    parse_options,
     parse_tiles,
 )
 from florence_onnx.commands.image_list import expand
 from florence_onnx.commands.run import describe_boxes, find_task, with_progress
 from florence_onnx.detecting.absence import DEFAULT_RULE, RULES
 from florence_onnx.errors import ImageError
-from florence_onnx.generation.option_names import parse_options
-from florence_onnx.generation.options import merge
 from florence_onnx.images import url
 
 
@@ -57,9 +56,7 @@ def detect(
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
-    beams: Annotated[
-        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
-    ] = None,
+    beams: BeamsOption = None,
     option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per image, one per line.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Write annotated images to this folder.", metavar="DIR")] = None,
@@ -70,7 +67,7 @@ def detect(
     An image that cannot be read does not stop the others, but makes the exit code 1.
     """
     with exit_on_error():
-        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams))
+        options = parse_options(option, beams)
         chosen, divided = find_task(task, model, precision), parse_tiles(tiles)
         names = classes.split(",")
         found = expand(images, recursive=recursive)

@@ -8,16 +8,17 @@ from typing import Annotated
 
 import typer
 
-from florence_onnx import Florence2, GenerationOptions
+from florence_onnx import Florence2
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.arguments import (
+    BeamsOption,
     CalibrationOption,
     DeviceOption,
     GenerationOption,
     ModelOption,
     PrecisionOption,
     exit_on_error,
-    parse_assignments,
+    parse_options,
 )
 from florence_onnx.commands.run import find_task, with_progress
 from florence_onnx.errors import InputError
@@ -26,8 +27,6 @@ from florence_onnx.evaluating.asking import ask, check
 from florence_onnx.evaluating.coco import Figures, read_ground_truth
 from florence_onnx.evaluating.measuring import Evaluation
 from florence_onnx.evaluating.measuring import evaluate as measure
-from florence_onnx.generation.option_names import parse_options
-from florence_onnx.generation.options import merge
 
 
 def evaluate(
@@ -62,9 +61,7 @@ def evaluate(
     model: ModelOption = DEMO,
     precision: PrecisionOption = None,
     device: DeviceOption = "auto",
-    beams: Annotated[
-        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
-    ] = None,
+    beams: BeamsOption = None,
     option: GenerationOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -73,7 +70,7 @@ def evaluate(
     Images without an answer do not count, are named, and make the exit code 1. Needs the extra `evaluate`.
     """
     with exit_on_error():
-        options = merge(parse_options(parse_assignments(option or ())), GenerationOptions(beams))
+        options = parse_options(option, beams)
         default = "open-vocabulary-detection" if each_class else "object-detection"
         chosen = find_task(task or default, model, precision)
         check(chosen, each_class=each_class)

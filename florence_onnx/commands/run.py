@@ -21,17 +21,19 @@ from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.commands.annotated_images import ImageFolder, open_folder
 from florence_onnx.commands.arguments import (
     DEMO_NOTE,
+    BeamsOption,
     CalibrationOption,
     DeviceOption,
     FitOption,
     GenerationOption,
     ImageSizeOption,
+    MaxNewTokensOption,
     ModelOption,
     PrecisionOption,
     TilesOption,
     constrained,
     exit_on_error,
-    parse_assignments,
+    parse_options,
     parse_region,
     parse_size,
     parse_tiles,
@@ -39,8 +41,6 @@ from florence_onnx.commands.arguments import (
 from florence_onnx.commands.captions import CaptionFiles, check_options
 from florence_onnx.commands.image_list import expand
 from florence_onnx.errors import ImageError
-from florence_onnx.generation.option_names import parse_options
-from florence_onnx.generation.options import merge
 from florence_onnx.generation.progress import Truncated
 from florence_onnx.images import url
 from florence_onnx.images.placement import check_fit
@@ -85,12 +85,8 @@ def run(
     image_size: ImageSizeOption = None,
     fit: FitOption = "stretch",
     calibration: CalibrationOption = None,
-    beams: Annotated[
-        int | None, typer.Option(help="Beam search width; 1 is greedy search.  [default: the model's]")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Maximum tokens of an answer.  [default: the model's]")
-    ] = None,
+    beams: BeamsOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
     option: GenerationOption = None,
     scores: Annotated[
         bool, typer.Option("--scores", help="Say how sure the model is: of each box, quad, outline, and of texts.")
@@ -133,8 +129,7 @@ def run(
     makes the exit code 1.
     """
     with exit_on_error():
-        wanted = GenerationOptions(beams, max_new_tokens, scores=True if scores or min_score is not None else None)
-        options = merge(parse_options(parse_assignments(option or ())), wanted)
+        options = parse_options(option, beams, max_new_tokens, scores=scores or min_score is not None)
         if parser is not None and prompt is None:
             raise typer.BadParameter("only the answer to --prompt can be read in another way", param_hint="--parser")
         images = _read_images(task, images, has_task=prompt is None)
