@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -171,9 +171,7 @@ def default_workers(num_bytes: int, *, is_cpu: bool) -> int:
     return cpu.num_cores() if is_cpu and num_bytes < SMALL else 1
 
 
-def answer_in_processes(
-    items: Iterable[Item], loading: Loading, question: Question, workers: int, is_stopped: Callable[[], bool]
-) -> Iterator[Row]:
+def answer_in_processes(items: Iterable[Item], loading: Loading, question: Question, workers: int) -> Iterator[Row]:
     """As `answer`, in several processes, each with one thread and a model of its own; rows in the order of the items.
 
     Args:
@@ -181,7 +179,6 @@ def answer_in_processes(
         loading: How each process loads the model.
         question: What to ask.
         workers: Number of processes.
-        is_stopped: Whether no more items are to be begun; those in flight are answered.
 
     Raises:
         ProviderError: A process has died, or the model failed in it.
@@ -195,7 +192,7 @@ def answer_in_processes(
     waiting: deque[Future[list[Row]]] = deque()
     try:
         while True:
-            while len(waiting) < 2 * workers and not is_stopped() and (chunk := list(islice(source, CHUNK))):
+            while len(waiting) < 2 * workers and (chunk := list(islice(source, CHUNK))):
                 waiting.append(pool.submit(_work, chunk))
             if not waiting:
                 return

@@ -33,6 +33,12 @@ class Item:
     extension: str = ""
     """What the name of an image file would end with, such as `.jpg`; empty for frames and pages."""
 
+    def __post_init__(self) -> None:
+        # a file's name may hold bytes that are no UTF-8, which no output could write; `image` keeps them
+        for name in ("id", "source"):
+            written = getattr(self, name).encode("utf-8", "backslashreplace").decode()
+            object.__setattr__(self, name, written)
+
     @property
     def encoded(self) -> bytes | None:
         """The image file, if there is one that can be read; None for frames, pages and URLs."""

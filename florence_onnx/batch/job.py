@@ -130,7 +130,7 @@ def run(
     output = open_output(job.out, job.form, job.shard_rows)
     texts = CaptionSidecars(job.txt_dir) if job.txt else None
     with locked(job.out), ExitStack() as stack:
-        check_job(job)
+        check_job(job, engine="local")
         done = output.repair()
         summary.num_done_before = len(done)
         if on_begin is not None:
@@ -138,7 +138,7 @@ def run(
             known = None if None in totals or count > 1 else sum(total or 0 for total in totals)
             on_begin(None if known is None else known * len(job.question.tasks), len(done))
         stack.callback(output.close)
-        for row, item in _answers(job, _wanted(sources, job, done, summary, stop), stop):
+        for row, item in _answers(job, _wanted(sources, job, done, summary, stop)):
             if row.key in done:  # of an image of which another task was missing
                 continue
             if texts is not None:
@@ -154,7 +154,7 @@ def run(
 
 
 def _wanted(sources: Iterable[Source], job: Job, done: set[Key], summary: Summary, stop: Stop) -> Iterator[Item]:
-    """The items that are not answered yet, each once."""
+    """The items that are not answered yet, each once; no more of them once the run is to end."""
     slugs = [task.slug for task in job.question.tasks]
     seen: set[str] = set()
     for item in chain.from_iterable(sources):
@@ -171,7 +171,7 @@ def _wanted(sources: Iterable[Source], job: Job, done: set[Key], summary: Summar
         yield item
 
 
-def _answers(job: Job, items: Iterator[Item], stop: Stop) -> Iterator[tuple[Row, Item]]:
+def _answers(job: Job, items: Iterator[Item]) -> Iterator[tuple[Row, Item]]:
     """The rows with their items."""
     in_flight: dict[str, Item] = {}
 
@@ -185,34 +185,29 @@ def _answers(job: Job, items: Iterator[Item], stop: Stop) -> Iterator[tuple[Row,
         return  # nothing to do, so that no model is loaded
     items = chain([first], items)
     last = job.question.tasks[-1].slug
-    for row in _rows(job, remembered(), stop):
+    for row in _rows(job, remembered()):
         item = in_flight.pop(row.id) if row.task == last else in_flight[row.id]
         yield row, item
 
 
-def _rows(job: Job, items: Iterator[Item], stop: Stop) -> Iterator[Row]:
+def _rows(job: Job, items: Iterator[Item]) -> Iterator[Row]:
+    if job.workers is not None and job.workers < 1:
+        raise InputError(f"workers must be at least 1, got {job.workers}")
     workers = job.workers
-    model: Florence2 | None = None
-    if workers is None:
-        is_cpu = job.loading.arguments.get("device", "auto") in ("cpu", "auto") and not job.loading.arguments.get(
-            "max_batch"
-        )
-        if is_cpu:
-            model = job.loading.load()
-            is_cpu = model.info()["provider"] == "CPUExecutionProvider"
-            workers = default_workers(_size_of(model), is_cpu=is_cpu)
-        else:
-            workers = 1
-    if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
-    if workers == 1:
-        model = model or job.loading.load()
-        yield from answer(items, model, job.question, model_name=job.loading.name)
-        return
-    if model is not None:
+    if workers is None or workers == 1:
+        model = job.loading.load()
+        workers = workers or _default_workers(model)
+        if workers == 1:
+            yield from answer(items, model, job.question, model_name=job.loading.name)
+            return
         model.check_options(job.question.options)  # a wrong option is an error now, and not in each process
-    del model
-    yield from answer_in_processes(items, job.loading, job.question, workers, lambda: stop.is_set)
+        del model  # the processes have their own
+    yield from answer_in_processes(items, job.loading, job.question, workers)
+
+
+def _default_workers(model: Florence2) -> int:
+    is_cpu = model.info()["provider"] == "CPUExecutionProvider" and not model.max_batch
+    return default_workers(_size_of(model), is_cpu=is_cpu)
 
 
 def _size_of(model: Florence2) -> int:
@@ -250,8 +245,12 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_job(job: Job) -> None:
+def check_job(job: Job, *, engine: str) -> None:
     """Writes what the rows of an output depend on beside it, or compares it with what is there.
+
+    Args:
+        job: The job.
+        engine: What runs it: each finds out in its own way what is done.
 
     Raises:
         InputError: It is another.
@@ -260,7 +259,7 @@ def check_job(job: Job) -> None:
     if job.restart:
         _remove(job.out)
         path.unlink(missing_ok=True)
-    content = _described(job)
+    content = {**_described(job), "engine": engine}
     if not path.exists():
         if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
             raise InputError(

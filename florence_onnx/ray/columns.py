@@ -1,34 +1,20 @@
-"""Batches of Ray Data to items, and rows to Arrow tables."""
+"""Batches of Ray Data to items, and their other columns to the answers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from florence_onnx import errors
-from florence_onnx.answers.locations import Region
-from florence_onnx.batch.items import ImageSource, Item, failed
-from florence_onnx.batch.rows import Row
-from florence_onnx.errors import ImageError, InputError, MissingExtraError
+from florence_onnx.batch.cells import image_of, region_of, text_of
+from florence_onnx.batch.items import Item, failed
+from florence_onnx.errors import ImageError, InputError
 
 if TYPE_CHECKING:
     import pyarrow
-
-TYPES = {
-    **dict.fromkeys(("id", "source", "task", "prompt"), "string"),
-    **dict.fromkeys(("width", "height"), "int64"),
-    **dict.fromkeys(("answer", "text"), "string"),
-    "score": "float64",
-    **dict.fromkeys(("truncated", "error", "error_type"), "string"),
-    "milliseconds": "float64",
-    "model": "string",
-}
-"""Arrow types of the columns, which are those of the parquet files of `florence-onnx batch`: answers are JSON, and `truncated`
-is `limit`, `deadline` or null."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +102,9 @@ def _item(cells: Mapping[str, Any], columns: Columns) -> Item:
             raise ImageError(f"the row has no {columns.id!r}")
         if columns.error is not None and cells[columns.error] is not None:
             raise _error(cells[columns.error])
-        text = None if columns.text is None else _text(cells[columns.text])
-        region = None if columns.region is None else _region(cells[columns.region])
-        return Item(item_id, source, _image(cells[columns.image]), text, region)
+        text = None if columns.text is None else text_of(cells[columns.text])
+        region = None if columns.region is None else region_of(cells[columns.region])
+        return Item(item_id, source, image_of(cells[columns.image]), text, region)
     except InputError as error:
         return failed(item_id, source, error if isinstance(error, ImageError) else ImageError(str(error)))
 
@@ -127,56 +113,6 @@ def _error(cell: Mapping[str, str]) -> ImageError:
     kind = getattr(errors, cell["type"], ImageError)
     is_image_error = isinstance(kind, type) and issubclass(kind, ImageError)
     return kind(cell["message"]) if is_image_error else ImageError(cell["message"])
-
-
-def _image(cell: Any) -> ImageSource:
-    if isinstance(cell, Mapping):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str | bytes) and cell:
-        return cell
-    raise ImageError(f"an image must be bytes, a path, a URL or {{bytes, path}}, got {cell!r:.80}")
-
-
-def _text(cell: Any) -> str | None:
-    if cell is None or isinstance(cell, str):
-        return cell
-    raise InputError(f"a text must be a string, got {cell!r:.80}")
-
-
-def _region(cell: Any) -> Region | None:
-    if cell is None:
-        return None
-    if isinstance(cell, str):
-        return Region.from_text(cell)
-    bins = np.asarray(cell)
-    if bins.shape == (4,) and np.issubdtype(bins.dtype, np.integer):
-        return Region(*bins.tolist())
-    raise InputError(f"a region must be location tokens or four bins from 0 to 999, got {cell!r:.80}")
-
-
-def to_table(rows: Iterable[Row]) -> pyarrow.Table:
-    """Rows as a table with the columns `TYPES`, however many there are.
-
-    Raises:
-        MissingExtraError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "ray") from error
-    listed = list(rows)
-    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in TYPES.items()])
-    return pyarrow.table({name: [_cell(row, name) for row in listed] for name in TYPES}, schema)
-
-
-def _cell(row: Row, name: str) -> Any:
-    value = getattr(row, name)
-    if name == "answer":
-        return None if value is None else json.dumps(value, ensure_ascii=False)
-    if name == "truncated":
-        return value if isinstance(value, str) else "limit" if value else None
-    # lone surrogates, which an error about a path can have, are no UTF-8
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def with_kept(table: pyarrow.Table, batch: Any, keep: Sequence[str], num_tasks: int) -> pyarrow.Table:
@@ -195,12 +131,3 @@ def with_kept(table: pyarrow.Table, batch: Any, keep: Sequence[str], num_tasks: 
         repeated = column.take(pyarrow.array(np.repeat(np.arange(len(column)), num_tasks)))
         table = table.append_column(name, repeated)
     return table
-
-
-def from_table(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
-    """The rows of a table of answers as dicts, with `answer` and `truncated` as `Row` has them."""
-    for row in table.select(list(TYPES)).to_pylist():
-        answer, truncated = row["answer"], row["truncated"]
-        row["answer"] = None if answer is None else json.loads(answer)
-        row["truncated"] = True if truncated == "limit" else truncated or False
-        yield row

@@ -126,7 +126,7 @@ def run(
 
         source = Items(job.sources, job.source_options)
         _check_checkpoint(job, checkpoint)
-        check_job(job)
+        check_job(job, engine="ray")
         before = _count(job.out, checkpoint)
         with _checkpointing(ray.data, checkpoint):
             answers = answer(

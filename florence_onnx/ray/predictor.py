@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from florence_onnx import tasks as known
 from florence_onnx.answers.locations import Region
 from florence_onnx.batch.answering import Loading, Question, answer
+from florence_onnx.batch.arrow import to_table
 from florence_onnx.batch.rows import Row
 from florence_onnx.bundles.bundle import DEMO
 from florence_onnx.errors import InputError
 from florence_onnx.generation.options import GenerationOptions
 from florence_onnx.images import opening
-from florence_onnx.ray.columns import Columns, to_items, to_table, with_kept
+from florence_onnx.ray.columns import Columns, to_items, with_kept
 from florence_onnx.tasks import Task
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Predictor:
 
         Returns:
             N x T rows for T tasks, those of an image together and in the order of the batch, with the columns
-            `columns.TYPES` and those that are kept.
+            `batch.arrow.TYPES` and those that are kept.
 
         Raises:
             InputError: A column is missing, or images are decoded already.

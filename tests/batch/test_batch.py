@@ -587,6 +587,29 @@ def test_parts_of_the_images(folder: Path, tmp_path: Path) -> None:
             run(job(tmp_path / "x.jsonl", folder, shard=wrong))
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_name_that_is_no_utf_8(tmp_path: Path, name: str) -> None:
+    """As of files that were unpacked with another encoding: its row is written, and found again."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copy(SAMPLES[0], os.fsencode(folder) + b"/caf\xe9.png")
+    (folder / "ok.png").write_bytes(b"no image")
+    out = tmp_path / name
+    assert run(job(out, folder, **FORMS[name])).num_rows == 2
+    first, second = sorted(read_rows(out), key=lambda row: row.id)
+    assert first.id == f"{folder}/caf\\udce9.png" and first.error is None and second.error is not None
+    assert run(job(out, folder, **FORMS[name])).num_rows == 0
+
+
+def test_the_rows_of_a_cluster_are_not_gone_on_with_here(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.parquet"
+    run(job(out, folder / "part-0"))
+    state = tmp_path / "rows.parquet.job.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "engine": "ray"}))
+    with pytest.raises(InputError, match=r"begun with engine 'ray', this is engine 'local'"):
+        run(job(out, folder / "part-0"))
+
+
 def test_an_image_that_comes_twice_is_one_row(tmp_path: Path) -> None:
     summary = run(job(tmp_path / "rows.jsonl", SAMPLES[0], SAMPLES[0].parent, SAMPLES[0]))
     assert (summary.num_rows, summary.num_repeated) == (8, 2)

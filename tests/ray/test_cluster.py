@@ -31,11 +31,11 @@ pytest.importorskip("pyarrow.parquet")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 from florence_onnx import BundleNotFoundError, GenerationOptions, InputError, tasks  # noqa: E402
+from florence_onnx.batch.arrow import from_table  # noqa: E402
 from florence_onnx.batch.job import Job, run  # noqa: E402
 from florence_onnx.batch.outputs import read_rows  # noqa: E402
 from florence_onnx.ray import Actors, Columns, answer  # noqa: E402
 from florence_onnx.ray import run as run_on_ray  # noqa: E402
-from florence_onnx.ray.columns import from_table  # noqa: E402
 from tests.ray import cluster_job  # noqa: E402
 
 pytestmark = pytest.mark.cluster

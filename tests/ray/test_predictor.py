@@ -16,11 +16,11 @@ pa = pytest.importorskip("pyarrow", reason="pip install -e '.[ray]'")
 
 from florence_onnx import GenerationOptions, InputError, Region, UnknownTaskError, errors, tasks  # noqa: E402
 from florence_onnx.batch.answering import Loading, Question, answer  # noqa: E402
+from florence_onnx.batch.arrow import TYPES, from_table  # noqa: E402
 from florence_onnx.batch.items import Item  # noqa: E402
 from florence_onnx.commands.batch_on_ray import parse_actors  # noqa: E402
 from florence_onnx.commands.main import app  # noqa: E402
 from florence_onnx.ray import Actors, Columns, Predictor  # noqa: E402
-from florence_onnx.ray.columns import TYPES, from_table  # noqa: E402
 from florence_onnx.ray.pipeline import _told  # noqa: E402
 
 SAMPLES = sorted((Path(tasks.__file__).parent / "demo" / "samples").glob("*.png"))[:4]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from florence_onnx.batch import rows
+from florence_onnx.batch.arrow import to_table
 from florence_onnx.batch.items import Item
 from florence_onnx.batch.outputs.json_lines import JsonLines
 from florence_onnx.batch.outputs.synced import replace
@@ -49,13 +47,10 @@ class Parquet:
             self._finish_part()
 
     def _finish_part(self) -> None:
-        import pyarrow
         import pyarrow.parquet
 
         part = self._path / f"part-{self._number:05}.parquet"
-        columns = {name: [_column(row, name) for row in self._waiting] for name in rows.NAMES}
-        schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in _TYPES.items()])
-        pyarrow.parquet.write_table(pyarrow.table(columns, schema), part.with_suffix(".tmp"))
+        pyarrow.parquet.write_table(to_table(self._waiting), part.with_suffix(".tmp"))
         replace(part.with_suffix(".tmp"), part)
         self._number += 1
         self._waiting = []
@@ -67,24 +62,3 @@ class Parquet:
             self._finish_part()
         self._journal.close()
         (self._path / "_rows.jsonl").unlink(missing_ok=True)
-
-
-_TYPES = {
-    **dict.fromkeys(("id", "source", "task", "prompt"), "string"),
-    **dict.fromkeys(("width", "height"), "int64"),
-    **dict.fromkeys(("answer", "text"), "string"),
-    "score": "float64",
-    **dict.fromkeys(("truncated", "error", "error_type"), "string"),
-    "milliseconds": "float64",
-    "model": "string",
-}
-"""Columns of a part; answers, whose form differs between tasks, are JSON."""
-
-
-def _column(row: Row, name: str) -> Any:
-    value = getattr(row, name)
-    if name == "answer":
-        return None if value is None else json.dumps(value, ensure_ascii=False)
-    if name == "truncated":
-        return value if isinstance(value, str) else "limit" if value else None
-    return value

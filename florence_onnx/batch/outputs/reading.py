@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from florence_onnx.batch import rows
+from florence_onnx.batch.arrow import from_table
 from florence_onnx.batch.outputs.webdataset import samples
 from florence_onnx.batch.rows import Key, Row
 from florence_onnx.errors import InputError, MissingExtraError
@@ -69,12 +70,8 @@ def _read_part(path: Path) -> Iterator[Row]:
         raise MissingExtraError("pyarrow", "batch") from error
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for content in batch.to_pylist():
-                answer, truncated = content.get("answer"), content.get("truncated")
-                content["answer"] = None if answer is None else json.loads(answer)
-                content["truncated"] = True if truncated == "limit" else truncated or False
-                yield rows.from_dict(content)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+            yield from map(rows.from_dict, from_table(batch))
+    except (pyarrow.ArrowException, KeyError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} has no rows of a batch job: {error}") from error

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from florence_onnx.answers.locations import Region
-from florence_onnx.batch.items import ImageSource, Item, failed
+from florence_onnx.batch.cells import image_of, region_of, text_of
+from florence_onnx.batch.items import Item, failed
 from florence_onnx.errors import ImageError, InputError, MissingExtraError
 from florence_onnx.images import url
 
@@ -106,28 +106,11 @@ class Table:
         given = {kind: None if name is None else row[name] for kind, name in self._others.items()}
         item_id = source if given["id"] is None else str(given["id"])
         try:
-            text = given["text"]
-            if text is not None and not isinstance(text, str):
-                raise InputError(f"its text must be a string, got {text!r:.80}")
-            region = None if given["region"] is None else _region(given["region"])
-            return Item(item_id, source, self._find(row[self._image]), text, region, self._extension(row[self._image]))
-        except (ImageError, InputError) as error:
+            image = image_of(row[self._image], self._path.parent)
+            text, region = text_of(given["text"]), region_of(given["region"])
+            return Item(item_id, source, image, text, region, self._extension(row[self._image]))
+        except InputError as error:
             return failed(item_id, source, ImageError(f"{source}: {error}"))
-
-    def _find(self, value: Any) -> ImageSource:
-        """An image of Hugging Face's form `{bytes, path}`, bytes, a path or a URL."""
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, list) and len(value) == 1:
-            return self._find(value[0])
-        if isinstance(value, bytes):
-            return value
-        if not isinstance(value, str) or not value:
-            raise ImageError(
-                f"column {self._image!r} must be a path, a URL, bytes or {{bytes, path}}, got {value!r:.80}"
-            )
-        is_remote = url.is_url(value) or url.is_data_uri(value)
-        return value if is_remote else str(self._path.parent / value)
 
     def _extension(self, value: Any) -> str:
         name = value.get("path") if isinstance(value, dict) else value
@@ -151,12 +134,3 @@ def _choose(path: Path, names: list[str], wanted: str | None, known: tuple[str, 
         what = f"no column {wanted!r}" if wanted else "no column of images that is known by its name (--image-column)"
         raise InputError(f"{path} has {what}; it has {', '.join(names)}")
     return found
-
-
-def _region(value: Any) -> Region:
-    """Location tokens, or four bins."""
-    if isinstance(value, str):
-        return Region.from_text(value)
-    if isinstance(value, list) and len(value) == 4 and all(isinstance(each, int) for each in value):
-        return Region(*value)
-    raise InputError(f"its region must be location tokens or four bins from 0 to 999, got {value!r:.80}")
