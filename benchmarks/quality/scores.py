@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from export.demo.questions import short_name
 from export.demo.scenes import Scene, make_scene
 from florence_onnx import Florence2, GenerationOptions, tasks
 from florence_onnx.evaluating.asking import Asked, ask
-from florence_onnx.evaluating.coco import Figures, GroundTruth, read_ground_truth
-from florence_onnx.evaluating.measuring import Evaluation, evaluate, with_scores
+from florence_onnx.evaluating.coco import Figures, Found, GroundTruth, read_ground_truth
+from florence_onnx.evaluating.measuring import Evaluation, evaluate
 from florence_onnx.evaluating.plotting import plot
 
 SEED = 20261203
@@ -69,6 +69,20 @@ def _boxes(scene: Scene) -> list[list[float]]:
     return [
         [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
         for x0, y0, x1, y1 in (shape.box for shape in scene.shapes)
+    ]
+
+
+def with_scores(asked: Iterable[Asked], scores: Iterable[float]) -> list[Asked]:
+    """The same answers with other scores, box by box in order: to see what scores are worth."""
+    given = iter(scores)
+    return [
+        Asked(
+            each.image_id,
+            tuple(Found(box.image_id, box.category_id, box.bbox, next(given)) for box in each.found),
+            each.others,
+            each.error,
+        )
+        for each in asked
     ]
 
 

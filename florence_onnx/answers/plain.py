@@ -1,4 +1,4 @@
-"""Results as plain values: JSON with all that they have, and one text."""
+"""Results as plain values: JSON with all that they have, and one text; labels to compare."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def items_of(results: Any) -> list[Any]:
     if isinstance(results, PolygonOutput):
         return list(results.polygons)
     return list(results.quad_boxes) if isinstance(results, OCRBoundingBox) else []
+
+
+def normalized(label: str) -> str:
+    """A label in lower case with single blanks, to compare it with others."""
+    return " ".join(label.split()).casefold()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import typer
 
+from florence_onnx.batch.captions import caption_path, write_caption
 from florence_onnx.errors import InputError
 from florence_onnx.images import url
 from florence_onnx.prediction import Prediction
@@ -38,18 +38,8 @@ class CaptionFiles:
             self._images[path] = image
 
     def path(self, image: str) -> Path:
-        """The file of an image's caption.
-
-        Raises:
-            InputError: The image is no file, and no folder was given.
-        """
-        is_remote = url.is_url(image) or url.is_data_uri(image)
-        if self._folder is None and is_remote:
-            raise InputError(f"{url.shorten(image)} is no file that a caption could lie beside: give --txt-dir")
-        if self._folder is None:
-            return Path(image).with_suffix(".txt")
-        name = urlsplit(image).path if url.is_url(image) else "data" if is_remote else image
-        return self._folder / f"{Path(name).stem or 'image'}.txt"
+        """The file of an image's caption; errors as for `caption_path`."""
+        return caption_path(image, self._folder)
 
     def missing(self, images: Sequence[str]) -> list[str]:
         """The images that have no file yet; says on standard error how many have one."""
@@ -68,12 +58,7 @@ class CaptionFiles:
         Raises:
             InputError: The file cannot be written.
         """
-        path = self.path(image)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{prediction.results}\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+        write_caption(self.path(image), str(prediction.results))
 
 
 def check_options(task: Task[Any], *, txt: bool, folder: Path | None, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from florence_onnx.batch.sources.files import SUFFIXES
+from florence_onnx.batch.sources.files import images_in
 from florence_onnx.errors import ImageNotFoundError
 from florence_onnx.images import url
 
@@ -29,14 +29,14 @@ def _images_of(given: str, recursive: bool) -> Iterator[str]:
     if url.is_url(given) or url.is_data_uri(given) or not _is_folder(given):
         yield given
         return
-    folder = Path(given)
-    files = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
-    images = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    if not images:
-        deeper = "" if recursive else "; --recursive also searches the folders in it"
-        raise ImageNotFoundError(f"{given} has no images ({len(files)} other files){deeper}")
-    typer.echo(f"{given}: {len(images)} images, {len(files) - len(images)} other files ignored", err=True)
-    yield from map(str, images)
+    try:
+        images, num_others = images_in(Path(given), recursive=recursive)
+    except ImageNotFoundError as error:
+        raise ImageNotFoundError(
+            f"{error}{'' if recursive else '; --recursive also searches the folders in it'}"
+        ) from None
+    typer.echo(f"{given}: {len(images)} images, {num_others} other files ignored", err=True)
+    yield from images
 
 
 def _is_folder(given: str) -> bool:

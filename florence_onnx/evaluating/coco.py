@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from florence_onnx.answers.plain import normalized
 from florence_onnx.answers.results import BoundingBox
 from florence_onnx.errors import InputError, MissingExtraError
 
@@ -97,11 +98,6 @@ class GroundTruth:
             one = precision[:, :, place : place + 1], recall[:, place : place + 1]
             figures[self.names[category_id]] = _figures(*one, counts[category_id])
         return figures, _matched(judged)
-
-
-def normalized(name: str) -> str:
-    """A name in lower case with single blanks."""
-    return " ".join(name.split()).casefold()
 
 
 def read_ground_truth(path: str | os.PathLike[str]) -> GroundTruth:

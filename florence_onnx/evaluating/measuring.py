@@ -11,7 +11,7 @@ from florence_onnx.answers.calibration import Calibration
 from florence_onnx.evaluating import calibrating
 from florence_onnx.evaluating.asking import Asked
 from florence_onnx.evaluating.calibrating import Reliability, measure_reliability
-from florence_onnx.evaluating.coco import Figures, Found, GroundTruth
+from florence_onnx.evaluating.coco import Figures, GroundTruth
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,3 @@ def _fit(fitting: Sequence[Any], judging: Sequence[Any], task: str, model: str |
         measure_reliability([each.score for each in judging], right),
         measure_reliability([calibration.apply(each.score) for each in judging], right),
     )
-
-
-def with_scores(asked: Iterable[Asked], scores: Iterable[float]) -> list[Asked]:
-    """The same answers with other scores, box by box in order: to see what scores are worth."""
-    given = iter(scores)
-    return [
-        Asked(
-            each.image_id,
-            tuple(Found(box.image_id, box.category_id, box.bbox, next(given)) for box in each.found),
-            each.others,
-            each.error,
-        )
-        for each in asked
-    ]

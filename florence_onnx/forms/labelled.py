@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from florence_onnx.answers.locations import Size
-from florence_onnx.answers.plain import answer_of, text_of
+from florence_onnx.answers.plain import answer_of, normalized, text_of
 from florence_onnx.errors import InputError
 
 Point = tuple[float, float]
@@ -237,21 +237,13 @@ def _unique(name: str, taken: Counter[str]) -> str:
 
 @dataclass(frozen=True)
 class Classes:
-    """Which labels are which classes."""
+    """The classes, in the order of their numbers."""
 
     names: tuple[str, ...]
-    mapping: Mapping[str, str] = field(default_factory=dict)
-    """Other labels of a class, normalised."""
-    unmapped: Unmapped = "keep"
 
     def index(self, label: str) -> int:
         """Place of a label's class, from 0."""
         return self.names.index(label)
-
-
-def normalized(label: str) -> str:
-    """A label in lower case with single blanks."""
-    return " ".join(label.split()).casefold()
 
 
 def classify(
@@ -299,7 +291,7 @@ def classify(
         )
     used = {shape.label for each in changed for shape in each.shapes}
     order = list(dict.fromkeys([*names, *(mapping or {}).values()]))
-    return changed, Classes((*order, *sorted(used - set(order))), unmapped=unmapped), others
+    return changed, Classes((*order, *sorted(used - set(order)))), others
 
 
 def read_mapping(given: Sequence[str]) -> dict[str, str]:

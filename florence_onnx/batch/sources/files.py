@@ -24,10 +24,8 @@ SUFFIXES = frozenset(
 class Files:
     """A known list of names."""
 
-    def __init__(self, names: list[str], num_ignored: int = 0) -> None:
+    def __init__(self, names: list[str]) -> None:
         self._names = names
-        self.num_ignored = num_ignored
-        """Files of a folder that are no images."""
 
     @property
     def total(self) -> int | None:
@@ -76,17 +74,21 @@ def of_name(name: str) -> Item:
     return Item(name, name, name, extension=PurePosixPath(path).suffix.lower())
 
 
-def folder(path: Path) -> Files:
-    """The images in a folder and in the folders in it, sorted by path.
+def images_in(folder: Path, *, recursive: bool) -> tuple[list[str], int]:
+    """The images in a folder, sorted by path, and how many other files there are.
+
+    Args:
+        folder: The folder.
+        recursive: Whether the folders in it are searched too.
 
     Raises:
-        ImageNotFoundError: There are none.
+        ImageNotFoundError: There are no images; the message ends with the number of other files.
     """
-    found = sorted(each for each in path.rglob("*") if each.is_file())
-    images = [each for each in found if each.suffix.lower() in SUFFIXES and not each.name.startswith(".")]
+    found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
+    images = [path for path in found if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     if not images:
-        raise ImageNotFoundError(f"{path} has no images ({len(found)} other files)")
-    return Files(list(map(str, images)), len(found) - len(images))
+        raise ImageNotFoundError(f"{folder} has no images ({len(found)} other files)")
+    return list(map(str, images)), len(found) - len(images)
 
 
 def matching(pattern: str) -> list[str]:

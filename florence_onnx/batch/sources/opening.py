@@ -54,7 +54,7 @@ def _open(name: str, options: SourceOptions) -> list[Source]:
     except (OSError, ValueError) as error:
         raise ImageNotFoundError(f"{name[:200]!r} is no path: {error}") from error
     if is_folder:
-        return [files.folder(path)]
+        return [files.Files(files.images_in(path, recursive=True)[0])]
     if exists:
         return [_open_file(path, options)]
     if any(letter in name for letter in "*?["):
