@@ -72,7 +72,7 @@ async def astream(
     """As `stream`, in an event loop, which is never blocked."""
     abandon = Abandon(cancel)
     events: asyncio.Queue[_Event] = asyncio.Queue()
-    _start(call, abandon, _putter(events, abandon))
+    _start(call, abandon, putter(events, abandon.cancel))
     try:
         while True:
             event = await events.get()
@@ -98,7 +98,7 @@ async def arun(call: Callable[[Cancel], R], cancel: Cancel | None) -> R:
     """
     abandon = Abandon(cancel)
     done: asyncio.Queue[tuple[R] | BaseException] = asyncio.Queue()
-    _in_thread(lambda: (call(abandon),), _putter(done, abandon))
+    _in_thread(lambda: (call(abandon),), putter(done, abandon.cancel))
     try:
         event = await done.get()
     finally:
@@ -108,15 +108,21 @@ async def arun(call: Callable[[Cancel], R], cancel: Cancel | None) -> R:
     return event[0]
 
 
-def _putter(events: asyncio.Queue[E], abandon: Cancel) -> Callable[[E], None]:
-    """Puts events into a queue of this thread's event loop, from any thread."""
+def putter(events: asyncio.Queue[E], closed: Callable[[], None] | None = None) -> Callable[[E], None]:
+    """What puts events into a queue of this thread's event loop, from any thread.
+
+    Args:
+        events: The queue.
+        closed: Called in place of it when the loop is closed, so that nobody waits any more.
+    """
     loop = asyncio.get_running_loop()
 
     def put(event: E) -> None:
         try:
             loop.call_soon_threadsafe(events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            abandon.cancel()
+        except RuntimeError:
+            if closed is not None:
+                closed()
 
     return put
 

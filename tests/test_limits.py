@@ -30,7 +30,6 @@ from florence_onnx import (
     ImageNotFoundError,
     InputError,
     Prediction,
-    Region,
     Tiles,
     tasks,
 )
@@ -40,15 +39,10 @@ from florence_onnx.generation.options import SearchConfig
 from florence_onnx.generation.progress import Progress
 from florence_onnx.inference.continuous_batching import ContinuousBatch, DecodeRequest
 from florence_onnx.tiling.asking import TiledPrediction
+from tests.counted_steps import GIVEN, SAMPLES, WAYS, count_steps, load
 from tests.generation.test_generation import EOS, START, TableSession, make_tables
 from tests.inference.test_continuous_batching import Countdown, FakeDecoder
 
-SAMPLES = sorted((Path(tasks.__file__).parent / "demo" / "samples").glob("*.png"))
-GIVEN: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "text": {"text_input": "a red circle and a green square"},
-    "region": {"region": Region(217, 475, 377, 648)},
-}
 SEARCHES = {
     "greedy": GenerationOptions(num_beams=1, prompt_lookup_num_tokens=0),
     "beams": GenerationOptions(num_beams=3),
@@ -57,18 +51,14 @@ SEARCHES = {
 CUT = {"deadline", "cancelled"}
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["host", "continuous batching"])
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def model(request: pytest.FixtureRequest) -> Florence2:
-    options = {"intra_op_num_threads": 1}
-    return Florence2.from_pretrained("demo", device="cpu", session_options=options, max_batch=request.param)
+    return load(request.param)
 
 
 @pytest.fixture
 def steps(model: Florence2) -> Callable[[], float]:
-    """The number of decoder runs since the test began."""
-    decoder = model._text_model._decoder  # type: ignore[attr-defined]
-    before = decoder.num_runs
-    return lambda: float(decoder.num_runs - before)
+    return count_steps(model)
 
 
 # ------------------------------------------------------------------------------------------------------ one answer

@@ -181,6 +181,7 @@ ROOMS = {
             "model",
             "parts",
             "prediction",
+            "streams",
             "tasks",
             "tiling",
         ),

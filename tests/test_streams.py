@@ -26,7 +26,6 @@ from florence_onnx import (
     InputError,
     Prediction,
     ProviderError,
-    Region,
     TextInputError,
     Tiles,
     UnknownTaskError,
@@ -36,13 +35,8 @@ from florence_onnx.answers.results import BoundingBox
 from florence_onnx.answers.settled import items_of
 from florence_onnx.parts import ItemPart, Part, PartReader, TextPart
 from tests.conftest import Exported
+from tests.counted_steps import GIVEN, SAMPLES, WAYS, count_steps, load
 
-SAMPLES = sorted((Path(tasks.__file__).parent / "demo" / "samples").glob("*.png"))
-GIVEN: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "text": {"text_input": "a red circle and a green square"},
-    "region": {"region": Region(217, 475, 377, 648)},
-}
 GREEDY = GenerationOptions(num_beams=1, prompt_lookup_num_tokens=0)
 SEARCHES = {
     "greedy": GREEDY,
@@ -54,10 +48,9 @@ SEARCHES = {
 LONG = GenerationOptions(num_beams=1, max_new_tokens=400, min_new_tokens=400)
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["host", "continuous batching"])
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def model(request: pytest.FixtureRequest) -> Florence2:
-    options = {"intra_op_num_threads": 1}
-    return Florence2.from_pretrained("demo", device="cpu", session_options=options, max_batch=request.param)
+    return load(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +60,7 @@ def encoded(model: Florence2) -> list[EncodedImage]:
 
 @pytest.fixture
 def steps(model: Florence2) -> Callable[[], float]:
-    """The number of decoder runs since the test began."""
-    decoder = model._text_model._decoder  # type: ignore[attr-defined]
-    before = decoder.num_runs
-    return lambda: float(decoder.num_runs - before)
+    return count_steps(model)
 
 
 def check_whole(parts: Sequence[Part | Prediction[Any]], expected: Prediction[Any]) -> None:

@@ -136,13 +136,18 @@ def server_timing(job: Job) -> str:
     return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in job.seconds.items())
 
 
-async def wait(request: Request, job: Job) -> bool:
-    """Waits for a job to end; cancels it if the client disconnects.
+async def wait(request: Request, job: Job, event: asyncio.Future[Any] | None = None) -> bool:
+    """Waits for a job; cancels it if the client disconnects.
+
+    Args:
+        request: The request that it answers.
+        job: The job.
+        event: What to wait for; None for the end of the job.
 
     Returns:
         Whether the client is still connected.
     """
-    ended = job.ended()
+    ended = event or job.ended()
     disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     first: set[asyncio.Future[Any]] = {ended, disconnected}
     try:

@@ -7,9 +7,8 @@ endpoint returns, or an error body with `detail`. An error before the first part
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from fastapi import APIRouter, Request, Response
@@ -32,8 +31,9 @@ from florence_onnx.server.responses import (
     read_json,
     read_start_timeout,
     server_timing,
-    wait_for_disconnect,
+    wait,
 )
+from florence_onnx.streams import putter
 
 router = APIRouter()
 _Event: TypeAlias = "tuple[Sequence[int], EncodedImage] | Prediction[Any] | None"
@@ -46,7 +46,7 @@ async def stream(slug: str, request: Request) -> Response:
     """Runs a request and sends the parts of its answer as they come."""
     context = get_context(request)
     events: asyncio.Queue[_Event] = asyncio.Queue()
-    put = _putter(events)
+    put = putter(events)
     job = context.service.submit(
         f"{APP}/{slug}",
         await read_json(request),
@@ -57,18 +57,8 @@ async def stream(slug: str, request: Request) -> Response:
     )
     job.future.add_done_callback(lambda _: put(None))
     first = asyncio.ensure_future(events.get())
-    gone = asyncio.ensure_future(wait_for_disconnect(request))
-    try:
-        await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        is_connected = first.done()
-        gone.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
-        if not is_connected:
-            first.cancel()
-            context.service.cancel(job)
-    if not is_connected:
+    if not await wait(request, job, first):
+        first.cancel()
         return problem_response(problems.cancelled())  # ASGI needs a response, though the client is gone
     if first.result() is None:  # only a failed job ends without an answer
         return job_response(request, job)
@@ -77,17 +67,6 @@ async def stream(slug: str, request: Request) -> Response:
     return StreamingResponse(
         _send(request, job, reader, events, first.result()), media_type="text/event-stream", headers=headers
     )
-
-
-def _putter(events: asyncio.Queue[_Event]) -> Callable[[_Event], None]:
-    """Puts events into a queue of this thread's event loop, from any thread."""
-    loop = asyncio.get_running_loop()
-
-    def put(event: _Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-    return put
 
 
 async def _send(

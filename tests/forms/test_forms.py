@@ -138,16 +138,14 @@ def save(form: str, images: list[LabelledImage], out: Path, **more: Any) -> Path
     return out
 
 
-def without_hostile(images: list[LabelledImage]) -> list[LabelledImage]:
+def only_boxes(images: list[LabelledImage]) -> list[LabelledImage]:
     """Supervision's readers draw masks of all shapes where there is an outline, so it gets boxes alone."""
     return [replace(image, shapes=tuple(each for each in image.shapes if each.kind == "box")) for image in images]
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_supervision_reads_the_same_boxes(drawn: list[LabelledImage], tmp_path: Path, form: str) -> None:
-    images = [
-        image for image in without_hostile(drawn) if image.name != "déjà vu & co.png" and image.name != "flat.png"
-    ]
+    images = [image for image in only_boxes(drawn) if image.name != "déjà vu & co.png" and image.name != "flat.png"]
     folder = Path(images[0].source).parent
     if form == "coco":
         out = save(form, [replace(image, source=Path(image.source).name) for image in images], tmp_path / "coco.json")

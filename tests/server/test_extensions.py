@@ -119,7 +119,7 @@ def test_tiles(server: LiveServer, model: Florence2, slug: str) -> None:
     found = post(server, slug, image_url=image, tiles={"size": 250, "overlap": 0.3}).json()
     expected = model.run(slug, Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))), tiles=Tiles(250, 0.3))
     assert found["results"] == expected.to_dict()["results"]
-    assert found["results"]
+    assert found["results"] if slug == "ocr" else any(found["results"].values())
 
 
 def test_a_deadline_that_has_passed_and_one_far_away(server: LiveServer) -> None:
