@@ -214,14 +214,12 @@ def test_labelme_createml_and_fiftyone(drawn: list[LabelledImage], tmp_path: Pat
         "imageHeight"
     ] == 100
     assert first["shapes"][0]["points"] == [[10.25, 20.5], [110.75, 90.0]] and first["shapes"][0]["score"] == 0.9
-    if hasattr(supervision.DetectionDataset, "from_labelme"):
-        read = supervision.DetectionDataset.from_labelme
-        only = tmp_path / "one"
-        only.mkdir()
-        shutil.copy(drawn[0].source, only)
-        save("labelme", [replace(drawn[0], source="boxes.png")], tmp_path / "one-labels")
-        ((_, _, detections),) = read(str(only), str(tmp_path / "one-labels"))
-        np.testing.assert_allclose(np.sort(detections.xyxy[:, 0]), [0, 10.25], atol=0.5)
+    only = tmp_path / "one"
+    only.mkdir()
+    shutil.copy(drawn[0].source, only)
+    save("labelme", [replace(drawn[0], source="boxes.png")], tmp_path / "one-labels")
+    ((_, _, detections),) = supervision.DetectionDataset.from_labelme(str(only), str(tmp_path / "one-labels"))
+    np.testing.assert_allclose(np.sort(detections.xyxy[:, 0]), [0, 10.25], atol=0.5)
     (annotation, _) = json.loads(save("createml", drawn, tmp_path / "createml.json").read_text())[0]["annotations"]
     assert annotation["coordinates"] == {"x": 60.5, "y": 55.25, "width": 100.5, "height": 69.5}
     labels = json.loads(save("fiftyone", drawn, tmp_path / "labels.json").read_text())
